@@ -1,0 +1,42 @@
+"""Batch statistics of one tensor: mean and centred second moment per channel.
+
+Formula (z is ``[N, C, H, W]``, M = N*H*W)::
+
+    mean[c] = 1/M * sum_m z[m, c]
+    m2[c]   = sum_m (z[m, c] - mean[c])**2
+
+Merged over tiles by Chan's rule (Chan, Golub, LeVeque 1979), never as ``E[z^2] - E[z]^2``. For M = 0 both are 0.
+`z`: float32, bfloat16, float16 (float64 on the CPU), channels_last. `mean`, `m2`: float32 ``[C]`` (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from .contract import Tensor, define, nbytes, stat_dtype
+
+SCHEMA = "(Tensor z) -> (Tensor mean, Tensor m2)"
+
+
+def reference(z: Tensor) -> tuple[Tensor, Tensor]:
+    acc = z.to(stat_dtype(z.dtype))
+    if z.numel() == 0:
+        return acc.new_zeros(z.shape[1]), acc.new_zeros(z.shape[1])
+    wide = acc.double() if acc.device.type == "cpu" else acc
+    mean = wide.mean((0, 2, 3))
+    m2 = (wide - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
+    return mean.to(acc.dtype), m2.to(acc.dtype)
+
+
+def fake(z: Tensor) -> tuple[Tensor, Tensor]:
+    vector = z.new_empty(z.shape[1], dtype=stat_dtype(z.dtype))
+    return vector, vector.new_empty(z.shape[1])
+
+
+def bytes(z: Tensor) -> int:  # noqa: A001
+    return nbytes(z)
+
+
+def flops(z: Tensor) -> int:
+    return 3 * z.numel()
+
+
+OP = define("bn_stats", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

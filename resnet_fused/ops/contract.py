@@ -1,0 +1,100 @@
+"""What an op promises, whoever runs it.
+
+An :class:`Op` bundles the parts that every other room reads: the schema (the same string that C++ registers), the
+reference, the fake kernel, and the bytes and FLOPs the op cannot avoid. Backends run it, ``explain`` and the plan
+count with it, and one contract test checks every backend against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+Tensor = torch.Tensor
+
+#: Activation dtypes that every kernel of this package takes.
+DATA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation: its name, schema, meaning and cost."""
+
+    name: str
+    schema: str  # arguments and results, as in ``torch.library.define``
+    reference: Callable  # plain differentiable PyTorch, any dtype, any device
+    fake: Callable  # shapes, dtypes and strides only
+    bytes: Callable  # same arguments -> int, the memory traffic in bytes that the op must cause
+    flops: Callable  # same arguments -> int
+
+    def __repr__(self) -> str:
+        return f"Op({self.name})"
+
+
+#: Every op by name; filled by the modules of this package.
+OPS: dict[str, Op] = {}
+
+
+def define(name: str, schema: str, **parts: Callable) -> Op:
+    """Make an :class:`Op` and enter it in :data:`OPS`."""
+    OPS[name] = Op(name, schema, **parts)
+    return OPS[name]
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of per-channel vectors for activations of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """A ``[C]`` vector shaped to broadcast over ``[N, C, H, W]``."""
+    return vector.view(1, -1, 1, 1)
+
+
+def per_sample(vector: Tensor) -> Tensor:
+    """An ``[N]`` vector shaped to broadcast over ``[N, C, H, W]``."""
+    return vector.view(-1, 1, 1, 1)
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of all tensors given, None counting nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def channels_last_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last tensor of the shape of `x`, exact strides also for ambiguous shapes."""
+    n, c, h, w = x.shape
+    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=dtype or x.dtype)
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Shape of the packed sign mask of `x`: one row of ``ceil(C / 8)`` bytes per pixel."""
+    n, c, h, w = x.shape
+    return n * h * w, (c + 7) // 8
+
+
+def pack_mask(keep: Tensor) -> Tensor:
+    """Pack a boolean ``[N, C, H, W]`` tensor into ``[N*H*W, ceil(C/8)]`` uint8; channel c is bit ``c % 8``."""
+    n, c, h, w = keep.shape
+    rows = keep.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    rows = torch.nn.functional.pad(rows.to(torch.uint8), (0, -c % 8)).view(n * h * w, (c + 7) // 8, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
+    return (rows * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """Inverse of :func:`pack_mask`: a boolean tensor of the shape of `like`."""
+    n, c, h, w = like.shape
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(-1) >> shifts) & 1
+    return bits.view(n * h * w, -1)[:, :c].bool().view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def keep_from(mask: Tensor, like: Tensor) -> Tensor:
+    """Where a gradient passes a ReLU, from its output or from its packed sign bits.
+
+    Stock's rule is ``not (out <= 0)``: a NaN output lets the gradient through.
+    """
+    return unpack_mask(mask, like) if mask.dtype == torch.uint8 else ~(mask <= 0)

@@ -1,0 +1,83 @@
+"""Convolution with an epilogue: shift, residual add and ReLU before the only write.
+
+Formula::
+
+    y   = conv2d(x, weight, stride, padding, dilation, groups) + shift[k] + residual     (absent terms: 0)
+    out = y < 0 ? 0 : y  if relu else y
+
+`x`: ``[N, C, H, W]``, `weight`: ``[K, C/groups, R, S]``, `residual` and `out`: ``[N, K, H', W']``, one dtype of
+float32, bfloat16, float16 (float64 by the reference), channels_last; `shift`: ``[K]`` float32 (float64 for float64).
+This is the join of a residual block (batch norm's scale folded into `weight`), folded inference, and, with a
+transposed weight, the data gradient of a 1x1 convolution that adds the identity path's gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .contract import Tensor, define, nbytes, per_channel
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? shift=None, Tensor? residual=None, int[2] stride=1, int[2] padding=0, "
+    "int[2] dilation=1, int groups=1, bool relu=False) -> Tensor out"
+)
+
+
+def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """Shape of the convolution's result."""
+    spatial = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return x.shape[0], weight.shape[0], *spatial
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if shift is not None:
+        y = y + per_channel(shift)
+    if residual is not None:
+        y = y + residual
+    y = torch.relu(y) if relu else y
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    n, k, h, w = output_shape(x, weight, stride, padding, dilation)
+    return x.new_empty_strided((n, k, h, w), (h * w * k, 1, w * k, k))
+
+
+def bytes(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):  # noqa: A001, E501
+    """One read of `x`, `weight` and `residual`, one write of `out`."""
+    out = math.prod(output_shape(x, weight, stride, padding, dilation)) * x.element_size()
+    return nbytes(x, weight, residual) + out
+
+
+def flops(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):
+    """Two per multiply-add of the convolution; the epilogue is not counted."""
+    return 2 * math.prod(output_shape(x, weight, stride, padding, dilation)) * weight[0].numel()
+
+
+OP = define("conv_add_relu", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -1,0 +1,70 @@
+"""Materialise a lazy batch-norm gradient, for a consumer that cannot apply it on load.
+
+Formula (f = sample_factor[n], absent: 1)::
+
+    keep = not (scale*z + shift <= 0)  if scale and shift are given, else 1
+    dz   = a[c] * f * (keep ? g : 0) + b[c] * z + d[c]     (b and d absent, as for frozen batch norm: 0)
+
+`g`, `z`: ``[N, C, H, W]``, one dtype, channels_last; z may be None if neither b nor scale needs it. `a`, `b`, `d`,
+`scale`, `shift`: ``[C]`` float32 (float64 for float64). `dz`: like g.
+The coefficients are those of batch norm's backward (Ioffe and Szegedy 2015), see ``steps.batch_norm``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .contract import Tensor, channels_last_like, define, nbytes, per_channel, per_sample
+
+SCHEMA = (
+    "(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, Tensor? shift=None, "
+    "Tensor? sample_factor=None) -> Tensor dz"
+)
+
+
+def reference(
+    g: Tensor,
+    z: Tensor | None,
+    a: Tensor,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+) -> Tensor:
+    dz = g.to(a.dtype)
+    if scale is not None:
+        keep = ~(z.to(a.dtype) * per_channel(scale) + per_channel(shift) <= 0)
+        dz = torch.where(keep, dz, torch.zeros_like(dz))
+    if sample_factor is not None:
+        dz = dz * per_sample(sample_factor)
+    dz = dz * per_channel(a)
+    if b is not None:
+        dz = dz + per_channel(b) * z.to(a.dtype) + per_channel(d)
+    return dz.to(g.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def fake(
+    g: Tensor,
+    z: Tensor | None,
+    a: Tensor,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+) -> Tensor:
+    return channels_last_like(g)
+
+
+def bytes(g, z, a, b=None, d=None, scale=None, shift=None, sample_factor=None):  # noqa: A001
+    """One read of `g` and, where it is needed, `z`; one write of `dz`."""
+    return 2 * nbytes(g) + (nbytes(z) if b is not None or scale is not None else 0)
+
+
+def flops(g, z, a, b=None, d=None, scale=None, shift=None, sample_factor=None):
+    """Multiply-adds of the affine map and of the recomputed sign."""
+    return g.numel() * (1 + 3 * (b is not None) + 2 * (scale is not None) + (sample_factor is not None))
+
+
+OP = define("lazy_grad_apply", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -1,0 +1,24 @@
+// Multi-versioning of the CPU loops: put RESNET_FUSED_CLONES before a function and the compiler emits it once per
+// level; the dynamic loader picks the best one for the machine.
+#pragma once
+
+namespace resnet_fused {
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#define RESNET_FUSED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+inline constexpr const char* kCpuLevels = "avx512 avx2 baseline";
+
+// The level that the loader chose: the same tests as its own resolver makes.
+inline const char* cpu_level() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
+  return __builtin_cpu_supports("x86-64-v3") ? "avx2" : "baseline";
+}
+#else
+#define RESNET_FUSED_CLONES
+inline constexpr const char* kCpuLevels = "baseline";
+inline const char* cpu_level() { return "baseline"; }
+#endif
+
+}  // namespace resnet_fused

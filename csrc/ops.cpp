@@ -1,0 +1,45 @@
+// The schemas of the compiled ops, in one place (word for word those of resnet_fused/ops/<op>.py), and the Python
+// module `_C`. Importing the module registers the schemas and, through csrc/cpu/<op>.cpp, the CPU kernels.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu_levels.h"
+
+STABLE_TORCH_LIBRARY(resnet_fused, m) {
+  m.def("bn_stats(Tensor z) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "norm_add_relu(Tensor z, Tensor scale, Tensor shift, Tensor? residual=None, Tensor? residual_scale=None, "
+      "Tensor? residual_shift=None, Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) "
+      "-> (Tensor out, Tensor mask)");
+  m.def(
+      "norm_add_relu_backward(Tensor grad_out, Tensor? z=None, Tensor? scale=None, Tensor? shift=None, "
+      "Tensor? mask=None, Tensor? residual=None, Tensor? sample_factor=None, bool relu=True, bool emit_grad=True) "
+      "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)");
+  m.def(
+      "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? sample_factor=None) -> Tensor dz");
+}
+
+namespace {
+
+constexpr const char* kBuildInfo[][2] = {
+#include "build_info.h"  // written by setup.py: compiler, flags, torch, cuda_architectures, git
+};
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  for (const auto& [name, value] : kBuildInfo) {
+    info[name] = value;
+  }
+  info["cpu_levels"] = resnet_fused::kCpuLevels;
+  info["cpu_level"] = resnet_fused::cpu_level();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled ops of resnet_fused; import torch first, then call torch.ops.resnet_fused.<op>.";
+  m.def("build_info", &build_info, "How this library was built, and the CPU level that this machine runs.");
+}

@@ -81,3 +81,52 @@ def flops(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), d
 
 
 OP = define("conv_add_relu", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+
+
+INPLACE_SCHEMA = (
+    "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? shift=None, int[2] stride=1, int[2] padding=0, "
+    "int[2] dilation=1, int groups=1, bool relu=False) -> ()"
+)
+
+
+def inplace_reference(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> None:
+    """``residual <- act(residual + conv2d(x, weight) + shift)``: the join into a buffer that is the caller's alone."""
+    residual.copy_(reference(x, weight, shift, residual, stride, padding, dilation, groups, relu))
+
+
+def inplace_fake(residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):
+    return None
+
+
+def inplace_bytes(
+    residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+):
+    """As `conv_add_relu`."""
+    return bytes(x, weight, shift, residual, stride, padding, dilation, groups, relu)
+
+
+def inplace_flops(
+    residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+):
+    """As `conv_add_relu`."""
+    return flops(x, weight, shift, residual, stride, padding, dilation, groups, relu)
+
+
+INPLACE_OP = define(
+    "conv_add_relu_",
+    INPLACE_SCHEMA,
+    reference=inplace_reference,
+    fake=inplace_fake,
+    bytes=inplace_bytes,
+    flops=inplace_flops,
+)

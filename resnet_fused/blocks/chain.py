@@ -1,0 +1,186 @@
+"""A chain of steps as one autograd node.
+
+Forward saves, of all the activations it makes, the raw convolution outputs of the inner steps (and of the last one
+where its join is plain) and its own output, which the next block saves anyway. Everything else is recomputed on the way
+back from per-channel vectors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..ops import stat_dtype
+from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, regroup
+from ..steps.batch_norm import Affine, update_running
+from ..steps.conv import channels_last
+from ..steps.folded_join import Folded, Gram
+from . import stock
+
+Tensor = torch.Tensor
+
+
+class Saved(NamedTuple):
+    """What a chain's backward reads."""
+
+    x: Tensor
+    residual: Tensor | None  # kept for the double backward alone: the identity path's own storage
+    sample_factor: Tensor | None
+    out: Tensor | None  # the ReLU's mask; None where it can be recomputed
+    tensors: list[StepTensors]
+    inner: list[Lazy]  # one for each step but the last
+    join: join.JoinState
+
+
+class _Recorder:
+    """Turns nested named tuples into the flat list that ``save_for_backward`` takes, and back."""
+
+    def __init__(self, structure: object) -> None:
+        self.flat: list[Tensor | None] = []
+        self.shape = self._walk(structure)
+
+    def _walk(self, item: object) -> object:
+        if item is None or isinstance(item, torch.Tensor):
+            self.flat.append(item)
+            return None
+        if isinstance(item, list):
+            return [self._walk(child) for child in item]
+        return type(item), [self._walk(child) for child in item]
+
+    @staticmethod
+    def rebuild(shape: object, flat: list[Tensor | None]) -> object:
+        """The structure again; consumes `flat` from its front."""
+        if shape is None:
+            return flat.pop(0)
+        if isinstance(shape, list):
+            return [_Recorder.rebuild(child, flat) for child in shape]
+        kind, children = shape
+        return kind(*(_Recorder.rebuild(child, flat) for child in children))
+
+
+def _forward(chain, x, residual, sample_factor, tensors):
+    """Run the chain. Returns output, inner lazies, join state, and the statistics of every batch norm in order."""
+    h, inner, statistics, previous = x, [], [], None
+    for step, own in zip(chain.steps[:-1], tensors, strict=False):
+        z, bn, stats = conv_norm.forward(h, own, step, chain.backend)
+        inner.append(Lazy(z, bn))
+        statistics.append(stats)
+        h, previous = inner[-1].materialise(chain.backend), (bn, own)
+    out, state, join_statistics = join.forward(chain, h, x, tensors, residual, sample_factor, previous)
+    return out, inner, state, statistics + join_statistics
+
+
+class FusedChain(torch.autograd.Function):
+    """Autograd node of a :class:`~resnet_fused.steps.Chain`; use :func:`run_chain`."""
+
+    @staticmethod
+    def forward(ctx, chain: Chain, x: Tensor, residual: Tensor | None, sample_factor: Tensor | None, *flat):
+        tensors = regroup(flat)
+        out, inner, state, statistics = _forward(chain, x, residual, sample_factor, tensors)
+        for step, own, stats in zip(chain.all_steps, tensors, statistics, strict=True):
+            if stats is not None:  # only now, when nothing can fail any more
+                update_running(own, step.norm, *stats)
+        has_residual = residual is not None or chain.shortcut is not None
+        mask = out if chain.relu and (has_residual or chain.gram) else None
+        lean = [
+            own._replace(
+                running_mean=None if step.norm.batch_stats else own.running_mean,
+                running_var=None if step.norm.batch_stats else own.running_var,
+                num_batches_tracked=None,
+            )
+            for step, own in zip(chain.all_steps, tensors, strict=True)
+        ]
+        recorder = _Recorder(Saved(x, residual, sample_factor, mask, lean, inner, state))
+        ctx.save_for_backward(*recorder.flat)
+        ctx.shape, ctx.chain = recorder.shape, chain
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        saved: Saved = _Recorder.rebuild(ctx.shape, list(ctx.saved_tensors))
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, grad_out, saved)
+        chain, n = ctx.chain, len(ctx.chain.steps)
+        grad_out = channels_last(grad_out.to(saved.x.dtype))
+        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
+        needs_x, needs_residual = ctx.needs_input_grad[1:3]
+        has_residual = saved.residual is not None or chain.shortcut is not None
+        reach = [needs_x]  # reach[i]: whether anything before step i wants a gradient
+        for need in needs[: n - 1]:
+            reach.append(reach[-1] or any(need))
+        h = saved.inner[-1].materialise(chain.backend) if n > 1 else saved.x
+        out = join.backward(
+            chain, grad_out, saved.out, h, saved.x, saved.tensors, saved.join, has_residual, saved.sample_factor,
+            needs, reach[n - 1], needs_residual or (chain.shortcut is not None and needs_x),
+        )  # fmt: skip
+        grads, grad_h = [out.main], out.h
+        if n == 1 and chain.shortcut is not None and needs_x:
+            grad_h = grad_h.add_(out.residual)
+        for i in reversed(range(n - 1)):
+            if not (reach[i] or any(needs[i])):
+                grads.append(StepGrads())
+                continue
+            lazy, step = saved.inner[i], chain.steps[i]
+            value = conv_norm.mask_and_sum(grad_h, lazy.z, lazy.bn, step, chain.backend)
+            h = saved.inner[i - 1].materialise(chain.backend) if i else saved.x
+            add_to = out.residual if i == 0 and chain.shortcut is not None else None
+            grad_h, step_grads = conv_norm.backward(
+                value.materialise(chain.backend), h, saved.tensors[i], step, value.coefficients, chain.backend,
+                needs[i], reach[i], add_to,
+            )  # fmt: skip
+            grads.append(step_grads)
+        grads.reverse()
+        if chain.shortcut is not None:
+            grads.append(out.shortcut)
+        residual = out.residual if needs_residual else None
+        return None, grad_h if needs_x else None, residual, None, *_flat_grads(grads, saved.tensors)
+
+
+def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tensor | None]:
+    """Gradients in the order of :func:`flatten`, each in its tensor's dtype."""
+    flat: list[Tensor | None] = []
+    for grad, own in zip(grads, tensors, strict=True):
+        for value, tensor in zip(grad, own[:4], strict=True):
+            flat.append(None if value is None or tensor is None else value.to(tensor.dtype))
+        flat += [None] * (len(own) - 4)
+    return flat
+
+
+def _differentiable_backward(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
+    """Backward under ``create_graph=True``: by stock operations, so that it can be differentiated again."""
+    inputs = [saved.x, saved.residual, None, *flatten(saved.tensors)]
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+    out = stock.chain_output(ctx.chain, saved.x, saved.residual, saved.sample_factor, saved.tensors)
+    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=True, allow_unused=True)
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(wanted, grads, strict=True):
+        result[i + 1] = grad
+    return tuple(result)
+
+
+def run_chain(
+    chain: Chain,
+    x: Tensor,
+    tensors: list[StepTensors],
+    residual: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+) -> Tensor:
+    """The output of `chain` on `x`, as one autograd node.
+
+    Args:
+        chain: the program; its variants (Gram joins) have been chosen.
+        x: ``[N, C, H, W]``, any layout; worked on in channels_last.
+        tensors: one :class:`StepTensors` for each step, the shortcut's last. Weights in the dtype of `x`.
+        residual: ``[N, K, H', W']`` or None; what is added before the last ReLU.
+        sample_factor: ``[N]`` or None; multiplies the main branch (Stochastic Depth).
+    """
+    x = channels_last(x)
+    if residual is not None:
+        residual = channels_last(residual)
+    if sample_factor is not None:
+        sample_factor = sample_factor.to(stat_dtype(x.dtype))
+    return FusedChain.apply(chain, x, residual, sample_factor, *flatten(tensors))
+
+
+__all__ = ["Affine", "Folded", "FusedChain", "Gram", "run_chain"]

@@ -1,0 +1,200 @@
+"""The end of a chain: last convolution, its batch norm, the residual, and the ReLU.
+
+Two variants. *Plain* writes the raw output z of the last convolution, takes its statistics and normalises, adds and
+clamps in one more pass; z is saved. *Folded* never writes z (see `folded_join`). A projection shortcut is a branch of
+the same two kinds. Which is used where is the plan's choice, in :class:`spec.Chain`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import run
+from . import conv_norm, folded_join
+from .batch_norm import Affine, coefficients
+from .conv import channels_last
+from .conv_norm import Statistics, pixels
+from .folded_join import POINTWISE, Folded
+from .lazy import LazyGrad
+from .spec import Chain, Conv, StepGrads, StepTensors
+
+Tensor = torch.Tensor
+
+
+class JoinState(NamedTuple):
+    """What the join's backward needs beside the chain's own saved tensors."""
+
+    main: Affine | Folded
+    z: Tensor | None  # raw output of the last convolution; None if folded
+    shortcut: Affine | Folded | None
+    shortcut_z: Tensor | None  # raw output of the projection; None if folded or absent
+
+
+class JoinGrads(NamedTuple):
+    """Gradients that leave the join."""
+
+    h: Tensor | None  # of the last convolution's input
+    main: StepGrads
+    shortcut: StepGrads | None
+    residual: Tensor | None  # of the residual tensor, or of the chain's input through the projection; ours to add to
+
+
+def strided(x: Tensor, conv: Conv) -> Tensor:
+    """The pixels of `x` that a 1x1 convolution of this stride reads."""
+    if conv.stride == (1, 1):
+        return x
+    return channels_last(x[:, :, :: conv.stride[0], :: conv.stride[1]])
+
+
+def forward(
+    chain: Chain,
+    h: Tensor,
+    x: Tensor,
+    tensors: list[StepTensors],
+    residual: Tensor | None,
+    sample_factor: Tensor | None,
+    previous: tuple[Affine, StepTensors] | None,
+) -> tuple[Tensor, JoinState, list[Statistics | None]]:
+    """Output, state and statistics of the join.
+
+    `h`: input of the last convolution. `x`: the chain's input. `previous`: the batch norm that `h` came out of.
+    Returned statistics: of the last batch norm and, with a projection, of its batch norm.
+    """
+    last, backend = chain.steps[-1], chain.backend
+    main, statistics = tensors[len(chain.steps) - 1], []
+    if chain.gram:
+        centre = _centre(h, previous, last.norm.batch_stats, backend)
+        state, stats = folded_join.fold(h, main, last, centre, backend)
+        z = None
+    else:
+        z, state, stats = conv_norm.forward(h, main, last, backend)
+    statistics.append(stats)
+
+    shortcut = shortcut_z = None
+    if chain.shortcut is not None:
+        shortcut, shortcut_z, stats = _shortcut_forward(chain, x, tensors[-1])
+        statistics.append(stats)
+    if chain.gram:
+        out = _folded_output(chain, h, x, tensors, residual, state, shortcut, shortcut_z)
+    else:
+        out = _plain_output(chain, z, x, tensors, residual, sample_factor, state, shortcut, shortcut_z)
+    return out, JoinState(state, z, shortcut, shortcut_z), statistics
+
+
+def _centre(a: Tensor, previous: tuple[Affine, StepTensors] | None, needed: bool, backend: str) -> Tensor | None:
+    if not needed:
+        return None
+    return run("bn_stats", a, backend=backend)[0] if previous is None else folded_join.relu_mean(*previous)
+
+
+def _shortcut_forward(
+    chain: Chain, x: Tensor, tensors: StepTensors
+) -> tuple[Affine | Folded, Tensor | None, Statistics | None]:
+    step, backend = chain.shortcut, chain.backend
+    if not chain.gram_shortcut:
+        z, bn, stats = conv_norm.forward(x, tensors, step, backend)
+        return bn, z, stats
+    a = strided(x, step.conv) if step.norm.batch_stats else x
+    folded, stats = folded_join.fold(a, tensors, step, _centre(a, None, step.norm.batch_stats, backend), backend)
+    return folded, None, stats
+
+
+def _shortcut_output(chain: Chain, x: Tensor, tensors: StepTensors, folded: Folded) -> Tensor:
+    weight = folded_join.scaled(tensors.weight, folded.bn.scale)
+    shift = folded_join.shift_of(folded, tensors)
+    return run("conv_add_relu", x, weight, shift, None, *chain.shortcut.conv.args, backend=chain.backend)
+
+
+def _folded_output(chain, h, x, tensors, residual, state, shortcut, shortcut_z) -> Tensor:
+    """The join as one convolution; the projection's branch, if any, is written first and added to in place."""
+    conv, main, backend = chain.steps[-1].conv, tensors[len(chain.steps) - 1], chain.backend
+    weight, shift = folded_join.scaled(main.weight, state.bn.scale), folded_join.shift_of(state, main)
+    if chain.shortcut is None:
+        return run("conv_add_relu", h, weight, shift, residual, *conv.args, chain.relu, backend=backend)
+    if chain.gram_shortcut:
+        out = _shortcut_output(chain, x, tensors[-1], shortcut)
+    else:
+        out, _ = run("norm_add_relu", shortcut_z, shortcut.scale, shortcut.shift, relu=False, backend=backend)
+    run("conv_add_relu_", out, h, weight, shift, *conv.args, chain.relu, backend=backend)
+    return out
+
+
+def _plain_output(chain, z, x, tensors, residual, sample_factor, state, shortcut, shortcut_z) -> Tensor:
+    scale = shift = None
+    if chain.shortcut is not None:
+        if chain.gram_shortcut:
+            residual = _shortcut_output(chain, x, tensors[-1], shortcut)
+        else:
+            residual, scale, shift = shortcut_z, shortcut.scale, shortcut.shift
+    return run(
+        "norm_add_relu", z, state.scale, state.shift, residual, scale, shift, sample_factor, chain.relu,
+        backend=chain.backend,
+    )[0]  # fmt: skip
+
+
+def backward(
+    chain: Chain,
+    grad_out: Tensor,
+    out: Tensor | None,
+    h: Tensor,
+    x: Tensor,
+    tensors: list[StepTensors],
+    state: JoinState,
+    has_residual: bool,
+    sample_factor: Tensor | None,
+    needs: list[StepGrads],
+    needs_h: bool,
+    needs_residual: bool,
+) -> JoinGrads:
+    """Gradients of everything that entered the join. `out` is its output if there was a residual, else None."""
+    backend, n = chain.backend, len(chain.steps)
+    step, main = chain.steps[-1], tensors[n - 1]
+    bn = state.main.bn if chain.gram else state.main
+    recompute = chain.relu and not has_residual and not chain.gram
+    g, sum_g, sum_gz, shortcut_sum_g, shortcut_sum_gz = run(
+        "norm_add_relu_backward", grad_out, state.z, bn.scale if recompute else None, bn.shift if recompute else None,
+        None if recompute else out, state.shortcut_z, sample_factor, chain.relu, chain.relu, backend=backend,
+    )  # fmt: skip
+    g = g if chain.relu else grad_out
+    if chain.gram:
+        grad_h, main_grads = folded_join.backward(
+            g, sum_g, h, main, step, state.main, backend, needs[n - 1], needs_h, step.conv
+        )
+    else:
+        c = coefficients(bn, sum_g, sum_gz, pixels(g), step.norm)
+        dz = LazyGrad(g, state.z, c, bn, sample_factor=sample_factor).materialise(backend)
+        grad_h, main_grads = conv_norm.backward(dz, h, main, step, c, backend, needs[n - 1], needs_h)
+    if chain.shortcut is None:
+        own = g if chain.relu else g.clone()  # never add to a gradient that autograd lent us
+        return JoinGrads(grad_h, main_grads, None, own if needs_residual else None)
+    if chain.gram_shortcut and not shortcut_sum_g.numel():
+        shortcut_sum_g = sum_g if sample_factor is None else g.sum((0, 2, 3), dtype=sum_g.dtype)
+    grad_x, shortcut_grads = _shortcut_backward(
+        chain, g, shortcut_sum_g, shortcut_sum_gz, x, tensors[-1], state, needs[-1], needs_residual
+    )
+    return JoinGrads(grad_h, main_grads, shortcut_grads, grad_x)
+
+
+def _shortcut_backward(
+    chain, g, sum_g, sum_gz, x, tensors, state, needs, needs_x
+) -> tuple[Tensor | None, StepGrads]:
+    step, backend = chain.shortcut, chain.backend
+    if not chain.gram_shortcut:
+        c = coefficients(state.shortcut, sum_g, sum_gz, pixels(g), step.norm)
+        dz = LazyGrad(g, state.shortcut_z, c, state.shortcut).materialise(backend)
+        return conv_norm.backward(dz, x, tensors, step, c, backend, needs, needs_x)
+    if not step.norm.batch_stats:
+        return folded_join.backward(
+            g, sum_g, x, tensors, step, state.shortcut, backend, needs, needs_x, step.conv
+        )
+    a = strided(x, step.conv)
+    grad_a, grads = folded_join.backward(
+        g, sum_g, a, tensors, step, state.shortcut, backend, needs, needs_x, POINTWISE
+    )
+    if grad_a is None or step.conv.stride == (1, 1):
+        return grad_a, grads
+    grad_x = torch.zeros_like(x)
+    grad_x[:, :, :: step.conv.stride[0], :: step.conv.stride[1]] = grad_a
+    return grad_x, grads

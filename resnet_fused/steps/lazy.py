@@ -1,0 +1,41 @@
+"""Values that are not tensors yet: a normalised activation, and the gradient before a batch norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import run
+from .batch_norm import Affine, Coefficients
+
+Tensor = torch.Tensor
+
+
+class Lazy(NamedTuple):
+    """``relu(scale*z + shift)``: an activation known by the raw convolution output it came from."""
+
+    z: Tensor  # [N, C, H, W]
+    bn: Affine
+
+    def materialise(self, backend: str) -> Tensor:
+        """Write the activation down, for a consumer that cannot apply it on load."""
+        return run("norm_add_relu", self.z, self.bn.scale, self.bn.shift, backend=backend)[0]
+
+
+class LazyGrad(NamedTuple):
+    """``a*f*keep*g + b*z + d``: a gradient known by the one behind batch norm (and ReLU, if `relu`)."""
+
+    g: Tensor  # [N, C, H, W]
+    z: Tensor | None  # [N, C, H, W]
+    coefficients: Coefficients
+    bn: Affine
+    relu: bool = False  # whether g is still to be masked by the sign of scale*z + shift
+    sample_factor: Tensor | None = None  # [N]
+
+    def materialise(self, backend: str) -> Tensor:
+        """Write the gradient down, for a consumer that cannot apply it on load."""
+        c = self.coefficients
+        scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
+        z = self.z if self.relu or c.b is not None else None
+        return run("lazy_grad_apply", self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor, backend=backend)

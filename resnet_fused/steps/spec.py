@@ -1,0 +1,99 @@
+"""The static side of a chain: geometry and settings of its steps, and their tensors by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """Geometry of a convolution, as in ``torch.nn.functional.conv2d``."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def args(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether this is a matrix product over pixels: 1x1, dense, no padding (any stride)."""
+        return tuple(weight.shape[2:]) == (1, 1) and self.groups == 1 and self.padding == (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Settings of a batch norm. `batch_stats`: normalise with this batch; else with the running statistics."""
+
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    batch_stats: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One convolution and the batch norm behind it."""
+
+    conv: Conv
+    norm: Norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A program of steps: ``conv-bn-relu`` for all but the last, then ``conv-bn (+ residual) (-> relu)``.
+
+    `shortcut` is the projection that makes the residual from the chain's input; without it the residual, if any, is a
+    tensor. `relu`: whether the output is clamped. `gram`: the last step, and the shortcut where `gram_shortcut`, are
+    Gram joins. `backend`: who runs the ops, in forward and backward.
+    """
+
+    steps: tuple[Step, ...]
+    shortcut: Step | None = None
+    relu: bool = True
+    gram: bool = False
+    gram_shortcut: bool = False
+    backend: str = "auto"
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        return self.steps if self.shortcut is None else (*self.steps, self.shortcut)
+
+
+class StepTensors(NamedTuple):
+    """The tensors of one :class:`Step`. `bias` is the convolution's; `gamma` and `beta` are batch norm's."""
+
+    weight: Tensor  # [K, C/groups, R, S]
+    bias: Tensor | None = None  # [K]
+    gamma: Tensor | None = None  # [K]
+    beta: Tensor | None = None  # [K]
+    running_mean: Tensor | None = None  # [K]
+    running_var: Tensor | None = None  # [K]
+    num_batches_tracked: Tensor | None = None  # [], int64
+
+
+def flatten(steps: Iterable[StepTensors]) -> list[Tensor | None]:
+    """All tensors of all steps in one list, as ``autograd.Function.apply`` wants them."""
+    return [tensor for step in steps for tensor in step]
+
+
+def regroup(flat: Sequence[Tensor | None]) -> list[StepTensors]:
+    """Inverse of :func:`flatten`."""
+    width = len(StepTensors._fields)
+    return [StepTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+class StepGrads(NamedTuple):
+    """Gradients of the tensors of one step that can have one."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None

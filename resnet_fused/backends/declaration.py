@@ -23,6 +23,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...]  # of the activations
     unsupported: Callable = no_reasons  # the op's arguments -> reasons against this case, beyond device and dtype
     needs_selfcheck: bool = False  # compare with the reference on first use on a device architecture
+    build: str = ""  # identity of the code that runs, e.g. a hash; without it a verdict is not kept beyond the process
 
 
 @dataclasses.dataclass

@@ -1,5 +1,44 @@
 """The CPU backend: compiled loops of the first library, and oneDNN's convolutions with post-ops."""
 
-from .declaration import Backend
+from __future__ import annotations
 
-BACKEND = Backend(name="cpu", devices=("cpu",), kernels={}, unavailable="its kernels are not written yet")
+from collections.abc import Callable
+
+import torch
+
+from ..library import COMPILED_OPS, status
+from ..ops.contract import is_channels_last
+from . import onednn
+from .declaration import Backend, Kernel, check_complete
+
+LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def loop_reasons(*args, **kwargs) -> list[str]:
+    """Reasons against the compiled loops: they must be built, and walk rows of channels."""
+    if not status().cpu.loaded:
+        return [f"the compiled library is {status().cpu.reason}"]
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 4]
+    return [] if all(map(is_channels_last, tensors)) else ["takes channels_last tensors only"]
+
+
+def _compiled(name: str) -> Callable:
+    """The op of the compiled library, looked up at the first call: nothing is loaded before that."""
+
+    def run(*args, **kwargs):
+        return getattr(torch.ops.resnet_fused, name).default(*args, **kwargs)
+
+    run.__name__ = name
+    return run
+
+
+BACKEND = check_complete(
+    Backend(
+        name="cpu",
+        devices=("cpu",),
+        kernels={
+            **{name: Kernel(_compiled(name), LOOP_DTYPES, loop_reasons) for name in COMPILED_OPS},
+            **onednn.KERNELS,
+        },
+    )
+)

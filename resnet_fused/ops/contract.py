@@ -63,10 +63,21 @@ def nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def channels_last_strides(shape) -> tuple[int, int, int, int]:
+    """Strides of the row-major matrix ``[N*H*W, C]`` seen as ``[N, C, H, W]``."""
+    _, c, h, w = shape
+    return h * w * c, 1, w * c, c
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` lies in memory as ``[N*H*W, C]``; strides of dimensions of size 1 say nothing."""
+    strides = channels_last_strides(x.shape)
+    return x.numel() == 0 or all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
+
+
 def channels_last_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last tensor of the shape of `x`, exact strides also for ambiguous shapes."""
-    n, c, h, w = x.shape
-    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=dtype or x.dtype)
+    return x.new_empty_strided(x.shape, channels_last_strides(x.shape), dtype=dtype or x.dtype)
 
 
 def mask_shape(x: Tensor) -> tuple[int, int]:
@@ -89,7 +100,7 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     n, c, h, w = like.shape
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(-1) >> shifts) & 1
-    return bits.view(n * h * w, -1)[:, :c].bool().view(n, h, w, c).permute(0, 3, 1, 2)
+    return bits.flatten(1)[:, :c].bool().view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def keep_from(mask: Tensor, like: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ SCHEMA = (
 )
 
 
-def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
-    """Shape of the convolution's result."""
+def output_shape(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """Shape of the convolution's result from the shapes of `x` and `weight`."""
     spatial = [
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for size, kernel, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
     ]
-    return x.shape[0], weight.shape[0], *spatial
+    return x[0], weight[0], *spatial
 
 
 def reference(
@@ -65,19 +65,19 @@ def fake(
     groups: int = 1,
     relu: bool = False,
 ) -> Tensor:
-    n, k, h, w = output_shape(x, weight, stride, padding, dilation)
+    n, k, h, w = output_shape(x.shape, weight.shape, stride, padding, dilation)
     return x.new_empty_strided((n, k, h, w), (h * w * k, 1, w * k, k))
 
 
 def bytes(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):  # noqa: A001, E501
     """One read of `x`, `weight` and `residual`, one write of `out`."""
-    out = math.prod(output_shape(x, weight, stride, padding, dilation)) * x.element_size()
+    out = math.prod(output_shape(x.shape, weight.shape, stride, padding, dilation)) * x.element_size()
     return nbytes(x, weight, residual) + out
 
 
 def flops(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):
     """Two per multiply-add of the convolution; the epilogue is not counted."""
-    return 2 * math.prod(output_shape(x, weight, stride, padding, dilation)) * weight[0].numel()
+    return 2 * math.prod(output_shape(x.shape, weight.shape, stride, padding, dilation)) * weight[0].numel()
 
 
 OP = define("conv_add_relu", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -1,0 +1,85 @@
+// Materialise a lazy batch-norm gradient, a * (keep ? g : 0) + b * z + d: one read of g and z, one write of dz.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "../check.h"
+#include "alloc.h"
+#include "rows.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+template <class A>
+struct Vectors {
+  const A *a, *b, *d, *scale, *shift;  // [C] each
+};
+
+// masked: keep = not (scale*z + shift <= 0); affine: b*z + d is added.
+template <class T, bool masked, bool affine, class A = acc_t<T>>
+RESNET_FUSED_CLONES void apply(T* __restrict dz, const T* __restrict g, const T* __restrict z, const Vectors<A>& v,
+                               int64_t rows, int64_t C) {
+  const A *__restrict a = v.a, *__restrict b = v.b, *__restrict d = v.d;
+  const A *__restrict scale = v.scale, *__restrict shift = v.shift;
+  for (int64_t m = 0; m < rows; ++m, dz += C, g += C, z += masked || affine ? C : 0) {
+    for (int64_t c = 0; c < C; ++c) {
+      A value = load(g + c);
+      if constexpr (masked) value = load(z + c) * scale[c] + shift[c] <= 0 ? A(0) : value;
+      value *= a[c];
+      if constexpr (affine) value += load(z + c) * b[c] + d[c];
+      store(dz + c, value);
+    }
+  }
+}
+
+struct Arguments {
+  Tensor g;
+  std::optional<Tensor> z;
+  Tensor a;
+  std::optional<Tensor> b, d, scale, shift, sample_factor;
+  Tensor dz;
+};
+
+template <class T, bool masked, bool affine>
+void run(const Arguments& t) {
+  using A = acc_t<T>;
+  const Shape shape(t.g);
+  const int64_t C = shape.channels;
+  const Vectors<A> plain{data<A>(t.a), data<A>(t.b), data<A>(t.d), data<A>(t.scale), data<A>(t.shift)};
+  const auto rows = [&](const Vectors<A>& v, int64_t begin, int64_t end) {
+    const T* z = masked || affine ? data<T>(t.z) + begin * C : nullptr;
+    apply<T, masked, affine>(data<T>(t.dz) + begin * C, data<T>(t.g) + begin * C, z, v, end - begin, C);
+  };
+  parallel_rows(shape, [&](int64_t begin, int64_t end) {
+    if (!t.sample_factor) return rows(plain, begin, end);
+    std::vector<A> a(C);  // times the sample's factor
+    Vectors<A> factored = plain;
+    factored.a = a.data();
+    for_each_sample(shape, begin, end, [&](int64_t sample, int64_t first, int64_t stop) {
+      const A factor = data<A>(*t.sample_factor)[sample];
+      for (int64_t c = 0; c < C; ++c) a[c] = factor * plain.a[c];
+      rows(factored, first, stop);
+    });
+  });
+}
+
+Tensor lazy_grad_apply(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a,
+                       const std::optional<Tensor>& b, const std::optional<Tensor>& d,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                       const std::optional<Tensor>& sample_factor) {
+  Arguments t{g, z, a, b, d, scale, shift, sample_factor, {}};
+  check_lazy_grad_apply(g, z, a, b, d, scale, shift, sample_factor);
+  t.dz = empty_channels_last(g);
+  for_element_type(g.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if (scale) return b ? run<T, true, true>(t) : run<T, true, false>(t);
+    b ? run<T, false, true>(t) : run<T, false, false>(t);
+  });
+  return t.dz;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("lazy_grad_apply", TORCH_BOX(&lazy_grad_apply)); }
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,119 @@
+"""oneDNN's convolutions with post-ops, as dispatcher ops of their own: one opaque node each for ``torch.compile``.
+
+The weight may be plain or prepacked by :func:`prepack`. oneDNN adds the shift, the residual and the ReLU to the
+accumulator, before the only write.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..ops import OPS
+from ..ops.contract import Tensor, channels_last_strides, is_channels_last
+from ..ops.conv_add_relu import output_shape
+from .declaration import Kernel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("conv_add_relu", "conv_add_relu_")
+
+
+@functools.cache
+def missing(dtype: torch.dtype) -> str:
+    """Why oneDNN cannot convolve tensors of `dtype` on this machine; empty if it can."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return "this build of torch has no oneDNN"
+    asks = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype in asks and not asks[dtype]():
+        return f"oneDNN has no fast {str(dtype).removeprefix('torch.')} convolution on this CPU"
+    return ""
+
+
+def prepack(weight: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups: int = 1) -> Tensor:
+    """`weight` in the blocked layout oneDNN prefers for inputs of `input_size`; for :func:`conv_add_relu` only."""
+    dense = weight.detach().contiguous().to_mkldnn()
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(dense, padding, stride, dilation, groups, list(input_size))
+
+
+def conv_reasons(x, weight, shift=None, residual=None, *args, **kwargs) -> list[str]:
+    """Reasons against :func:`conv_add_relu`."""
+    reasons = [missing(x.dtype)] if missing(x.dtype) else []
+    if x.numel() == 0 or weight.numel() == 0:
+        reasons.append("takes no empty tensors")
+    if not all(is_channels_last(t) for t in (x, residual) if t is not None):
+        reasons.append("takes channels_last tensors only")
+    if weight.dtype != x.dtype:
+        reasons.append(f"takes weight and x of one dtype, not {weight.dtype} and {x.dtype}")
+    return reasons
+
+
+def conv_reasons_(residual, x, weight, shift=None, *args, **kwargs) -> list[str]:
+    """Reasons against :func:`conv_add_relu_`."""
+    return conv_reasons(x, weight, shift, residual)
+
+
+def conv_add_relu(
+    x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+):
+    """See ``ops.conv_add_relu``."""
+    where = (padding, stride, dilation, groups)
+    bias = None if shift is None else shift.to(x.dtype)
+    op = torch.ops.mkldnn._convolution_pointwise
+    if residual is None:
+        out = op(x, weight, bias, *where, "relu" if relu else "none", [], None)
+    else:
+        _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
+        out = op.binary(x, _exact(residual), weight, bias, *where, "add", 1.0, "relu" if relu else None, [], None)
+    return _exact(out)
+
+
+def conv_add_relu_(
+    residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+):
+    """See ``ops.conv_add_relu``: the sum lands in `residual`."""
+    _check_residual("conv_add_relu_", residual, x, weight, stride, padding, dilation)
+    bias = None if shift is None else shift.to(x.dtype)
+    target = _exact(residual)
+    out = torch.ops.mkldnn._convolution_pointwise_.binary(
+        target, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], None
+    )
+    if out.data_ptr() != residual.data_ptr():
+        residual.copy_(out)
+
+
+def _exact(t: Tensor) -> Tensor:
+    """`t` with exact channels_last strides: oneDNN may choose others where a dimension of size 1 makes both right."""
+    strides = channels_last_strides(t.shape)
+    if t.stride() == strides:
+        return t
+    if is_channels_last(t):
+        return t.as_strided(t.shape, strides)
+    return t.new_empty_strided(t.shape, strides).copy_(t)
+
+
+def _check_residual(op, residual, x, weight, stride, padding, dilation) -> None:
+    expected = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    if tuple(residual.shape) != expected:
+        raise RuntimeError(
+            f"{op}: residual has shape {list(residual.shape)} but the convolution's result has {list(expected)}; "
+            "pass a residual of that shape"
+        )
+
+
+def _register() -> dict[str, Kernel]:
+    library = torch.library.Library("resnet_fused", "FRAGMENT")
+    reasons = {"conv_add_relu": conv_reasons, "conv_add_relu_": conv_reasons_}
+    for name in NAMES:
+        library.define(name + OPS[name].schema)
+        for key in ("CPU", "MkldnnCPU"):  # the latter where the weight is prepacked
+            library.impl(name, globals()[name], key)
+        torch.library.register_fake(f"resnet_fused::{name}", OPS[name].fake, lib=library)
+    _register.library = library  # dropping it would drop the registrations
+    return {name: Kernel(getattr(torch.ops.resnet_fused, name).default, DTYPES, reasons[name]) for name in NAMES}
+
+
+KERNELS = _register()

@@ -1,136 +1,119 @@
-"""Build `resnet_fused`: the CPU library `_C` with the C++ compiler, the CUDA library `_cuda.so` with nvcc where it is.
+"""Build the compiled libraries: `_C` (schemas and CPU kernels) and, wherever nvcc is found, `_cuda.so` (CUDA kernels).
 
-Environment: RESNET_FUSED_SKIP_COMPILE=1 installs pure Python; RESNET_FUSED_CUDA=0 never builds the CUDA library, 1
-demands it; TORCH_CUDA_ARCH_LIST chooses its architectures; MAX_JOBS bounds parallel compilers; CXX and CXXFLAGS as usual.
+Environment: RESNET_FUSED_SKIP_COMPILE=1 installs pure Python; RESNET_FUSED_CUDA=0 never builds CUDA kernels, 1 demands
+them; TORCH_CUDA_ARCH_LIST chooses their architectures; MAX_JOBS bounds parallel compilers; CXX and CXXFLAGS as usual.
+
+The compilers are called directly, not through torch's CUDAExtension: that one refuses a CPU-only torch, and asks for a
+GPU on machines that have none.
 """
 
 import os
-import shutil
-import subprocess
+import shlex
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OLDEST_TORCH = (2, 10)
-TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI as of torch 2.10; later versions keep it
-CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+sys.path.insert(0, str(ROOT))  # PEP 517 front ends run this file without its directory on the path
+
+from build_support import (  # noqa: E402
+    Step,
+    check_python_headers,
+    cuda_architectures,
+    find_compiler,
+    find_nvcc,
+    find_torch,
+    gencode_flags,
+    known_architectures,
+    nvcc_version,
+    output_of,
+    run_steps,
+    write_if_changed,
+)
+
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10; every later torch keeps it
+# No -march: csrc/cpu_levels.h compiles the loops for several levels. No -ffast-math: NaN and -0.0 must pass.
+CXX_FLAGS = shlex.split("-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra")
+NVCC_FLAGS = shlex.split("-O3 -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA")
 
 
-class BuildError(SystemExit):
-    """One line that says what is missing and what to do; setuptools shows it without a traceback."""
-
-    def __init__(self, message: str):
-        super().__init__(f"resnet_fused: {message}")
-
-
-def find_torch() -> tuple[str, Path]:
-    """Version and directory of the torch to build against."""
-    if find_spec("torch") is None:
-        raise BuildError(
-            "torch is not importable while building; install torch, then run `pip install --no-build-isolation .` "
-            "(without that flag pip builds in an empty environment)"
-        )
-    import torch
-
-    version = torch.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise BuildError(f"torch {version} is too old; run `pip install 'torch>={oldest}'` and build again")
-    return version, Path(torch.__file__).parent
-
-
-def find_compiler() -> str:
-    """The C++ compiler: CXX, else c++, g++ or clang++."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        if shutil.which(name):
-            return name
-    raise BuildError(
-        "no C++ compiler found; install one (`apt install g++`), or name it in CXX, or set RESNET_FUSED_SKIP_COMPILE=1"
-    )
-
-
-@dataclass
-class Step:
-    """One command of the build: makes `output` out of `inputs`; compilers leave the headers they read in a depfile."""
-
-    command: list[str]
-    inputs: list[Path]
-    output: Path
-    depfile: Path | None = None
-
-
-def run_steps(steps: list[Step], directory: Path, jobs: int) -> None:
-    """Run the build with ninja (only what changed), or without it all steps anew; the last step links the others."""
-    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if ninja:
-        text = ["rule run\n  command = $cmd\n  depfile = $dep\n  deps = gcc"]
-        text.append("rule link\n  command = $cmd")
-        for step in steps:
-            rule = "run" if step.depfile else "link"
-            text.append(f"build {step.output}: {rule} {' '.join(map(str, step.inputs))}\n  cmd = {' '.join(step.command)}")
-            text[-1] += f"\n  dep = {step.depfile}" if step.depfile else ""
-        (directory / "build.ninja").write_text("\n".join(text) + "\n")
-        subprocess.run([ninja, "-C", str(directory), "-j", str(jobs)], check=True)
-        return
-    *compiles, link = steps
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda step: subprocess.run(step.command, check=True), compiles))
-    subprocess.run(link.command, check=True)
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
 class Build(build_ext):
-    """Compiles the extensions by explicit compiler commands; `setuptools` only places the results."""
+    """Plans and runs the compiler commands; setuptools decides only where the results go."""
 
-    def build_extension(self, ext: Extension) -> None:
-        version, torch_dir = find_torch()
-        compiler = find_compiler()
-        objects = Path(self.build_temp).resolve() / ext.name
-        objects.mkdir(parents=True, exist_ok=True)
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*CXX_FLAGS, *os.environ.get("CXXFLAGS", "").split(), TARGET]
-        includes = [f"-isystem{torch_dir / 'include'}", f"-isystem{sysconfig.get_paths()['include']}", f"-I{objects}"]
-        write_build_info(objects / "build_info.h", {"compiler": compiler_version(compiler), "flags": " ".join(flags),
-                                                    "torch": version, "cuda_architectures": "", "git": git_revision()})
-        steps = []
-        for source in ext.sources:
-            target = objects / f"{Path(source).stem}.o"
-            dep = target.with_suffix(".d")
-            command = [compiler, *flags, *includes, "-MD", "-MF", str(dep), "-c", str(ROOT / source), "-o", str(target)]
-            steps.append(Step(command, [ROOT / source], target, dep))
-        made = [step.output for step in steps]
-        link = [compiler, "-shared", *map(str, made), "-o", str(output), f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
-        run_steps([*steps, Step(link, made, output)], objects, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    def build_extensions(self) -> None:
+        self.torch_version, torch_dir = find_torch()
+        self.compiler_name = find_compiler()
+        self.includes = ["-isystem", str(torch_dir / "include"), "-isystem", check_python_headers()]
+        # libtorch.so alone pulls the CUDA half of torch into scope, and nothing refers to it by symbol: hence
+        # --no-as-needed. Found at run time because torch is imported first.
+        self.link_flags = [f"-L{torch_dir / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch"]
+        self.nvcc = find_nvcc()
+        # Not build_temp, which is a new directory for every editable install: there would be nothing to reuse.
+        directory = ROOT / "build" / f"{self.plat_name}-{sys.implementation.cache_tag}"
+        directory.mkdir(parents=True, exist_ok=True)
+        steps = self.cpu_steps(directory)
+        if self.nvcc:
+            steps += self.cuda_steps(directory)
+        else:
+            self.extensions = [ext for ext in self.extensions if ext.name != "resnet_fused._cuda"]
+        run_steps(steps, directory)
 
+    def get_ext_filename(self, fullname: str) -> str:
+        # _cuda is no Python module: torch.ops.load_library opens it, under one name for every Python
+        name = super().get_ext_filename(fullname)
+        return str(Path(name).with_name("_cuda.so")) if fullname.endswith("_cuda") else name
 
-def compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    def cpu_steps(self, directory: Path) -> list[Step]:
+        flags = [*CXX_FLAGS, STABLE_ABI, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        architectures = self.architectures() if self.nvcc else []
+        facts = {
+            "compiler": output_of([self.compiler_name, "--version"]).partition("\n")[0],
+            "flags": " ".join(flags),
+            "torch": self.torch_version,
+            "nvcc": nvcc_version(self.nvcc) if self.nvcc else "",
+            "cuda_architectures": " ".join(architectures),
+            "git": output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]) or "unknown",
+        }
+        lines = [f'{{"{name}", R"({value})"}},\n' for name, value in facts.items()]
+        write_if_changed(directory / "build_info.h", "".join(lines))
+        command = [self.compiler_name, *flags, *self.includes, f"-I{directory}"]
+        return self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
 
+    def cuda_steps(self, directory: Path) -> list[Step]:
+        command = [self.nvcc, f"-ccbin={self.compiler_name}", *NVCC_FLAGS, STABLE_ABI, *self.includes]
+        command += gencode_flags(self.architectures())
+        link = [self.nvcc, f"-ccbin={self.compiler_name}", "-shared", "-cudart=static"]
+        return self.steps("resnet_fused._cuda", command, link, directory)
 
-def git_revision() -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    def architectures(self) -> list[str]:
+        return cuda_architectures(known_architectures(self.nvcc), os.environ.get("TORCH_CUDA_ARCH_LIST"))
 
-
-def write_build_info(path: Path, facts: dict[str, str]) -> None:
-    """A header of name-value pairs, touched only when it changes, so that a rebuild has nothing to do."""
-    lines = [f'{{"{name}", R"({value})"}},' for name, value in facts.items()]
-    text = "\n".join(lines) + "\n"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    def steps(self, name: str, compile_command: list[str], link_command: list[str], directory: Path) -> list[Step]:
+        """One step for every source of the extension `name`, and one that links them."""
+        extension = next(ext for ext in self.extensions if ext.name == name)
+        library = Path(self.get_ext_fullpath(name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        compiles = []
+        for source in extension.sources:
+            target = directory / f"{source.replace('/', '-')}.o"
+            depfile = target.with_suffix(".d")
+            command = [*compile_command, "-MD", "-MF", str(depfile), "-c", str(ROOT / source), "-o", str(target)]
+            compiles.append(Step(command, [ROOT / source], target, depfile))
+        objects = [step.output for step in compiles]
+        link = [*link_command, *map(str, objects), "-o", str(library), *self.link_flags]
+        return [*compiles, Step(link, objects, library)]
 
 
 if __name__ == "__main__":
-    sources = ["csrc/ops.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
     skip = os.environ.get("RESNET_FUSED_SKIP_COMPILE") == "1"
+    libraries = {"_C": ["csrc/ops.cpp", *sources("cpu/*.cpp")], "_cuda": sources("cuda/*.cu")}
     setup(
-        ext_modules=[] if skip else [Extension("resnet_fused._C", sources)],
+        ext_modules=[] if skip else [Extension(f"resnet_fused.{name}", files) for name, files in libraries.items()],
         cmdclass={"build_ext": Build},
     )

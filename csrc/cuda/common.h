@@ -1,0 +1,66 @@
+// What every csrc/cuda/<op>.cu does around its kernel: outputs, pointers, stream, and the error of a launch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../check.h"
+#include "../params.h"
+
+namespace resnet_fused::cuda {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline Extent extent_of(const Tensor& x) {
+  return {x.size(0) * x.size(2) * x.size(3), x.size(1), x.size(2) * x.size(3)};
+}
+
+template <class T>
+const T* pointer(const OptionalTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* output(const Tensor& t) {
+  return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                         std::optional<torch::headeronly::MemoryFormat> format = std::nullopt) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
+// Exact channels_last strides, also for ambiguous shapes.
+inline Tensor empty_channels_last(const Tensor& like) {
+  return empty_like(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type(),
+                    torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// f(T{}) with the element type of `dtype`, which check_data() has admitted; then the launch error, if there was one.
+template <class F>
+void launch_as(const char* op, ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: f(float{}); break;
+    case ScalarType::Half: f(__half{}); break;
+    default: f(__nv_bfloat16{}); break;
+  }
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  fail(op, ": CUDA launch failed: ", cudaGetErrorString(error),
+       error == cudaErrorNoKernelImageForDevice
+           ? "; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST, or use another backend"
+           : "");
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,44 @@
+// Arguments of the CUDA launches, one struct per op; no torch header, so that csrc/cuda/kernels compiles alone.
+// Activations are row-major [rows, channels] matrices (channels_last); absent tensors are null pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fused {
+
+struct Extent {
+  int64_t rows;             // N*H*W
+  int64_t channels;         // C
+  int64_t rows_per_sample;  // H*W
+};
+
+struct NormAddReluParams {
+  Extent extent;
+  const void* z;                // [rows, C]
+  const float* scale;           // [C]
+  const float* shift;           // [C]
+  const void* residual;         // [rows, C] or null
+  const float* residual_scale;  // [C] or null
+  const float* residual_shift;  // [C] or null
+  const float* sample_factor;   // [N] or null
+  void* out;                    // [rows, C]
+  uint8_t* mask;                // [rows, ceil(C/8)] or null
+  bool relu;
+};
+
+struct NormAddReluBackwardParams {
+  Extent extent;
+  const void* grad_out;        // [rows, C]
+  const void* z;               // [rows, C] or null
+  const float* scale;          // [C] or null: no recomputed mask
+  const float* shift;          // [C] or null
+  const uint8_t* mask_bits;    // [rows, ceil(C/8)] or null
+  const void* mask_output;     // [rows, C] or null
+  const void* residual;        // [rows, C] or null
+  const float* sample_factor;  // [N] or null
+  void* g;                     // [rows, C] or null
+  float* partial;              // scratch, partial_floats() of it
+  float* sums[4];              // [C] each: sum_g, sum_gz, residual_sum_g, residual_sum_gz; null where absent
+};
+
+}  // namespace resnet_fused

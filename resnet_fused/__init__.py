@@ -1,6 +1,7 @@
-"""Fused residual networks for PyTorch."""
+"""Fused residual networks for PyTorch: `fuse` a model, and it runs the same mathematics with half the memory traffic."""
 
 from .backends import use
+from .convert import fuse, report, unfuse
 
 __version__ = "0.1.0"
-__all__ = ["use"]
+__all__ = ["fuse", "report", "unfuse", "use"]

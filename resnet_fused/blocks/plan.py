@@ -1,0 +1,114 @@
+"""Which variant of a chain to run: plain or Gram join, for the last step and for the projection.
+
+A cost model counts what the two variants do differently. Writing z, its passes forward and backward cost bytes; the
+Gram matrix, its correction of the gradient and the small matrix products cost FLOPs::
+
+    plain: 7 passes over z beyond the convolutions: write, statistics, normalise; sums, apply (2 reads, 1 write)
+    gram:  M*C*(C+1) + 2*M*C*C for the Gram matrix and the correction, 4 products of [K, C] and [C, C],
+           1 more read of the input, and an add for the correction's write
+
+The Gram join also saves the bytes of z between forward and backward, the reason it exists: it is taken unless the model
+expects it to be slower by more than :data:`TOLERATED` of the last convolution's time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from ..backends import backends
+from ..steps import Chain, Step, StepTensors
+
+Tensor = torch.Tensor
+
+#: Share of the last convolution's forward and backward time that a Gram join may cost, for the memory it saves.
+TOLERATED = 0.10
+PLAIN_PASSES = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the cost model needs to know of a device; for all its cores or multiprocessors."""
+
+    name: str
+    flops: float  # per second, of a good matrix product
+    bandwidth: float  # bytes per second
+
+
+def cpu(threads: int) -> Device:
+    """A CPU by its threads: 80 GFLOP/s each in f32 convolutions, 7 GB/s each (measured on 2 cores of an AMD EPYC)."""
+    return Device(f"cpu x{threads}", 80e9 * threads, 7e9 * threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes of a variant beyond what both variants do, and the convolution's own FLOPs."""
+
+    plain_bytes: int
+    gram_flops: int
+    gram_bytes: int
+    conv_flops: int
+
+    def gram_is_worth_it(self, device: Device) -> bool:
+        """Whether the Gram join is expected to cost no more than :data:`TOLERATED`."""
+        plain = self.plain_bytes / device.bandwidth
+        gram = self.gram_flops / device.flops + self.gram_bytes / device.bandwidth
+        return gram - plain <= TOLERATED * self.conv_flops / device.flops
+
+
+def cost(pixels: int, inputs: int, outputs: int, element_size: int) -> Cost:
+    """Costs of the join of a 1x1 convolution from `inputs` to `outputs` channels over `pixels` outputs."""
+    small = 4 * 2 * outputs * inputs * inputs
+    return Cost(
+        plain_bytes=PLAIN_PASSES * pixels * outputs * element_size,
+        gram_flops=pixels * inputs * (inputs + 1) + 2 * pixels * inputs * inputs + small,
+        gram_bytes=4 * pixels * inputs * element_size,
+        conv_flops=6 * pixels * inputs * outputs,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _pays(pixels: int, inputs: int, outputs: int, element_size: int, device: Device) -> bool:
+    return cost(pixels, inputs, outputs, element_size).gram_is_worth_it(device)
+
+
+def _runs_folded(chain: Chain, x: Tensor) -> bool:
+    """Whether a join with an epilogue exists for this case: the CPU's, through oneDNN."""
+    served = backends()["cpu"]
+    return chain.backend in ("auto", "cpu") and x.device.type == "cpu" and not served.unavailable and (
+        x.dtype in served.kernels["conv_add_relu"].dtypes
+    )
+
+
+def gram_obstacle(step: Step, tensors: StepTensors) -> str:
+    """Why the join of `step` cannot be a Gram join; empty if it can."""
+    if not step.norm.batch_stats:
+        return ""  # folding running statistics needs no Gram matrix: any convolution will do
+    if not step.conv.is_pointwise(tensors.weight):
+        return "not a 1x1 convolution"
+    return "" if tensors.bias is None else "the convolution has a bias"
+
+
+def _worth(step: Step, tensors: StepTensors, x: Tensor, pixels: int) -> bool:
+    if gram_obstacle(step, tensors):
+        return False
+    if not step.norm.batch_stats:
+        return True
+    outputs, inputs = tensors.weight.shape[:2]
+    return _pays(pixels, inputs, outputs, x.element_size(), cpu(torch.get_num_threads()))
+
+
+def choose_variant(
+    chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
+) -> Chain:
+    """`chain` with its variants chosen for this input. `shapes`: output shape of each step."""
+    if not _runs_folded(chain, x):
+        return chain
+    n, _, h, w = shapes[-1]
+    pixels = n * h * w
+    main = sample_factor is None and _worth(chain.steps[-1], tensors[len(chain.steps) - 1], x, pixels)
+    projection = chain.shortcut is not None and _worth(chain.shortcut, tensors[-1], x, pixels)
+    return dataclasses.replace(chain, gram=main, gram_shortcut=projection)
+

@@ -1,0 +1,181 @@
+"""`fuse`, `unfuse` and `report`: other people's models, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+from torch import nn
+
+from ..backends import check_name
+from ..blocks import norms
+from . import program as programs
+from .fused_module import STATE, FusedModule, FusedState, fused_class, is_fused, obstacle, site_of
+from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
+from .trace import Untraceable, state_of, trace
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One module in a :class:`Report`."""
+
+    name: str
+    kind: str  # class of the module
+    what: str  # what is fused in it; empty if nothing is
+    reason: str  # why it, or the rest of it, is stock; empty if nothing is left
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was fused and what was left, each with its reason; ``str()`` is a table."""
+
+    fused: tuple[Row, ...]
+    left: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} modules fused, {len(self.left)} left stock"]
+        for row in (*self.fused, *self.left):
+            what = f"fused: {row.what}" if row.what else "stock"
+            lines.append(f"  {row.name or '(model)'} ({row.kind}): {what}" + (f"; {row.reason}" if row.reason else ""))
+        return "\n".join(lines)
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children())
+
+
+def fuse(
+    model: nn.Module, *, filter_fn: FilterFn | None = None, backend: str = "auto", strict: bool = False
+) -> nn.Module:
+    """Fuse the residual blocks (and conv-BN-ReLU chains) of `model`, in place.
+
+    Parameters, their names and the ``state_dict`` stay as they are, and so do hooks, ``isinstance`` and everything
+    else; only the class of each fused module becomes a subclass that runs the same mathematics with fewer passes over
+    memory. Blocks are recognised by their structure, not by their class: torchvision's, timm's and your own. What
+    cannot be fused stays stock, see :func:`report`. Calling it again fuses what is new and changes nothing else.
+
+    Args:
+        model: any module; also a single block.
+        filter_fn: ``filter_fn(name, module) -> bool``; modules for which it is false are left alone.
+        backend: who runs the ops, "auto" or a name of :func:`resnet_fused.use`.
+        strict: raise instead of warn when there is nothing to fuse.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: unknown `backend`; or nothing to fuse, with `strict`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
+    check_name(backend)
+    inside: set[int] = set()  # modules that a fused chain has taken over
+    left: list[Row] = []
+    for name, module in list(model.named_modules()):
+        if id(module) in inside or (filter_fn is not None and not filter_fn(name, module)):
+            continue
+        if is_fused(module):
+            module.__dict__[STATE].backend = backend
+            inside |= _taken(module)
+        elif _is_candidate(module):
+            reason = _fuse_one(module, backend)
+            if reason and fuse_stem(module, backend):
+                left.append(Row(name, type(module).__name__, "", reason))
+            inside |= _taken(module)
+    if not any(is_fused(module) for module in model.modules()):
+        reasons = "; ".join(f"{row.name or '(model)'}: {row.reason}" for row in left) or "it has no convolution in a block"
+        text = f"fuse: nothing to fuse in {type(model).__name__} ({reasons})"
+        if strict:
+            raise ValueError(text)
+        warnings.warn(text, stacklevel=2)
+    return model
+
+
+def _fuse_one(module: nn.Module, backend: str) -> str:
+    """Swap the class of one module. Returns why not, or an empty text."""
+    try:
+        program, reasons = programs.build(module, trace(module))
+    except Untraceable as error:
+        return str(error)
+    if not program.chains:
+        return "; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm"
+    state = FusedState(program, state_of(module), backend, tuple(dict.fromkeys(reasons)))
+    module.__dict__[STATE] = state
+    module.__class__ = fused_class(type(module))
+    return ""
+
+
+def _taken(module: nn.Module) -> set[int]:
+    """Modules below a fused one that its chains run; the others may be fused themselves."""
+    if isinstance(module, FusedStem):
+        return {id(inner) for inner in stem_modules(module)}
+    if not isinstance(module, FusedModule):
+        return set()
+    names = {name for call in module.__dict__[STATE].program.chains for name in _names(call)}
+    names |= {name for name, _ in module.__dict__[STATE].program.containers}
+    return {id(module.get_submodule(name)) for name in names}
+
+
+def _names(call: programs.ChainCall) -> list[str]:
+    pairs = (*call.steps, *(() if call.shortcut is None else (call.shortcut,)))
+    return [name for pair in pairs for name in pair] + list(call.bypassed)
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo :func:`fuse` on `model` and everything in it, in place; returns `model`. A stock model is left as it is."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            del module.__dict__[STATE]
+            module.__class__ = type(module).__mro__[2]
+        else:
+            unfuse_stem(module)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What is fused in `model` now and what is stock, with reasons; for both, as the next call would run it."""
+    fused, left, inside = [], [], set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, FusedModule):
+            inside |= _taken(module)
+            state: FusedState = module.__dict__[STATE]
+            sites = [site_of(module, call, state.backend) for call in state.program.chains]
+            reason = obstacle(module, state, sites)
+            kind = type(module).__mro__[2].__name__
+            if reason:
+                left.append(Row(name, kind, "", reason))
+            else:
+                fused.append(Row(name, kind, describe(state.program), "; ".join(state.reasons)))
+        elif isinstance(module, FusedStem):
+            inside |= _taken(module)
+            fused.append(Row(name, type(module).__mro__[2].__name__, module.__dict__[STATE].describe(), ""))
+        elif _is_candidate(module):
+            try:
+                program, reasons = programs.build(module, trace(module))
+                reason = "fuse() was not called on it" if program.chains else "; ".join(dict.fromkeys(reasons))
+            except Untraceable as error:
+                reason = str(error)
+            left.append(Row(name, kind, "", reason or "no convolution followed by batch norm"))
+    return Report(tuple(fused), tuple(left))
+
+
+def describe(program: programs.Program) -> str:
+    """A program in words, e.g. ``conv1-bn1-relu-conv2-bn2 + downsample -> relu``."""
+    parts = []
+    for call in program.calls:
+        if isinstance(call, programs.StockCall):
+            parts.append(f"[{call.target if isinstance(call.target, str) else call.target.__name__}]")
+            continue
+        text = "-relu-".join("-".join(step) for step in call.steps)
+        text += f" * {call.drop_path}" if call.drop_path else ""
+        text += f" + {call.shortcut[0].rpartition('.')[0] or call.shortcut[0]}" if call.shortcut else ""
+        text += f" + {call.residual}" if call.residual else ""
+        parts.append(text + (" -> relu" if call.relu else ""))
+    return ", ".join(parts)

@@ -1,0 +1,174 @@
+"""A stock module whose class was swapped for a subclass that runs its program.
+
+Swapping the class leaves everything a user can hold on to as it was: the object, its children, parameters, hooks,
+``state_dict`` and ``isinstance``. The stock forward stays one ``super()`` away, and is what runs wherever a call cannot
+be fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copyreg
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..blocks.runtime import Site, input_obstacle, module_obstacle, run_site
+from .program import ChainCall, Program, Ref, StockCall
+from .trace import state_of
+
+Tensor = torch.Tensor
+STATE = "_resnet_fused"
+
+_stock: contextvars.ContextVar[bool] = contextvars.ContextVar("resnet_fused_stock", default=False)
+
+
+@contextlib.contextmanager
+def stock_forward() -> Iterator[None]:
+    """Run every fused module's stock forward within a ``with`` block: how to compare without a second model."""
+    token = _stock.set(True)
+    try:
+        yield
+    finally:
+        _stock.reset(token)
+
+
+def is_stock_forced() -> bool:
+    """Whether a :func:`stock_forward` block is open."""
+    return _stock.get()
+
+
+@dataclasses.dataclass
+class FusedState:
+    """What a fused module carries; plain data, so that it copies and pickles."""
+
+    program: Program
+    traced: tuple  # see trace.state_of
+    backend: str
+    reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
+
+
+def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
+    """The modules that `call` names in `block`."""
+    find = block.get_submodule
+    return Site(
+        steps=tuple((find(conv), find(norm)) for conv, norm in call.steps),
+        shortcut=None if call.shortcut is None else (find(call.shortcut[0]), find(call.shortcut[1])),
+        relu=call.relu,
+        inplace_add=call.inplace_add,
+        bypassed=tuple(find(name) for name in call.bypassed),
+        backend=backend,
+    )
+
+
+def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
+    """Why the modules of a fused block must be called one by one now; empty if they need not."""
+    if state_of(block) != state.traced:
+        return "the block was changed after fuse(); call fuse() again"
+    for name, length in state.program.containers:
+        container = block.get_submodule(name)
+        if type(container) is not nn.Sequential or len(container) != length:
+            return f"{name} was changed after fuse(); call fuse() again"
+        if container._forward_hooks or container._forward_pre_hooks or container._backward_hooks:
+            return f"hooks on {name}"
+    for site in sites:
+        if any(type(module) not in _BYPASSABLE for module in site.bypassed):
+            return "an activation was changed after fuse(); call fuse() again"
+        reason = module_obstacle(site)
+        if reason:
+            return reason
+    return ""
+
+
+_BYPASSABLE = (nn.ReLU, nn.Identity)
+
+
+def _drop_factor(block: nn.Module, call: ChainCall, x: Tensor, site: Site) -> Tensor | None:
+    """The per-sample factor of timm's drop path: its random call, its scaling."""
+    if call.drop_path is None:
+        return None
+    drop = block.get_submodule(call.drop_path)
+    if drop.drop_prob == 0.0 or not drop.training:
+        return None
+    keep = 1 - drop.drop_prob
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    factor = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
+    if keep > 0.0 and drop.scale_by_keep:
+        factor.div_(keep)
+    return factor.view(-1)
+
+
+def _run_stock(block: nn.Module, call: StockCall, values: dict[str, Tensor]) -> object:
+    def value(arg: object) -> object:
+        if isinstance(arg, Ref):
+            return values[arg.name]
+        if isinstance(arg, tuple | list):
+            return type(arg)([value(item) for item in arg])
+        return arg
+
+    args, kwargs = [value(arg) for arg in call.args], {key: value(arg) for key, arg in call.kwargs}
+    if call.op == "call_module":
+        return block.get_submodule(call.target)(*args, **kwargs)
+    if call.op == "call_method":
+        return getattr(args[0], call.target)(*args[1:], **kwargs)
+    return call.target(*args, **kwargs)
+
+
+def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tensor) -> Tensor:
+    """The block's output: chains fused, everything between them stock."""
+    values, remaining = {state.program.input: x}, iter(sites)
+    for call in state.program.calls:
+        if isinstance(call, StockCall):
+            values[call.output] = _run_stock(block, call, values)
+            continue
+        site, h = next(remaining), values[call.input]
+        residual = None if call.residual is None else values[call.residual]
+        values[call.output] = run_site(site, h, residual, _drop_factor(block, call, h, site))
+    return values[state.program.result]
+
+
+class FusedModule:
+    """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
+
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs or _stock.get():
+            return super().forward(x, *args, **kwargs)
+        state: FusedState = self.__dict__[STATE]
+        sites = [site_of(self, call, state.backend) for call in state.program.chains]
+        if obstacle(self, state, sites) or input_obstacle(x, sites[0]):
+            return super().forward(x)
+        return run_program(self, state, sites, x)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (type(self).__mro__[2],), getstate(self)
+
+
+def getstate(module: nn.Module) -> dict:
+    """The state that pickle and deepcopy carry over: what they would take from a plain module."""
+    getter = getattr(module, "__getstate__", None)
+    return module.__dict__ if getter is None else getter()
+
+
+def _rebuild(stock_class: type) -> nn.Module:
+    return copyreg.__newobj__(fused_class(stock_class))
+
+
+_classes: dict[type, type] = {}
+
+
+def fused_class(stock_class: type) -> type:
+    """The fused subclass of `stock_class`, made once; carries its name, so that ``repr`` and logs stay readable."""
+    if stock_class not in _classes:
+        _classes[stock_class] = type(
+            f"Fused{stock_class.__name__}", (FusedModule, stock_class), {"__module__": __name__, "__doc__": stock_class.__doc__}
+        )
+    return _classes[stock_class]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether this module's class was swapped by :func:`~resnet_fused.fuse`."""
+    return STATE in module.__dict__

@@ -19,7 +19,7 @@ import torch
 from .ops import OPS
 
 #: Ops that ``_C`` defines; all others are Python over ATen.
-COMPILED_OPS = ("bn_stats", "norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply")
+COMPILED_OPS = ("bn_stats", "norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply", "gram")
 
 REBUILD = "run `pip install --no-build-isolation -e .` in the source tree (or without -e to install it)"
 _HERE = Path(__file__).parent
@@ -63,12 +63,18 @@ def _load_cpu() -> tuple[Library, dict[str, str]]:
     try:
         module = importlib.import_module(f"{__package__}._C")
     except (ImportError, OSError, RuntimeError) as error:
-        return Library(
-            spec.origin, f"{_first_line(error)}; it needs torch >= 2.10, this is {torch.__version__}; {REBUILD}"
-        ), {}
+        return Library(spec.origin, _why_not_loaded(error)), {}
+    outdated = [name for name in COMPILED_OPS if _compiled_schema(name) != f"resnet_fused::{name}{OPS[name].schema}"]
+    if outdated:
+        return Library(spec.origin, f"built from other sources: {', '.join(outdated)} differ(s); {REBUILD}"), {}
     for name in COMPILED_OPS:
         torch.library.register_fake(f"resnet_fused::{name}", OPS[name].fake)
     return Library(spec.origin), module.build_info()
+
+
+def _compiled_schema(name: str) -> str:
+    packet = getattr(torch.ops.resnet_fused, name, None)
+    return str(packet.default._schema) if packet else "missing"
 
 
 def _why_not_found() -> str:
@@ -91,9 +97,7 @@ def _load_cuda(cpu: Library) -> Library:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return Library(
-            str(path), f"{_first_line(error)}; it needs torch >= 2.10, this is {torch.__version__}; {REBUILD}"
-        )
+        return Library(str(path), _why_not_loaded(error))
     return Library(str(path))
 
 
@@ -104,5 +108,6 @@ def _triton_version() -> str:
         return ""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _why_not_loaded(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{text.splitlines()[0]}; it needs torch >= 2.10, this is {torch.__version__}; {REBUILD}"

@@ -1,0 +1,64 @@
+// The kernels behind C functions that test_kernels.py calls through ctypes. dtype: 0 float, 1 half, 2 bfloat16.
+
+#include "cuda_on_cpu.h"
+
+#include "../../csrc/cuda/kernels/norm_add_relu.cuh"
+#include "../../csrc/cuda/kernels/norm_add_relu_backward.cuh"
+
+using namespace resnet_fused;
+
+namespace {
+
+template <class F>
+int with_type(int dtype, const F& f) {
+  cuda_on_cpu::launches = 0;
+  if (dtype == 0) f(float{});
+  if (dtype == 1) f(__half{});
+  if (dtype == 2) f(__nv_bfloat16{});
+  return cuda_on_cpu::launches;
+}
+
+}  // namespace
+
+extern "C" {
+
+int norm_add_relu(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sample, const void* z, const float* scale,
+                  const float* shift, const void* residual, const float* residual_scale, const float* residual_shift,
+                  const float* sample_factor, void* out, uint8_t* mask, bool relu) {
+  const NormAddReluParams p{{rows, channels, rows_per_sample},
+                            z,
+                            scale,
+                            shift,
+                            residual,
+                            residual_scale,
+                            residual_shift,
+                            sample_factor,
+                            out,
+                            mask,
+                            relu};
+  return with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu<decltype(t)>(p, nullptr); });
+}
+
+int64_t partial_floats(int64_t rows, int64_t channels, bool residual) {
+  return cuda::partial_floats({rows, channels, rows}, residual);
+}
+
+int norm_add_relu_backward(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sample, const void* grad_out,
+                           const void* z, const float* scale, const float* shift, const uint8_t* mask_bits,
+                           const void* mask_output, const void* residual, const float* sample_factor, void* g,
+                           float* partial, float* sum_g, float* sum_gz, float* residual_sum_g, float* residual_sum_gz) {
+  const NormAddReluBackwardParams p{{rows, channels, rows_per_sample},
+                                    grad_out,
+                                    z,
+                                    scale,
+                                    shift,
+                                    mask_bits,
+                                    mask_output,
+                                    residual,
+                                    sample_factor,
+                                    g,
+                                    partial,
+                                    {sum_g, sum_gz, residual_sum_g, residual_sum_gz}};
+  return with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu_backward<decltype(t)>(p, nullptr); });
+}
+}

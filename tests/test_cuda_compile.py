@@ -1,0 +1,78 @@
+"""Compile the CUDA kernels with nvcc, alone and without torch: no spills, few registers, 16-byte accesses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import build_support
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = ("80", "90", "100")
+#: Registers per thread. A block has 256 threads: at 80 three fit an SM of 65536 registers, at 128 two.
+REGISTERS = {"norm_add_relu": 80, "norm_add_relu_backward": 128}
+TYPES = ("float", "__half", "__nv_bfloat16")
+
+
+def nvcc() -> str:
+    found = build_support.find_nvcc()
+    if found is None:
+        pytest.skip("needs nvcc")
+    return found
+
+
+def instantiation(op: str) -> str:
+    """A source that compiles every kernel of `op`, with nothing but its own header."""
+    params = "".join(part.capitalize() for part in op.split("_")) + "Params"
+    lines = [f'#include "csrc/cuda/kernels/{op}.cuh"', "namespace resnet_fused::cuda {"]
+    lines += [f"template void launch_{op}<{t}>(const {params}&, cudaStream_t);" for t in TYPES]
+    return "\n".join([*lines, "}"])
+
+
+def compile_kernels(op: str, directory: Path, *flags: str) -> tuple[Path, str]:
+    source, output = directory / f"{op}.cu", directory / f"{op}.out"
+    source.write_text(instantiation(op))
+    command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT}", *flags, str(source), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout + result.stderr
+
+
+def resources(log: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """(kernel, architecture) -> (registers, spilled bytes), from the report of ``-Xptxas -v``."""
+    found, kernel = {}, None
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            kernel, spilled = match.groups(), 0
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = sum(map(int, match.groups()))
+        elif match := re.search(r"Used (\d+) registers", line):
+            found[kernel] = (int(match.group(1)), spilled)
+    return found
+
+
+@pytest.mark.parametrize("op", REGISTERS)
+def test_registers_and_spills(op, tmp_path):
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    _, log = compile_kernels(op, tmp_path, "-Xptxas=-v", "-c", *gencode)
+    used = resources(log)
+    assert {architecture for _, architecture in used} == set(ARCHITECTURES)
+    expected = {"norm_add_relu": 3 * 2 * 3, "norm_add_relu_backward": 3 * 2 * 4 + 2}[op]
+    assert len(used) == expected * len(ARCHITECTURES), sorted(used)
+    print(f"{op}: at most {max(r for r, _ in used.values())} registers")
+    assert {k: v for k, v in used.items() if v[0] > REGISTERS[op] or v[1]} == {}
+
+
+@pytest.mark.parametrize("op", REGISTERS)
+def test_vector_kernels_access_sixteen_bytes(op, tmp_path):
+    ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_90")
+    kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
+    vectors = [k for k in kernels if re.match(rf"\w*{op}_kernelI(?:f|6__half|13__nv_bfloat16)Lb1E", k)]
+    assert len(vectors) == {"norm_add_relu": 9, "norm_add_relu_backward": 12}[op]
+    for kernel in vectors:
+        name = kernel.split("(")[0]
+        assert re.search(r"ld\.global\S*\.v4", kernel), f"{name} does not load 16 bytes at a time"
+        assert re.search(r"st\.global\S*\.v4", kernel), f"{name} does not store 16 bytes at a time"

@@ -164,4 +164,9 @@ inline void check_lazy_grad_apply(const Tensor& g, const OptionalTensor& z, cons
   check_factor(op, sample_factor, g);
 }
 
+inline void check_gram(const Tensor& a, const Tensor& centre) {
+  check_data("gram", "a", a);
+  check_vector("gram", "centre", centre, a);
+}
+
 }  // namespace resnet_fused

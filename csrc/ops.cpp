@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
       "Tensor? shift=None, Tensor? sample_factor=None) -> Tensor dz");
+  m.def("gram(Tensor a, Tensor centre) -> (Tensor gram, Tensor total)");
   m.def("checksum(Tensor[] tensors) -> int");  // not an op of the contract: see csrc/cpu/checksum.cpp
 }
 

@@ -19,8 +19,8 @@ struct Vectors {
 template <class T, bool masked, bool affine, class A = acc_t<T>>
 RESNET_FUSED_CLONES void apply(T* __restrict dz, const T* __restrict g, const T* __restrict z, const Vectors<A>& v,
                                int64_t rows, int64_t C) {
-  const A *__restrict a = v.a, *__restrict b = v.b, *__restrict d = v.d;
-  const A *__restrict scale = v.scale, *__restrict shift = v.shift;
+  const A* __restrict a = v.a, * __restrict b = v.b, * __restrict d = v.d;
+  const A* __restrict scale = v.scale, * __restrict shift = v.shift;
   for (int64_t m = 0; m < rows; ++m, dz += C, g += C, z += masked || affine ? C : 0) {
     for (int64_t c = 0; c < C; ++c) {
       A value = load(g + c);
@@ -63,10 +63,9 @@ void run(const Arguments& t) {
   });
 }
 
-Tensor lazy_grad_apply(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a,
-                       const std::optional<Tensor>& b, const std::optional<Tensor>& d,
-                       const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                       const std::optional<Tensor>& sample_factor) {
+Tensor lazy_grad_apply(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a, const std::optional<Tensor>& b,
+                       const std::optional<Tensor>& d, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& shift, const std::optional<Tensor>& sample_factor) {
   Arguments t{g, z, a, b, d, scale, shift, sample_factor, {}};
   check_lazy_grad_apply(g, z, a, b, d, scale, shift, sample_factor);
   t.dz = empty_channels_last(g);

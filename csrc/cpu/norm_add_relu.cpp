@@ -24,8 +24,8 @@ struct Vectors {
 template <class T, Residual kind, class A = acc_t<T>>
 RESNET_FUSED_CLONES void normalise(T* __restrict out, const T* __restrict z, const T* __restrict residual,
                                    const Vectors<A>& v, A floor, int64_t rows, int64_t C) {
-  const A *__restrict scale = v.scale, *__restrict shift = v.shift;
-  const A *__restrict residual_scale = v.residual_scale, *__restrict residual_shift = v.residual_shift;
+  const A* __restrict scale = v.scale, * __restrict shift = v.shift;
+  const A* __restrict residual_scale = v.residual_scale, * __restrict residual_shift = v.residual_shift;
   for (int64_t m = 0; m < rows; ++m, out += C, z += C, residual += kind == Residual::kNone ? 0 : C) {
     for (int64_t c = 0; c < C; ++c) {
       A y = load(z + c) * scale[c] + shift[c];

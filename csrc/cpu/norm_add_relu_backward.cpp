@@ -77,7 +77,7 @@ struct Partial {
 template <class T, bool with_z, bool with_residual, class A = acc_t<T>>
 RESNET_FUSED_CLONES void sum_rows(const Partial<A>& sums, const T* __restrict g, const T* __restrict z,
                                   const T* __restrict r, int64_t rows, int64_t C) {
-  A *__restrict sum_g = sums.g, *__restrict sum_gz = sums.gz, *__restrict sum_gr = sums.gr;
+  A* __restrict sum_g = sums.g, * __restrict sum_gz = sums.gz, * __restrict sum_gr = sums.gr;
   for (int64_t c = 0; c < C; ++c) sum_g[c] = sum_gz[c] = sum_gr[c] = 0;
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4, g += 4 * C, z += with_z ? 4 * C : 0, r += with_residual ? 4 * C : 0) {
@@ -109,8 +109,8 @@ struct Totals {
 
 template <class A>
 RESNET_FUSED_CLONES void add_partial(const Totals& totals, const Partial<A>& sums, double factor, int64_t C) {
-  double *__restrict g = totals.g, *__restrict gz = totals.gz;
-  double *__restrict residual_g = totals.residual_g, *__restrict residual_gz = totals.residual_gz;
+  double* __restrict g = totals.g, * __restrict gz = totals.gz;
+  double* __restrict residual_g = totals.residual_g, * __restrict residual_gz = totals.residual_gz;
   for (int64_t c = 0; c < C; ++c) {
     g[c] += factor * sums.g[c];
     gz[c] += factor * sums.gz[c];
@@ -132,7 +132,8 @@ const T* masked_rows(const Arguments& a, Keep keep, T* g, int64_t begin, int64_t
     case Keep::kBits: select_by_bits(g, grad, data<uint8_t>(a.mask) + begin * mask_bytes(C), rows, C); break;
     case Keep::kOutput: select_by_output(g, grad, data<T>(a.mask) + begin * C, rows * C); break;
     case Keep::kRecompute:
-      select_by_recomputed(g, grad, data<T>(a.z) + begin * C, data<acc_t<T>>(a.scale), data<acc_t<T>>(a.shift), rows, C);
+      select_by_recomputed(g, grad, data<T>(a.z) + begin * C, data<acc_t<T>>(a.scale), data<acc_t<T>>(a.shift), rows,
+                           C);
   }
   return g;
 }

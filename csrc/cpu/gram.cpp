@@ -1,0 +1,203 @@
+// Shifted Gram matrix and sums of a: d = a - centre, gram = d' d, total = sum of d. One or two reads of a.
+//
+// The upper triangle is cut into macro tiles of kMacro x kMacro channels and the rows into chunks; a (chunk, macro
+// tile) is one unit of work. It packs kDepth rows of its channels at a time into panels of one cache line per row,
+// centre subtracted, multiplies them in registers (float32 sums of kDepth terms) and adds those to a float64 tile in
+// cache.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "alloc.h"
+#include "rows.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr int64_t kMacro = 128;       // channels: its float64 tile is 128 KiB, half a second-level cache
+constexpr int64_t kDepth = 192;       // rows: two panels fit the first-level cache
+constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merged
+constexpr int64_t kMaxChunks = 32;
+constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
+constexpr int64_t kRegisterRows = 4;             // times two vectors: eight sums in flight hide the latency of FMA
+
+template <class A>
+constexpr int64_t kPanel = 64 / sizeof(A);  // channels
+
+template <class A>
+constexpr int64_t kPanels = kMacro / kPanel<A>;
+
+struct AlignedDelete {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+
+template <class A>
+using AlignedArray = std::unique_ptr<A[], AlignedDelete>;
+
+template <class A>
+AlignedArray<A> aligned_array(int64_t size) {
+  return AlignedArray<A>(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), std::align_val_t(64))));
+}
+
+// packed[panel][row][kPanel] = a[row][channel] - centre[channel], 0 beyond `width` channels; a has rows of C.
+template <class T, class A>
+RESNET_FUSED_CLONES void pack(A* __restrict packed, const T* __restrict a, const A* __restrict centre, int64_t rows,
+                              int64_t width, int64_t C) {
+  constexpr int64_t P = kPanel<A>;
+  for (int64_t m = 0; m < rows; ++m, a += C, packed += P) {
+    int64_t c = 0;
+    for (; c + P <= width; c += P) {
+      A* __restrict target = packed + c * kDepth;
+      for (int64_t i = 0; i < P; ++i) target[i] = load(a + c + i) - centre[c + i];
+    }
+    if (c < width) {
+      A* __restrict target = packed + c * kDepth;
+      for (int64_t i = 0; i < P; ++i) target[i] = A(0);
+      for (int64_t i = 0; i < width - c; ++i) target[i] = load(a + c + i) - centre[c + i];
+    }
+  }
+}
+
+// total[c] += sum of the packed rows
+template <class A>
+RESNET_FUSED_CLONES void add_totals(double* __restrict total, const A* __restrict packed, int64_t rows, int64_t width) {
+  constexpr int64_t P = kPanel<A>;
+  for (int64_t c = 0; c < width; c += P) {
+    const A* panel = packed + c * kDepth;
+    A sum[P] = {};
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t i = 0; i < P; ++i) sum[i] += panel[m * P + i];
+    }
+    for (int64_t i = 0; i < P && c + i < width; ++i) total[c + i] += sum[i];
+  }
+}
+
+// g[r][j] += sum_m a[m][r] * b[m][j] for kRegisterRows x kPanel, g with rows of kMacro
+template <class A>
+RESNET_FUSED_INLINE void multiply_tile(double* __restrict g, const A* __restrict a, const A* __restrict b,
+                                       int64_t rows) {
+  constexpr int64_t P = kPanel<A>, half = P / 2;
+  typedef A Vector __attribute__((vector_size(32)));
+  Vector low[kRegisterRows] = {}, high[kRegisterRows] = {};
+  for (int64_t m = 0; m < rows; ++m, a += P, b += P) {
+    const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + half);
+    for (int64_t r = 0; r < kRegisterRows; ++r) {
+      low[r] += a[r] * b0;
+      high[r] += a[r] * b1;
+    }
+  }
+  for (int64_t r = 0; r < kRegisterRows; ++r, g += kMacro) {
+    for (int64_t i = 0; i < half; ++i) {
+      g[i] += low[r][i];
+      g[half + i] += high[r][i];
+    }
+  }
+}
+
+// g += a' b over `rows` packed rows; on the diagonal (a == b) only tiles that reach the upper triangle.
+template <class A>
+RESNET_FUSED_CLONES void multiply(double* g, const A* a, const A* b, int64_t rows, int64_t a_width, int64_t b_width) {
+  constexpr int64_t P = kPanel<A>;
+  for (int64_t i = 0; i < a_width; i += P) {
+    for (int64_t j = a == b ? i : 0; j < b_width; j += P) {
+      for (int64_t r = 0; r < P && i + r < a_width; r += kRegisterRows) {
+        multiply_tile(g + (i + r) * kMacro + j, a + i * kDepth + r, b + j * kDepth, rows);
+      }
+    }
+  }
+}
+
+struct Work {
+  int64_t C, macros, tiles, chunks, rows;
+
+  explicit Work(const Shape& s) : C(s.channels), macros((C + kMacro - 1) / kMacro), rows(s.rows) {
+    tiles = macros * (macros + 1) / 2;
+    const int64_t affordable = static_cast<int64_t>(kMaxScratch / sizeof(double)) / std::max<int64_t>(C * C, 1);
+    chunks = std::clamp(std::min(affordable, rows / kChunkRows), int64_t(1), kMaxChunks);
+  }
+
+  // Chunk boundaries fall on multiples of kDepth.
+  int64_t first_row(int64_t chunk) const {
+    const int64_t blocks = (rows + kDepth - 1) / kDepth;
+    return std::min(rows, chunk * blocks / chunks * kDepth);
+  }
+};
+
+template <class A>
+struct Buffers {
+  AlignedArray<A> a = aligned_array<A>(kMacro * kDepth), b = aligned_array<A>(kMacro * kDepth);
+  AlignedArray<double> g = aligned_array<double>(kMacro * kMacro);
+};
+
+// Adds d' d of rows [begin, end) for channels [i, i + kMacro) x [j, j + kMacro) to g, [C, C] float64.
+template <class T, class A>
+void macro_tile(Buffers<A>& buffers, const T* a, const A* centre, double* g, double* total, int64_t begin, int64_t end,
+                int64_t i, int64_t j, int64_t C) {
+  const int64_t a_width = std::min(kMacro, C - i), b_width = std::min(kMacro, C - j);
+  double* tile = buffers.g.get();
+  std::fill_n(tile, kMacro * kMacro, 0.0);
+  for (int64_t row = begin; row < end; row += kDepth) {
+    const int64_t rows = std::min(kDepth, end - row);
+    const A *left = buffers.a.get(), *right = i == j ? left : buffers.b.get();
+    pack(buffers.a.get(), a + row * C + i, centre + i, rows, a_width, C);
+    if (i == j) add_totals(total + i, left, rows, a_width);
+    if (i != j) pack(buffers.b.get(), a + row * C + j, centre + j, rows, b_width, C);
+    multiply(tile, left, right, rows, a_width, b_width);
+  }
+  for (int64_t r = 0; r < a_width; ++r) std::copy_n(tile + r * kMacro, b_width, g + (i + r) * C + j);
+}
+
+template <class T>
+void run(const Tensor& a, const Tensor& centre, const Tensor& gram, const Tensor& total) {
+  using A = acc_t<T>;
+  const Work work((Shape(a)));
+  const int64_t C = work.C;
+  std::vector<double> totals(work.chunks * C);                        // [chunks, C]
+  const auto grams = aligned_array<double>(work.chunks * C * C + 1);  // [chunks, C, C], upper triangle
+  torch::stable::parallel_for(0, work.chunks * work.tiles, 1, [&](int64_t begin, int64_t end) {
+    Buffers<A> buffers;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t chunk = unit / work.tiles;
+      int64_t i = 0, j = unit % work.tiles;  // tile (i, j) of the upper triangle, counted row by row
+      for (; j >= work.macros - i; ++i) j -= work.macros - i;
+      j += i;
+      macro_tile(buffers, data<T>(a), data<A>(centre), grams.get() + chunk * C * C, &totals[chunk * C],
+                 work.first_row(chunk), work.first_row(chunk + 1), i * kMacro, j * kMacro, C);
+    }
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < work.chunks; ++chunk) sum += totals[chunk * C + c];
+    data<A>(total)[c] = static_cast<A>(sum);
+  }
+  torch::stable::parallel_for(0, C, std::max<int64_t>(1, 16384 / std::max<int64_t>(C, 1)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  double* row = grams.get() + i * C;
+                                  for (int64_t chunk = 1; chunk < work.chunks; ++chunk) {
+                                    for (int64_t j = i; j < C; ++j) row[j] += row[chunk * C * C + j];
+                                  }
+                                  for (int64_t j = i; j < C; ++j) {
+                                    data<A>(gram)[i * C + j] = data<A>(gram)[j * C + i] = static_cast<A>(row[j]);
+                                  }
+                                }
+                              });
+}
+
+std::tuple<Tensor, Tensor> gram(const Tensor& a, const Tensor& centre) {
+  check_gram(a, centre);
+  const int64_t C = a.size(1);
+  Tensor g = empty_strided<2>({C, C}, {C, 1}, stat_dtype(a.scalar_type())), total = empty_stats(a);
+  for_element_type(a.scalar_type(), [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(a, centre, g, total); });
+  return {g, total};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("gram", TORCH_BOX(&gram)); }
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,166 @@
+"""Small cases for the self-check: odd channels, tail rows, the options that matter, one or two per branch of a kernel.
+
+Values lie on a coarse grid (eighths and sixteenths), so that every product and sum is exact in float32 and in float64:
+the sign of a pre-activation, and with it a mask, is then the same however a kernel orders its arithmetic, and what is
+left to differ is the rounding of the result. Only `bn_stats` gets a case with a large mean, where order matters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from ..ops import OPS, stat_dtype
+from ..ops.contract import pack_mask
+
+Tensor = torch.Tensor
+
+ODD = (2, 7, 5, 3)
+TAIL = (3, 40, 9, 7)
+FLANK = 64  # elements of poison on both sides of every input; keeps its 16-byte alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of one call, on the CPU and in float64 where they are floating."""
+
+    name: str
+    args: tuple
+    kwargs: dict
+
+
+class Draw:
+    """Random tensors on a grid, from a generator of its own: the global random state stays untouched."""
+
+    def __init__(self, shape: tuple[int, int, int, int]):
+        self.shape = shape
+        self.generator = torch.Generator("cpu").manual_seed(0)
+
+    def _grid(self, shape, steps: int, step: float) -> Tensor:
+        drawn = torch.randint(-steps, steps + 1, tuple(shape), generator=self.generator, device="cpu")
+        return drawn.to(torch.float64) * step
+
+    def data(self, shape=None) -> Tensor:
+        """Activations: multiples of 1/8 in [-4, 4]."""
+        return self._grid(shape or self.shape, 32, 0.125).contiguous(memory_format=torch.channels_last)
+
+    def vector(self, size: int | None = None) -> Tensor:
+        """A per-channel vector: multiples of 1/16 in [-2, 2]."""
+        return self._grid((size or self.shape[1],), 32, 0.0625)
+
+    def factor(self) -> Tensor:
+        """A per-sample factor: one sample is dropped, the others are scaled by two."""
+        factor = torch.full((self.shape[0],), 2.0, dtype=torch.float64, device="cpu")
+        factor[0] = 0.0
+        return factor
+
+    def far_from_zero(self, dtype: torch.dtype) -> Tensor:
+        """Activations with a mean of 64 and a deviation of 256 units in the last place of it."""
+        noise = torch.randn(self.shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        wide = 64 + noise * (64 * 256 * torch.finfo(dtype).eps)
+        return wide.to(dtype).double().contiguous(memory_format=torch.channels_last)
+
+
+def _bn_stats(dtype: torch.dtype) -> Iterator[Case]:
+    yield Case("odd channels", (Draw(ODD).data(),), {})
+    yield Case("large mean, tail rows", (Draw(TAIL).far_from_zero(dtype),), {})
+
+
+def _norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    z = odd.data()
+    z[0, 0, 0, 0] = torch.nan
+    yield Case("NaN, mask, odd channels", (z, odd.vector(), odd.vector()), {"emit_mask": True})
+    yield Case("residual, no relu", (odd.data(), odd.vector(), odd.vector(), odd.data()), {"relu": False})
+    shortcut = {"residual": tail.data(), "residual_scale": tail.vector(), "residual_shift": tail.vector()}
+    options = {**shortcut, "sample_factor": tail.factor(), "emit_mask": True}
+    yield Case("projection shortcut, factor, mask", (tail.data(), tail.vector(), tail.vector()), options)
+
+
+def _norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    recompute = {"z": odd.data(), "scale": odd.vector(), "shift": odd.vector()}
+    yield Case("recomputed sign, odd channels", (odd.data(),), recompute)
+    output = odd.data().clamp_min(0)
+    grad_out = torch.where(output <= 0, torch.nan, odd.data())  # a NaN gradient that the mask must drop
+    yield Case("output, sums only", (grad_out,), {"z": odd.data(), "mask": output, "emit_grad": False})
+    bits = {"z": tail.data(), "mask": pack_mask(tail.data() > 0), "residual": tail.data()}
+    yield Case("bits, projection shortcut, factor", (tail.data(),), {**bits, "sample_factor": tail.factor()})
+    yield Case("no relu", (odd.data(),), {"z": odd.data(), "relu": False})
+
+
+def _lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    yield Case("frozen, odd channels", (odd.data(), None, odd.vector()), {})
+    vectors = {name: tail.vector() for name in ("b", "d", "scale", "shift")}
+    options = {**vectors, "sample_factor": tail.factor()}
+    yield Case("affine, sign, factor", (tail.data(), tail.data(), tail.vector()), options)
+
+
+def _gram(dtype: torch.dtype) -> Iterator[Case]:
+    for name, shape in (("odd channels", ODD), ("tail rows", TAIL)):
+        draw = Draw(shape)
+        yield Case(name, (draw.data(), draw.vector()), {})
+
+
+def _conv_add_relu(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    residual = draw.data((3, 24, 9, 7))
+    weight = draw.data((24, 40, 1, 1)) / 4
+    yield Case("1x1 join", (draw.data(), weight, draw.vector(24), residual), {"relu": True})
+    grouped = {"stride": (2, 2), "padding": (1, 1), "groups": 2}
+    yield Case("3x3, stride 2, 2 groups", (draw.data(), draw.data((24, 20, 3, 3)) / 4), grouped)
+
+
+def _conv_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:
+    (case, _) = _conv_add_relu(dtype)
+    x, weight, shift, residual = case.args
+    yield Case(case.name, (residual, x, weight, shift), case.kwargs)
+
+
+_CASES = {
+    "bn_stats": _bn_stats,
+    "norm_add_relu": _norm_add_relu,
+    "norm_add_relu_backward": _norm_add_relu_backward,
+    "lazy_grad_apply": _lazy_grad_apply,
+    "gram": _gram,
+    "conv_add_relu": _conv_add_relu,
+    "conv_add_relu_": _conv_add_relu_inplace,
+}
+
+
+def cases(op: str, dtype: torch.dtype) -> list[Case]:
+    """The cases of `op` for activations of `dtype`.
+
+    Raises:
+        KeyError: the op has no cases; then no kernel of it can be checked.
+    """
+    return list(_CASES[op](dtype))
+
+
+def missing_cases() -> list[str]:
+    """Ops without cases."""
+    return sorted(set(OPS) - set(_CASES))
+
+
+def place(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
+    """The case on `device`, activations in `dtype` and vectors in the dtype of statistics, poison around every one."""
+
+    def move(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.is_floating_point():
+            value = value.to(dtype if value.dim() == 4 else stat_dtype(dtype))
+        return surrounded(value.to(device))
+
+    return Case(case.name, tuple(map(move, case.args)), {key: move(value) for key, value in case.kwargs.items()})
+
+
+def surrounded(t: Tensor) -> Tensor:
+    """`t` inside a larger buffer of NaN (255 for bytes), so that a read beyond its ends shows in the result."""
+    poison = torch.nan if t.is_floating_point() else 255
+    buffer = torch.full((t.numel() + 2 * FLANK,), poison, dtype=t.dtype, device=t.device)
+    inner = buffer[FLANK : FLANK + t.numel()].as_strided(t.shape, t.stride(), FLANK)
+    return inner.copy_(t)

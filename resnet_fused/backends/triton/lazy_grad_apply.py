@@ -1,0 +1,91 @@
+"""`lazy_grad_apply` in Triton: one program per tile column, one read of g and z, one write.
+
+Bytes moved per element (16-bit): 2 read, 2 more where z is needed, 2 written. The vectors cost 4 to 20 bytes per
+channel and program, out of L2. Memory-bound; not measured on hardware.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import triton
+import triton.language as tl
+
+from ...ops import lazy_grad_apply as op
+from ...ops.contract import Tensor, channels_last_like
+from . import checks, common
+from .common import first_row, load_factor, narrow, rows_in, widen
+
+TILE, CAP = 2048, 256
+
+
+@triton.jit(do_not_specialize=["M", "UNITS", "TILES", "HW"])
+def lazy_grad_apply_kernel(
+    g_ptr, z_ptr,  # [M, C], [M, C] or None
+    a_ptr, b_ptr, d_ptr,  # [C], the last two together or None
+    scale_ptr, shift_ptr,  # [C], both or None
+    factor_ptr,  # [N] or None
+    dz_ptr,  # [M, C]
+    M, UNITS, TILES, HW,
+    DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    C = UNITS * DIV
+    column_tiles = tl.cdiv(C, BLOCK_C)
+    chunk = tl.program_id(0) // column_tiles
+    cols = (tl.program_id(0) % column_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_cols = cols < C
+    a = tl.load(a_ptr + cols, mask=in_cols, other=0.0)[None, :]
+    if b_ptr is not None:
+        b = tl.load(b_ptr + cols, mask=in_cols, other=0.0)[None, :]
+        d = tl.load(d_ptr + cols, mask=in_cols, other=0.0)[None, :]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + cols, mask=in_cols, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + cols, mask=in_cols, other=0.0)[None, :]
+    offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
+    for i in tl.range(0, TILES):
+        row = first_row(chunk, TILES, i, BLOCK_M)
+        in_rows = rows_in(row, M, BLOCK_M)
+        inside = in_rows[:, None] & in_cols[None, :]
+        dz = widen(tl.load(g_ptr + row * C + offsets, mask=inside, other=0.0))
+        if z_ptr is not None:
+            z = widen(tl.load(z_ptr + row * C + offsets, mask=inside, other=0.0))
+        if scale_ptr is not None:
+            dz = tl.where(tl.fma(z, scale, shift) <= 0, 0.0, dz)
+        if factor_ptr is not None:
+            dz = dz * load_factor(factor_ptr, row, in_rows, HW, BLOCK_M)
+        dz = dz * a
+        if b_ptr is not None:
+            dz = dz + tl.fma(z, b, d)
+        tl.store(dz_ptr + row * C + offsets, narrow(dz, dz_ptr.dtype.element_ty), mask=inside)
+
+
+def run(
+    g: Tensor,
+    z: Tensor | None,
+    a: Tensor,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+) -> Tensor:
+    """See :mod:`resnet_fused.ops.lazy_grad_apply`. Raises RuntimeError on wrong shapes, dtypes, devices, layouts."""
+    name = "lazy_grad_apply"
+    checks.data(name, "g", g)
+    checks.same(name, "z", z, "g", g)
+    checks.vector(name, "a", a, g)
+    checks.pair(name, "b", b, "d", d, g)
+    checks.pair(name, "scale", scale, "shift", shift, g)
+    if z is None and (b is not None or scale is not None):
+        checks.fail(name, f"got {'scale' if b is None else 'b'} without z; pass z too")
+    checks.vector(name, "sample_factor", sample_factor, g, dim=0)
+    dz = channels_last_like(g)
+    if g.numel():
+        used_z = z if b is not None or scale is not None else None
+        plan = common.tiling(g, TILE, CAP, common.POINTWISE_PROGRAMS)
+        vectors = (a, b, d, scale, shift, sample_factor)
+        common.launch(lazy_grad_apply_kernel, plan, g, used_z, *vectors, dz, HW=g.shape[2] * g.shape[3])
+    return dz
+
+
+KERNEL = common.register(op.OP, run, sys.modules[__name__])

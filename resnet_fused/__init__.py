@@ -1,7 +1,17 @@
 """Fused residual networks for PyTorch: `fuse` a model, and it runs the same mathematics with half the memory traffic."""
 
 from .backends import use
+from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
 from .convert import fuse, report, unfuse
 
 __version__ = "0.1.0"
-__all__ = ["fuse", "report", "unfuse", "use"]
+__all__ = [
+    "FusedBasicBlock",
+    "FusedBottleneck",
+    "FusedConvBNReLU",
+    "conv_bn_add_relu",
+    "fuse",
+    "report",
+    "unfuse",
+    "use",
+]

@@ -7,15 +7,15 @@ back from per-channel vectors.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 
 from ..ops import stat_dtype
 from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, regroup
-from ..steps.batch_norm import Affine, update_running
+from ..steps.batch_norm import update_running
 from ..steps.conv import channels_last
-from ..steps.folded_join import Folded, Gram
 from . import stock
 
 Tensor = torch.Tensor
@@ -67,6 +67,7 @@ def _forward(chain, x, residual, sample_factor, tensors):
         inner.append(Lazy(z, bn))
         statistics.append(stats)
         h, previous = inner[-1].materialise(chain.backend), (bn, own)
+    residual = x if chain.identity else residual
     out, state, join_statistics = join.forward(chain, h, x, tensors, residual, sample_factor, previous)
     return out, inner, state, statistics + join_statistics
 
@@ -81,7 +82,7 @@ class FusedChain(torch.autograd.Function):
         for step, own, stats in zip(chain.all_steps, tensors, statistics, strict=True):
             if stats is not None:  # only now, when nothing can fail any more
                 update_running(own, step.norm, *stats)
-        has_residual = residual is not None or chain.shortcut is not None
+        has_residual = residual is not None or chain.from_input
         mask = out if chain.relu and (has_residual or chain.gram) else None
         lean = [
             own._replace(
@@ -105,17 +106,17 @@ class FusedChain(torch.autograd.Function):
         grad_out = channels_last(grad_out.to(saved.x.dtype))
         needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
         needs_x, needs_residual = ctx.needs_input_grad[1:3]
-        has_residual = saved.residual is not None or chain.shortcut is not None
+        has_residual = saved.residual is not None or chain.from_input
         reach = [needs_x]  # reach[i]: whether anything before step i wants a gradient
         for need in needs[: n - 1]:
             reach.append(reach[-1] or any(need))
         h = saved.inner[-1].materialise(chain.backend) if n > 1 else saved.x
         out = join.backward(
             chain, grad_out, saved.out, h, saved.x, saved.tensors, saved.join, has_residual, saved.sample_factor,
-            needs, reach[n - 1], needs_residual or (chain.shortcut is not None and needs_x),
+            needs, reach[n - 1], needs_residual or (chain.from_input and needs_x),
         )  # fmt: skip
         grads, grad_h = [out.main], out.h
-        if n == 1 and chain.shortcut is not None and needs_x:
+        if n == 1 and chain.from_input and needs_x:
             grad_h = grad_h.add_(out.residual)
         for i in reversed(range(n - 1)):
             if not (reach[i] or any(needs[i])):
@@ -124,7 +125,7 @@ class FusedChain(torch.autograd.Function):
             lazy, step = saved.inner[i], chain.steps[i]
             value = conv_norm.mask_and_sum(grad_h, lazy.z, lazy.bn, step, chain.backend)
             h = saved.inner[i - 1].materialise(chain.backend) if i else saved.x
-            add_to = out.residual if i == 0 and chain.shortcut is not None else None
+            add_to = out.residual if i == 0 and chain.from_input else None
             grad_h, step_grads = conv_norm.backward(
                 value.materialise(chain.backend), h, saved.tensors[i], step, value.coefficients, chain.backend,
                 needs[i], reach[i], add_to,
@@ -151,7 +152,8 @@ def _differentiable_backward(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tenso
     """Backward under ``create_graph=True``: by stock operations, so that it can be differentiated again."""
     inputs = [saved.x, saved.residual, None, *flatten(saved.tensors)]
     wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-    out = stock.chain_output(ctx.chain, saved.x, saved.residual, saved.sample_factor, saved.tensors)
+    residual = saved.x if ctx.chain.identity else saved.residual
+    out = stock.chain_output(ctx.chain, saved.x, residual, saved.sample_factor, saved.tensors)
     grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=True, allow_unused=True)
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for i, grad in zip(wanted, grads, strict=True):
@@ -175,12 +177,11 @@ def run_chain(
         residual: ``[N, K, H', W']`` or None; what is added before the last ReLU.
         sample_factor: ``[N]`` or None; multiplies the main branch (Stochastic Depth).
     """
+    if residual is x:  # one argument, whose gradient has two parts
+        chain, residual = dataclasses.replace(chain, identity=True), None
     x = channels_last(x)
     if residual is not None:
         residual = channels_last(residual)
     if sample_factor is not None:
         sample_factor = sample_factor.to(stat_dtype(x.dtype))
     return FusedChain.apply(chain, x, residual, sample_factor, *flatten(tensors))
-
-
-__all__ = ["Affine", "Folded", "FusedChain", "Gram", "run_chain"]

@@ -57,3 +57,8 @@ def tensors(module: nn.Module) -> tuple[Tensor | None, ...]:
     if module.training and not moves:
         return gamma, beta, None, None, None
     return gamma, beta, module.running_mean, module.running_var, module.num_batches_tracked if moves else None
+
+
+def channels(module: nn.Module) -> int:
+    """How many channels a batch norm takes."""
+    return module.weight.numel() if is_frozen_class(module) else module.num_features

@@ -80,6 +80,8 @@ def module_obstacle(site: Site) -> str:
         reason = why_not_conv(conv) or norms.why_not(norm)
         if reason:
             return reason
+        if norms.channels(norm) != conv.out_channels:
+            return "a norm and a convolution of different widths"
         if _hooked(conv) or _hooked(norm):
             return "hooks on a convolution or batch norm"
     if any(_hooked(module) for module in site.bypassed):
@@ -94,6 +96,8 @@ def input_obstacle(x: object, site: Site) -> str:
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.numel() == 0:
         return "not a batch of images"
     weight = site.steps[0][0].weight
+    if x.shape[1] != weight.shape[1] * site.steps[0][0].groups:
+        return "channels that the convolution does not take"
     if x.device != weight.device or not x.is_floating_point():
         return "device or dtype of another kind"
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype:

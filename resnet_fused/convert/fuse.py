@@ -10,11 +10,13 @@ from torch import nn
 
 from ..backends import check_name
 from ..blocks import norms
+from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from . import program as programs
 from .fused_module import STATE, FusedModule, FusedState, fused_class, is_fused, obstacle, site_of
 from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
 from .trace import Untraceable, state_of, trace
 
+BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
 FilterFn = Callable[[str, nn.Module], bool]
 
 
@@ -78,7 +80,9 @@ def fuse(
     for name, module in list(model.named_modules()):
         if id(module) in inside or (filter_fn is not None and not filter_fn(name, module)):
             continue
-        if is_fused(module):
+        if isinstance(module, BUILT_FUSED):
+            inside |= {id(inner) for inner in module.modules()}
+        elif is_fused(module):
             module.__dict__[STATE].backend = backend
             inside |= _taken(module)
         elif _is_candidate(module):
@@ -86,7 +90,7 @@ def fuse(
             if reason and fuse_stem(module, backend):
                 left.append(Row(name, type(module).__name__, "", reason))
             inside |= _taken(module)
-    if not any(is_fused(module) for module in model.modules()):
+    if not any(is_fused(module) or isinstance(module, BUILT_FUSED) for module in model.modules()):
         reasons = "; ".join(f"{row.name or '(model)'}: {row.reason}" for row in left) or "it has no convolution in a block"
         text = f"fuse: nothing to fuse in {type(model).__name__} ({reasons})"
         if strict:
@@ -143,7 +147,10 @@ def report(model: nn.Module) -> Report:
         if id(module) in inside:
             continue
         kind = type(module).__name__
-        if isinstance(module, FusedModule):
+        if isinstance(module, BUILT_FUSED):
+            inside |= {id(inner) for inner in module.modules()}
+            fused.append(Row(name, kind, "built fused", ""))
+        elif isinstance(module, FusedModule):
             inside |= _taken(module)
             state: FusedState = module.__dict__[STATE]
             sites = [site_of(module, call, state.backend) for call in state.program.chains]

@@ -8,7 +8,6 @@ be fused.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import copyreg
 import dataclasses
 from collections.abc import Iterator
@@ -23,22 +22,29 @@ from .trace import state_of
 Tensor = torch.Tensor
 STATE = "_resnet_fused"
 
-_stock: contextvars.ContextVar[bool] = contextvars.ContextVar("resnet_fused_stock", default=False)
+
+class _Settings:
+    """Process-wide: a plain attribute is what ``torch.compile`` can guard on."""
+
+    stock = False
+
+
+_settings = _Settings()
 
 
 @contextlib.contextmanager
 def stock_forward() -> Iterator[None]:
     """Run every fused module's stock forward within a ``with`` block: how to compare without a second model."""
-    token = _stock.set(True)
+    before, _settings.stock = _settings.stock, True
     try:
         yield
     finally:
-        _stock.reset(token)
+        _settings.stock = before
 
 
 def is_stock_forced() -> bool:
     """Whether a :func:`stock_forward` block is open."""
-    return _stock.get()
+    return _settings.stock
 
 
 @dataclasses.dataclass
@@ -135,7 +141,7 @@ class FusedModule:
     """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
 
     def forward(self, x, *args, **kwargs):
-        if args or kwargs or _stock.get():
+        if args or kwargs or _settings.stock:
             return super().forward(x, *args, **kwargs)
         state: FusedState = self.__dict__[STATE]
         sites = [site_of(self, call, state.backend) for call in state.program.chains]

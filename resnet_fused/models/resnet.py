@@ -86,7 +86,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper, ResNeXt and Wide ResNet.
 
     ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``. The stride is on the 3x3 convolution
-    (torchvision's and everybody's "v1.5"; the paper put it on the first 1x1). `groups` > 1 is ResNeXt (Xie et al. 2016),
+    ("v1.5", as in torchvision; the paper put it on the first 1x1). `groups` > 1 is ResNeXt (Xie et al. 2016),
     a larger `base_width` Wide ResNet (Zagoruyko and Komodakis 2016): the inner width is
     ``int(planes * base_width / 64) * groups``.
 
@@ -273,5 +273,5 @@ def wide_resnet50_2(**options) -> ResNet:
 
 
 def wide_resnet101_2(**options) -> ResNet:
-    """ResNet-101 with twice the inner width (Zagoruyko and Komodakis 2016), 126.9 M. `options` as in :class:`ResNet`."""
+    """ResNet-101 with twice the inner width (Zagoruyko, Komodakis 2016), 126.9 M. `options` as in :class:`ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), **{"width_per_group": 128} | options)

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 # Up to this many pixels the weight gradient of a 1x1 convolution is a plain matrix product on CPUs without AVX-512:
 # measured 1.3-1.5x faster than oneDNN's there (14x14 and 7x7 at batch 16), and equal or slower above and with AVX-512.
-_MM_WEIGHT_GRAD_PIXELS = 4096
+_MM_WEIGHT_GRAD_PIXELS = 0 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 4096
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -49,13 +49,9 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: list[bo
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """Gradient of `weight` from the gradient at the convolution's output."""
     small = grad.device.type == "cpu" and grad[:, 0].numel() <= _MM_WEIGHT_GRAD_PIXELS
-    if small and conv.is_pointwise(weight) and conv.stride == (1, 1) and not _has_avx512():
+    if small and conv.is_pointwise(weight) and conv.stride == (1, 1):
         return (rows(grad).T @ rows(x)).view(weight.shape)
     return _backward(grad, x, weight, conv, [False, True, False])[1]
-
-
-def _has_avx512() -> bool:
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def input_grad(

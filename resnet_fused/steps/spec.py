@@ -51,16 +51,22 @@ class Chain:
     """A program of steps: ``conv-bn-relu`` for all but the last, then ``conv-bn (+ residual) (-> relu)``.
 
     `shortcut` is the projection that makes the residual from the chain's input; without it the residual, if any, is a
-    tensor. `relu`: whether the output is clamped. `gram`: the last step, and the shortcut where `gram_shortcut`, are
+    tensor, or the chain's input itself where `identity`. `relu`: whether the output is clamped. `gram`: the last step, and the shortcut where `gram_shortcut`, are
     Gram joins. `backend`: who runs the ops, in forward and backward.
     """
 
     steps: tuple[Step, ...]
     shortcut: Step | None = None
     relu: bool = True
+    identity: bool = False
     gram: bool = False
     gram_shortcut: bool = False
     backend: str = "auto"
+
+    @property
+    def from_input(self) -> bool:
+        """Whether the residual comes from the chain's input, so that the input's gradient has two parts."""
+        return self.identity or self.shortcut is not None
 
     @property
     def all_steps(self) -> tuple[Step, ...]:

@@ -1,0 +1,31 @@
+"""What a model is timed against. One file per peer; the file's name is the peer's.
+
+A peer is a module with ``unavailable(device) -> str``, why it cannot run here or an empty text, and
+``prepare(model) -> model``, which may change the model it is given. To add one, add a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+STOCK = "eager"
+OURS = "fused"
+
+
+def names() -> list[str]:
+    """All peers: stock, ours, then the others."""
+    others = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    return [STOCK, OURS, *(name for name in others if name not in (STOCK, OURS))]
+
+
+def load(name: str) -> ModuleType:
+    """The peer called `name`.
+
+    Raises:
+        ValueError: there is none; the text lists those there are.
+    """
+    if name not in names():
+        raise ValueError(f"unknown peer {name!r}; accepted are {', '.join(names()[2:])}")
+    return importlib.import_module(f"{__name__}.{name}")

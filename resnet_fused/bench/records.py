@@ -1,0 +1,185 @@
+"""Measurements as rows, with where they come from: JSON to keep, markdown to paste."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import torch
+
+from .. import __version__, library
+
+SCHEMA = 1
+#: Environment variables that change how memory is allocated or how many threads run: part of every result.
+ENVIRONMENT = (
+    "LD_PRELOAD",
+    "GLIBC_TUNABLES",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TRITON_INTERPRET",
+)
+
+LEGEND = (
+    "Medians of interleaved runs with their 10% and 90% quantiles. A training step is forward and backward, without an "
+    "optimizer. MB: kept by autograd from forward to backward, each storage once, parameters not counted; or the peak "
+    "above what was allocated before, where the line says so."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One quantity of one peer."""
+
+    name: str  # what was measured, the same for all peers
+    unit: str  # "ms" or "MB"
+    peer: str
+    median: float
+    q10: float
+    q90: float
+    n: int  # samples
+    ratio: float  # stock's median / this median: above 1 is better than stock
+
+
+def rows_of(name: str, unit: str, measured: dict[str, tuple[float, float, float, int]]) -> list[Row]:
+    """Rows of one measurement: ``{peer: (median, q10, q90, n)}``; the first peer is the yardstick."""
+    stock = next(iter(measured.values()))[0]
+    return [
+        Row(name, unit, peer, median, q10, q90, n, stock / median if median else float("nan"))
+        for peer, (median, q10, q90, n) in measured.items()
+    ]
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything one run found."""
+
+    provenance: dict[str, str]
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    equality: list[dict] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The report as one JSON document: schema, provenance, rows, equality."""
+        return json.dumps({"schema": SCHEMA} | dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: the document has another schema number.
+        """
+        data = json.loads(text)
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"this is a report of schema {data.get('schema')}; this version reads {SCHEMA}")
+        return cls(data["provenance"], [Row(**row) for row in data["rows"]], data["equality"])
+
+    def markdown(self) -> str:
+        """One table with a line per measurement and a column per peer, then a line that says where it is from."""
+        return f"{markdown_table(self.rows)}\n\n{LEGEND}\n\n{provenance_line(self.provenance)}"
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """Pivot rows: time per peer with its 10-90% range, the speedups over the first peer, and megabytes."""
+    peers = list(dict.fromkeys(row.peer for row in rows))
+    by_key = {(row.name, row.unit, row.peer): row for row in rows}
+    others = peers[1:]
+    header = ["measurement", *(f"{p} ms (q10-q90)" for p in peers), *(f"{p} speedup" for p in others)]
+    header += [f"MB {' / '.join(peers[:2])}"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name in dict.fromkeys(row.name for row in rows):
+        times = [by_key.get((name, "ms", peer)) for peer in peers]
+        saved = [by_key.get((name, "MB", peer)) for peer in peers[:2]]
+        cells = [name, *(time_cell(row) for row in times)]
+        cells += [f"{row.ratio:.2f}x" if row else "" for row in times[1:]]
+        cells += [saved_cell(saved)]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def time_cell(row: Row | None) -> str:
+    """Three significant digits are all that a timing carries."""
+    return f"{short(row.median)} ({short(row.q10)}-{short(row.q90)})" if row else ""
+
+
+def saved_cell(saved: list[Row | None]) -> str:
+    """Stock's and ours, and ours as a part of stock's."""
+    if None in saved:
+        return ""
+    stock, ours = saved
+    part = f" = {ours.median / stock.median:.2f}" if stock.median else ""
+    return f"{short(stock.median)} / {short(ours.median)}{part}"
+
+
+def short(value: float) -> str:
+    """`value` with three significant digits, without an exponent."""
+    for limit, digits in ((100, 0), (10, 1), (1, 2)):
+        if abs(value) >= limit:
+            return f"{value:.{digits}f}"
+    return f"{value:.3f}"
+
+
+def provenance(device: torch.device, **settings: object) -> dict[str, str]:
+    """Where results come from: machine, versions, revision, allocator, date, and the `settings` of the run."""
+    status = library.status()
+    found = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": status.triton or "none",
+        "resnet_fused": __version__,
+        "git": git_revision(),
+        "compiled": status.build_info.get("compiler", "no") if status.cpu.loaded else "no",
+        "environment": " ".join(allocator_environment()) or "default",
+    }
+    return found | {key: str(value) for key, value in settings.items()}
+
+
+def provenance_line(found: dict[str, str]) -> str:
+    """All of a provenance in one line."""
+    return "; ".join(f"{key} {value}" for key, value in found.items())
+
+
+def allocator_environment() -> list[str]:
+    """``NAME=value`` for every set variable that changes allocation or threading."""
+    names = [*ENVIRONMENT, *sorted(name for name in os.environ if name.startswith("MALLOC_"))]
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the CPU's own name, with the instruction set that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name as the kernel tells it, or as Python does where there is no /proc."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def git_revision() -> str:
+    """Revision of the checkout this package runs from; for an installed package the one it was built from."""
+    root = pathlib.Path(__file__).parents[2]
+    if (root / ".git").exists():  # not just any repository around it, such as one that holds a virtual environment
+        try:
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass  # no git, or a checkout of another user: the build knows its revision too
+    return library.status().build_info.get("git", "unknown")

@@ -1,0 +1,253 @@
+"""The benchmark: prove that fused and stock agree, then time them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+import resnet_fused
+
+from ..models import by_name
+from . import equality, memory, peers, photos, records
+from .blocks import Block, distinct_blocks
+from .progress import Bar
+from .timing import Rounds, Samples, clock_for, interleave
+
+#: Names of --dtype and the autocast dtype they stand for.
+DTYPES = {"f32": None, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure; zero or empty means the default for a full or a quick run."""
+
+    model: str = "resnet50"
+    batch: int = 0
+    size: int = 0
+    dtype: str = "f32"
+    device: str = ""
+    quick: bool = False
+    peers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Options with every default decided: seconds are for what may take longer on a faster machine."""
+
+    batch: int
+    size: int
+    photos: int
+    eval_batches: tuple[int, ...]
+    training: Rounds
+    evaluation: Rounds
+    blocks: Rounds
+
+
+def plan_for(options: Options, model: nn.Module) -> Plan:
+    """Sizes and rounds. A full ResNet-50 run takes about three minutes on two cores."""
+    meant_for = by_name.input_size(model)
+    if options.quick:
+        training, other = Rounds(3, 20, 4.0), Rounds(3, 20, 0.5)
+        return Plan(options.batch or 4, options.size or min(128, meant_for), 4, (1, 4), training, other, other)
+    return Plan(
+        options.batch or 16, options.size or meant_for, 4, (1, 8, 32),
+        training=Rounds(7, 50, 30.0), evaluation=Rounds(5, 50, 5.0), blocks=Rounds(5, 50, 1.5),
+    )  # fmt: skip
+
+
+class Disagreement(RuntimeError):
+    """Fused and stock differ; the text says where."""
+
+
+@dataclasses.dataclass
+class Bench:
+    """One run: the models of all peers on one device, and the report that grows."""
+
+    options: Options
+    plan: Plan
+    device: torch.device
+    models: dict[str, nn.Module]  # peer -> model, stock first; all with the same weights
+    bar: Bar
+    report: records.Report
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """What --dtype asks for."""
+        dtype = DTYPES[self.options.dtype]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    def add(self, name: str, unit: str, measured: dict[str, tuple[float, float, float, int]]) -> None:
+        self.report.rows += records.rows_of(name, unit, measured)
+
+    def add_times(self, name: str, timed: dict[str, dict[str, Samples]], lap: str = "total") -> None:
+        samples = {peer: laps[lap] for peer, laps in timed.items()}
+        self.add(name, "ms", {p: (s.median, s.quantile(0.1), s.quantile(0.9), len(s)) for p, s in samples.items()})
+
+    def add_bytes(self, name: str, found: dict[str, int]) -> None:
+        self.add(name, "MB", {peer: (count / memory.MB,) * 3 + (1,) for peer, count in found.items()})
+
+    def equality(self) -> None:
+        """Compare stock and fused on photographs; raises :class:`Disagreement` where they differ."""
+        x = photos.batches(1, self.plan.photos, self.plan.size)[0].to(self.device)
+        found = equality.check(self.models[peers.STOCK], self.models[peers.OURS], x, DTYPES[self.options.dtype])
+        self.report.equality = equality.summary(found)
+        wrong = [difference for difference in found if not difference.agrees]
+        if wrong:
+            lines = "\n".join(f"  {difference}" for difference in wrong[:20])
+            more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+            raise Disagreement(f"fused and stock disagree in {len(wrong)} of {len(found)} tensors:\n{lines}{more}")
+        self.bar.say(f"equal: {len(found)} tensors on {len(x)} photographs, each within its limit against float64")
+
+    def training(self, progress: Callable[[float], None]) -> None:
+        """A training step of every peer, split in forward and backward; what it keeps; its peak on a GPU."""
+        name = f"training step, batch {self.plan.batch}"
+        x = photos.batches(1, self.plan.batch, self.plan.size)[0].to(self.device)
+        steps = {}
+        for peer, model in self.models.items():
+            steps[peer] = self.step(model.train(), x)
+        both = (peers.STOCK, peers.OURS)
+        self.add_bytes(name, {p: self.saved(self.models[p], x) for p in both})
+        if self.device.type == "cuda":
+            peaks = {p: memory.peak_cuda_bytes(lambda p=p: steps[p](lambda lap: None)) for p in steps}
+            self.add_bytes("training step, peak memory", peaks)
+        timed = interleave(steps, self.plan.training, clock_for(self.device), progress)
+        self.add_times(name, timed)
+        self.add_times("- forward", timed, "forward")
+        self.add_times("- backward", timed, "backward")
+
+    def step(self, model: nn.Module, x: torch.Tensor) -> Callable:
+        """Forward and backward of a classification, as :func:`interleave` calls it."""
+        labels = torch.arange(len(x), device=self.device)
+
+        def run(lap: Callable[[str], None]) -> None:
+            for parameter in model.parameters():
+                parameter.grad = None
+            with self.autocast():
+                loss = nn.functional.cross_entropy(model(x), labels)
+            lap("forward")
+            loss.backward()
+            lap("backward")
+
+        return run
+
+    def saved(self, model: nn.Module, x: torch.Tensor) -> int:
+        def forward() -> torch.Tensor:
+            with self.autocast():
+                return model(x)
+
+        return memory.saved_bytes(forward, model.parameters())
+
+    def evaluation(self, batch: int, progress: Callable[[float], None]) -> None:
+        """A forward of every peer in evaluation mode, without gradients."""
+        x = photos.batches(1, batch, self.plan.size)[0].to(self.device)
+
+        def runner(model: nn.Module) -> Callable:
+            def run(lap: Callable[[str], None]) -> None:
+                with torch.no_grad(), self.autocast():
+                    model(x)
+                lap("forward")
+
+            return run
+
+        runs = {peer: runner(model.eval()) for peer, model in self.models.items()}
+        self.add_times(
+            f"evaluation, batch {batch}", interleave(runs, self.plan.evaluation, clock_for(self.device), progress)
+        )
+
+    def blocks(self, progress: Callable[[float], None]) -> None:
+        """Forward and backward of every distinct fused block, stock against fused."""
+        stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
+        x = torch.zeros(self.plan.batch, 3, self.plan.size, self.plan.size, device=self.device)
+        names = [row.name for row in resnet_fused.report(fused).fused if row.name]
+        found = distinct_blocks(stock, names, x)
+        for index, block in enumerate(found):
+            self.block(block, lambda fraction, index=index: progress((index + fraction) / len(found)))
+
+    def block(self, block: Block, progress: Callable[[float], None]) -> None:
+        pair = {p: self.models[p].train().get_submodule(block.name) for p in (peers.STOCK, peers.OURS)}
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(block.shape, generator=generator).relu().to(self.device, memory_format=torch.channels_last)
+        x.requires_grad_()
+        with torch.no_grad(), self.autocast():
+            out = pair[peers.STOCK](x)
+        grad = torch.randn(out.shape, generator=generator).to(out, memory_format=torch.channels_last)
+
+        def runner(module: nn.Module) -> Callable:
+            def run(lap: Callable[[str], None]) -> None:
+                for tensor in (x, *module.parameters()):
+                    tensor.grad = None
+                with self.autocast():
+                    out = module(x)
+                lap("forward")
+                out.backward(grad)
+                lap("backward")
+
+            return run
+
+        runs = {peer: runner(module) for peer, module in pair.items()}
+        self.add_times(block.label, interleave(runs, self.plan.blocks, clock_for(self.device), progress))
+        self.add_bytes(block.label, {peer: self.saved(module, x) for peer, module in pair.items()})
+
+
+def run(options: Options) -> records.Report:
+    """Build, fuse, prove equality on photographs, then time; returns the report.
+
+    Raises:
+        ValueError: unknown model, peer, dtype or device, or nothing to fuse; the text says what is accepted.
+        RuntimeError: no photographs are installed.
+        Disagreement: fused and stock differ.
+    """
+    device = device_of(options.device)
+    wanted = [(name, peers.load(name)) for name in dict.fromkeys((peers.STOCK, peers.OURS, *options.peers))]
+    torch.manual_seed(0)
+    stock = by_name.build(options.model)
+    equality.scatter_norms(stock)
+    stock = stock.to(device, memory_format=torch.channels_last)
+    plan = plan_for(options, stock)
+    settings = {"model": options.model, "dtype": options.dtype, "size": plan.size, "layout": "channels_last"}
+    report = records.Report(records.provenance(device, **settings))
+    parts = {"equality on photographs": 25.0, "training step": 50.0}
+    parts |= {f"evaluation at batch {b}": 3.0 + b / 2 for b in plan.eval_batches} | {"blocks": 30.0}
+    with Bar(parts) as bar:
+        bench = Bench(options, plan, device, {}, bar, report)
+        for name, peer in wanted:
+            reason = peer.unavailable(device)
+            if reason:
+                bar.say(f"without {name}: {reason}")
+            else:
+                bench.models[name] = peer.prepare(copy.deepcopy(stock))
+        with bar.part("equality on photographs"):
+            bench.equality()
+        with bar.part("training step") as progress:
+            bench.training(progress)
+        for batch in plan.eval_batches:
+            with bar.part(f"evaluation at batch {batch}") as progress:
+                bench.evaluation(batch, progress)
+        with bar.part("blocks") as progress:
+            bench.blocks(progress)
+    return report
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`, or the default: a GPU if there is one.
+
+    Raises:
+        ValueError: it does not exist here.
+    """
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; pass cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} asked for, but torch {torch.__version__} sees no GPU; pass --device cpu")
+    return device

@@ -1,0 +1,112 @@
+"""The fused step as a function on tensors, for people who write their own blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import current
+from ..steps import Chain, Conv, Norm, Step, StepTensors
+from .plan import choose_variant
+from .chain import run_chain
+from .runtime import output_shapes
+
+Tensor = torch.Tensor
+Pair = int | tuple[int, int]
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    sample_factor: Tensor | None = None,
+) -> Tensor:
+    """``relu(sample_factor * batch_norm(conv2d(x, weight)) + residual)`` as one autograd node.
+
+    Formula, with z the convolution's output and mean, var its statistics over N, H and W (`training`) or the running
+    ones::
+
+        y   = (z - mean) / sqrt(var + eps) * bn_weight + bn_bias
+        out = relu(sample_factor[n] * y + residual)
+
+    Batch norm: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167; residual: He et al., 2015,
+    https://arxiv.org/abs/1512.03385; sample_factor: Huang et al., 2016, https://arxiv.org/abs/1603.09382.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, bfloat16, float16 or float64. Any layout; channels_last is what is worked on.
+        weight: ``[K, C/groups, R, S]``, dtype of x.
+        running_mean, running_var: ``[K]``; moved in place with `training`, used without. May be None in training.
+        bn_weight, bn_bias: ``[K]`` or None (1 and 0).
+        residual: ``[N, K, H', W']``, dtype of x, or None.
+        bias: the convolution's, ``[K]`` or None.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
+        training, momentum, eps: as in ``torch.nn.functional.batch_norm``.
+        relu: clamp the result.
+        sample_factor: ``[N]`` or None.
+
+    Returns:
+        ``[N, K, H', W']``, dtype of x, channels_last. Differentiable (twice) in x, weight, bias, bn_weight, bn_bias
+        and residual.
+
+    Raises:
+        ValueError: x is not 4-dimensional; one value per channel in training; running statistics missing without
+            `training`; a vector or the residual of the wrong shape.
+        RuntimeError: shapes, dtypes or devices that ``conv2d`` refuses, with its text.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    conv = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
+    _check_vectors(weight.shape[0], running_mean, running_var, bn_weight, bn_bias, bias, training)
+    tensors = StepTensors(weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    chain = Chain((Step(conv, Norm(eps, momentum, training)),), relu=relu, backend=current())
+    shape = _checked_shape(chain, x, tensors)
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"conv_bn_add_relu: residual is {residual.dtype} of shape {list(residual.shape)} but the convolution gives "
+            f"{x.dtype} of shape {list(shape)}; pass a residual like that"
+        )
+    if sample_factor is not None and sample_factor.shape != (x.shape[0],):
+        raise ValueError(
+            f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; pass [{x.shape[0]}], one for each sample"
+        )
+    chain = choose_variant(chain, x, [tensors], [shape], sample_factor)
+    return run_chain(chain, x, [tensors], residual, sample_factor)
+
+
+def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias, training) -> None:
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": bn_weight, "bias": bn_bias}
+    for name, vector in named.items():
+        if vector is not None and vector.shape != (channels,):
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+    if bias is not None and bias.shape != (channels,):
+        raise RuntimeError(f"conv_bn_add_relu: bias has shape {list(bias.shape)}; pass [{channels}]")
+
+
+def _checked_shape(chain: Chain, x: Tensor, tensors: StepTensors) -> torch.Size:
+    """Shape of the convolution's output; where ``conv2d`` would refuse, its own error."""
+    conv = chain.steps[0].conv
+    fits = tensors.weight.dim() == 4 and x.shape[1] == tensors.weight.shape[1] * conv.groups
+    if not fits or x.dtype != tensors.weight.dtype or x.device != tensors.weight.device or x.numel() == 0:
+        return torch.conv2d(x, tensors.weight, tensors.bias, *conv.args).shape
+    return output_shapes(chain, x, [tensors])[-1]

@@ -1,0 +1,56 @@
+"""Models by name, for command lines: ours, timm's, torchvision's."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+
+from . import BUILDERS
+
+#: Libraries whose models can be named ``library:name``, each with how it builds and how it lists them.
+SOURCES: dict[str, tuple[str, Callable, Callable]] = {
+    "timm": ("timm", lambda timm, name: timm.create_model(name), lambda timm: timm.list_models()),
+    "torchvision": (
+        "torchvision.models",
+        lambda models, name: models.get_model(name, weights=None),
+        lambda models: models.list_models(),
+    ),
+}
+FORMS = "one of " + ", ".join(BUILDERS) + ", or timm:NAME, or torchvision:NAME"
+
+
+def build(name: str) -> nn.Module:
+    """A freshly initialised model, without downloaded weights.
+
+    Args:
+        name: a builder of :mod:`resnet_fused.models`, or ``timm:NAME``, or ``torchvision:NAME``.
+
+    Raises:
+        ValueError: nobody has this model, or its library does not import; the text says what is accepted.
+    """
+    source, colon, rest = name.partition(":")
+    if not colon:
+        if name not in BUILDERS:
+            raise ValueError(f"unknown model {name!r}; pass {FORMS}")
+        return BUILDERS[name]()
+    if source not in SOURCES:
+        raise ValueError(f"unknown model source {source!r} in {name!r}; pass {FORMS}")
+    module_name, create, list_models = SOURCES[source]
+    try:
+        library = importlib.import_module(module_name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise ValueError(f"{name}: {source} does not import here ({error}); pass {FORMS}") from error
+    known = list_models(library)
+    if rest not in known:
+        close = difflib.get_close_matches(rest, known, 5) or sorted(known)[:5]
+        raise ValueError(f"{source} has no model {rest!r}; close are {', '.join(close)}")
+    return create(library, rest)
+
+
+def input_size(model: nn.Module) -> int:
+    """The resolution a model is meant for: timm's own word, else 224."""
+    config = getattr(model, "default_cfg", None) or {}
+    return int(config.get("input_size", (3, 224, 224))[-1])

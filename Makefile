@@ -1,0 +1,71 @@
+# make test, make bench: each does all of its own set-up (a virtual environment in .venv, pinned packages, the compiled
+# libraries) and then its job; a second call reuses everything. Needs Python >= 3.11, a C++ compiler and make.
+#
+#   PYTHON=python3.12       interpreter for the virtual environment
+#   BENCH_ARGS="--quick"    passed on to `python -m resnet_fused bench`
+#   PYTEST_ARGS="-k lazy"   passed on to pytest
+#   ABI_PYTHON=path         interpreter with another torch, for make abi
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+TORCH := torch==2.13.0
+TRITON := triton==3.9.0
+ABI_TORCH := torch==2.14.1
+ABI_PYTHON ?= .venv-abi/bin/python
+CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
+SOURCES := $(shell find csrc -type f) setup.py build_support.py pyproject.toml
+
+.PHONY: test bench lint format abi build clean distclean
+.DEFAULT_GOAL := build
+
+build: build/.installed
+
+test: build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: build
+	$(PY) -m resnet_fused bench $(BENCH_ARGS)
+
+lint: $(VENV)/.packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.packages
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+# The libraries built against $(TORCH), run by another torch.
+abi: build $(if $(findstring .venv-abi,$(ABI_PYTHON)),.venv-abi/.torch)
+	$(PY) benchmarks/abi_check.py --other $(ABI_PYTHON)
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old for the pinned packages; set PYTHON to 3.11 or newer" \
+	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH): the largest download, a few minutes"
+	$(PY) -m pip install $(TORCH)
+	$(PY) -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || $(PY) -m pip install $(TRITON)
+	touch $@
+
+$(VENV)/.packages: requirements-dev.txt $(VENV)/.torch
+	$(PY) -m pip install --no-deps -r requirements-dev.txt
+	touch $@
+
+build/.installed: $(SOURCES) $(VENV)/.packages
+	@echo "Compiling: about a minute, two with CUDA kernels"
+	$(PY) -m pip install -v --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv-abi/.torch:
+	$(PYTHON) -m venv .venv-abi
+	.venv-abi/bin/python -m pip install $(ABI_TORCH) numpy
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info resnet_fused/*.so .pytest_cache .ruff_cache
+
+distclean: clean
+	rm -rf $(VENV) .venv-abi

@@ -1,0 +1,125 @@
+"""Check the promise of the stable ABI: libraries built against one torch run under another.
+
+``python benchmarks/abi_check.py --other PYTHON`` takes the libraries that are built in this source tree (by the
+interpreter that runs this script) and runs the compiled ops with PYTHON, whose torch is another one. Both must be of
+one Python version, since ``_C`` is a Python module. Prints what was checked; exits 1 at the first broken promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check_here() -> dict:
+    """Run every compiled op on the CPU and look up its CUDA kernel, under the torch of this interpreter."""
+    import torch
+
+    from resnet_fused import library
+    from resnet_fused.ops import OPS
+
+    status = library.status()
+    if not status.cpu.loaded:
+        raise SystemExit(f"_C is not loaded: {status.cpu.reason}")
+    generator = torch.Generator().manual_seed(0)
+
+    def activation() -> torch.Tensor:
+        return torch.randn(2, 19, 5, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+
+    g, z, residual = activation(), activation(), activation()
+    a, b, d, scale, shift, centre = torch.randn(6, 19, generator=generator)
+    arguments = {
+        "bn_stats": (z,),
+        "norm_add_relu": (z, scale, shift, residual, a, b, torch.tensor([0.5, 2.0]), True, True),
+        "norm_add_relu_backward": (g, z, scale, shift, None, residual, torch.tensor([0.5, 2.0])),
+        "lazy_grad_apply": (g, z, a, b, d, scale, shift),
+        "gram": (z, centre),
+    }
+    missing = sorted(set(library.COMPILED_OPS) - set(arguments))
+    if missing:
+        raise SystemExit(f"this script has no arguments for {missing}; add them")
+    for name in library.COMPILED_OPS:
+        got, wanted = getattr(torch.ops.resnet_fused, name)(*arguments[name]), OPS[name].reference(*arguments[name])
+        pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
+        for actual, expected in pairs:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    on_cuda = [name for name in library.COMPILED_OPS if has_kernel(f"resnet_fused::{name}", "CUDA")]
+    return {
+        "torch": status.torch,
+        "built_against": status.build_info["torch"],
+        "cpu_ops": list(library.COMPILED_OPS),
+        "cuda": "loaded" if status.cuda.loaded else status.cuda.reason,
+        "cuda_build": torch.version.cuda,
+        "cuda_library": status.cuda.path,
+        "cuda_ops": on_cuda,
+        "gpu": torch.cuda.is_available(),
+    }
+
+
+def check_under(python: str) -> dict:
+    """Run :func:`check_here` in a subprocess of another interpreter."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [python, __file__, "--report"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if result.returncode:
+        raise SystemExit(f"{python} failed:\n{result.stdout}{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def print_report(report: dict) -> None:
+    print(f"torch {report['torch']}, library built against torch {report['built_against']}")
+    print(f"  CPU: ran and agreed with the reference: {', '.join(report['cpu_ops'])}")
+    kernels = f"; registered for CUDA: {', '.join(report['cuda_ops'])}" if report["cuda_ops"] else ""
+    print(f"  CUDA library: {report['cuda']}{kernels}; GPU: {'yes' if report['gpu'] else 'none'}")
+
+
+def audit() -> None:
+    """Let torch-abi-audit, where it is installed, judge which symbols of torch the libraries use."""
+    tool = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
+    if tool is None:
+        print("torch-abi-audit: not installed, not run (`pip install torch-abi-audit`)")
+        return
+    for library in sorted((ROOT / "resnet_fused").glob("*.so")):
+        command = [tool, "--check", "torch", "--json", str(library)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(f"{library.name} leaves the stable ABI of torch:\n{result.stdout}{result.stderr}")
+        report = json.loads(result.stdout)
+        for found in (entry["torch"] for entry in report["extensions"] + report["bundled_libs"]):
+            print(
+                f"torch-abi-audit: {library.name} uses {found['stable_shim_count']} stable symbols of torch, "
+                f"{len(found['unstable_symbols'])} others; needs torch >= {found['min_torch_version']}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--other", metavar="PYTHON", help="interpreter with another torch")
+    parser.add_argument("--report", action="store_true", help="check this interpreter only and print JSON")
+    args = parser.parse_args()
+    if args.report:
+        print(json.dumps(check_here()))
+        return
+    if args.other is None:
+        parser.error("pass --other PYTHON, an interpreter with another torch")
+    reports = [check_under(sys.executable), check_under(args.other)]
+    for report in reports:
+        print_report(report)
+    here, other = reports
+    if here["torch"] == other["torch"]:
+        raise SystemExit(f"both interpreters have torch {here['torch']}; pass one with another torch")
+    if other["cuda_build"] and other["cuda_library"] and not other["cuda_ops"]:
+        raise SystemExit(f"the CUDA library did not register its kernels: {other['cuda']}")
+    audit()
+
+
+if __name__ == "__main__":
+    main()

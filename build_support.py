@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -80,7 +81,7 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         say("RESNET_FUSED_CUDA=0: building without CUDA kernels")
         return None
-    candidates = [Path(os.environ["CUDA_HOME"], "bin", "nvcc")] if os.environ.get("CUDA_HOME") else []
+    candidates = [str(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))] if os.environ.get("CUDA_HOME") else []
     nvcc = next(filter(None, map(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"])), None)
     problem = "no nvcc found (CUDA_HOME, PATH, /usr/local/cuda)"
     if nvcc:
@@ -137,6 +138,14 @@ def output_of(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def hash_of(directory: Path) -> str:
+    """A short hash of all files under `directory`: what tells one build of the kernels from another."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(directory)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from build_support import (  # noqa: E402
     find_nvcc,
     find_torch,
     gencode_flags,
+    hash_of,
     known_architectures,
     nvcc_version,
     output_of,
@@ -62,6 +63,8 @@ class Build(build_ext):
             steps += self.cuda_steps(directory)
         else:
             self.extensions = [ext for ext in self.extensions if ext.name != "resnet_fused._cuda"]
+            if self.editable_mode:  # one of an earlier build would be loaded beside the new _C
+                (ROOT / "resnet_fused/_cuda.so").unlink(missing_ok=True)
         run_steps(steps, directory)
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -79,6 +82,7 @@ class Build(build_ext):
             "nvcc": nvcc_version(self.nvcc) if self.nvcc else "",
             "cuda_architectures": " ".join(architectures),
             "git": output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]) or "unknown",
+            "sources": hash_of(ROOT / "csrc"),
         }
         lines = [f'{{"{name}", R"({value})"}},\n' for name, value in facts.items()]
         write_if_changed(directory / "build_info.h", "".join(lines))

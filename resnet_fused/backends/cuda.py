@@ -6,38 +6,29 @@ import torch
 
 from .. import library
 from ..ops import DATA_DTYPES
+from ..ops.contract import is_channels_last
 from .declaration import Backend, Kernel, check_complete
 
-Tensor = torch.Tensor
+CUDA_OPS = ("norm_add_relu", "norm_add_relu_backward")
 
 
-def layout_reasons(**tensors: Tensor | None) -> list[str]:
-    """One reason for every activation that is not channels_last."""
-    return [
-        f"{name} is not channels_last; pass {name}.contiguous(memory_format=torch.channels_last)"
-        for name, t in tensors.items()
-        if t is not None and t.dim() == 4 and not t.is_contiguous(memory_format=torch.channels_last)
-    ]
+def layout_reasons(*args, **kwargs) -> list[str]:
+    """A reason if any activation is not channels_last."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 4]
+    return [] if all(map(is_channels_last, tensors)) else ["takes channels_last tensors only"]
 
 
-def _forward_unsupported(z, scale, shift, residual=None, *_, **__) -> list[str]:
-    return layout_reasons(z=z, residual=residual)
-
-
-def _backward_unsupported(
-    grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, *_, **__
-) -> list[str]:
-    output = mask if mask is not None and mask.dtype != torch.uint8 else None
-    return layout_reasons(grad_out=grad_out, z=z, mask=output, residual=residual)
-
-
-def _kernels() -> dict[str, Kernel]:
-    ops = torch.ops.resnet_fused
+def _kernels(status: library.Status) -> dict[str, Kernel]:
+    build = " ".join(status.build_info[fact] for fact in ("sources", "nvcc", "cuda_architectures"))
     return {
-        "norm_add_relu": Kernel(ops.norm_add_relu, DATA_DTYPES, _forward_unsupported, needs_selfcheck=True),
-        "norm_add_relu_backward": Kernel(
-            ops.norm_add_relu_backward, DATA_DTYPES, _backward_unsupported, needs_selfcheck=True
-        ),
+        name: Kernel(
+            getattr(torch.ops.resnet_fused, name).default,
+            DATA_DTYPES,
+            layout_reasons,
+            needs_selfcheck=True,
+            build=build,
+        )
+        for name in CUDA_OPS
     }
 
 
@@ -46,7 +37,7 @@ BACKEND = check_complete(
     Backend(
         name="cuda",
         devices=("cuda",),
-        kernels=_kernels() if _status.cuda.loaded else {},
+        kernels=_kernels(_status) if _status.cuda.loaded else {},
         unavailable=_status.cuda.reason,
     )
 )

@@ -57,9 +57,9 @@ class Draw:
         return factor
 
     def far_from_zero(self, dtype: torch.dtype) -> Tensor:
-        """Activations with a mean of 64 and a deviation of 256 units in the last place of it."""
+        """Activations with a mean of 64 and a deviation of 256 units in its last place, of float32's for float64."""
         noise = torch.randn(self.shape, generator=self.generator, dtype=torch.float64, device="cpu")
-        wide = 64 + noise * (64 * 256 * torch.finfo(dtype).eps)
+        wide = 64 + noise * (64 * 256 * max(torch.finfo(dtype).eps, 2**-23))
         return wide.to(dtype).double().contiguous(memory_format=torch.channels_last)
 
 

@@ -1,0 +1,10 @@
+"""Run the Triton kernels' suite on the GPU, where there is one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU; test_triton_interpreter.py runs these tests on the CPU", allow_module_level=True)
+
+from triton_suite import *  # noqa: F403

@@ -2,7 +2,7 @@
 
 from .backends import use
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
-from .convert import fuse, report, unfuse
+from .convert import explain, fuse, report, unfuse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedConvBNReLU",
     "conv_bn_add_relu",
+    "explain",
     "fuse",
     "report",
     "unfuse",

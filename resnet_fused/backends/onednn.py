@@ -117,3 +117,6 @@ def _register() -> dict[str, Kernel]:
 
 
 KERNELS = _register()
+
+#: Dtypes that oneDNN convolves well on this machine; asked once, since a compiled graph cannot ask.
+SERVED = frozenset(dtype for dtype in DTYPES if not missing(dtype))

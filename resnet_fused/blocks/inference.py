@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .. import backends
-from ..backends import run
+from .. import library
+from ..backends import onednn, run
 from ..steps import Chain, Step, StepTensors
 from ..steps.batch_norm import running_affine
 from ..steps.conv import channels_last
@@ -43,7 +43,12 @@ def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, 
 def _key(tensors: StepTensors, step: Step, x: Tensor) -> tuple:
     sources = [t for t in tensors[:6] if t is not None]
     identity = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in sources)
-    return identity, torch.ops.resnet_fused.checksum(sources), tuple(x.shape), step
+    dense = [t if _is_dense(t) else t.contiguous() for t in sources]
+    return identity, torch.ops.resnet_fused.checksum(dense), x.dtype, step
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 def packed(conv: nn.Module, tensors: StepTensors, step: Step, x: Tensor) -> Packed:
@@ -52,7 +57,7 @@ def packed(conv: nn.Module, tensors: StepTensors, step: Step, x: Tensor) -> Pack
     known = _packed.get(conv)
     if known is None or known.key != key:
         weight, shift = fold(tensors, step, x.dtype)
-        known = Packed(backends.onednn.prepack(weight, x.shape, *step.conv.args), shift, key)
+        known = Packed(onednn.prepack(weight, x.shape, *step.conv.args), shift, key)
         _packed[conv] = known
     return known
 
@@ -61,7 +66,7 @@ def _can_pack(x: Tensor, backend: str) -> bool:
     """Whether prepacked weights may be kept: outside of any tracing, where the CPU backend would run the case."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or backend not in ("auto", "cpu"):
         return False
-    return not backends.backends()["cpu"].unavailable and x.device.type == "cpu" and x.dtype == torch.float32
+    return library.status().cpu.loaded and x.device.type == "cpu" and x.dtype in onednn.SERVED
 
 
 @torch.no_grad()

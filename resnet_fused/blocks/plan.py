@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 
-from ..backends import backends
+from ..backends import onednn
 from ..steps import Chain, Step, StepTensors
 
 Tensor = torch.Tensor
@@ -51,11 +52,11 @@ class Cost:
     gram_bytes: int
     conv_flops: int
 
-    def gram_is_worth_it(self, device: Device) -> bool:
-        """Whether the Gram join is expected to cost no more than :data:`TOLERATED`."""
+    def gram_share(self, device: Device) -> float:
+        """Time that the Gram join is expected to add, as a share of the convolution's; negative where it is faster."""
         plain = self.plain_bytes / device.bandwidth
         gram = self.gram_flops / device.flops + self.gram_bytes / device.bandwidth
-        return gram - plain <= TOLERATED * self.conv_flops / device.flops
+        return (gram - plain) * device.flops / self.conv_flops
 
 
 def cost(pixels: int, inputs: int, outputs: int, element_size: int) -> Cost:
@@ -71,15 +72,12 @@ def cost(pixels: int, inputs: int, outputs: int, element_size: int) -> Cost:
 
 @functools.lru_cache(maxsize=4096)
 def _pays(pixels: int, inputs: int, outputs: int, element_size: int, device: Device) -> bool:
-    return cost(pixels, inputs, outputs, element_size).gram_is_worth_it(device)
+    return cost(pixels, inputs, outputs, element_size).gram_share(device) <= TOLERATED
 
 
 def _runs_folded(chain: Chain, x: Tensor) -> bool:
     """Whether a join with an epilogue exists for this case: the CPU's, through oneDNN."""
-    served = backends()["cpu"]
-    return chain.backend in ("auto", "cpu") and x.device.type == "cpu" and not served.unavailable and (
-        x.dtype in served.kernels["conv_add_relu"].dtypes
-    )
+    return chain.backend in ("auto", "cpu") and x.device.type == "cpu" and x.dtype in onednn.SERVED
 
 
 def gram_obstacle(step: Step, tensors: StepTensors) -> str:
@@ -105,10 +103,36 @@ def choose_variant(
 ) -> Chain:
     """`chain` with its variants chosen for this input. `shapes`: output shape of each step."""
     if not _runs_folded(chain, x):
+        _note(chain, False, False, "no convolution with an epilogue there")
         return chain
     n, _, h, w = shapes[-1]
     pixels = n * h * w
     main = sample_factor is None and _worth(chain.steps[-1], tensors[len(chain.steps) - 1], x, pixels)
     projection = chain.shortcut is not None and _worth(chain.shortcut, tensors[-1], x, pixels)
+    if observers:
+        _note(chain, main, projection, _why(chain, tensors, x, pixels, sample_factor))
     return dataclasses.replace(chain, gram=main, gram_shortcut=projection)
 
+
+#: Called with a line of text for every choice, by ``explain``.
+observers: list[Callable[[str], object]] = []
+
+
+def _note(chain: Chain, main: bool, projection: bool, why: str) -> None:
+    for observer in observers:
+        kind = {True: "Gram join", False: "plain join"}
+        text = kind[main] + (f", shortcut {kind[projection]}" if chain.shortcut is not None else "")
+        observer(f"{text} ({why})")
+
+
+def _why(chain: Chain, tensors: list[StepTensors], x: Tensor, pixels: int, sample_factor: Tensor | None) -> str:
+    step, own = chain.steps[-1], tensors[len(chain.steps) - 1]
+    if sample_factor is not None:
+        return "a per-sample factor"
+    if gram_obstacle(step, own):
+        return gram_obstacle(step, own)
+    if not step.norm.batch_stats:
+        return "running statistics"
+    outputs, inputs = own.weight.shape[:2]
+    expected = cost(pixels, inputs, outputs, x.element_size())
+    return f"costs {expected.gram_share(CPU_CORE):+.0%} of its convolution's time"

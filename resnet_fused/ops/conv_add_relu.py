@@ -101,7 +101,9 @@ def inplace_reference(
     relu: bool = False,
 ) -> None:
     """``residual <- act(residual + conv2d(x, weight) + shift)``: the join into a buffer that is the caller's alone."""
-    residual.copy_(reference(x, weight, shift, residual, stride, padding, dilation, groups, relu))
+    residual.add_(reference(x, weight, shift, None, stride, padding, dilation, groups))
+    if relu:
+        torch.relu_(residual)
 
 
 def inplace_fake(residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):

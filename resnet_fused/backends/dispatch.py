@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 
+import torch
+
+from . import opaque, selfcheck
 from .declaration import Backend
 
-_forced: contextvars.ContextVar[str] = contextvars.ContextVar("resnet_fused_backend", default="auto")
+
+class _Settings:
+    """Process-wide, like ``torch.backends``: a plain attribute is what ``torch.compile`` can guard on."""
+
+    backend = "auto"
+
+
+_settings = _Settings()
 _backends: dict[str, Backend] = {}
 
 
@@ -31,12 +40,12 @@ def check_name(name: str) -> str:
 
 def current() -> str:
     """The backend that the innermost :func:`use` asks for; "auto" outside of any."""
-    return _forced.get()
+    return _settings.backend
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force the backend `name` ("auto", "reference", "cpu", "cuda", "triton") within a ``with`` block.
+    """Force the backend `name` ("auto", "reference", "cpu", "cuda", "triton") within a ``with`` block, for the whole process.
 
     A forward run inside the block uses that backend in its backward too. Ops the backend does not have raise
     RuntimeError with the reasons.
@@ -44,11 +53,21 @@ def use(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is not a backend.
     """
-    token = _forced.set(check_name(name))
+    before, _settings.backend = _settings.backend, check_name(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _settings.backend = before
+
+
+def _objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernel may not be trusted there."""
+    return selfcheck.objection(_backends[name], op, dtype, device)
+
+
+def check_all(device: torch.device | str) -> list[selfcheck.Verdict]:
+    """Run every kernel of every backend that serves `device` and compare it with float64: the rows of ``verify``."""
+    return selfcheck.check_all(device, backends().values())
 
 
 def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
@@ -61,13 +80,26 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     refused = []
     for backend in candidates:
         reasons = backend.reasons(op, args, kwargs)
+        if not reasons and backend.kernels[op].needs_selfcheck:
+            objection = _objection(backend.name, op, args[0].dtype, args[0].device)
+            reasons = [objection] if objection else []
         if not reasons:
             return backend
         refused.append(f"  {backend.name}: {'; '.join(reasons)}")
     raise RuntimeError(f"{op}: no backend can run this case\n" + "\n".join(refused))
 
 
-def run(op: str, *args, backend: str = "auto", **kwargs):
-    """Run the op named `op` on the first backend that can, or on `backend`."""
+def run_now(op: str, *args, backend: str = "auto", **kwargs):
+    """Run `op` on the first backend that can, or on `backend`; for real tensors."""
     chosen = choose(op, args, kwargs, backend)
     return chosen.kernels[op].run(*args, **kwargs)
+
+
+def run(op: str, *args, backend: str = "auto", **kwargs):
+    """Run the op named `op` on the first backend that can, or on `backend`; inside a compiled graph, when that runs."""
+    if torch.compiler.is_compiling():
+        return getattr(getattr(torch.ops, opaque.NAMESPACE), op)(*args, backend=backend, **kwargs)
+    return run_now(op, *args, backend=backend, **kwargs)
+
+
+opaque.define_all(run_now)

@@ -85,7 +85,7 @@ class Build(build_ext):
             "sources": hash_of(ROOT / "csrc"),
         }
         lines = [f'{{"{name}", R"({value})"}},\n' for name, value in facts.items()]
-        write_if_changed(directory / "build_info.h", "".join(lines))
+        write_if_changed(directory / "build_facts.inc", "".join(lines))
         command = [self.compiler_name, *flags, *self.includes, f"-I{directory}"]
         return self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
 
@@ -116,7 +116,7 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     skip = os.environ.get("RESNET_FUSED_SKIP_COMPILE") == "1"
-    libraries = {"_C": ["csrc/ops.cpp", *sources("cpu/*.cpp")], "_cuda": sources("cuda/*.cu")}
+    libraries = {"_C": [*sources("*.cpp"), *sources("cpu/*.cpp")], "_cuda": sources("cuda/*.cu")}
     setup(
         ext_modules=[] if skip else [Extension(f"resnet_fused.{name}", files) for name, files in libraries.items()],
         cmdclass={"build_ext": Build},

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "build_info.h"
 #include "cpu_levels.h"
 
 STABLE_TORCH_LIBRARY(resnet_fused, m) {
@@ -25,15 +26,9 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
 
 namespace {
 
-constexpr const char* kBuildInfo[][2] = {
-#include "build_info.h"  // written by setup.py: compiler, flags, torch, cuda_architectures, git
-};
-
 pybind11::dict build_info() {
   pybind11::dict info;
-  for (const auto& [name, value] : kBuildInfo) {
-    info[name] = value;
-  }
+  for (const auto& [name, value] : resnet_fused::build_facts()) info[name] = value;
   info["cpu_levels"] = resnet_fused::kCpuLevels;
   info["cpu_level"] = resnet_fused::cpu_level();
   return info;

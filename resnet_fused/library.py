@@ -90,10 +90,10 @@ def _load_cuda(cpu: Library) -> Library:
         return Library(
             str(path) if path.exists() else "", f"torch {torch.__version__} has no CUDA; install a CUDA build"
         )
-    if not path.exists():
-        return Library("", f"not built, for want of nvcc; put nvcc on PATH and {REBUILD}")
     if not cpu.loaded:
-        return Library(str(path), "needs _C, which is not loaded")
+        return Library(str(path) if path.exists() else "", "needs _C, which is not loaded")
+    if not path.exists():
+        return Library("", f"not built: there was no nvcc, or RESNET_FUSED_CUDA=0; put nvcc on PATH and {REBUILD}")
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

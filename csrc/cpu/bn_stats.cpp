@@ -11,20 +11,18 @@
 namespace resnet_fused::cpu {
 namespace {
 
-// Scratch of one chunk; the float vectors serve one block at a time. Each holds C values.
+// inf and NaN must not spread through differences: those of other rows, and other blocks, stay what they are.
 template <class A>
-struct Moments {
-  std::vector<A> pivot, sum, square;
-  double *total, *m2;  // of the rows so far: sum, and second moment about its mean
-};
+RESNET_FUSED_INLINE A finite_or_zero(A value) {
+  return value - value == 0 ? value : A(0);
+}
 
 // pivot[c] = mean of the block, up to rounding. Summed as differences from the first row: exact for near-constant data.
 template <class T, class A>
 RESNET_FUSED_CLONES void block_mean(const T* __restrict z, int64_t rows, int64_t C, A* __restrict pivot,
                                     A* __restrict sum) {
   for (int64_t c = 0; c < C; ++c) {
-    const A first = load(z + c);
-    pivot[c] = first - first == 0 ? first : A(0);  // inf and NaN must not spread through the differences
+    pivot[c] = finite_or_zero(load(z + c));
     sum[c] = 0;
   }
   int64_t m = 0;
@@ -39,10 +37,7 @@ RESNET_FUSED_CLONES void block_mean(const T* __restrict z, int64_t rows, int64_t
     for (int64_t c = 0; c < C; ++c) sum[c] += load(z + c) - pivot[c];
   }
   const A inverse = A(1) / static_cast<A>(rows);
-  for (int64_t c = 0; c < C; ++c) {
-    const A mean = pivot[c] + sum[c] * inverse;
-    pivot[c] = mean - mean == 0 ? mean : A(0);
-  }
+  for (int64_t c = 0; c < C; ++c) pivot[c] = finite_or_zero(pivot[c] + sum[c] * inverse);
 }
 
 // sum[c] = sum (z - pivot), square[c] = sum (z - pivot)^2; the block is in cache by now.
@@ -68,7 +63,7 @@ RESNET_FUSED_CLONES void block_moments(const T* __restrict z, int64_t rows, int6
   }
 }
 
-// Chan's rule on sums: total and m2 of `count` rows take in those of `rows` more.
+// Chan's rule on sums about a common origin: total and m2 of `count` rows take in those of `rows` more.
 RESNET_FUSED_INLINE void merge(double& total, double& m2, double count, double more_total, double more_m2,
                                double rows) {
   const double delta = count > 0 ? more_total / rows - total / count : 0.0;
@@ -76,14 +71,15 @@ RESNET_FUSED_INLINE void merge(double& total, double& m2, double count, double m
   total += more_total;
 }
 
+// The origin, near the data, keeps the differences of means exact where the mean is large.
 template <class A>
 RESNET_FUSED_CLONES void merge_block(double* __restrict total, double* __restrict m2, int64_t count,
-                                     const A* __restrict pivot, const A* __restrict sum, const A* __restrict square,
-                                     int64_t rows, int64_t C) {
+                                     const A* __restrict origin, const A* __restrict pivot, const A* __restrict sum,
+                                     const A* __restrict square, int64_t rows, int64_t C) {
   const double n = static_cast<double>(rows);
   for (int64_t c = 0; c < C; ++c) {
-    const double s = sum[c];
-    merge(total[c], m2[c], static_cast<double>(count), pivot[c] * n + s, square[c] - s * s / n, n);
+    const double s = sum[c], about_origin = (static_cast<double>(pivot[c]) - origin[c]) * n + s;
+    merge(total[c], m2[c], static_cast<double>(count), about_origin, square[c] - s * s / n, n);
   }
 }
 
@@ -101,6 +97,8 @@ void run(const Tensor& z, const Tensor& mean, const Tensor& m2) {
   const Shape shape(z);
   const Partition part(shape);
   const int64_t C = shape.channels;
+  std::vector<A> origin(C);
+  for (int64_t c = 0; c < C && shape.rows; ++c) origin[c] = finite_or_zero(load(data<T>(z) + c));
   std::vector<double> totals(std::max<int64_t>(part.chunks, 1) * C), squares(totals.size());  // [chunks, C]
   torch::stable::parallel_for(0, part.chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> pivot(C), sum(C), square(C);
@@ -110,8 +108,8 @@ void run(const Tensor& z, const Tensor& mean, const Tensor& m2) {
         const T* block = data<T>(z) + row * C;
         block_mean(block, stop - row, C, pivot.data(), sum.data());
         block_moments(block, stop - row, C, pivot.data(), sum.data(), square.data());
-        merge_block(&totals[chunk * C], &squares[chunk * C], row - first, pivot.data(), sum.data(), square.data(),
-                    stop - row, C);
+        merge_block(&totals[chunk * C], &squares[chunk * C], row - first, origin.data(), pivot.data(), sum.data(),
+                    square.data(), stop - row, C);
       });
     }
   });
@@ -121,7 +119,7 @@ void run(const Tensor& z, const Tensor& mean, const Tensor& m2) {
                 part.first_row(chunk + 1) - first, C);
   }
   for (int64_t c = 0; c < C; ++c) {
-    data<A>(mean)[c] = static_cast<A>(shape.rows ? totals[c] / static_cast<double>(shape.rows) : 0.0);
+    data<A>(mean)[c] = static_cast<A>(shape.rows ? origin[c] + totals[c] / static_cast<double>(shape.rows) : 0.0);
     data<A>(m2)[c] = static_cast<A>(squares[c]);
   }
 }

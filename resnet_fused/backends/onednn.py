@@ -11,7 +11,7 @@ import functools
 import torch
 
 from ..ops import OPS
-from ..ops.contract import Tensor, channels_last_strides, is_channels_last
+from ..ops.contract import Tensor, channels_last, is_channels_last
 from ..ops.conv_add_relu import output_shape
 from .declaration import Kernel
 
@@ -67,8 +67,10 @@ def conv_add_relu(
         out = op(x, weight, bias, *where, "relu" if relu else "none", [], None)
     else:
         _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
-        out = op.binary(x, _exact(residual), weight, bias, *where, "add", 1.0, "relu" if relu else None, [], None)
-    return _exact(out)
+        out = op.binary(
+            x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if relu else None, [], None
+        )
+    return channels_last(out)
 
 
 def conv_add_relu_(
@@ -77,22 +79,12 @@ def conv_add_relu_(
     """See ``ops.conv_add_relu``: the sum lands in `residual`."""
     _check_residual("conv_add_relu_", residual, x, weight, stride, padding, dilation)
     bias = None if shift is None else shift.to(x.dtype)
-    target = _exact(residual)
+    target = channels_last(residual)
     out = torch.ops.mkldnn._convolution_pointwise_.binary(
         target, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], None
     )
     if out.data_ptr() != residual.data_ptr():
         residual.copy_(out)
-
-
-def _exact(t: Tensor) -> Tensor:
-    """`t` with exact channels_last strides: oneDNN may choose others where a dimension of size 1 makes both right."""
-    strides = channels_last_strides(t.shape)
-    if t.stride() == strides:
-        return t
-    if is_channels_last(t):
-        return t.as_strided(t.shape, strides)
-    return t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 def _check_residual(op, residual, x, weight, stride, padding, dilation) -> None:

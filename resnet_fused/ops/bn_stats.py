@@ -6,7 +6,8 @@ Formula (z is ``[N, C, H, W]``, M = N*H*W)::
     m2[c]   = sum_m (z[m, c] - mean[c])**2
 
 Merged over tiles by Chan's rule (Chan, Golub, LeVeque 1979), never as ``E[z^2] - E[z]^2``. For M = 0 both are 0.
-`z`: float32, bfloat16, float16 (float64 on the CPU), channels_last. `mean`, `m2`: float32 ``[C]`` (float64 for float64).
+`z`: float32, bfloat16, float16 (float64 on the CPU), channels_last. `mean`, `m2`: ``[C]``, float32 (float64 for
+float64).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def fake(z: Tensor) -> tuple[Tensor, Tensor]:
     return vector, vector.new_empty(z.shape[1])
 
 
-def bytes(z: Tensor) -> int:  # noqa: A001
+def bytes(z: Tensor) -> int:
     return nbytes(z)
 
 

@@ -75,6 +75,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.numel() == 0 or all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with exact channels_last strides, also where a dimension of size 1 allows others; differentiable."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    strides = channels_last_strides(x.shape)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
 def channels_last_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last tensor of the shape of `x`, exact strides also for ambiguous shapes."""
     return x.new_empty_strided(x.shape, channels_last_strides(x.shape), dtype=dtype or x.dtype)

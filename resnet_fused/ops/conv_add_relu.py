@@ -17,7 +17,7 @@ import math
 
 import torch
 
-from .contract import Tensor, define, nbytes, per_channel
+from .contract import Tensor, channels_last, define, nbytes, per_channel
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? shift=None, Tensor? residual=None, int[2] stride=1, int[2] padding=0, "
@@ -51,7 +51,7 @@ def reference(
     if residual is not None:
         y = y + residual
     y = torch.relu(y) if relu else y
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(y.to(x.dtype))
 
 
 def fake(
@@ -69,7 +69,7 @@ def fake(
     return x.new_empty_strided((n, k, h, w), (h * w * k, 1, w * k, k))
 
 
-def bytes(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):  # noqa: A001, E501
+def bytes(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False):
     """One read of `x`, `weight` and `residual`, one write of `out`."""
     out = math.prod(output_shape(x.shape, weight.shape, stride, padding, dilation)) * x.element_size()
     return nbytes(x, weight, residual) + out

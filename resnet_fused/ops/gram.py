@@ -29,7 +29,7 @@ def fake(a: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return centre.new_empty(c, c), centre.new_empty(c)
 
 
-def bytes(a, centre):  # noqa: A001
+def bytes(a, centre):
     """One read of `a`, one write of the Gram matrix."""
     return nbytes(a) + a.shape[1] ** 2 * centre.element_size()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, channels_last_like, define, nbytes, per_channel, per_sample
+from .contract import Tensor, channels_last, channels_last_like, define, nbytes, per_channel, per_sample
 
 SCHEMA = (
     "(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, Tensor? shift=None, "
@@ -41,7 +41,7 @@ def reference(
     dz = dz * per_channel(a)
     if b is not None:
         dz = dz + per_channel(b) * z.to(a.dtype) + per_channel(d)
-    return dz.to(g.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(dz.to(g.dtype))
 
 
 def fake(
@@ -57,7 +57,7 @@ def fake(
     return channels_last_like(g)
 
 
-def bytes(g, z, a, b=None, d=None, scale=None, shift=None, sample_factor=None):  # noqa: A001
+def bytes(g, z, a, b=None, d=None, scale=None, shift=None, sample_factor=None):
     """One read of `g` and, where it is needed, `z`; one write of `dz`."""
     return 2 * nbytes(g) + (nbytes(z) if b is not None or scale is not None else 0)
 

@@ -9,7 +9,7 @@ Formula::
 
 `z`, `residual`: ``[N, C, H, W]``, one dtype of float32, bfloat16, float16 (float64 on the CPU), channels_last.
 `scale`, `shift`, `residual_scale`, `residual_shift`: ``[C]`` float32 (float64 for float64); `sample_factor`: ``[N]``,
-same dtype (Stochastic Depth, Huang et al. 2016: 0 or 1/survival). All arithmetic in that dtype, one rounding at the end.
+same dtype (Stochastic Depth, Huang et al. 2016: 0 or 1/survival). All arithmetic in that dtype, with one rounding.
 `out`: like z. `mask`: with ``emit_mask`` uint8 ``[N*H*W, ceil(C/8)]``, bit ``c % 8`` of byte ``c // 8`` is set where
 ``not (out <= 0)``, unused bits 0; otherwise an empty uint8 tensor.
 """
@@ -18,7 +18,17 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, channels_last_like, define, mask_shape, nbytes, pack_mask, per_channel, per_sample
+from .contract import (
+    Tensor,
+    channels_last,
+    channels_last_like,
+    define,
+    mask_shape,
+    nbytes,
+    pack_mask,
+    per_channel,
+    per_sample,
+)
 
 SCHEMA = (
     "(Tensor z, Tensor scale, Tensor shift, Tensor? residual=None, Tensor? residual_scale=None, "
@@ -48,7 +58,7 @@ def reference(
         y = y + r
     if relu:
         y = torch.relu(y)
-    out = y.to(z.dtype).contiguous(memory_format=torch.channels_last)
+    out = channels_last(y.to(z.dtype))
     mask = pack_mask(~(out <= 0)) if emit_mask else z.new_empty(0, dtype=torch.uint8)
     return out, mask
 
@@ -67,13 +77,33 @@ def fake(
     return channels_last_like(z), z.new_empty(mask_shape(z) if emit_mask else (0,), dtype=torch.uint8)
 
 
-def bytes(z, scale, shift, residual=None, residual_scale=None, residual_shift=None, sample_factor=None, relu=True, emit_mask=False):  # noqa: A001, E501
+def bytes(
+    z,
+    scale,
+    shift,
+    residual=None,
+    residual_scale=None,
+    residual_shift=None,
+    sample_factor=None,
+    relu=True,
+    emit_mask=False,
+):
     """One read of `z` and `residual`, one write of `out` and `mask`."""
     mask = mask_shape(z)[0] * mask_shape(z)[1] if emit_mask else 0
     return 2 * nbytes(z) + nbytes(residual) + mask
 
 
-def flops(z, scale, shift, residual=None, residual_scale=None, residual_shift=None, sample_factor=None, relu=True, emit_mask=False):  # noqa: E501
+def flops(
+    z,
+    scale,
+    shift,
+    residual=None,
+    residual_scale=None,
+    residual_shift=None,
+    sample_factor=None,
+    relu=True,
+    emit_mask=False,
+):
     """A multiply-add, and one operation for each further term."""
     per_element = 2 + (residual is not None) + 2 * (residual_scale is not None)
     return z.numel() * (per_element + (sample_factor is not None) + bool(relu))

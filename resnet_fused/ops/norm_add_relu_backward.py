@@ -20,7 +20,17 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, channels_last_like, define, keep_from, nbytes, per_channel, per_sample, stat_dtype
+from .contract import (
+    Tensor,
+    channels_last,
+    channels_last_like,
+    define,
+    keep_from,
+    nbytes,
+    per_channel,
+    per_sample,
+    stat_dtype,
+)
 
 SCHEMA = (
     "(Tensor grad_out, Tensor? z=None, Tensor? scale=None, Tensor? shift=None, Tensor? mask=None, "
@@ -54,7 +64,7 @@ def reference(
         return t.sum((0, 2, 3)).to(dtype)
 
     return (
-        g.to(grad_out.dtype).contiguous(memory_format=torch.channels_last) if emit_grad else grad_out.new_empty(0),
+        channels_last(g.to(grad_out.dtype)) if emit_grad else grad_out.new_empty(0),
         total(factored),
         none if z is None else total(factored * z),
         none.clone() if residual is None else total(wide),
@@ -82,13 +92,17 @@ def fake(
     return g, vector(True), vector(z is not None), vector(residual is not None), vector(residual is not None)
 
 
-def bytes(grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, relu=True, emit_grad=True):  # noqa: A001, E501
+def bytes(
+    grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, relu=True, emit_grad=True
+):
     """One read of everything given, one write of `g` where it is emitted."""
     used_mask = mask if relu else None
     return nbytes(grad_out, z, used_mask, residual) + (nbytes(grad_out) if emit_grad else 0)
 
 
-def flops(grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, relu=True, emit_grad=True):  # noqa: E501
+def flops(
+    grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, relu=True, emit_grad=True
+):
     """One add for each sum, a multiply-add for each product, the recomputed sign where there is no mask."""
     recompute = 2 if relu and mask is None else 0
     return grad_out.numel() * (1 + 2 * (z is not None) + 3 * (residual is not None) + recompute)

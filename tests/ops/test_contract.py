@@ -1,0 +1,56 @@
+"""Every op on every backend that serves this machine, on every case and dtype, against float64.
+
+With TRITON_INTERPRET=1 in the environment the Triton kernels run here too, on CPU tensors:
+``TRITON_INTERPRET=1 pytest tests/ops -k triton``.
+"""
+
+import os
+
+import pytest
+import torch
+
+from resnet_fused.backends import backends
+from resnet_fused.ops import OPS
+from resnet_fused.testing import cases, check, poisoned_allocations
+
+#: Triton's interpreter is slow, and tests/backends runs the kernels in it too: every fifth case is enough here.
+STEP = 5 if os.environ.get("TRITON_INTERPRET") == "1" else 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def device_of(backend):
+    return torch.device("cuda" if "cuda" in backend.devices and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned():
+    with poisoned_allocations():
+        yield
+
+
+def test_fresh_memory_is_poisoned(poisoned):
+    with poisoned_allocations() as active:
+        if not active:
+            pytest.skip("this C library has no mallopt(M_PERTURB)")
+        assert torch.empty(1000).view(torch.uint8).eq(0x7F).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", backends())
+def test_every_case(name, op, dtype):
+    backend = backends()[name]
+    if backend.unavailable:
+        pytest.skip(f"{name}: {backend.unavailable}")
+    device, ran, refused, failed = device_of(backend), 0, set(), []
+    for case in cases(op, dtype)[:: STEP if name == "triton" else 1]:
+        try:
+            reasons = check(backend, op, case, dtype, device)
+        except AssertionError as error:
+            failed.append(f"{case.name}: {error}")
+            continue
+        refused |= set(reasons)
+        ran += not reasons
+    assert not failed, "\n".join(failed)
+    if not ran:
+        pytest.skip(f"{name} {op}: {'; '.join(sorted(refused))}")

@@ -1,0 +1,126 @@
+"""What is special to the CPU backend: dispatcher ops, thread counts, prepacked weights, argument errors."""
+
+import pytest
+import torch
+
+from resnet_fused import backends
+from resnet_fused.backends import onednn
+from resnet_fused.library import COMPILED_OPS, status
+from resnet_fused.ops import OPS
+from resnet_fused.ops.contract import channels_last_like
+from resnet_fused.testing import cases
+
+CPU = backends.backends()["cpu"]
+needs_library = pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}")
+
+
+def activations(*shape):
+    return channels_last_like(torch.empty(shape)).copy_(torch.randn(shape))
+
+
+def narrow(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@needs_library
+@pytest.mark.parametrize("op", [*COMPILED_OPS, *onednn.NAMES])
+def test_opcheck(op):
+    """Schema (aliasing, mutation) and fake kernel, by torch's own tool."""
+    for case in [case for case in cases(op, torch.float32) if "empty" not in case.name][::7]:
+        args, kwargs = tuple(map(narrow, case.args)), {key: narrow(value) for key, value in case.kwargs.items()}
+        packet = getattr(torch.ops.resnet_fused, op).default
+        torch.library.opcheck(packet, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(4, 64, 28, 28), (2, 200, 30, 30), (3, 5, 50, 50)], ids=str)
+def test_results_do_not_depend_on_the_thread_count(shape):
+    z, g, residual = activations(*shape), activations(*shape), activations(*shape)
+    vector = torch.randn(shape[1])
+    calls = [
+        ("bn_stats", z),
+        ("norm_add_relu_backward", g, z, vector, vector, None, residual),
+        ("gram", z, vector),
+    ]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append([t for call in calls for t in backends.run(*call, backend="cpu")])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+def test_every_half_and_bfloat16_survives_and_rounding_is_to_nearest_even():
+    ones, zeros = torch.ones(64), torch.zeros(64)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        z = every.view(1, 32, 32, 64).permute(0, 3, 1, 2)
+        out, _ = backends.run("norm_add_relu", z, ones, zeros, relu=False, backend="cpu")
+        torch.testing.assert_close(out, z, rtol=0, atol=0, equal_nan=True)
+        scale = torch.rand(64) * 3
+        out, _ = backends.run("norm_add_relu", z, scale, zeros, relu=False, backend="cpu")
+        expected = (z.float() * scale.view(1, -1, 1, 1)).to(dtype)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_prepacked_weight_gives_the_plain_weights_result(groups):
+    x, weight, residual = activations(2, 32, 9, 9), torch.randn(16, 32 // groups, 3, 3), activations(2, 16, 5, 5)
+    places = ([2, 2], [1, 1], [1, 1], groups, True)
+    packed = onednn.prepack(weight, x.shape, *places[:-1])
+    expected = OPS["conv_add_relu"].reference(x, weight, torch.ones(16), residual, *places)
+    got = backends.run("conv_add_relu", x, packed, torch.ones(16), residual, *places, backend="cpu")
+    torch.testing.assert_close(got, expected)
+    backends.run("conv_add_relu_", residual, x, packed, torch.ones(16), *places, backend="cpu")
+    torch.testing.assert_close(residual, expected)
+
+
+@needs_library
+def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
+    z = torch.randn(2, 8, 4, 4)
+    assert backends.choose("bn_stats", (z,), {}).name == "reference"
+    with pytest.raises(RuntimeError, match="cpu: takes channels_last tensors only"):
+        backends.run("bn_stats", z, backend="cpu")
+    with pytest.raises(RuntimeError, match=r"bn_stats: z of shape \[2, 8, 4, 4\] is not channels_last; pass z.contig"):
+        torch.ops.resnet_fused.bn_stats(z)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("op", "args", "text"),
+    [
+        ("norm_add_relu", lambda z, v: (z, v[:-1], v), r"scale has shape \[7\] but the activations have 8 channels"),
+        ("norm_add_relu", lambda z, v: (z, v.double(), v), "scale is Double; pass Float for Float activations"),
+        ("norm_add_relu", lambda z, v: (z, v, v, z[:1]), r"residual has shape \[1, 8, 4, 4\] but z has \[2, 8, 4, 4\]"),
+        ("norm_add_relu", lambda z, v: (z, v, v, z.half()), "residual is Half but z is Float; pass one dtype"),
+        ("norm_add_relu_backward", lambda z, v: (z,), "with relu, pass mask, or z, scale and shift"),
+        ("lazy_grad_apply", lambda z, v: (z, None, v, v, v), "got b without z; pass z too"),
+        ("gram", lambda z, v: (z, v[:3]), r"centre has shape \[3\] but the activations have 8 channels"),
+        ("bn_stats", lambda z, v: (v,), r"z has shape \[8\]; pass a \[N, C, H, W\] tensor"),
+        ("bn_stats", lambda z, v: (z.int(),), "z is Int; pass Float, BFloat16 or Half, or Double"),
+    ],
+)
+def test_argument_errors(op, args, text):
+    with pytest.raises(RuntimeError, match=f"{op}: {text}"):
+        getattr(torch.ops.resnet_fused, op)(*args(activations(2, 8, 4, 4), torch.ones(8)))
+
+
+def test_join_refuses_a_residual_of_another_shape():
+    x, weight = activations(2, 8, 4, 4), torch.randn(6, 8, 1, 1)
+    with pytest.raises(RuntimeError, match=r"residual has shape \[2, 6, 4, 3\] but the convolution's result has"):
+        backends.run("conv_add_relu", x, weight, None, activations(2, 6, 4, 3), backend="cpu")
+
+
+def test_without_the_library_the_reference_serves(monkeypatch):
+    class NotBuilt:
+        class cpu:
+            loaded, reason = False, "not built"
+
+    monkeypatch.setattr("resnet_fused.backends.cpu.status", lambda: NotBuilt)
+    z = activations(2, 8, 4, 4)
+    assert CPU.reasons("bn_stats", (z,), {}) == ["the compiled library is not built"]
+    assert backends.choose("bn_stats", (z,), {}).name == "reference"

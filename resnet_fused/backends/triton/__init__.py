@@ -5,12 +5,15 @@ With TRITON_INTERPRET=1, set before Triton is imported, the same kernels run on 
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.metadata
+import os
 
 import torch
 
-from ..declaration import Backend, check_complete
+from ...ops import DATA_DTYPES
+from ..declaration import Backend, Kernel, check_complete
+from . import checks
 
 MINIMUM = (3, 6)
 OPS = ("bn_stats", "norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply")
@@ -20,34 +23,42 @@ SUPPORT = "compiled for sm_80, sm_90 and sm_100, values checked in the interpret
 
 
 def missing_triton() -> str:
-    """Why Triton cannot be imported here; empty if it can."""
+    """Why Triton cannot be used here; empty if it can."""
     try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+        version = importlib.import_module("triton").__version__
+    except ModuleNotFoundError:
         return "Triton is not installed; pip install triton"
-    minimum = ".".join(map(str, MINIMUM))
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
-        return f"Triton {version} is too old; pip install 'triton>={minimum}'"
-    try:
-        importlib.import_module("triton")
     except Exception as error:  # a broken install must not take the package down with it
-        return f"Triton {version} does not import: {error}"
+        return f"Triton does not import: {error}; reinstall it"
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
+        return f"Triton {version} is too old; pip install 'triton>={MINIMUM[0]}.{MINIMUM[1]}'"
     return ""
+
+
+def why_not() -> str:
+    """Why the kernels cannot run on this machine; empty if they can. Imports Triton only where it could be used."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return missing_triton()
+    # device_count asks NVML first: unlike is_available, it leaves a process that forks later able to use its GPUs
+    if torch.cuda.device_count() == 0:
+        return "there is no GPU that torch can use, and TRITON_INTERPRET is not set"
+    return missing_triton()
+
+
+def refuse(reason: str, *args, **kwargs):
+    raise RuntimeError(f"triton: {reason}")
 
 
 def declare() -> Backend:
     """The backend as this machine can run it."""
-    reason = missing_triton()
+    reason = why_not()
     if reason:
-        return Backend("triton", devices=("cuda",), kernels={}, unavailable=reason)
+        run = functools.partial(refuse, reason)
+        kernels = {name: Kernel(run, DATA_DTYPES, checks.unsupported, needs_selfcheck=True) for name in OPS}
+        return Backend("triton", ("cuda",), kernels, unavailable=reason)
     kernels = {name: importlib.import_module(f".{name}", __name__).KERNEL for name in OPS}
-    from .common import INTERPRETING
-
-    if INTERPRETING:
-        return Backend("triton", devices=("cuda", "cpu"), kernels=kernels)
-    # device_count asks NVML first: unlike is_available, it leaves a process that forks later able to use its GPUs
-    reason = "" if torch.cuda.device_count() else "there is no GPU that torch can use, and TRITON_INTERPRET is not set"
-    return Backend("triton", devices=("cuda",), kernels=kernels, unavailable=reason)
+    interpreting = importlib.import_module(".common", __name__).INTERPRETING
+    return Backend("triton", ("cuda", "cpu") if interpreting else ("cuda",), kernels)
 
 
 BACKEND = check_complete(declare())

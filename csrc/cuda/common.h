@@ -1,9 +1,6 @@
 // What every csrc/cuda/<op>.cu does around its kernel: outputs, pointers, stream, and the error of a launch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +8,7 @@
 
 #include "../check.h"
 #include "../params.h"
+#include "kernels/tile.cuh"  // CUDA's own headers
 
 namespace resnet_fused::cuda {
 

@@ -19,7 +19,7 @@ def layout_reasons(*args, **kwargs) -> list[str]:
 
 
 def _kernels(status: library.Status) -> dict[str, Kernel]:
-    build = " ".join(status.build_info[fact] for fact in ("sources", "nvcc", "cuda_architectures"))
+    build = " ".join(status.build_info.get(fact, "") for fact in ("sources", "nvcc", "cuda_architectures"))
     return {
         name: Kernel(
             getattr(torch.ops.resnet_fused, name).default,

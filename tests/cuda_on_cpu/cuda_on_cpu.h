@@ -29,6 +29,9 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

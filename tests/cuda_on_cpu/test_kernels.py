@@ -1,27 +1,18 @@
-"""The CUDA kernels' own source, run on the CPU (see cuda_on_cpu.h), against each op's reference."""
+"""The CUDA kernels' own source, run on the CPU (see cuda_on_cpu.h): values, and guards around every output."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import on_cpu
 import pytest
 import torch
 
 from resnet_fused.ops import norm_add_relu, norm_add_relu_backward
 from resnet_fused.ops.contract import mask_shape, pack_mask
 
-HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-COMPILER = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's ucontext"),
-]
+pytestmark = on_cpu.needed
 
 # N, C, H, W: vector path; ragged groups; one channel; several tiles of channels; more rows than one visit of the grid
 SHAPES = [(2, 16, 3, 5), (2, 13, 3, 3), (3, 1, 2, 2), (1, 272, 2, 2), (2, 264, 5, 7), (2, 8, 25, 26)]
@@ -29,12 +20,7 @@ SHAPES = [(2, 16, 3, 5), (2, 13, 3, 3), (3, 1, 2, 2), (1, 272, 2, 2), (2, 264, 5
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "driver.so"
-    flags = "-std=c++20 -O1 -fno-strict-aliasing -shared -fPIC -Wall -Werror -Wno-unknown-pragmas"
-    command = [COMPILER, *flags.split(), str(HERE / "driver.cpp"), "-o", str(library)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(on_cpu.compiled("kernels.cpp", tmp_path_factory.mktemp("cuda_on_cpu"))))
     loaded.partial_floats.restype = ctypes.c_int64
     return loaded
 

@@ -1,0 +1,29 @@
+"""Compile the CUDA sources for the CPU, see cuda_on_cpu.h."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+COMPILER = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
+FLAGS = "-std=c++20 -O1 -fno-strict-aliasing -shared -fPIC -Wall -Werror -Wno-unknown-pragmas".split()
+
+needed = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's ucontext"),
+]
+
+
+def compiled(source: str, directory: Path, *flags: str) -> Path:
+    """The library made of the file `source` of this folder."""
+    library = directory / f"{source}.so"
+    command = [COMPILER, *FLAGS, str(HERE / source), "-o", str(library), *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return library

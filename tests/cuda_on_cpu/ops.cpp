@@ -1,0 +1,34 @@
+// The ops of csrc/cuda, checks, allocation and all, registered for CPU tensors as resnet_fused_cuda_on_cpu::<op>.
+
+#define USE_CUDA
+#include "cuda_on_cpu.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+// What a CPU-only torch does not have: a stream and a device to guard.
+extern "C" {
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = reinterpret_cast<DeviceGuardHandle>(guard);
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+}
+
+// From here on, in our own sources only:
+#define CUDA CPU
+#define resnet_fused resnet_fused_cuda_on_cpu
+
+#include "../../csrc/cuda/norm_add_relu.cu"
+#include "../../csrc/cuda/norm_add_relu_backward.cu"

@@ -1,0 +1,94 @@
+"""The CUDA ops, their checks and allocations included, run on the CPU through the contract that every backend meets."""
+
+from __future__ import annotations
+
+import on_cpu
+import pytest
+import torch
+
+import build_support
+from resnet_fused.backends import Backend, Kernel
+from resnet_fused.backends.cuda import CUDA_OPS, layout_reasons
+from resnet_fused.ops import DATA_DTYPES, OPS
+from resnet_fused.testing import cases, check, poisoned_allocations
+
+pytestmark = on_cpu.needed
+NAMESPACE = "resnet_fused_cuda_on_cpu"
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    schemas = torch.library.Library(NAMESPACE, "DEF")
+    for name in CUDA_OPS:
+        schemas.define(name + OPS[name].schema)
+    _, torch_dir = build_support.find_torch()
+    link = [
+        "-Wl,-Bsymbolic",
+        "-Wl,--no-as-needed",
+        f"-L{torch_dir / 'lib'}",
+        "-ltorch",
+    ]  # our stream and guard, not its
+    flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_dir / "include")]
+    torch.ops.load_library(on_cpu.compiled("ops.cpp", tmp_path_factory.mktemp("cuda_on_cpu"), *flags, *link))
+    ops = getattr(torch.ops, NAMESPACE)
+    kernels = {name: Kernel(getattr(ops, name).default, DATA_DTYPES, layout_reasons) for name in CUDA_OPS}
+    with poisoned_allocations():
+        yield Backend("cuda on cpu", ("cpu",), kernels)
+
+
+@pytest.mark.parametrize("dtype", DATA_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_every_case(backend, op, dtype):
+    failed = []
+    for case in cases(op, dtype):
+        try:
+            assert check(backend, op, case, dtype, torch.device("cpu")) == []
+        except AssertionError as error:
+            failed.append(f"{case.name}: {error}")
+    assert not failed, "\n".join(failed)
+
+
+def activation(channels=4):
+    return torch.ones(2, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 4, 3), torch.ones(4), torch.ones(4)), r"z has shape \[2, 4, 3\]; pass a \[N, C, H, W\] tensor"),
+        ((torch.ones(2, 4, 3, 3), torch.ones(4), torch.ones(4)), "z of shape .* is not channels_last"),
+        ((activation().int(), torch.ones(4), torch.ones(4)), "z is Int; pass Float, BFloat16 or Half"),
+        ((activation(), torch.ones(5), torch.ones(4)), r"scale has shape \[5\] but the activations have 4 channels"),
+        ((activation(), torch.ones(4).half(), torch.ones(4)), "scale is Half; pass Float for Float"),
+        ((activation(), torch.ones(8)[::2], torch.ones(4)), "scale is not contiguous"),
+        ((activation(), torch.ones(4), torch.ones(4), activation(8)), r"residual has shape \[2, 8, 3, 3\] but z has"),
+        ((activation(), torch.ones(4), torch.ones(4), activation().half()), "residual is Half but z is Float"),
+        ((activation(), torch.ones(4), torch.ones(4), None, torch.ones(4)), "residual_scale without residual"),
+        ((activation(), torch.ones(4), torch.ones(4), activation(), torch.ones(4)), "without residual_shift"),
+        (
+            (activation(), *torch.ones(2, 4), None, None, None, torch.ones(3)),
+            r"sample_factor has shape \[3\] .* samples",
+        ),
+    ],
+)
+def test_forward_refuses(backend, arguments, message):
+    with pytest.raises(RuntimeError, match=f"^norm_add_relu: .*{message}"):
+        backend.kernels["norm_add_relu"].run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "with relu, pass mask, or z, scale and shift"),
+        ({"scale": torch.ones(4)}, "got scale without shift"),
+        (
+            {"mask": torch.zeros(18, 2, dtype=torch.uint8)},
+            r"mask has shape \[18, 2\]; pass the .* \[18, 1\] mask",
+        ),
+        ({"mask": activation().half()}, "mask is Half but grad_out is Float"),
+        ({"relu": False, "z": activation(8)}, r"z has shape \[2, 8, 3, 3\]"),
+    ],
+)
+def test_backward_refuses(backend, options, message):
+    with pytest.raises(RuntimeError, match=f"^norm_add_relu_backward: .*{message}"):
+        backend.kernels["norm_add_relu_backward"].run(activation(), **options)

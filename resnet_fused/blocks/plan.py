@@ -107,7 +107,10 @@ def choose_variant(
         return chain
     n, _, h, w = shapes[-1]
     pixels = n * h * w
-    main = sample_factor is None and _worth(chain.steps[-1], tensors[len(chain.steps) - 1], x, pixels)
+    last = chain.steps[-1]
+    main = sample_factor is None and _worth(last, tensors[len(chain.steps) - 1], x, pixels)
+    if last.norm.batch_stats and last.conv.stride != (1, 1):
+        main = False  # its input would have to be strided first; only projections are such, and have their own flag
     projection = chain.shortcut is not None and _worth(chain.shortcut, tensors[-1], x, pixels)
     if observers:
         _note(chain, main, projection, _why(chain, tensors, x, pixels, sample_factor))

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from ..blocks import norms
 from ..blocks.runtime import why_not_conv
+from .trace import adds_in_place
 
-_ADD = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
+_ADD = {operator.add, torch.add, "add", "add_"}
 _RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 
 
@@ -188,12 +189,15 @@ class _Builder:
             drop_path = node.target
             passed.append(node)
             node = self.skip_identities(node, passed)
-        kind = _ADD.get(node.target) if node is not None and node.op in ("call_function", "call_method") else None
-        if kind is None or node in self.taken or len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], fx.Node):
+        adds = node is not None and node.op in ("call_function", "call_method") and node.target in _ADD
+        if not adds or node in self.taken or len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], fx.Node):
             return call, norm_node, []
         branch = passed[-1] if passed else norm_node
         residual = node.args[1] if node.args[0] is branch else node.args[0]
-        if not isinstance(residual, fx.Node) or residual is branch or (kind and node.args[0] is not branch):
+        if not isinstance(residual, fx.Node) or residual is branch:
+            return call, norm_node, []
+        inplace = node.target == "add_" or (node.target is operator.add and adds_in_place(self.block))
+        if inplace and node.args[0] is not branch:
             return call, norm_node, []
         end, inside = node, [*passed, node]
         relu_node = self.only_reader(node)
@@ -205,7 +209,7 @@ class _Builder:
             call,
             relu=relu,
             drop_path=drop_path,
-            inplace_add=kind,
+            inplace_add=inplace,
             shortcut=shortcut,
             residual=None if shortcut else residual.name,
         )

@@ -8,6 +8,7 @@ same graph.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import types
 
@@ -81,6 +82,12 @@ def trace(block: nn.Module) -> fx.Graph:
 
 def _signature(node: fx.Node) -> tuple[str, str, str, str]:
     return node.op, str(node.target), str(node.args), str(node.kwargs)
+
+
+def adds_in_place(block: nn.Module) -> bool:
+    """Whether the forward adds with ``+=``, which ``torch.fx`` records as ``+``: the sum then keeps its dtype."""
+    code = type(block).forward.__code__
+    return any(i.opname == "INPLACE_ADD" or (i.opname == "BINARY_OP" and i.argrepr == "+=") for i in dis.get_instructions(code))
 
 
 def state_of(block: nn.Module) -> tuple:

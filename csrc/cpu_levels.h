@@ -7,16 +7,27 @@ namespace resnet_fused {
 #if defined(__x86_64__) && defined(__gnu_linux__) && \
     ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
 #define RESNET_FUSED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define RESNET_FUSED_LEVEL_512 "x86-64-v4"
+#define RESNET_FUSED_LEVEL_256 "x86-64-v3"
+#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+// GCC before 12 cannot dispatch on levels, only on single features: AVX2 then comes without FMA.
+#define RESNET_FUSED_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define RESNET_FUSED_LEVEL_512 "avx512f"
+#define RESNET_FUSED_LEVEL_256 "avx2"
+#else
+#define RESNET_FUSED_CLONES
+#endif
+
+#ifdef RESNET_FUSED_LEVEL_512
 inline constexpr const char* kCpuLevels = "avx512 avx2 baseline";
 
 // The level that the loader chose: the same tests as its own resolver makes.
 inline const char* cpu_level() {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
-  return __builtin_cpu_supports("x86-64-v3") ? "avx2" : "baseline";
+  if (__builtin_cpu_supports(RESNET_FUSED_LEVEL_512)) return "avx512";
+  return __builtin_cpu_supports(RESNET_FUSED_LEVEL_256) ? "avx2" : "baseline";
 }
 #else
-#define RESNET_FUSED_CLONES
 inline constexpr const char* kCpuLevels = "baseline";
 inline const char* cpu_level() { return "baseline"; }
 #endif

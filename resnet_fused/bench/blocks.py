@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable
 
@@ -9,45 +10,43 @@ import torch
 from torch import nn
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Block:
     """One kind of block in a model."""
 
     name: str  # of the first module of this kind
-    alike: int  # how many modules of the model are of this kind
-    shape: tuple[int, ...]  # of its input
+    example: torch.Tensor  # its input in the run that found it
+    alike: int = 1  # how many modules of the model are of this kind
 
-    @property
-    def label(self) -> str:
+    def label(self, batch: int) -> str:
         """Name, how often, and input shape, e.g. ``layer1.1 x2 [16, 256, 56, 56]``."""
         times = f" x{self.alike}" if self.alike > 1 else ""
-        return f"{self.name}{times} {list(self.shape)}"
+        return f"{self.name}{times} {[batch, *self.example.shape[1:]]}"
 
 
 def distinct_blocks(stock: nn.Module, names: Iterable[str], x: torch.Tensor) -> list[Block]:
-    """The kinds among the modules called `names`, found by running `stock` on `x` once, without gradients.
+    """The kinds among the modules called `names`, in the order in which a training forward of `stock` on `x` runs them.
 
-    Modules that do not take exactly one tensor of four dimensions, or that `x` does not reach, are left out.
+    `stock` is not changed. Modules that do not take exactly one tensor of four dimensions, or that `x` does not reach,
+    are left out; so is the model itself, whose name is empty.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    handles = [stock.get_submodule(name).register_forward_pre_hook(_recorder(shapes, name)) for name in names if name]
-    was_training = stock.training
-    try:
-        with torch.no_grad():
-            stock.eval()(x)
-    finally:
-        stock.train(was_training)
-        for handle in handles:
-            handle.remove()
-    kinds: dict[tuple, list[str]] = {}
-    for name, shape in shapes.items():  # in the order in which they ran
-        kinds.setdefault((repr(stock.get_submodule(name)), shape), []).append(name)
-    return [Block(alike[0], len(alike), shape) for (_, shape), alike in kinds.items()]
+    model = copy.deepcopy(stock).train()  # a forward moves running statistics
+    kinds: dict[tuple, Block] = {}
+    for name in filter(None, names):
+        model.get_submodule(name).register_forward_pre_hook(_recorder(kinds, name))
+    with torch.no_grad():
+        model(x)
+    return list(kinds.values())
 
 
-def _recorder(shapes: dict[str, tuple[int, ...]], name: str):
+def _recorder(kinds: dict[tuple, Block], name: str):
     def record(module: nn.Module, args: tuple) -> None:
-        if len(args) == 1 and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
-            shapes.setdefault(name, tuple(args[0].shape))
+        if len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dim() != 4:
+            return
+        kind = repr(module), args[0].shape
+        if kind in kinds:
+            kinds[kind].alike += 1
+        else:
+            kinds[kind] = Block(name, args[0].clone())
 
     return record

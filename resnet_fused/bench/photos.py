@@ -7,6 +7,8 @@ import pathlib
 
 import torch
 
+from .errors import Refused
+
 #: Colour photographs by distribution. Which of them a version's wheel carries is looked up, never fetched.
 NAMES = {
     "scikit-image": (
@@ -44,15 +46,15 @@ def batches(count: int, batch: int, size: int) -> list[torch.Tensor]:
     Consecutive images are different photographs; when all have been used, the next round takes another square of each.
 
     Raises:
-        RuntimeError: no photograph is installed, or Pillow, which reads them, is missing.
+        Refused: no photograph is installed, or Pillow, which reads them, is missing.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise RuntimeError(f"reading photographs needs Pillow ({error}); pip install pillow scikit-image") from error
+        raise Refused(f"reading photographs needs Pillow ({error}); pip install pillow scikit-image") from error
     paths = installed()
     if not paths:
-        raise RuntimeError("no photographs found; pip install scikit-image, whose wheel carries some")
+        raise Refused("no photographs found; pip install scikit-image, whose wheel carries some")
     opened = [Image.open(path).convert("RGB") for path in paths]
     images = [
         to_tensor(square(opened[index % len(opened)], index // len(opened)).resize((size, size), Image.BICUBIC))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from .errors import Refused
 from .records import Report, Row, provenance_line, short
 
 COLOURS = ("#9aa0a6", "#1a73e8", "#e8710a", "#188038")
@@ -13,12 +14,12 @@ def plot(report: Report, path: str | pathlib.Path) -> None:
     """Write `report` to `path` (.png, .svg or .pdf): time above, memory below, stock at 100%.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        Refused: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
+        raise Refused(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -12,14 +12,16 @@ from torch import nn
 
 import resnet_fused
 
-from ..models import by_name
-from . import equality, memory, peers, photos, records
+from . import equality, memory, named, peers, photos, records
 from .blocks import Block, distinct_blocks
+from .errors import Refused
 from .progress import Bar
 from .timing import Rounds, Samples, clock_for, interleave
 
 #: Names of --dtype and the autocast dtype they stand for.
 DTYPES = {"f32": None, "bf16": torch.bfloat16}
+#: Images that equality is proved on: a float64 ResNet-50 takes seconds for each.
+PHOTOS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,6 @@ class Plan:
 
     batch: int
     size: int
-    photos: int
     eval_batches: tuple[int, ...]
     training: Rounds
     evaluation: Rounds
@@ -50,12 +51,12 @@ class Plan:
 
 def plan_for(options: Options, model: nn.Module) -> Plan:
     """Sizes and rounds. A full ResNet-50 run takes about three minutes on two cores."""
-    meant_for = by_name.input_size(model)
+    meant_for = named.input_size(model)
     if options.quick:
         training, other = Rounds(3, 20, 4.0), Rounds(3, 20, 0.5)
-        return Plan(options.batch or 4, options.size or min(128, meant_for), 4, (1, 4), training, other, other)
+        return Plan(options.batch or 4, options.size or min(128, meant_for), (1, 4), training, other, other)
     return Plan(
-        options.batch or 16, options.size or meant_for, 4, (1, 8, 32),
+        options.batch or 16, options.size or meant_for, (1, 8, 32),
         training=Rounds(7, 50, 30.0), evaluation=Rounds(5, 50, 5.0), blocks=Rounds(5, 50, 1.5),
     )  # fmt: skip
 
@@ -92,10 +93,14 @@ class Bench:
     def add_bytes(self, name: str, found: dict[str, int]) -> None:
         self.add(name, "MB", {peer: (count / memory.MB,) * 3 + (1,) for peer, count in found.items()})
 
+    def fused_names(self) -> list[str]:
+        return [row.name for row in resnet_fused.report(self.models[peers.OURS]).fused]
+
     def equality(self) -> None:
         """Compare stock and fused on photographs; raises :class:`Disagreement` where they differ."""
-        x = photos.batches(1, self.plan.photos, self.plan.size)[0].to(self.device)
-        found = equality.check(self.models[peers.STOCK], self.models[peers.OURS], x, DTYPES[self.options.dtype])
+        x = photos.batches(1, PHOTOS, self.plan.size)[0].to(self.device)
+        stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
+        found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype])
         self.report.equality = equality.summary(found)
         wrong = [difference for difference in found if not difference.agrees]
         if wrong:
@@ -118,12 +123,12 @@ class Bench:
             self.add_bytes("training step, peak memory", peaks)
         timed = interleave(steps, self.plan.training, clock_for(self.device), progress)
         self.add_times(name, timed)
-        self.add_times("- forward", timed, "forward")
-        self.add_times("- backward", timed, "backward")
+        self.add_times(f"training forward, batch {self.plan.batch}", timed, "forward")
+        self.add_times(f"training backward, batch {self.plan.batch}", timed, "backward")
 
     def step(self, model: nn.Module, x: torch.Tensor) -> Callable:
         """Forward and backward of a classification, as :func:`interleave` calls it."""
-        labels = torch.arange(len(x), device=self.device)
+        labels = torch.arange(len(x), device=self.device) % 10  # any classes will do
 
         def run(lap: Callable[[str], None]) -> None:
             for parameter in model.parameters():
@@ -156,27 +161,24 @@ class Bench:
             return run
 
         runs = {peer: runner(model.eval()) for peer, model in self.models.items()}
-        self.add_times(
-            f"evaluation, batch {batch}", interleave(runs, self.plan.evaluation, clock_for(self.device), progress)
-        )
+        timed = interleave(runs, self.plan.evaluation, clock_for(self.device), progress)
+        self.add_times(f"evaluation, batch {batch}", timed)
 
     def blocks(self, progress: Callable[[float], None]) -> None:
-        """Forward and backward of every distinct fused block, stock against fused."""
-        stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
-        x = torch.zeros(self.plan.batch, 3, self.plan.size, self.plan.size, device=self.device)
-        names = [row.name for row in resnet_fused.report(fused).fused if row.name]
-        found = distinct_blocks(stock, names, x)
+        """Forward and backward of every distinct fused block on its activations, stock against fused."""
+        x = photos.batches(1, PHOTOS, self.plan.size)[0].to(self.device)
+        found = distinct_blocks(self.models[peers.STOCK], self.fused_names(), x)
         for index, block in enumerate(found):
             self.block(block, lambda fraction, index=index: progress((index + fraction) / len(found)))
 
     def block(self, block: Block, progress: Callable[[float], None]) -> None:
         pair = {p: self.models[p].train().get_submodule(block.name) for p in (peers.STOCK, peers.OURS)}
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(block.shape, generator=generator).relu().to(self.device, memory_format=torch.channels_last)
+        rounds = -(-self.plan.batch // PHOTOS)
+        x = block.example.repeat(rounds, 1, 1, 1)[: self.plan.batch].contiguous(memory_format=torch.channels_last)
         x.requires_grad_()
         with torch.no_grad(), self.autocast():
             out = pair[peers.STOCK](x)
-        grad = torch.randn(out.shape, generator=generator).to(out, memory_format=torch.channels_last)
+        grad = torch.randn(out.shape).to(out, memory_format=torch.channels_last)
 
         def runner(module: nn.Module) -> Callable:
             def run(lap: Callable[[str], None]) -> None:
@@ -191,22 +193,22 @@ class Bench:
             return run
 
         runs = {peer: runner(module) for peer, module in pair.items()}
-        self.add_times(block.label, interleave(runs, self.plan.blocks, clock_for(self.device), progress))
-        self.add_bytes(block.label, {peer: self.saved(module, x) for peer, module in pair.items()})
+        label = block.label(self.plan.batch)
+        self.add_times(label, interleave(runs, self.plan.blocks, clock_for(self.device), progress))
+        self.add_bytes(label, {peer: self.saved(module, x) for peer, module in pair.items()})
 
 
 def run(options: Options) -> records.Report:
     """Build, fuse, prove equality on photographs, then time; returns the report.
 
     Raises:
-        ValueError: unknown model, peer, dtype or device, or nothing to fuse; the text says what is accepted.
-        RuntimeError: no photographs are installed.
+        Refused: unknown model, peer or device, nothing to fuse, or no photographs; the text says what is accepted.
         Disagreement: fused and stock differ.
     """
     device = device_of(options.device)
     wanted = [(name, peers.load(name)) for name in dict.fromkeys((peers.STOCK, peers.OURS, *options.peers))]
     torch.manual_seed(0)
-    stock = by_name.build(options.model)
+    stock = named.build(options.model)
     equality.scatter_norms(stock)
     stock = stock.to(device, memory_format=torch.channels_last)
     plan = plan_for(options, stock)
@@ -238,7 +240,7 @@ def device_of(name: str) -> torch.device:
     """The device called `name`, or the default: a GPU if there is one.
 
     Raises:
-        ValueError: it does not exist here.
+        Refused: it does not exist here.
     """
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,7 +249,7 @@ def device_of(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; pass cpu, cuda or cuda:N")
+        raise Refused(f"unknown device {name!r}; pass cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} asked for, but torch {torch.__version__} sees no GPU; pass --device cpu")
+        raise Refused(f"device {name} asked for, but torch {torch.__version__} sees no GPU; pass --device cpu")
     return device

@@ -10,6 +10,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from ..errors import Refused
+
 STOCK = "eager"
 OURS = "fused"
 
@@ -24,8 +26,8 @@ def load(name: str) -> ModuleType:
     """The peer called `name`.
 
     Raises:
-        ValueError: there is none; the text lists those there are.
+        Refused: there is none; the text lists those there are.
     """
     if name not in names():
-        raise ValueError(f"unknown peer {name!r}; accepted are {', '.join(names()[2:])}")
+        raise Refused(f"unknown peer {name!r}; accepted are {', '.join(names()[2:])}")
     return importlib.import_module(f"{__name__}.{name}")

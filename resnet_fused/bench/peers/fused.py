@@ -7,6 +7,8 @@ from torch import nn
 
 import resnet_fused
 
+from ..errors import Refused
+
 
 def unavailable(device: torch.device) -> str:
     """Nothing stands against it anywhere: without kernels it runs through plain PyTorch."""
@@ -14,5 +16,8 @@ def unavailable(device: torch.device) -> str:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """The model, fused; raises ValueError with the reasons if there is nothing to fuse in it."""
-    return resnet_fused.fuse(model, strict=True)
+    """The model, fused; raises Refused with the reasons if there is nothing to fuse in it."""
+    try:
+        return resnet_fused.fuse(model, strict=True)
+    except ValueError as error:
+        raise Refused(str(error)) from error

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from . import BUILDERS
+from ..models import BUILDERS
+from .errors import Refused
 
 #: Libraries whose models can be named ``library:name``, each with how it builds and how it lists them.
 SOURCES: dict[str, tuple[str, Callable, Callable]] = {
@@ -29,24 +30,24 @@ def build(name: str) -> nn.Module:
         name: a builder of :mod:`resnet_fused.models`, or ``timm:NAME``, or ``torchvision:NAME``.
 
     Raises:
-        ValueError: nobody has this model, or its library does not import; the text says what is accepted.
+        Refused: nobody has this model, or its library does not import; the text says what is accepted.
     """
     source, colon, rest = name.partition(":")
     if not colon:
         if name not in BUILDERS:
-            raise ValueError(f"unknown model {name!r}; pass {FORMS}")
+            raise Refused(f"unknown model {name!r}; pass {FORMS}")
         return BUILDERS[name]()
     if source not in SOURCES:
-        raise ValueError(f"unknown model source {source!r} in {name!r}; pass {FORMS}")
+        raise Refused(f"unknown model source {source!r} in {name!r}; pass {FORMS}")
     module_name, create, list_models = SOURCES[source]
     try:
         library = importlib.import_module(module_name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        raise ValueError(f"{name}: {source} does not import here ({error}); pass {FORMS}") from error
+        raise Refused(f"{name}: {source} does not import here ({error}); pass {FORMS}") from error
     known = list_models(library)
     if rest not in known:
         close = difflib.get_close_matches(rest, known, 5) or sorted(known)[:5]
-        raise ValueError(f"{source} has no model {rest!r}; close are {', '.join(close)}")
+        raise Refused(f"{source} has no model {rest!r}; close are {', '.join(close)}")
     return create(library, rest)
 
 

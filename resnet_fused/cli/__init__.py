@@ -1,0 +1,99 @@
+"""The command line: ``python -m resnet_fused info | verify | bench | explain``, also installed as ``resnet-fused``.
+
+Results go to stdout, as markdown that can be pasted; progress and errors go to stderr. Exit codes: 0 all is well, 1 the
+numbers disagree, 2 the arguments or the machine do not allow it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ..bench.errors import Refused
+
+DTYPES = ("f32", "bf16")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def image_size(text: str) -> tuple[int, ...]:
+    """``N,C,H,W`` as four positive integers."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no input size; pass N,C,H,W, e.g. 16,3,224,224")
+    return tuple(map(int, parts))
+
+
+def count(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def output_file(text: str) -> pathlib.Path:
+    """A path in a directory that exists: better to find out before the measurement than after."""
+    path = pathlib.Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: pass a file in a directory that exists")
+    return path
+
+
+def picture_file(text: str) -> pathlib.Path:
+    """A path whose suffix names a picture format."""
+    if pathlib.Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture; pass a name that ends in .png, .svg or .pdf")
+    return output_file(text)
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(prog="resnet-fused", description="Residual networks, fused.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="info | verify | bench | explain")
+
+    info = commands.add_parser("info", help="versions, what was built, what is loaded, who runs which op here")
+    info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    verify = commands.add_parser("verify", help="check every kernel and the blocks on this machine against float64")
+    verify.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+
+    explain = commands.add_parser("explain", help="the plan of each block, its traffic and memory; runs nothing")
+    explain.add_argument("model", help="resnet50 and its like, timm:NAME or torchvision:NAME")
+    explain.add_argument("--input", type=image_size, default=None, metavar="N,C,H,W", help="default 16,3,224,224")
+    explain.add_argument("--dtype", choices=DTYPES, default="f32", help="of the activations (default f32)")
+    explain.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
+
+    bench = commands.add_parser("bench", help="prove that fused equals stock on photographs, then time both in turn")
+    bench.add_argument("--model", default="resnet50", help="resnet50 and its like, timm:NAME or torchvision:NAME")
+    bench.add_argument("--batch", type=count, default=0, help="of the training step and the blocks (default 16)")
+    bench.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
+    bench.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
+    bench.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    bench.add_argument("--quick", action="store_true", help="small batches and images, few repeats")
+    bench.add_argument("--peers", nargs="+", default=[], metavar="PEER", help="time these too, e.g. compile")
+    bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
+    bench.add_argument("--plot", type=picture_file, metavar="FILE", help="draw every figure to FILE (.png, .svg, .pdf)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    command = importlib.import_module(f".{options.command}", __name__)
+    try:
+        return command.run(options)
+    except Refused as error:
+        print(f"resnet-fused {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,98 @@
+"""``verify``: every kernel on this machine against float64, then fused blocks against stock ones."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+
+import torch
+from torch import nn
+
+import resnet_fused
+
+from .. import models
+from ..backends import check_all
+from ..backends.selfcheck import Verdict
+from ..bench import equality
+from ..bench.blocks import Block
+from ..bench.run import device_of
+from ..models.resnet import conv1x1
+from .info import table
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a line per kernel and dtype and per block; 1 if anything failed."""
+    device = device_of(options.device)
+    verdicts = check_all(device)
+    rows = kernel_rows(verdicts)
+    print(table(["kernel", "dtype", "passed", "skipped", "worst error / allowed", "verdict"], rows))
+    print()
+    found = [difference for name, make in BLOCKS.items() for difference in check_block(name, make, device)]
+    print(table(["block", "tensors", "worst error / allowed", "verdict"], block_rows(found)))
+    failures = [str(v) for v in verdicts if v.status == "failed"] + [str(d) for d in found if not d.agrees]
+    summary = f"{len(verdicts)} kernel cases and {len(found)} tensors of blocks on {device}"
+    print(f"\n{summary}: " + ("all within their limits" if not failures else f"{len(failures)} FAILED"))
+    for failure in failures:
+        print(f"  {failure}")
+    return 1 if failures else 0
+
+
+def kernel_rows(verdicts: list[Verdict]) -> list[list[str]]:
+    """One row for every backend, op and dtype."""
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault((f"{verdict.backend} {verdict.op}", verdict.dtype), []).append(verdict)
+    rows = []
+    for (kernel, dtype), group in groups.items():
+        passed, skipped = sum(v.passed for v in group), sum(v.status == "skipped" for v in group)
+        measured = [v for v in group if v.status != "skipped"]
+        worst = max(measured, key=lambda v: v.error / v.allowed if v.allowed else 0.0, default=None)
+        figures = f"{worst.error:.1e} / {worst.allowed:.1e}" if worst else ""
+        failed = len(group) - passed - skipped
+        verdict = f"{failed} FAILED" if failed else "ok" if passed else "not run: " + group[0].note
+        rows.append([kernel, dtype, str(passed), str(skipped), figures, verdict])
+    return rows
+
+
+def projection(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
+    """A projection shortcut."""
+    return nn.Sequential(conv1x1(inplanes, outplanes, stride), nn.BatchNorm2d(outplanes))
+
+
+#: Small blocks, one for each way in which blocks differ: name -> (input channels, how to make it).
+BLOCKS = {
+    "BasicBlock": (64, lambda: models.BasicBlock(64, 64)),
+    "BasicBlock, stride 2, projection": (32, lambda: models.BasicBlock(32, 64, 2, projection(32, 64, 2))),
+    "Bottleneck": (128, lambda: models.Bottleneck(128, 32)),
+    "Bottleneck, stride 2, projection": (64, lambda: models.Bottleneck(64, 32, 2, projection(64, 128, 2))),
+    "Bottleneck, 8 groups": (128, lambda: models.Bottleneck(128, 32, groups=8, base_width=16)),
+    "Bottleneck, dilation 2": (128, lambda: models.Bottleneck(128, 32, dilation=2)),
+}
+
+
+def check_block(name: str, made: tuple, device: torch.device) -> list[equality.Difference]:
+    """Compare a block with its fused self in float32 and under bfloat16 autocast."""
+    channels, make = made
+    torch.manual_seed(0)
+    stock = make()
+    equality.scatter_norms(stock)
+    stock = stock.to(device, memory_format=torch.channels_last)
+    fused = resnet_fused.fuse(copy.deepcopy(stock), strict=True)
+    x = torch.randn(8, channels, 12, 12).relu().to(device, memory_format=torch.channels_last)
+    check = functools.partial(equality.check_block, stock, fused)
+    return check(Block(f"{name}, f32", x), None) + check(Block(f"{name}, bf16", x), torch.bfloat16)
+
+
+def block_rows(found: list[equality.Difference]) -> list[list[str]]:
+    """One row for every block and dtype: the tensor closest to its limit."""
+    groups: dict[str, list[equality.Difference]] = {}
+    for difference in found:
+        groups.setdefault(difference.tensor.rpartition(": ")[0], []).append(difference)
+    rows = []
+    for name, group in groups.items():
+        worst = max(group, key=lambda d: d.fused / d.limit)
+        failed = sum(not d.agrees for d in group)
+        figures = f"{worst.fused:.1e} / {worst.limit:.1e} ({worst.tensor.rpartition(': ')[2]})"
+        rows.append([name, str(len(group)), figures, f"{failed} FAILED" if failed else "ok"])
+    return rows

@@ -4,18 +4,17 @@
 
 namespace resnet_fused {
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && \
-    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#if defined(__clang__) || !defined(__x86_64__) || !defined(__gnu_linux__)
+#define RESNET_FUSED_CLONES  // Clang (22 at the latest) has no clones of function templates: the baseline alone
+#elif __GNUC__ >= 12
 #define RESNET_FUSED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define RESNET_FUSED_LEVEL_512 "x86-64-v4"
 #define RESNET_FUSED_LEVEL_256 "x86-64-v3"
-#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#else
 // GCC before 12 cannot dispatch on levels, only on single features: AVX2 then comes without FMA.
 #define RESNET_FUSED_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define RESNET_FUSED_LEVEL_512 "avx512f"
 #define RESNET_FUSED_LEVEL_256 "avx2"
-#else
-#define RESNET_FUSED_CLONES
 #endif
 
 #ifdef RESNET_FUSED_LEVEL_512

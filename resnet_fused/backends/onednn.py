@@ -7,16 +7,19 @@ accumulator, before the only write.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from ..ops import OPS
 from ..ops.contract import Tensor, channels_last, is_channels_last
 from ..ops.conv_add_relu import output_shape
+from . import bounds
 from .declaration import Kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("conv_add_relu", "conv_add_relu_")
+_PENDING = "_resnet_fused_pending_bound"
 
 
 @functools.cache
@@ -35,8 +38,11 @@ def missing(dtype: torch.dtype) -> str:
 
 def prepack(weight: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups: int = 1) -> Tensor:
     """`weight` in the blocked layout oneDNN prefers for inputs of `input_size`; for :func:`conv_add_relu` only."""
-    dense = weight.detach().contiguous().to_mkldnn()
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(dense, padding, stride, dilation, groups, list(input_size))
+    dense = weight.detach().contiguous()
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+        dense.to_mkldnn(), padding, stride, dilation, groups, list(input_size)
+    )
+    return bounds.remember(packed, bounds.of_weight(dense))
 
 
 def conv_reasons(x, weight, shift=None, residual=None, *args, **kwargs) -> list[str]:
@@ -62,15 +68,17 @@ def conv_add_relu(
     """See ``ops.conv_add_relu``."""
     where = (padding, stride, dilation, groups)
     bias = None if shift is None else shift.to(x.dtype)
+    bound = _bound(x, weight, shift, residual, relu)
+    act = relu and bound < bounds.SAFE
     op = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        out = op(x, weight, bias, *where, "relu" if relu else "none", [], None)
+        out = op(x, weight, bias, *where, "relu" if act else "none", [], None)
     else:
         _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
         out = op.binary(
-            x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if relu else None, [], None
+            x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if act else None, [], None
         )
-    return channels_last(out)
+    return _finish(channels_last(out), relu, bound)
 
 
 def conv_add_relu_(
@@ -79,12 +87,38 @@ def conv_add_relu_(
     """See ``ops.conv_add_relu``: the sum lands in `residual`."""
     _check_residual("conv_add_relu_", residual, x, weight, stride, padding, dilation)
     bias = None if shift is None else shift.to(x.dtype)
+    bound = _bound(x, weight, shift, residual, relu)
+    act = relu and bound < bounds.SAFE
     target = channels_last(residual)
     out = torch.ops.mkldnn._convolution_pointwise_.binary(
-        target, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], None
+        target, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if act else None, [], None
     )
     if out.data_ptr() != residual.data_ptr():
         residual.copy_(out)
+    _finish(residual, relu, bound)
+    setattr(residual, _PENDING, bound)
+
+
+def _inplace(residual, *args, **kwargs) -> None:
+    """:func:`conv_add_relu_` through the dispatcher, which counts the write only after the kernel is done."""
+    torch.ops.resnet_fused.conv_add_relu_.default(residual, *args, **kwargs)
+    bound = residual.__dict__.pop(_PENDING, math.inf)
+    if bound < bounds.SAFE:
+        bounds.remember(residual, bound)
+
+
+def _bound(x, weight, shift, residual, relu: bool) -> float:
+    """A bound of the result: measured where a ReLU depends on it, else only if it comes for free."""
+    if relu or (bounds.is_known(x) and bounds.is_known(residual)):
+        return bounds.of_result(x, weight, shift, residual)
+    return math.inf
+
+
+def _finish(out: Tensor, relu: bool, bound: float) -> Tensor:
+    """Clamp `out` where the epilogue could not be trusted to, or note the bound by which it could."""
+    if bound < bounds.SAFE:
+        return bounds.remember(out, bound)
+    return torch.relu_(out) if relu else out
 
 
 def _check_residual(op, residual, x, weight, stride, padding, dilation) -> None:
@@ -105,7 +139,8 @@ def _register() -> dict[str, Kernel]:
             library.impl(name, globals()[name], key)
         torch.library.register_fake(f"resnet_fused::{name}", OPS[name].fake, lib=library)
     _register.library = library  # dropping it would drop the registrations
-    return {name: Kernel(getattr(torch.ops.resnet_fused, name).default, DTYPES, reasons[name]) for name in NAMES}
+    runs = {"conv_add_relu": torch.ops.resnet_fused.conv_add_relu.default, "conv_add_relu_": _inplace}
+    return {name: Kernel(runs[name], DTYPES, reasons[name]) for name in NAMES}
 
 
 KERNELS = _register()

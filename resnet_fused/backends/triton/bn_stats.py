@@ -27,7 +27,7 @@ TILE, CAP, MIN_TILES = 1024, 64, 4
 MERGE_CHUNKS, MERGE_CHANNELS = 128, 8  # a tile of stage 2; 8 floats are one 32-byte sector
 
 
-@triton.jit(do_not_specialize=["M", "UNITS", "TILES"])
+@triton.jit(do_not_specialize=["chunks", "M", "UNITS", "TILES"])
 def bn_stats_kernel(
     z_ptr,  # [M, C]
     partial_ptr,  # [3, chunks, C]: shift, s, q
@@ -119,7 +119,7 @@ def run(z: Tensor) -> tuple[Tensor, Tensor]:
         "chunk_rows": plan.meta["TILES"] * plan.meta["BLOCK_M"],
     }
     blocks = {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
-    common.start(bn_stats_merge_kernel, triton.cdiv(c, MERGE_CHANNELS), partial, mean, m2, **sizes, **blocks)
+    common.start(bn_stats_merge_kernel, common.cdiv(c, MERGE_CHANNELS), partial, mean, m2, **sizes, **blocks)
     return mean, m2
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import sys
@@ -47,13 +48,18 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 # Host side ------------------------------------------------------------------------------------------------------
 
 
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up."""
+    return -(-a // b)
+
+
 def block_c(channels: int, cap: int) -> int:
     """Channels per tile: a power of two from 8 to `cap` that pads C least, the widest of equals."""
     if channels <= MIN_BLOCK_C:
         return MIN_BLOCK_C
     widths = [w for w in (8, 16, 32, 64, 128, 256) if w <= cap]
     wide = [w for w in widths if w >= 32] if channels >= 32 else widths  # keep a row's piece a full sector or more
-    return min(wide, key=lambda w: (triton.cdiv(channels, w) * w, -w))
+    return min(wide, key=lambda w: (cdiv(channels, w) * w, -w))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +81,17 @@ def tiling(x: Tensor, tile: int, cap: int, programs: int, min_tiles: int = 1) ->
         min_tiles: row tiles that a program should at least have.
     """
     n, c, h, w = x.shape
-    rows, width = n * h * w, block_c(c, cap)
-    column_tiles = triton.cdiv(c, width)
-    row_tiles = triton.cdiv(rows, tile // width)
+    return _tiling(n * h * w, c, tile, cap, programs, min_tiles)
+
+
+@functools.lru_cache(maxsize=1024)  # a network asks for the same few at every step
+def _tiling(rows: int, c: int, tile: int, cap: int, programs: int, min_tiles: int) -> Tiling:
+    width = block_c(c, cap)
+    column_tiles = cdiv(c, width)
+    row_tiles = cdiv(rows, tile // width)
     chunks = max(1, min(programs // column_tiles, row_tiles // min_tiles))
-    tiles = triton.cdiv(row_tiles, chunks)
-    chunks = triton.cdiv(row_tiles, tiles)
+    tiles = cdiv(row_tiles, chunks)
+    chunks = cdiv(row_tiles, tiles)
     div = min(c & -c, 16)
     meta = {"M": rows, "UNITS": c // div, "TILES": tiles, "DIV": div, "BLOCK_M": tile // width, "BLOCK_C": width}
     return Tiling(chunks, chunks * column_tiles, meta)

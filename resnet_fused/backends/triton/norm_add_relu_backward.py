@@ -156,7 +156,8 @@ def run(
     check(grad_out, z, scale, shift, mask, residual, sample_factor, relu)
     c = grad_out.shape[1]
     present = (True, z is not None, residual is not None, residual is not None)
-    sums = [grad_out.new_zeros(c if p else 0, dtype=torch.float32) for p in present]
+    vector = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros  # sums over nothing are zero
+    sums = [vector(c if p else 0, dtype=torch.float32) for p in present]
     g = channels_last_like(grad_out) if emit_grad else grad_out.new_empty(0)
     if grad_out.numel():
         mask = mask if relu else None
@@ -171,7 +172,7 @@ def run(
         common.launch(kernel, plan, grad_out, z, *vectors, *rest, HW=hw, RELU=relu, BITS=bits)
         targets = [s for s, p in zip(sums, present, strict=True) if p]
         targets += [partial] * (4 - len(targets))  # never written
-        tiles = triton.cdiv(c, MERGE_CHANNELS)
+        tiles = common.cdiv(c, MERGE_CHANNELS)
         sizes = {"chunks": plan.chunks, "C": c, "channel_tiles": tiles}
         blocks = {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
         common.start(sum_chunks_kernel, tiles * sum(present), partial, *targets, **sizes, **blocks)

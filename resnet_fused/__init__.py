@@ -1,4 +1,4 @@
-"""Fused residual networks for PyTorch: `fuse` a model, and it runs the same mathematics with half the memory traffic."""
+"""Fused residual networks for PyTorch: `fuse` a model, and it runs the same mathematics with less memory traffic."""
 
 from .backends import use
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu

@@ -45,9 +45,9 @@ def current() -> str:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force the backend `name` ("auto", "reference", "cpu", "cuda", "triton") within a ``with`` block, for the whole process.
+    """Force the backend `name` ("auto", "reference", "cpu", "cuda", "triton") within a ``with`` block.
 
-    A forward run inside the block uses that backend in its backward too. Ops the backend does not have raise
+    It holds for the whole process. A forward run inside the block uses that backend in its backward too. Ops the backend does not have raise
     RuntimeError with the reasons.
 
     Raises:

@@ -75,9 +75,7 @@ def conv_add_relu(
         out = op(x, weight, bias, *where, "relu" if act else "none", [], None)
     else:
         _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
-        out = op.binary(
-            x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if act else None, [], None
-        )
+        out = op.binary(x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if act else None, [], None)
     return _finish(channels_last(out), relu, bound)
 
 

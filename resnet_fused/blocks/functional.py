@@ -6,8 +6,8 @@ import torch
 
 from ..backends import current
 from ..steps import Chain, Conv, Norm, Step, StepTensors
-from .plan import choose_variant
 from .chain import run_chain
+from .plan import choose_variant
 from .runtime import output_shapes
 
 Tensor = torch.Tensor
@@ -86,7 +86,8 @@ def conv_bn_add_relu(
         )
     if sample_factor is not None and sample_factor.shape != (x.shape[0],):
         raise ValueError(
-            f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; pass [{x.shape[0]}], one for each sample"
+            f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; "
+            f"pass [{x.shape[0]}], one for each sample"
         )
     chain = choose_variant(chain, x, [tensors], [shape], sample_factor)
     return run_chain(chain, x, [tensors], residual, sample_factor)

@@ -1,8 +1,8 @@
 """Inference: batch norm folded into the convolutions, activation and residual in their epilogues.
 
 The folded weights are kept between calls. They are made again when a tensor they came from was replaced or written to:
-its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its content's checksum changed.
-Reading 100 MB of weights for the checksum costs a few milliseconds; folding them anew on every call costs ten times that.
+its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its content's checksum
+changed. Reading 100 MB of weights for the checksum costs a few milliseconds; folding them anew on every call costs ten times that.
 """
 
 from __future__ import annotations

@@ -137,7 +137,9 @@ def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_facto
         return run_modules(chain, site, x, tensors, residual, sample_factor)
     dtype = torch.get_autocast_dtype(x.device.type)
     x = x.to(dtype)
-    tensors = [t._replace(weight=t.weight.to(dtype), bias=None if t.bias is None else t.bias.to(dtype)) for t in tensors]
+    tensors = [
+        t._replace(weight=t.weight.to(dtype), bias=None if t.bias is None else t.bias.to(dtype)) for t in tensors
+    ]
     with torch.autocast(x.device.type, enabled=False):
         return run_modules(chain, site, x, tensors, residual, sample_factor)
 

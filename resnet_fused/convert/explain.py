@@ -158,5 +158,7 @@ def _count(module: nn.Module, x: Tensor, training: bool, context) -> tuple[Traff
         with saved:
             out = module(x)
         if training:
-            torch.autograd.grad(out, [p for p in parameters if p.requires_grad] + [x], torch.empty_like(out), allow_unused=True)
+            torch.autograd.grad(
+                out, [p for p in parameters if p.requires_grad] + [x], torch.empty_like(out), allow_unused=True
+            )
     return counter.total, saved.bytes

@@ -91,7 +91,9 @@ def fuse(
                 left.append(Row(name, type(module).__name__, "", reason))
             inside |= _taken(module)
     if not any(is_fused(module) or isinstance(module, BUILT_FUSED) for module in model.modules()):
-        reasons = "; ".join(f"{row.name or '(model)'}: {row.reason}" for row in left) or "it has no convolution in a block"
+        reasons = (
+            "; ".join(f"{row.name or '(model)'}: {row.reason}" for row in left) or "it has no convolution in a block"
+        )
         text = f"fuse: nothing to fuse in {type(model).__name__} ({reasons})"
         if strict:
             raise ValueError(text)

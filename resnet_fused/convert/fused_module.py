@@ -170,7 +170,9 @@ def fused_class(stock_class: type) -> type:
     """The fused subclass of `stock_class`, made once; carries its name, so that ``repr`` and logs stay readable."""
     if stock_class not in _classes:
         _classes[stock_class] = type(
-            f"Fused{stock_class.__name__}", (FusedModule, stock_class), {"__module__": __name__, "__doc__": stock_class.__doc__}
+            f"Fused{stock_class.__name__}",
+            (FusedModule, stock_class),
+            {"__module__": __name__, "__doc__": stock_class.__doc__},
         )
     return _classes[stock_class]
 

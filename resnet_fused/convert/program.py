@@ -190,7 +190,13 @@ class _Builder:
             passed.append(node)
             node = self.skip_identities(node, passed)
         adds = node is not None and node.op in ("call_function", "call_method") and node.target in _ADD
-        if not adds or node in self.taken or len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], fx.Node):
+        if (
+            not adds
+            or node in self.taken
+            or len(node.args) != 2
+            or node.kwargs
+            or not isinstance(node.args[1], fx.Node)
+        ):
             return call, norm_node, []
         branch = passed[-1] if passed else norm_node
         residual = node.args[1] if node.args[0] is branch else node.args[0]
@@ -253,7 +259,7 @@ def build(block: nn.Module, graph: fx.Graph) -> tuple[Program, list[str]]:
 
 
 def _main_first(graph: fx.Graph, builder: _Builder) -> list[fx.Node]:
-    """Convolutions, those followed by a ReLU before the others: the main branch finds its projection, not the reverse."""
+    """Convolutions, those followed by a ReLU first: the main branch finds its projection, not the reverse."""
     convs = [node for node in graph.nodes if isinstance(builder.module(node), nn.Conv2d)]
 
     def leads_to_relu(node: fx.Node) -> bool:

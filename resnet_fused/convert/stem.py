@@ -1,8 +1,8 @@
 """The stem, convolution-norm-ReLU called one after another in a model's own method.
 
 A model's forward is too free to be traced, so its methods are rewritten instead: three consecutive calls
-``x = self.conv1(x); x = self.bn1(x); x = self.relu(x)`` (or the same nested) become one call of :meth:`FusedStem.run_stem`,
-in a subclass of the model's class. The rest of each method is untouched source.
+``x = self.conv1(x); x = self.bn1(x); x = self.relu(x)`` (or the same nested) become one call of
+:meth:`FusedStem.run_stem`, in a subclass of the model's class. The rest of each method is untouched source.
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ class _Rewriter(ast.NodeTransformer):
         while i < len(body):
             run = body[i : i + 3]
             names = [_self_assign(statement) for statement in run]
-            if len(run) == 3 and all(names) and len({variable for variable, _ in names}) == 1 and (
-                all(_argument(statement) == names[0][0] for statement in run[1:])
+            if (
+                len(run) == 3
+                and all(names)
+                and len({variable for variable, _ in names}) == 1
+                and (all(_argument(statement) == names[0][0] for statement in run[1:]))
             ):
                 call = self._replacement([name for _, name in reversed(names)], run[0].value.args[0])
                 if call is not None:
@@ -122,7 +125,11 @@ def _self_call(node: ast.AST) -> str | None:
     if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
         return None
     function = node.func
-    if not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Name) or function.value.id != "self":
+    if (
+        not isinstance(function, ast.Attribute)
+        or not isinstance(function.value, ast.Name)
+        or function.value.id != "self"
+    ):
         return None
     return function.attr
 
@@ -161,7 +168,7 @@ def _rewrite(function: types.FunctionType, accept) -> tuple[types.FunctionType |
     tree.body = [definition]
     namespace: dict[str, types.FunctionType] = {}
     code = compile(ast.fix_missing_locations(tree), inspect.getsourcefile(function) or "<stem>", "exec")
-    exec(code, function.__globals__, namespace)  # noqa: S102  the model's own source, three calls replaced
+    exec(code, function.__globals__, namespace)
     rewritten = namespace[function.__name__]
     rewritten.__doc__, rewritten.__defaults__, rewritten.__kwdefaults__ = (
         function.__doc__, function.__defaults__, function.__kwdefaults__,
@@ -230,4 +237,3 @@ def stem_modules(model: FusedStem) -> list[nn.Module]:
         if site is not None:
             modules += [*(module for pair in site.steps for module in pair), *site.bypassed]
     return modules
-

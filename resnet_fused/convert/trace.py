@@ -87,7 +87,9 @@ def _signature(node: fx.Node) -> tuple[str, str, str, str]:
 def adds_in_place(block: nn.Module) -> bool:
     """Whether the forward adds with ``+=``, which ``torch.fx`` records as ``+``: the sum then keeps its dtype."""
     code = type(block).forward.__code__
-    return any(i.opname == "INPLACE_ADD" or (i.opname == "BINARY_OP" and i.argrepr == "+=") for i in dis.get_instructions(code))
+    return any(
+        i.opname == "INPLACE_ADD" or (i.opname == "BINARY_OP" and i.argrepr == "+=") for i in dis.get_instructions(code)
+    )
 
 
 def state_of(block: nn.Module) -> tuple:

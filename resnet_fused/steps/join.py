@@ -177,22 +177,16 @@ def backward(
     return JoinGrads(grad_h, main_grads, shortcut_grads, grad_x)
 
 
-def _shortcut_backward(
-    chain, g, sum_g, sum_gz, x, tensors, state, needs, needs_x
-) -> tuple[Tensor | None, StepGrads]:
+def _shortcut_backward(chain, g, sum_g, sum_gz, x, tensors, state, needs, needs_x) -> tuple[Tensor | None, StepGrads]:
     step, backend = chain.shortcut, chain.backend
     if not chain.gram_shortcut:
         c = coefficients(state.shortcut, sum_g, sum_gz, pixels(g), step.norm)
         dz = LazyGrad(g, state.shortcut_z, c, state.shortcut).materialise(backend)
         return conv_norm.backward(dz, x, tensors, step, c, backend, needs, needs_x)
     if not step.norm.batch_stats:
-        return folded_join.backward(
-            g, sum_g, x, tensors, step, state.shortcut, backend, needs, needs_x, step.conv
-        )
+        return folded_join.backward(g, sum_g, x, tensors, step, state.shortcut, backend, needs, needs_x, step.conv)
     a = strided(x, step.conv)
-    grad_a, grads = folded_join.backward(
-        g, sum_g, a, tensors, step, state.shortcut, backend, needs, needs_x, POINTWISE
-    )
+    grad_a, grads = folded_join.backward(g, sum_g, a, tensors, step, state.shortcut, backend, needs, needs_x, POINTWISE)
     if grad_a is None or step.conv.stride == (1, 1):
         return grad_a, grads
     grad_x = torch.zeros_like(x)

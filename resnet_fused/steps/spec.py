@@ -51,8 +51,8 @@ class Chain:
     """A program of steps: ``conv-bn-relu`` for all but the last, then ``conv-bn (+ residual) (-> relu)``.
 
     `shortcut` is the projection that makes the residual from the chain's input; without it the residual, if any, is a
-    tensor, or the chain's input itself where `identity`. `relu`: whether the output is clamped. `gram`: the last step, and the shortcut where `gram_shortcut`, are
-    Gram joins. `backend`: who runs the ops, in forward and backward.
+    tensor, or the chain's input itself where `identity`. `relu`: whether the output is clamped. `gram`: the last step,
+    and the shortcut where `gram_shortcut`, are Gram joins. `backend`: who runs the ops, in forward and backward.
     """
 
     steps: tuple[Step, ...]

@@ -117,7 +117,10 @@ def test_gram_join_with_a_mean_far_from_zero():
     t1 = t1._replace(beta=torch.full((8,), 300.0, dtype=F64), gamma=torch.ones(8, dtype=F64))
     x = torch.randn(4, 8, 9, 9, dtype=F64)
     exact = chain_output(Chain((s1, s2)), x, None, None, [t1, t2])
-    single = [StepTensors(*(t if t is None or t.dtype == torch.int64 else t.detach().float() for t in own)) for own in (t1, t2)]
+    single = [
+        StepTensors(*(t if t is None or t.dtype == torch.int64 else t.detach().float() for t in own))
+        for own in (t1, t2)
+    ]
     stock = chain_output(Chain((s1, s2)), x.float(), None, None, single)
     fused = run_chain(Chain((s1, s2), gram=True), x.float(), single)
     assert (fused - exact).norm() <= 2 * (stock - exact).norm()
@@ -155,7 +158,9 @@ def test_running_statistics_move_as_in_stock(x):
         (step, own), bn = make_step(6, 4), torch.nn.BatchNorm2d(4, momentum=momentum).double()
         step = dataclasses.replace(step, norm=Norm(bn.eps, momentum))
         own = own._replace(
-            running_mean=torch.zeros(4, dtype=F64), running_var=torch.ones(4, dtype=F64), num_batches_tracked=torch.tensor(0)
+            running_mean=torch.zeros(4, dtype=F64),
+            running_var=torch.ones(4, dtype=F64),
+            num_batches_tracked=torch.tensor(0),
         )
         for _ in range(3):
             h = torch.randn(2, 6, 4, 4, dtype=F64)

@@ -48,7 +48,9 @@ def observe(model, x, run=None):
 def assert_same(got, want, rtol=2e-4, atol=2e-4):
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name].float(), want[name].float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name].float(), want[name].float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def pair(model):

@@ -66,7 +66,9 @@ def test_fuse_and_unfuse_are_idempotent():
 
 
 def test_filter_fn_and_backend():
-    model = resnet_fused.fuse(small_resnet(), filter_fn=lambda name, module: name.startswith("layer1"), backend="reference")
+    model = resnet_fused.fuse(
+        small_resnet(), filter_fn=lambda name, module: name.startswith("layer1"), backend="reference"
+    )
     assert [row.name for row in resnet_fused.report(model).fused] == ["layer1.0"]
     assert "fuse() was not called on it" in str(resnet_fused.report(model))
     with pytest.raises(ValueError, match="unknown backend 'nope'; pass one of 'auto'"):
@@ -78,7 +80,7 @@ def test_nothing_to_fuse():
         resnet_fused.fuse(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="nothing to fuse"):
         resnet_fused.fuse(nn.Sequential(nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1)), strict=True)
-    with pytest.raises(TypeError, match="pass a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"pass a torch\.nn\.Module"):
         resnet_fused.fuse("resnet50")
 
 

@@ -259,7 +259,9 @@ def test_export_is_portable():
 def test_stock_forward_is_stock():
     stock, fused = pair(small_resnet())
     with stock_forward():
-        assert_same(observe(fused, images(channels=3, size=32)), observe(stock, images(channels=3, size=32)), 1e-6, 1e-6)
+        assert_same(
+            observe(fused, images(channels=3, size=32)), observe(stock, images(channels=3, size=32)), 1e-6, 1e-6
+        )
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -23,15 +23,19 @@ SHARED_BYTES = 4096  # only for reductions across threads and for laying out vec
 PIXELWISE = [name for name in REGISTERS if "merge" not in name and "chunks" not in name]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """One row for each compiled launch; compiled in one process, where Triton does not interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    script = Path(__file__).with_name("triton_compile.py")
+def run_script(name, cache):
+    """The rows that a script beside this file prints, run where Triton does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    script = Path(__file__).with_name(name)
     ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """One row for each compiled launch, all from one process."""
+    return run_script("triton_compile.py", tmp_path_factory.mktemp("triton"))
 
 
 def label(row):
@@ -77,3 +81,11 @@ def test_relu_is_a_select_and_sums_have_no_atomics(rows):
     for row in rows:
         assert not row["float_max"], f"{label(row)} has {row['float_max']}"
         assert row["atomics"] == 0, f"{label(row)} has atomics"
+
+
+def test_launches_bind_and_sizes_do_not_recompile(tmp_path):
+    """Two tile widths, where C is 64 and where it is more; batch and image size compile nothing new."""
+    (variants,) = run_script("triton_binding.py", tmp_path)
+    assert set(variants) == set(REGISTERS)
+    pointwise = {"norm_add_relu_kernel", "lazy_grad_apply_kernel"}
+    assert all(count == (2 if name in pointwise else 1) for name, count in variants.items()), variants

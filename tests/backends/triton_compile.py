@@ -4,6 +4,7 @@ Run by test_triton_compile.py in a process of its own, because the interpreter r
 meta tensors with the launch intercepted, so what is compiled is exactly what a GPU would be given.
 """
 
+import concurrent.futures
 import json
 import re
 import subprocess
@@ -23,32 +24,32 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ARCHS = (80, 90, 100)
 
 
-def tensors(dtype, channels=256):
+def tensors(dtype, channels, n):
     """Meta tensors of a large layer: z, residual, a [C] vector, an [N] factor, and a packed mask."""
-    n, h, w = 64, 56, 56
+    h, w = 56, 56
     z, r = (torch.empty((n, h, w, channels), dtype=dtype, device="meta").permute(0, 3, 1, 2) for _ in range(2))
     vector, factor = torch.empty(channels, device="meta"), torch.empty(n, device="meta")
     return z, r, vector, factor, torch.empty((n * h * w, (channels + 7) // 8), dtype=torch.uint8, device="meta")
 
 
-def launches(dtype, channels=256):
-    """What to compile: (options, main, call). The main ones are compiled for every dtype and architecture."""
-    z, r, v, f, bits = tensors(dtype, channels)
+def launches(dtype, channels=256, samples=64):
+    """What to compile: (options, weight, call). Weight 2: a kernel's richest options, 1: common ones, 0: the rest."""
+    z, r, v, f, bits = tensors(dtype, channels, samples)
     forward, backward, apply = norm_add_relu.run, norm_add_relu_backward.run, lazy_grad_apply.run
-    yield "", True, lambda: bn_stats.run(z)
-    yield "plain", False, lambda: forward(z, v, v)
-    yield "residual mask", True, lambda: forward(z, v, v, r, emit_mask=True)
-    yield "affine residual, factor, mask", True, lambda: forward(z, v, v, r, v, v, f, emit_mask=True)
-    yield "residual, no relu", False, lambda: forward(z, v, v, r, relu=False)
-    yield "recompute", True, lambda: backward(z, z=r, scale=v, shift=v)
-    yield "recompute, sums only", False, lambda: backward(z, z=r, scale=v, shift=v, emit_grad=False)
-    yield "bits", True, lambda: backward(z, z=r, mask=bits)
-    yield "output, no z", False, lambda: backward(z, mask=r)
-    yield "bits, residual, factor", True, lambda: backward(z, z=r, mask=bits, residual=r, sample_factor=f)
-    yield "no relu", False, lambda: backward(z, z=r, relu=False, emit_grad=False)
-    yield "frozen", False, lambda: apply(z, None, v)
-    yield "affine", False, lambda: apply(z, r, v, v, v)
-    yield "affine, sign, factor", True, lambda: apply(z, r, v, v, v, v, v, f)
+    yield "", 2, lambda: bn_stats.run(z)
+    yield "plain", 0, lambda: forward(z, v, v)
+    yield "residual, mask", 1, lambda: forward(z, v, v, r, emit_mask=True)
+    yield "affine residual, factor, mask", 2, lambda: forward(z, v, v, r, v, v, f, emit_mask=True)
+    yield "residual, no relu", 0, lambda: forward(z, v, v, r, relu=False)
+    yield "recompute", 1, lambda: backward(z, z=r, scale=v, shift=v)
+    yield "recompute, sums only", 0, lambda: backward(z, z=r, scale=v, shift=v, emit_grad=False)
+    yield "bits", 1, lambda: backward(z, z=r, mask=bits)
+    yield "output, no z", 0, lambda: backward(z, mask=r)
+    yield "bits, residual, factor", 2, lambda: backward(z, z=r, mask=bits, residual=r, sample_factor=f)
+    yield "no relu", 0, lambda: backward(z, z=r, relu=False, emit_grad=False)
+    yield "frozen", 0, lambda: apply(z, None, v)
+    yield "affine", 1, lambda: apply(z, r, v, v, v)
+    yield "affine, sign, factor", 2, lambda: apply(z, r, v, v, v, v, v, f)
 
 
 def record(call):
@@ -74,7 +75,9 @@ def source(kernel, args, meta):
         elif isinstance(value, torch.Tensor):
             signature[name], attrs[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            # specialised on the value 1, an integer would become a constant without methods such as `.to`
+            assert parameter.do_not_specialize, f"{kernel.fn.__name__}: {name} is not in do_not_specialize"
+            signature[name] = "i32" if value < 2**31 else "i64"
     return ASTSource(kernel, signature, constants, attrs)
 
 
@@ -112,33 +115,35 @@ def compile_one(kernel, args, meta, arch):
 
 
 def chosen():
-    """What to compile: (options, dtype, channels, architecture, launch)."""
+    """What to compile: (options, dtype, channels, architecture, launch). All options in bfloat16 on sm_90."""
     for dtype in DTYPES:
-        for options, main_case, call in launches(dtype):
-            for arch in ARCHS if main_case else (90,):
-                if main_case or dtype is torch.bfloat16:
-                    yield from ((options, dtype, 256, arch, launch) for launch in record(call))
-    for dtype, channels in ((torch.bfloat16, 24), (torch.float32, 24), (torch.bfloat16, 7)):
-        for options, main_case, call in launches(dtype, channels):
-            if main_case:
-                yield from ((options, dtype, channels, 90, launch) for launch in record(call))
+        for arch in ARCHS:
+            least = (dtype is not torch.bfloat16) + (arch != 90)
+            for options, weight, call in launches(dtype):
+                if weight >= least:
+                    yield from ((options, dtype, 256, arch, started) for started in record(call))
+    few = ((torch.bfloat16, 24, 64), (torch.float32, 24, 64), (torch.bfloat16, 7, 64), (torch.bfloat16, 8, 2**20))
+    for dtype, channels, samples in few:  # the last: 2^31 rows and more
+        for options, weight, call in launches(dtype, channels, samples):
+            if weight == 2:
+                yield from ((options, dtype, channels, 90, started) for started in record(call))
+
+
+def row_of(what):
+    """Compile one of `chosen` and describe it."""
+    options, dtype, channels, arch, (kernel, args, meta) = what
+    row = {"kernel": kernel.fn.__name__, "options": options, "dtype": str(dtype).removeprefix("torch.")}
+    return row | {"channels": channels, "arch": arch} | compile_one(kernel, args, meta, arch)
 
 
 def main():
-    seen = set()
-    for options, dtype, channels, arch, (kernel, args, meta) in chosen():
-        identity = (source(kernel, args, meta).hash(), arch)
-        if identity in seen:  # the second stages are the same for most launches
-            continue
-        seen.add(identity)
-        what = {
-            "kernel": kernel.fn.__name__,
-            "options": options,
-            "dtype": str(dtype).removeprefix("torch."),
-            "channels": channels,
-            "arch": arch,
-        }
-        print(json.dumps(what | compile_one(kernel, args, meta, arch)), flush=True)
+    different = {}  # the second stages are the same for most launches
+    for what in chosen():
+        *_, arch, (kernel, args, meta) = what
+        different.setdefault((source(kernel, args, meta).hash(), arch), what)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # half of the time goes to the assembler, a process
+        for row in pool.map(row_of, different.values()):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

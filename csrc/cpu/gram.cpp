@@ -1,9 +1,8 @@
 // Shifted Gram matrix and sums of a: d = a - centre, gram = d' d, total = sum of d. One or two reads of a.
 //
 // The upper triangle is cut into macro tiles of kMacro x kMacro channels and the rows into chunks; a (chunk, macro
-// tile) is one unit of work. It packs kDepth rows of its channels at a time into panels of one cache line per row,
-// centre subtracted, multiplies them in registers (float32 sums of kDepth terms) and adds those to a float64 tile in
-// cache.
+// tile) is one unit of work. It packs up to kDepth rows of its channels at a time into panels of one cache line per
+// row, centre subtracted, multiplies them in registers (short float32 sums) and adds those to a float64 tile in cache.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -19,7 +18,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr int64_t kMacro = 128;       // channels: its float64 tile is 128 KiB, half a second-level cache
-constexpr int64_t kDepth = 192;       // rows: two panels fit the first-level cache
+constexpr int64_t kDepth = 208;       // rows: two panels fit the first-level cache
 constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merged
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
@@ -120,11 +119,7 @@ struct Work {
     chunks = std::clamp(std::min(affordable, rows / kChunkRows), int64_t(1), kMaxChunks);
   }
 
-  // Chunk boundaries fall on multiples of kDepth.
-  int64_t first_row(int64_t chunk) const {
-    const int64_t blocks = (rows + kDepth - 1) / kDepth;
-    return std::min(rows, chunk * blocks / chunks * kDepth);
-  }
+  int64_t first_row(int64_t chunk) const { return rows * chunk / chunks; }
 };
 
 template <class A>
@@ -140,8 +135,10 @@ void macro_tile(Buffers<A>& buffers, const T* a, const A* centre, double* g, dou
   const int64_t a_width = std::min(kMacro, C - i), b_width = std::min(kMacro, C - j);
   double* tile = buffers.g.get();
   std::fill_n(tile, kMacro * kMacro, 0.0);
-  for (int64_t row = begin; row < end; row += kDepth) {
-    const int64_t rows = std::min(kDepth, end - row);
+  const int64_t blocks = std::max<int64_t>(1, (end - begin + kDepth - 1) / kDepth);
+  const int64_t depth = std::max<int64_t>(1, (end - begin + blocks - 1) / blocks);  // equal blocks, no short last one
+  for (int64_t row = begin; row < end; row += depth) {
+    const int64_t rows = std::min(depth, end - row);
     const A *left = buffers.a.get(), *right = i == j ? left : buffers.b.get();
     pack(buffers.a.get(), a + row * C + i, centre + i, rows, a_width, C);
     if (i == j) add_totals(total + i, left, rows, a_width);
@@ -149,6 +146,28 @@ void macro_tile(Buffers<A>& buffers, const T* a, const A* centre, double* g, dou
     multiply(tile, left, right, rows, a_width, b_width);
   }
   for (int64_t r = 0; r < a_width; ++r) std::copy_n(tile + r * kMacro, b_width, g + (i + r) * C + j);
+}
+
+// gram = sum of the chunks' upper triangles, mirrored; in blocks, so that the mirrored writes stay in cache.
+template <class A>
+void merge_chunks(A* gram, double* grams, int64_t chunks, int64_t C) {
+  constexpr int64_t kBlock = 32;
+  const int64_t blocks = (C + kBlock - 1) / kBlock;
+  const auto merge_block = [&](int64_t first_i, int64_t first_j) {
+    for (int64_t i = first_i; i < std::min(C, first_i + kBlock); ++i) {
+      for (int64_t j = std::max(i, first_j); j < std::min(C, first_j + kBlock); ++j) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += grams[(chunk * C + i) * C + j];
+        gram[i * C + j] = gram[j * C + i] = static_cast<A>(sum);
+      }
+    }
+  };
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 512 / std::max<int64_t>(C, 1)),
+                              [&](auto begin, auto end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  for (int64_t j = i; j < blocks; ++j) merge_block(i * kBlock, j * kBlock);
+                                }
+                              });
 }
 
 template <class T>
@@ -174,18 +193,7 @@ void run(const Tensor& a, const Tensor& centre, const Tensor& gram, const Tensor
     for (int64_t chunk = 0; chunk < work.chunks; ++chunk) sum += totals[chunk * C + c];
     data<A>(total)[c] = static_cast<A>(sum);
   }
-  torch::stable::parallel_for(0, C, std::max<int64_t>(1, 16384 / std::max<int64_t>(C, 1)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  double* row = grams.get() + i * C;
-                                  for (int64_t chunk = 1; chunk < work.chunks; ++chunk) {
-                                    for (int64_t j = i; j < C; ++j) row[j] += row[chunk * C * C + j];
-                                  }
-                                  for (int64_t j = i; j < C; ++j) {
-                                    data<A>(gram)[i * C + j] = data<A>(gram)[j * C + i] = static_cast<A>(row[j]);
-                                  }
-                                }
-                              });
+  merge_chunks(data<A>(gram), grams.get(), work.chunks, C);
 }
 
 std::tuple<Tensor, Tensor> gram(const Tensor& a, const Tensor& centre) {

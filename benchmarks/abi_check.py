@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CASES = 12  # of each op: tests/ops runs them all, under one torch
 
 
 def check_here() -> dict:
@@ -23,33 +24,20 @@ def check_here() -> dict:
     import torch
 
     from resnet_fused import library
-    from resnet_fused.ops import OPS
+    from resnet_fused.backends import backends
+    from resnet_fused.testing import cases, check
 
     status = library.status()
     if not status.cpu.loaded:
         raise SystemExit(f"_C is not loaded: {status.cpu.reason}")
-    generator = torch.Generator().manual_seed(0)
-
-    def activation() -> torch.Tensor:
-        return torch.randn(2, 19, 5, 7, generator=generator).contiguous(memory_format=torch.channels_last)
-
-    g, z, residual = activation(), activation(), activation()
-    a, b, d, scale, shift, centre = torch.randn(6, 19, generator=generator)
-    arguments = {
-        "bn_stats": (z,),
-        "norm_add_relu": (z, scale, shift, residual, a, b, torch.tensor([0.5, 2.0]), True, True),
-        "norm_add_relu_backward": (g, z, scale, shift, None, residual, torch.tensor([0.5, 2.0])),
-        "lazy_grad_apply": (g, z, a, b, d, scale, shift),
-        "gram": (z, centre),
-    }
-    missing = sorted(set(library.COMPILED_OPS) - set(arguments))
-    if missing:
-        raise SystemExit(f"this script has no arguments for {missing}; add them")
     for name in library.COMPILED_OPS:
-        got, wanted = getattr(torch.ops.resnet_fused, name)(*arguments[name]), OPS[name].reference(*arguments[name])
-        pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
-        for actual, expected in pairs:
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        ran = [
+            case.name
+            for case in cases(name, torch.float32)[:CASES]
+            if not check(backends()["cpu"], name, case, torch.float32, torch.device("cpu"))
+        ]
+        if not ran:
+            raise SystemExit(f"{name}: no case ran")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     on_cuda = [name for name in library.COMPILED_OPS if has_kernel(f"resnet_fused::{name}", "CUDA")]
     return {

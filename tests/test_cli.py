@@ -1,0 +1,147 @@
+"""The command line as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
+
+
+def resnet_fused(*arguments, timeout=600, code=None):
+    """Run ``python -m resnet_fused`` with `arguments`, or Python source `code` with them as sys.argv."""
+    command = [sys.executable, *(["-m", "resnet_fused"] if code is None else ["-c", code]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_info():
+    ran = resnet_fused("info")
+    assert ran.returncode == 0, ran.stderr
+    assert "| reference | available |" in ran.stdout
+    assert "norm_add_relu_backward" in ran.stdout
+
+
+def test_info_json():
+    found = json.loads(resnet_fused("info", "--json").stdout)
+    assert {"versions", "machine", "built", "libraries", "backends", "ops"} <= found.keys()
+    for served in found["ops"].values():
+        assert served.keys() == found["backends"].keys()
+        assert served["reference"] == "yes"
+
+
+def test_explain():
+    ran = resnet_fused("explain", "resnet18", "--input", "2,3,64,64")
+    assert ran.returncode == 0, ran.stderr
+    assert "| layer1.0 | 64x16x16 |" in ran.stdout
+    assert "| whole model |" in ran.stdout
+
+
+@pytest.mark.slow
+def test_verify():
+    ran = resnet_fused("verify", "--device", "cpu")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.rstrip().endswith("all within their limits")
+    assert "Bottleneck, 8 groups, bf16" in ran.stdout
+
+
+BREAK_A_KERNEL = """
+import sys
+from resnet_fused.backends import reference
+from resnet_fused.backends.declaration import Kernel
+kernel = reference.BACKEND.kernels["gram"]
+def wrong(a, centre):
+    gram, total = kernel.run(a, centre)
+    return gram * 1.001, total
+reference.BACKEND.kernels["gram"] = Kernel(wrong, kernel.dtypes)
+from resnet_fused.cli import main, verify
+verify.BLOCKS.clear()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_verify_fails_on_a_wrong_kernel():
+    ran = resnet_fused("verify", "--device", "cpu", code=BREAK_A_KERNEL)
+    assert ran.returncode == 1, ran.stderr
+    assert "FAILED" in ran.stdout
+    assert "reference gram (float32)" in ran.stdout
+
+
+@pytest.mark.slow
+def test_bench(tmp_path):
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "rows.json", tmp_path / "bars.png"
+    ran = resnet_fused("bench", *TINY, "--device", "cpu", "--json", str(files[0]), "--plot", str(files[1]))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("| measurement | eager ms (q10-q90) | fused ms (q10-q90) |")
+    report = json.loads(files[0].read_text())
+    assert report["schema"] == 1
+    assert report["provenance"]["model"] == "resnet18"
+    names = {(row["name"], row["unit"], row["peer"]) for row in report["rows"]}
+    for name in ("training step, batch 2", "training backward, batch 2", "evaluation, batch 1", "evaluation, batch 4"):
+        assert {(name, "ms", "eager"), (name, "ms", "fused")} <= names
+    assert any(name.startswith("layer2.0 [2, 64, 16, 16]") for name, _, _ in names)
+    for row in report["rows"]:
+        assert row["q10"] <= row["median"] <= row["q90"]
+        assert row["n"] >= (3 if row["unit"] == "ms" else 1)
+    saved = {row["peer"]: row["median"] for row in report["rows"] if row["unit"] == "MB" and "training" in row["name"]}
+    assert saved["fused"] < saved["eager"]
+    assert all(row["fused"] <= row["limit"] for row in report["equality"])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+BREAK_THE_MODEL = """
+import sys
+import torch
+from resnet_fused.bench.peers import fused
+right = fused.prepare
+def wrong(model):
+    with torch.no_grad():
+        model.layer3[0].bn2.bias += 0.01
+    return right(model)
+fused.prepare = wrong
+from resnet_fused.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_bench_fails_when_the_numbers_disagree():
+    pytest.importorskip("skimage")
+    ran = resnet_fused("bench", *TINY, "--device", "cpu", code=BREAK_THE_MODEL)
+    assert ran.returncode == 1, ran.stderr
+    assert "fused and stock disagree in" in ran.stderr
+    assert "output in training: fused error" in ran.stderr
+    assert ran.stdout == ""
+
+
+MISTAKES = {
+    "no command": ([], "info | verify | bench | explain"),
+    "unknown command": (["tune"], "'tune' (choose from"),
+    "unknown model": (["bench", "--model", "resnet51"], "unknown model 'resnet51'; pass one of resnet18"),
+    "unknown source": (["explain", "keras:resnet50"], "timm:NAME, or torchvision:NAME"),
+    "unknown dtype": (["bench", "--dtype", "fp8"], "'fp8' (choose from"),
+    "unknown device": (["bench", "--device", "tpu"], "unknown device 'tpu'; pass cpu, cuda or cuda:N"),
+    "unknown peer": (["bench", "--peers", "tvm"], "unknown peer 'tvm'; accepted are compile"),
+    "no input size": (["explain", "resnet18", "--input", "224"], "pass N,C,H,W, e.g. 16,3,224,224"),
+    "no batch": (["bench", "--batch", "-3"], "not a positive number"),
+    "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
+    "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(mistake):
+    arguments, expected = MISTAKES[mistake]
+    ran = resnet_fused(*arguments)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert expected in ran.stderr
+
+
+def test_unknown_timm_model_suggests():
+    pytest.importorskip("timm")
+    ran = resnet_fused("explain", "timm:resnet5")
+    assert ran.returncode == 2
+    assert "timm has no model 'resnet5'; close are" in ran.stderr

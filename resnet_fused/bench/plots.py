@@ -56,8 +56,11 @@ def draw(axis, rows: list[Row], peers: list[str], unit: str) -> None:
             error_kw={"elinewidth": 0.8, "ecolor": "#3c4043"},
             label=row.peer if row.name == names[0] else None,
         )  # fmt: skip
-        axis.text((row.median + high) * percent + 1, place, f"{short(row.median)} {unit}", va="center", fontsize=7)
-    axis.axvline(100, color="#3c4043", linewidth=0.8)
+        axis.text(
+            (row.median + high) * percent + 1, place, f"{short(row.median)} {unit}", va="center", fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+    axis.axvline(100, color="#3c4043", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12, y=0.01)

@@ -57,7 +57,7 @@ def plan_for(options: Options, model: nn.Module) -> Plan:
         return Plan(options.batch or 4, options.size or min(128, meant_for), (1, 4), training, other, other)
     return Plan(
         options.batch or 16, options.size or meant_for, (1, 8, 32),
-        training=Rounds(7, 50, 30.0), evaluation=Rounds(5, 50, 5.0), blocks=Rounds(5, 50, 1.5),
+        training=Rounds(5, 50, 30.0), evaluation=Rounds(5, 50, 5.0), blocks=Rounds(5, 50, 1.5),
     )  # fmt: skip
 
 

@@ -5,42 +5,20 @@
 // row, centre subtracted, multiplies them in registers (short float32 sums) and adds those to a float64 tile in cache.
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "../check.h"
 #include "alloc.h"
+#include "panels.h"
 #include "rows.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kMacro = 128;       // channels: its float64 tile is 128 KiB, half a second-level cache
-constexpr int64_t kDepth = 208;       // rows: two panels fit the first-level cache
 constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merged
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
-constexpr int64_t kRegisterRows = 4;             // times two vectors: eight sums in flight hide the latency of FMA
-
-template <class A>
-constexpr int64_t kPanel = 64 / sizeof(A);  // channels
-
-template <class A>
-constexpr int64_t kPanels = kMacro / kPanel<A>;
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
-template <class A>
-using AlignedArray = std::unique_ptr<A[], AlignedDelete>;
-
-template <class A>
-AlignedArray<A> aligned_array(int64_t size) {
-  return AlignedArray<A>(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), std::align_val_t(64))));
-}
 
 // packed[panel][row][kPanel] = a[row][channel] - centre[channel], 0 beyond `width` channels; a has rows of C.
 template <class T, class A>
@@ -72,28 +50,6 @@ RESNET_FUSED_CLONES void add_totals(double* __restrict total, const A* __restric
       for (int64_t i = 0; i < P; ++i) sum[i] += panel[m * P + i];
     }
     for (int64_t i = 0; i < P && c + i < width; ++i) total[c + i] += sum[i];
-  }
-}
-
-// g[r][j] += sum_m a[m][r] * b[m][j] for kRegisterRows x kPanel, g with rows of kMacro
-template <class A>
-RESNET_FUSED_INLINE void multiply_tile(double* __restrict g, const A* __restrict a, const A* __restrict b,
-                                       int64_t rows) {
-  constexpr int64_t P = kPanel<A>, half = P / 2;
-  typedef A Vector __attribute__((vector_size(32)));
-  Vector low[kRegisterRows] = {}, high[kRegisterRows] = {};
-  for (int64_t m = 0; m < rows; ++m, a += P, b += P) {
-    const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + half);
-    for (int64_t r = 0; r < kRegisterRows; ++r) {
-      low[r] += a[r] * b0;
-      high[r] += a[r] * b1;
-    }
-  }
-  for (int64_t r = 0; r < kRegisterRows; ++r, g += kMacro) {
-    for (int64_t i = 0; i < half; ++i) {
-      g[i] += low[r][i];
-      g[half + i] += high[r][i];
-    }
   }
 }
 

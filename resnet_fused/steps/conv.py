@@ -14,9 +14,11 @@ from .spec import Conv
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-# Up to this many pixels the weight gradient of a 1x1 convolution is a plain matrix product on CPUs without AVX-512:
-# measured 1.3-1.5x faster than oneDNN's there (14x14 and 7x7 at batch 16), and equal or slower above and with AVX-512.
-_MM_WEIGHT_GRAD_PIXELS = 0 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 4096
+# Whose weight gradient is fastest was measured on CPUs without AVX-512 (benchmarks/weight_grad.py); with AVX-512,
+# where nobody measured, it is oneDNN's throughout.
+_MEASURED = "AVX512" not in torch.backends.cpu.get_cpu_capability()
+_MM_PIXELS = 4096  # up to here a 1x1 convolution's is a plain matrix product: 1.3-1.5x faster than oneDNN's
+_OWN_CHANNELS = 16  # from here on ours is faster for kernels beyond 1x1: 1.3-1.6x
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -46,11 +48,14 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: list[bo
     )
 
 
-def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
     """Gradient of `weight` from the gradient at the convolution's output."""
-    small = grad.device.type == "cpu" and grad[:, 0].numel() <= _MM_WEIGHT_GRAD_PIXELS
-    if small and conv.is_pointwise(weight) and conv.stride == (1, 1):
-        return (rows(grad).T @ rows(x)).view(weight.shape)
+    if grad.device.type == "cpu" and grad.dtype == torch.float32 and _MEASURED and conv.groups == 1:
+        pointwise = conv.is_pointwise(weight)
+        if pointwise and conv.stride == (1, 1) and grad[:, 0].numel() <= _MM_PIXELS:
+            return (rows(grad).T @ rows(x)).view(weight.shape)
+        if not pointwise and weight.shape[1] >= _OWN_CHANNELS and backend in ("auto", "cpu"):
+            return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     return _backward(grad, x, weight, conv, [False, True, False])[1]
 
 

@@ -65,7 +65,7 @@ def backward(
     `needs`: which gradients are wanted (booleans). `add_to`: see :func:`conv.input_grad`.
     """
     grads = StepGrads(
-        weight_grad(dz, x, tensors.weight, step.conv) if needs.weight else None,
+        weight_grad(dz, x, tensors.weight, step.conv, backend) if needs.weight else None,
         dz.sum((0, 2, 3), dtype=c.a.dtype) if needs.bias else None,
         c.grad_gamma if needs.gamma else None,
         c.grad_beta if needs.beta else None,

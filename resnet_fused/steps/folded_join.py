@@ -110,7 +110,7 @@ def backward(
     coupled = step.norm.batch_stats
     grad_gamma = product = None
     if coupled or needs.weight or needs.gamma:
-        product = weight_grad(g, a, tensors.weight, conv).to(scale.dtype)
+        product = weight_grad(g, a, tensors.weight, conv, backend).to(scale.dtype)
         weight = tensors.weight.to(scale.dtype)
         offset = bn.mean if tensors.bias is None else bn.mean - tensors.bias.to(scale.dtype)
         if coupled:

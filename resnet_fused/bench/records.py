@@ -132,6 +132,7 @@ def provenance(device: torch.device, **settings: object) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": status.triton or "none",
@@ -159,6 +160,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def busy() -> str:
+    """A warning if the machine has other work to do; empty if not."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load <= 0.5 * cores:
+        return ""
+    return f"the machine is busy (load {load:.1f} on {cores} cores): times will be long, wide, and of little use"
 
 
 @functools.cache

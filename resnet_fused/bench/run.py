@@ -217,6 +217,8 @@ def run(options: Options) -> records.Report:
     parts = {"equality on photographs": 25.0, "training step": 50.0}
     parts |= {f"evaluation at batch {b}": 3.0 + b / 2 for b in plan.eval_batches} | {"blocks": 30.0}
     with Bar(parts) as bar:
+        if records.busy():
+            bar.say(records.busy())
         bench = Bench(options, plan, device, {}, bar, report)
         for name, peer in wanted:
             reason = peer.unavailable(device)

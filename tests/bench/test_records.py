@@ -76,3 +76,12 @@ def test_unknown_peer_lists_the_peers():
     assert peers.names()[:2] == ["eager", "fused"]
     with pytest.raises(Refused, match="unknown peer 'tpu'; accepted are compile"):
         peers.load("tpu")
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(records.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(records.os, "getloadavg", lambda: (1.9, 0.0, 0.0))
+    assert records.busy() == ""
+    monkeypatch.setattr(records.os, "getloadavg", lambda: (6.2, 0.0, 0.0))
+    assert "load 6.2 on 4 cores" in records.busy()
+    assert records.provenance(torch.device("cpu"))["load"] == "6.2"

@@ -120,6 +120,15 @@ def _conv_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:
     yield Case(case.name, (residual, x, weight, shift), case.kwargs)
 
 
+def _conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    yield Case("1x1", (draw.data((3, 24, 9, 7)), draw.data(), draw.data((24, 40, 1, 1))), {})
+    same = {"padding": (1, 1)}
+    yield Case("3x3, tail columns", (draw.data((3, 24, 9, 7)), draw.data(), draw.data((24, 40, 3, 3))), same)
+    strided = {"stride": (2, 2), "padding": (1, 1)}
+    yield Case("3x3, stride 2", (draw.data((3, 24, 5, 4)), draw.data(), draw.data((24, 40, 3, 3))), strided)
+
+
 _CASES = {
     "bn_stats": _bn_stats,
     "norm_add_relu": _norm_add_relu,
@@ -128,6 +137,7 @@ _CASES = {
     "gram": _gram,
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,
+    "conv_weight_grad": _conv_weight_grad,
 }
 
 

@@ -6,6 +6,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ..models import BUILDERS
@@ -43,7 +44,9 @@ def build(name: str) -> nn.Module:
     try:
         library = importlib.import_module(module_name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        raise Refused(f"{name}: {source} does not import here ({error}); pass {FORMS}") from error
+        reason = str(error).partition("\n")[0]
+        advice = f"pip install {source}, and a torchvision that was built for torch {torch.__version__}"
+        raise Refused(f"{name}: {source} does not import here ({reason}); {advice}, or pass {FORMS}") from error
     known = list_models(library)
     if rest not in known:
         close = difflib.get_close_matches(rest, known, 5) or sorted(known)[:5]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..blocks.runtime import Site, input_obstacle, module_obstacle, run_site
-from .program import ChainCall, Program, Ref, StockCall
+from .program import ChainCall, Program, Ref, StockCall, is_drop_path
 from .trace import state_of
 
 Tensor = torch.Tensor
@@ -81,7 +81,7 @@ def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
         if container._forward_hooks or container._forward_pre_hooks or container._backward_hooks:
             return f"hooks on {name}"
     for site in sites:
-        if any(type(module) not in _BYPASSABLE for module in site.bypassed):
+        if any(type(module) not in _BYPASSABLE and not is_drop_path(module) for module in site.bypassed):
             return "an activation was changed after fuse(); call fuse() again"
         reason = module_obstacle(site)
         if reason:

@@ -185,7 +185,7 @@ class _Builder:
         passed: list[fx.Node] = []
         node = self.skip_identities(norm_node, passed)
         drop_path = None
-        if node is not None and _is_drop_path(self.module(node)):
+        if node is not None and is_drop_path(self.module(node)):
             drop_path = node.target
             passed.append(node)
             node = self.skip_identities(node, passed)
@@ -236,7 +236,7 @@ class _Builder:
         return (pair[0].target, pair[1].target), [*passed, *pair]
 
 
-def _is_drop_path(module: nn.Module | None) -> bool:
+def is_drop_path(module: nn.Module | None) -> bool:
     """timm's DropPath, whose random call this package repeats."""
     return module is not None and (type(module).__module__, type(module).__name__) == ("timm.layers.drop", "DropPath")
 

@@ -18,9 +18,7 @@ from .contract import Tensor, define, nbytes
 SCHEMA = "(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor grad_w"
 
 
-def reference(
-    grad: Tensor, x: Tensor, weight: Tensor, stride=(1, 1), padding=(0, 0), dilation=(1, 1)
-) -> Tensor:
+def reference(grad: Tensor, x: Tensor, weight: Tensor, stride=(1, 1), padding=(0, 0), dilation=(1, 1)) -> Tensor:
     grad_w = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], 1, [False, True, False]
     )[1]

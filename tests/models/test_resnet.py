@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from resnet_fused import models
+from resnet_fused.testing.vision import import_torchvision
 
 PARAMETERS = {  # millions, from the papers' and torchvision's tables
     "resnet18": 11_689_512,
@@ -22,30 +23,12 @@ PARAMETERS = {  # millions, from the papers' and torchvision's tables
 }
 
 
-@functools.cache
-def torchvision_models():
-    """torchvision's models, or a reason to skip.
-
-    A torchvision built for CUDA does not find its compiled ops beside a CPU torch; the models only need their schemas.
-    """
-    try:
-        if not hasattr(torch.ops.torchvision, "nms"):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            torchvision_models.keep = library  # a Library takes its schemas with it when it is collected
-        import torchvision.models
-    except (ImportError, RuntimeError) as error:
-        return f"torchvision does not import: {error}"
-    return torchvision.models
-
-
 @pytest.fixture
 def theirs():
-    found = torchvision_models()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    try:
+        return import_torchvision().models
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision does not import: {error}")
 
 
 def meta(builder, **options):

@@ -47,8 +47,8 @@ def current() -> str:
 def use(name: str) -> Iterator[None]:
     """Force the backend `name` ("auto", "reference", "cpu", "cuda", "triton") within a ``with`` block.
 
-    It holds for the whole process. A forward run inside the block uses that backend in its backward too. Ops the backend does not have raise
-    RuntimeError with the reasons.
+    It holds for the whole process. A forward run inside the block uses that backend in its backward too. Ops that the
+    backend does not have raise RuntimeError with the reasons.
 
     Raises:
         ValueError: `name` is not a backend.

@@ -2,7 +2,7 @@
 
 The folded weights are kept between calls. They are made again when a tensor they came from was replaced or written to:
 its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its content's checksum
-changed. Reading 100 MB of weights for the checksum costs a few milliseconds; folding them anew on every call costs ten times that.
+changed. The checksum reads all weights once; folding anew on every call would write them twice as well.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Formula, with ``z = conv2d(x, weight, stride, padding, dilation)`` and grad the 
     grad_w[k, c, r, s] = sum_{n,p,q} grad[n, k, p, q] * x[n, c, p*stride - padding + r*dilation, q*... + s*dilation]
 
 `grad`: ``[N, K, P, Q]``, `x`: ``[N, C, H, W]``, one dtype of float32, bfloat16, float16 (float64 on the CPU),
-channels_last; `weight`: ``[K, C, R, S]``, dense, read for shape and strides alone. Sums in float32 (float64 for float64).
+channels_last; `weight`: ``[K, C, R, S]``, dense, read for shape and strides alone. Sums in float32 (or float64).
 `grad_w`: like weight.
 """
 
@@ -29,7 +29,7 @@ def fake(grad: Tensor, x: Tensor, weight: Tensor, stride=(1, 1), padding=(0, 0),
     return torch.empty_like(weight)
 
 
-def bytes(grad, x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):  # noqa: A001
+def bytes(grad, x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     """One read of `grad` and `x`, one write of `grad_w`."""
     return nbytes(grad, x, weight)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -53,7 +53,12 @@ class Difference:
 
 
 def check(
-    stock: nn.Module, fused: nn.Module, x: torch.Tensor, names: Iterable[str], autocast: torch.dtype | None = None
+    stock: nn.Module,
+    fused: nn.Module,
+    x: torch.Tensor,
+    names: Iterable[str],
+    autocast: torch.dtype | None = None,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Difference]:
     """Compare two models by all rules of this module. Neither is changed.
 
@@ -63,9 +68,12 @@ def check(
         x: input batch.
         names: modules of the model to compare by themselves too, each kind once.
         autocast: run both (but not the float64 reference) under autocast to this dtype.
+        progress: told the fraction done.
     """
     found = compare([(stock, fused, x)], autocast, FLIP_ALLOWANCE)
-    for block in distinct_blocks(stock, names, x):
+    blocks = distinct_blocks(stock, names, x)
+    for index, block in enumerate(blocks):
+        progress((index + 1) / (len(blocks) + 1))
         found += check_block(stock.get_submodule(block.name), fused.get_submodule(block.name), block, autocast)
     return found
 

@@ -96,11 +96,11 @@ class Bench:
     def fused_names(self) -> list[str]:
         return [row.name for row in resnet_fused.report(self.models[peers.OURS]).fused]
 
-    def equality(self) -> None:
+    def equality(self, progress: Callable[[float], None]) -> None:
         """Compare stock and fused on photographs; raises :class:`Disagreement` where they differ."""
         x = photos.batches(1, PHOTOS, self.plan.size)[0].to(self.device)
         stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
-        found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype])
+        found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype], progress)
         self.report.equality = equality.summary(found)
         wrong = [difference for difference in found if not difference.agrees]
         if wrong:
@@ -226,8 +226,8 @@ def run(options: Options) -> records.Report:
                 bar.say(f"without {name}: {reason}")
             else:
                 bench.models[name] = peer.prepare(copy.deepcopy(stock))
-        with bar.part("equality on photographs"):
-            bench.equality()
+        with bar.part("equality on photographs") as progress:
+            bench.equality(progress)
         with bar.part("training step") as progress:
             bench.training(progress)
         for batch in plan.eval_batches:

@@ -1,4 +1,4 @@
-"""torch.compile with its default settings. Compiling happens in the unmeasured warm-up and takes minutes."""
+"""torch.compile, once for every batch size. Compiling happens in the unmeasured warm-up and takes minutes."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def unavailable(device: torch.device) -> str:
 
 def prepare(model: nn.Module) -> nn.Module:
     """The model, to be compiled at its first call."""
-    return torch.compile(model)
+    return torch.compile(model, dynamic=False)

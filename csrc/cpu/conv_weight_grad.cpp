@@ -1,10 +1,11 @@
 // Weight gradient of a dense convolution: grad_w[k, c, r, s] = sum over pixels of grad[pixel, k] * x[pixel at (r, s),
 // c].
 //
-// For each kernel row r this is a product of two tall matrices, grad' [K, M] and the x under the taps (r, .) [M, S*C].
-// A unit of work is (chunk of pixels, macro tile of K, kernel row, macro tile of C): it packs kDepth pixels of both
-// into panels (zeros where the tap lies in the padding), multiplies in registers and adds to a tile in second-level
-// cache. Bytes: grad and x once per macro tile of the other; FLOPs: 2*M*K*C*R*S.
+// For each tap (r, s) this is a product of two tall matrices, grad' [K, M] and the pixels of x under the tap [M, C]. A
+// unit of work is (chunk of pixels, macro tile of K, macro tile of C). It packs kDepth pixels of grad into panels, then
+// for each tap those of x (zeros where the tap lies in the padding), multiplies in registers and adds to the tap's tile
+// in cache; meanwhile it prefetches the next pixels, since packing alone would wait for memory.
+// Bytes: grad and x once per macro tile of the other; FLOPs: 2*M*K*C*R*S.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,6 +19,7 @@
 namespace resnet_fused::cpu {
 namespace {
 
+constexpr int64_t kRegisterRows = 4;
 constexpr int64_t kChunkRows = 1536, kUnits = 16;   // enough units to share out evenly
 constexpr int64_t kMaxScratch = int64_t(16) << 20;  // bytes of partial results
 
@@ -42,7 +44,7 @@ struct Geometry {
         pixels(N * P * Q) {
     k_macros = (K + kMacro - 1) / kMacro;
     c_macros = (C + kMacro - 1) / kMacro;
-    units = k_macros * R * c_macros;
+    units = k_macros * c_macros;
     const int64_t affordable = kMaxScratch / (4 * K * C * R * S);
     chunks =
         std::clamp(std::min({affordable, pixels / kChunkRows, (kUnits + units - 1) / units}), int64_t(1), int64_t(32));
@@ -52,14 +54,13 @@ struct Geometry {
 };
 
 struct Unit {
-  int64_t begin, end, k, k_width, r, c, c_width;
+  int64_t begin, end, k, k_width, c, c_width;
 
   Unit(const Geometry& g, int64_t index) {
     const int64_t chunk = index / g.units, within = index % g.units;
     begin = g.first_row(chunk), end = g.first_row(chunk + 1);
     c = within % g.c_macros * kMacro, c_width = std::min(kMacro, g.C - c);
-    r = within / g.c_macros % g.R;
-    k = within / (g.c_macros * g.R) * kMacro, k_width = std::min(kMacro, g.K - k);
+    k = within / g.c_macros * kMacro, k_width = std::min(kMacro, g.K - k);
   }
 };
 
@@ -82,14 +83,28 @@ RESNET_FUSED_CLONES void pack(A* __restrict packed, const T* const* __restrict r
   }
 }
 
+// Rows that will be packed next, `lines` cache lines each.
+template <class T>
+struct Ahead {
+  std::vector<const T*> rows = std::vector<const T*>(kDepth);
+  int64_t count = 0, lines = 0;
+
+  // Share `part` of `parts`.
+  void prefetch(int64_t part, int64_t parts) const {
+    for (int64_t m = count * part / parts; m < count * (part + 1) / parts; ++m) {
+      const char* row = reinterpret_cast<const char*>(rows[m]);
+      for (int64_t line = 0; row && line < lines; ++line) __builtin_prefetch(row + 64 * line);
+    }
+  }
+};
+
+// tile += a' b for one panel of a and all of b, over `rows` packed rows: both panels at work stay in first-level cache.
 template <class A>
 RESNET_FUSED_CLONES void multiply(A* tile, const A* a, const A* b, int64_t rows, int64_t a_width, int64_t b_width) {
   constexpr int64_t P = kPanel<A>;
-  for (int64_t i = 0; i < a_width; i += P) {
-    for (int64_t j = 0; j < b_width; j += P) {
-      for (int64_t r = 0; r < P && i + r < a_width; r += kRegisterRows) {
-        multiply_tile(tile + (i + r) * kMacro + j, a + i * kDepth + r, b + j * kDepth, rows);
-      }
+  for (int64_t j = 0; j < b_width; j += P) {
+    for (int64_t r = 0; r < P && r < a_width; r += kRegisterRows) {
+      multiply_tile<kRegisterRows, P>(tile + r * kMacro + j, a + r, b + j * kDepth, rows);
     }
   }
 }
@@ -98,6 +113,7 @@ template <class T, class A>
 struct Buffers {
   AlignedArray<A> grad = aligned_array<A>(kMacro * kDepth), x = aligned_array<A>(kMacro * kDepth), tiles;
   std::vector<const T*> rows = std::vector<const T*>(kDepth);
+  Ahead<T> next_grad, next_x;
 
   explicit Buffers(int64_t taps) : tiles(aligned_array<A>(taps * kMacro * kMacro)) {}
 };
@@ -116,26 +132,49 @@ void tap_rows(std::vector<const T*>& to, const T* x, const Geometry& g, int64_t 
   }
 }
 
+template <class T>
+void grad_rows(std::vector<const T*>& to, const T* grad, const Geometry& g, int64_t first, int64_t rows) {
+  for (int64_t m = 0; m < rows; ++m) to[m] = grad + (first + m) * g.K;
+}
+
+// One tap's product, prefetching its share (`tap` of `taps`) of what comes next.
+template <class T, class A>
+void multiply_tap(Buffers<T, A>& buffers, A* tile, int64_t rows, const Unit& unit, int64_t tap, int64_t taps) {
+  constexpr int64_t P = kPanel<A>;
+  const int64_t panels = (unit.k_width + P - 1) / P;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    buffers.next_grad.prefetch(tap * panels + panel, taps * panels);
+    buffers.next_x.prefetch(tap * panels + panel, taps * panels);
+    const int64_t k = panel * P;
+    multiply(tile + k * kMacro, buffers.grad.get() + k * kDepth, buffers.x.get(), rows, unit.k_width - k, unit.c_width);
+  }
+}
+
 template <class T, class A>
 void run_unit(Buffers<T, A>& buffers, const T* grad, const T* x, const Geometry& g, const Unit& unit, A* partial) {
-  std::fill_n(buffers.tiles.get(), g.S * kMacro * kMacro, A(0));
+  const int64_t taps = g.R * g.S;
+  std::fill_n(buffers.tiles.get(), taps * kMacro * kMacro, A(0));
   const int64_t blocks = std::max<int64_t>(1, (unit.end - unit.begin + kDepth - 1) / kDepth);
   const int64_t depth = std::max<int64_t>(1, (unit.end - unit.begin + blocks - 1) / blocks);
+  buffers.next_grad.lines = (unit.k_width * sizeof(T) + 63) / 64;
+  buffers.next_x.lines = (unit.c_width * sizeof(T) + 63) / 64;
   for (int64_t row = unit.begin; row < unit.end; row += depth) {
-    const int64_t rows = std::min(depth, unit.end - row);
-    for (int64_t m = 0; m < rows; ++m) buffers.rows[m] = grad + (row + m) * g.K + unit.k;
+    const int64_t rows = std::min(depth, unit.end - row), more = std::min(depth, unit.end - row - rows);
+    grad_rows(buffers.rows, grad + unit.k, g, row, rows);
     pack(buffers.grad.get(), buffers.rows.data(), rows, unit.k_width);
-    for (int64_t s = 0; s < g.S; ++s) {
-      tap_rows(buffers.rows, x + unit.c, g, unit.r, s, row, rows);
+    buffers.next_grad.count = buffers.next_x.count = more;
+    grad_rows(buffers.next_grad.rows, grad + unit.k, g, row + rows, more);
+    tap_rows(buffers.next_x.rows, x + unit.c, g, g.R / 2, g.S / 2, row + rows, more);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      tap_rows(buffers.rows, x + unit.c, g, tap / g.S, tap % g.S, row, rows);
       pack(buffers.x.get(), buffers.rows.data(), rows, unit.c_width);
-      multiply(buffers.tiles.get() + s * kMacro * kMacro, buffers.grad.get(), buffers.x.get(), rows, unit.k_width,
-               unit.c_width);
+      multiply_tap(buffers, buffers.tiles.get() + tap * kMacro * kMacro, rows, unit, tap, taps);
     }
   }
   for (int64_t k = 0; k < unit.k_width; ++k) {  // partial is [K, R, S, C]
-    for (int64_t s = 0; s < g.S; ++s) {
-      const A* from = buffers.tiles.get() + (s * kMacro + k) * kMacro;
-      std::copy_n(from, unit.c_width, partial + (((unit.k + k) * g.R + unit.r) * g.S + s) * g.C + unit.c);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const A* from = buffers.tiles.get() + (tap * kMacro + k) * kMacro;
+      std::copy_n(from, unit.c_width, partial + ((unit.k + k) * taps + tap) * g.C + unit.c);
     }
   }
 }
@@ -146,7 +185,7 @@ void run(const Tensor& grad, const Tensor& x, const Tensor& out, const Geometry&
   const int64_t size = g.K * g.R * g.S * g.C;
   const auto partials = aligned_array<A>(g.chunks * size + 1);  // [chunks, K, R, S, C]
   torch::stable::parallel_for(0, g.chunks * g.units, 1, [&](int64_t begin, int64_t end) {
-    Buffers<T, A> buffers(g.S);
+    Buffers<T, A> buffers(g.R * g.S);
     for (int64_t index = begin; index < end; ++index) {
       run_unit(buffers, data<T>(grad), data<T>(x), g, Unit(g, index), partials.get() + index / g.units * size);
     }

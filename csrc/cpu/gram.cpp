@@ -16,6 +16,7 @@
 namespace resnet_fused::cpu {
 namespace {
 
+constexpr int64_t kRegisterRows = 4;
 constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merged
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
@@ -60,7 +61,7 @@ RESNET_FUSED_CLONES void multiply(double* g, const A* a, const A* b, int64_t row
   for (int64_t i = 0; i < a_width; i += P) {
     for (int64_t j = a == b ? i : 0; j < b_width; j += P) {
       for (int64_t r = 0; r < P && i + r < a_width; r += kRegisterRows) {
-        multiply_tile(g + (i + r) * kMacro + j, a + i * kDepth + r, b + j * kDepth, rows);
+        multiply_tile<kRegisterRows, P>(g + (i + r) * kMacro + j, a + i * kDepth + r, b + j * kDepth, rows);
       }
     }
   }

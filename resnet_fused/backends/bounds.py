@@ -68,7 +68,7 @@ def of_result(x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor 
     """A bound of ``max |conv(x, weight) + shift + residual|``; infinite where it is not below :data:`SAFE`."""
     bound = of_weight(weight) * of(x)
     if shift is not None and shift.numel():
-        bound += max(0.0, *(abs(v.item()) for v in torch.aminmax(shift)))
+        bound += of(shift)
     if residual is not None:
         bound += of(residual)
     return 1.01 * bound if bound < SAFE else math.inf  # NaN compares false

@@ -79,6 +79,8 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     candidates = _backends.values() if name == "auto" else [_backends[check_name(name)]]
     refused = []
     for backend in candidates:
+        if name == "auto" and (backend.unavailable or op not in backend.kernels):
+            continue  # the common case, worth no text
         reasons = backend.reasons(op, args, kwargs)
         if not reasons and backend.kernels[op].needs_selfcheck:
             objection = _objection(backend.name, op, args[0].dtype, args[0].device)
@@ -86,7 +88,12 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
         if not reasons:
             return backend
         refused.append(f"  {backend.name}: {'; '.join(reasons)}")
+    refused = _refusals(op, args, kwargs) if name == "auto" else refused
     raise RuntimeError(f"{op}: no backend can run this case\n" + "\n".join(refused))
+
+
+def _refusals(op: str, args: tuple, kwargs: dict) -> list[str]:
+    return [f"  {backend.name}: {'; '.join(backend.reasons(op, args, kwargs))}" for backend in _backends.values()]
 
 
 def run_now(op: str, *args, backend: str = "auto", **kwargs):

@@ -116,8 +116,8 @@ class FusedChain(torch.autograd.Function):
             needs, reach[n - 1], needs_residual or (chain.from_input and needs_x),
         )  # fmt: skip
         grads, grad_h = [out.main], out.h
-        if n == 1 and chain.from_input and needs_x:
-            grad_h = grad_h.add_(out.residual)
+        merge = chain.from_input and needs_x
+        dense = merge and out.residual.shape == saved.x.shape and n > 1  # then the first convolution adds to it
         for i in reversed(range(n - 1)):
             if not (reach[i] or any(needs[i])):
                 grads.append(StepGrads())
@@ -125,12 +125,14 @@ class FusedChain(torch.autograd.Function):
             lazy, step = saved.inner[i], chain.steps[i]
             value = conv_norm.mask_and_sum(grad_h, lazy.z, lazy.bn, step, chain.backend)
             h = saved.inner[i - 1].materialise(chain.backend) if i else saved.x
-            add_to = out.residual if i == 0 and chain.from_input else None
+            add_to = out.residual if i == 0 and dense else None
             grad_h, step_grads = conv_norm.backward(
                 value.materialise(chain.backend), h, saved.tensors[i], step, value.coefficients, chain.backend,
                 needs[i], reach[i], add_to,
             )  # fmt: skip
             grads.append(step_grads)
+        if merge and not dense:
+            grad_h = join.add_residual_grad(grad_h, out.residual, chain)
         grads.reverse()
         if chain.shortcut is not None:
             grads.append(out.shortcut)

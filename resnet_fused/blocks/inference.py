@@ -31,7 +31,9 @@ class Packed(NamedTuple):
     key: tuple
 
 
-_packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
+#: Of each convolution, one for each of the last few input shapes: the layout oneDNN prefers depends on them.
+_packed: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, Packed]] = weakref.WeakKeyDictionary()
+_SHAPES = 3
 
 
 def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -54,11 +56,14 @@ def _is_dense(t: Tensor) -> bool:
 def packed(conv: nn.Module, tensors: StepTensors, step: Step, x: Tensor) -> Packed:
     """The folded and prepacked convolution of `conv` for inputs like `x`, from the last call or made now."""
     key = _key(tensors, step, x)
-    known = _packed.get(conv)
+    shapes = _packed.setdefault(conv, {})
+    known = shapes.get(x.shape)
     if known is None or known.key != key:
+        if known is not None or len(shapes) == _SHAPES:
+            shapes.pop(x.shape if known is not None else next(iter(shapes)))
         weight, shift = fold(tensors, step, x.dtype)
         known = Packed(onednn.prepack(weight, x.shape, *step.conv.args), shift, key)
-        _packed[conv] = known
+        shapes[x.shape] = known
     return known
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import dataclasses
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -68,6 +69,24 @@ def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
         bypassed=tuple(find(name) for name in call.bypassed),
         backend=backend,
     )
+
+
+_sites: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, list[Site]]] = weakref.WeakKeyDictionary()
+
+
+def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
+    """The sites of every chain of `block`; looked up by name again only when a child was replaced."""
+    if torch.compiler.is_compiling():
+        return [site_of(block, call, state.backend) for call in state.program.chains]
+    children = [*block._modules.values()]
+    for name, _ in state.program.containers:
+        children += block.get_submodule(name)._modules.values()
+    key = (state.backend, *map(id, children))
+    known = _sites.get(block)
+    if known is None or known[0] != key:
+        known = key, [site_of(block, call, state.backend) for call in state.program.chains]
+        _sites[block] = known
+    return known[1]
 
 
 def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
@@ -144,7 +163,7 @@ class FusedModule:
         if _settings.stock:
             return super().forward(x)
         state: FusedState = self.__dict__[STATE]
-        sites = [site_of(self, call, state.backend) for call in state.program.chains]
+        sites = sites_of(self, state)
         if obstacle(self, state, sites) or input_obstacle(x, sites[0]):
             return super().forward(x)
         return run_program(self, state, sites, x)

@@ -14,11 +14,11 @@ import torch
 from ..backends import run
 from . import conv_norm, folded_join
 from .batch_norm import Affine, coefficients
-from .conv import channels_last
+from .conv import strided
 from .conv_norm import Statistics, pixels
 from .folded_join import POINTWISE, Folded
 from .lazy import LazyGrad
-from .spec import Chain, Conv, StepGrads, StepTensors
+from .spec import Chain, Step, StepGrads, StepTensors
 
 Tensor = torch.Tensor
 
@@ -38,14 +38,9 @@ class JoinGrads(NamedTuple):
     h: Tensor | None  # of the last convolution's input
     main: StepGrads
     shortcut: StepGrads | None
-    residual: Tensor | None  # of the residual tensor, or of the chain's input through the projection; ours to add to
-
-
-def strided(x: Tensor, conv: Conv) -> Tensor:
-    """The pixels of `x` that a 1x1 convolution of this stride reads."""
-    if conv.stride == (1, 1):
-        return x
-    return channels_last(x[:, :, :: conv.stride[0], :: conv.stride[1]])
+    # Of the residual tensor, or of the chain's input through the projection (of the pixels that it reads, where that is
+    # strided); ours to add to.
+    residual: Tensor | None
 
 
 def forward(
@@ -179,16 +174,24 @@ def backward(
 
 def _shortcut_backward(chain, g, sum_g, sum_gz, x, tensors, state, needs, needs_x) -> tuple[Tensor | None, StepGrads]:
     step, backend = chain.shortcut, chain.backend
-    if not chain.gram_shortcut:
-        c = coefficients(state.shortcut, sum_g, sum_gz, pixels(g), step.norm)
-        dz = LazyGrad(g, state.shortcut_z, c, state.shortcut).materialise(backend)
-        return conv_norm.backward(dz, x, tensors, step, c, backend, needs, needs_x)
-    if not step.norm.batch_stats:
-        return folded_join.backward(g, sum_g, x, tensors, step, state.shortcut, backend, needs, needs_x, step.conv)
-    a = strided(x, step.conv)
-    grad_a, grads = folded_join.backward(g, sum_g, a, tensors, step, state.shortcut, backend, needs, needs_x, POINTWISE)
-    if grad_a is None or step.conv.stride == (1, 1):
-        return grad_a, grads
-    grad_x = torch.zeros_like(x)
-    grad_x[:, :, :: step.conv.stride[0], :: step.conv.stride[1]] = grad_a
-    return grad_x, grads
+    sparse = is_sparse(chain, tensors.weight)
+    conv, read = (POINTWISE, strided(x, step.conv)) if sparse else (step.conv, x)
+    if chain.gram_shortcut:
+        return folded_join.backward(g, sum_g, read, tensors, step, state.shortcut, backend, needs, needs_x, conv)
+    c = coefficients(state.shortcut, sum_g, sum_gz, pixels(g), step.norm)
+    dz = LazyGrad(g, state.shortcut_z, c, state.shortcut).materialise(backend)
+    return conv_norm.backward(dz, read, tensors, Step(conv, step.norm), c, backend, needs, needs_x)
+
+
+def is_sparse(chain: Chain, weight: Tensor) -> bool:
+    """Whether the projection reads only some pixels of its input: its gradient is then returned for those alone."""
+    return chain.shortcut.conv.is_pointwise(weight) and chain.shortcut.conv.stride != (1, 1)
+
+
+def add_residual_grad(grad_x: Tensor, grad: Tensor, chain: Chain) -> Tensor:
+    """Add the residual's gradient to the main branch's, in place; at the pixels that it is for."""
+    if grad.shape == grad_x.shape:
+        return grad_x.add_(grad)
+    rows, columns = chain.shortcut.conv.stride
+    grad_x[:, :, ::rows, ::columns].add_(grad)
+    return grad_x

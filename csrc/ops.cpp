@@ -24,8 +24,7 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
   m.def("gram(Tensor a, Tensor centre) -> (Tensor gram, Tensor total)");
-  m.def("checksum(Tensor[] tensors) -> int");  // these two are tools, not ops of the contract
-  m.def("empty_channels_last(Tensor like, int[4] size) -> Tensor");
+  m.def("checksum(Tensor[] tensors) -> int");  // not an op of the contract: see csrc/cpu/checksum.cpp
 }
 
 namespace {

@@ -25,11 +25,6 @@ def remember(t: Tensor, bound: float) -> Tensor:
     return t
 
 
-def inherit(part: Tensor, whole: Tensor) -> Tensor:
-    """Note on `part`, a view, what is known of `whole`; returns `part`."""
-    return remember(part, of(whole)) if is_known(whole) else part
-
-
 def is_known(t: Tensor | None) -> bool:
     """Whether :func:`of` need not read `t`."""
     if t is None:

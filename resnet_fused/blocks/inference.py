@@ -7,7 +7,6 @@ changed. The checksum reads all weights once; folding anew on every call would w
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import library
-from ..backends import bounds, onednn, run
+from ..backends import onednn, run
 from ..ops.conv_add_relu import output_shape
 from ..steps import Chain, Step, StepTensors
 from ..steps.batch_norm import running_affine
@@ -36,10 +35,6 @@ class Packed(NamedTuple):
 #: Of each convolution, one for each of the last few input shapes: the layout oneDNN prefers depends on them.
 _packed: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, Packed]] = weakref.WeakKeyDictionary()
 _SHAPES = 3
-
-#: Bytes of the largest tensor of a piece: below a last-level cache, and below the 32 MiB from which glibc maps every
-#: allocation anew. ResNet-50 at batch 32 runs 10% faster in pieces (2 cores, measured).
-_PIECE = 26 << 20
 
 
 def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,16 +74,11 @@ def _can_pack(x: Tensor, backend: str) -> bool:
 
 
 def _input_shapes(chain: Chain, x: torch.Size, tensors: list[StepTensors]) -> list[torch.Size]:
-    """Shape of the input of every convolution, the shortcut's last, and of the output behind them."""
+    """Shape of the input of every convolution, the shortcut's last."""
     shapes = [x]
-    for step, own in zip(chain.steps, tensors, strict=False):
+    for step, own in zip(chain.steps[:-1], tensors, strict=False):
         shapes.append(torch.Size(output_shape(shapes[-1], own.weight.shape, *step.conv.args[:3])))
-    return [*shapes[:-1], *([x] if chain.shortcut is not None else []), shapes[-1]]
-
-
-def _images_at_once(shapes: list[torch.Size], element_size: int) -> int:
-    """How many images keep every tensor of the chain below :data:`_PIECE` bytes."""
-    return max(1, _PIECE // (max(math.prod(shape[1:]) for shape in shapes) * element_size))
+    return shapes if chain.shortcut is None else [*shapes, x]
 
 
 def _run(chain: Chain, folded: list[tuple[Tensor, Tensor]], x: Tensor, residual: Tensor | None) -> Tensor:
@@ -116,27 +106,12 @@ def folded_output(
     tensors: list[StepTensors],
     residual: Tensor | None,
 ) -> Tensor:
-    """The chain's output with running statistics and without autograd.
-
-    A large batch goes through in pieces, so that what one convolution writes is still in cache for the next.
-    """
+    """The chain's output with running statistics and without autograd."""
     x, residual = channels_last(x), None if residual is None else channels_last(residual)
+    steps = chain.all_steps
     if not _can_pack(x, chain.backend):
-        folded = [fold(own, step, x.dtype) for own, step in zip(tensors, chain.all_steps, strict=True)]
-        return _run(chain, folded, x, residual)
-    shapes = _input_shapes(chain, x.shape, tensors)
-    images = min(len(x), _images_at_once(shapes, x.element_size()))
+        return _run(chain, [fold(own, step, x.dtype) for own, step in zip(tensors, steps, strict=True)], x, residual)
     folded = []
-    for (conv, _), own, step, shape in zip(pairs, tensors, chain.all_steps, shapes, strict=False):
-        folded.append(packed(conv, own, step, torch.Size((images, *shape[1:])), x.dtype)[:2])
-    if images == len(x):
-        return _run(chain, folded, x, residual)
-    out, bound = torch.ops.resnet_fused.empty_channels_last(x, shapes[-1]), 0.0
-    for begin in range(0, len(x), images):
-        here = slice(begin, begin + images)
-        piece = bounds.inherit(x[here], x)
-        add = piece if residual is x else None if residual is None else bounds.inherit(residual[here], residual)
-        result = _run(chain, folded, piece, add)
-        bound = max(bound, bounds.of(result) if bounds.is_known(result) else math.inf)
-        out[here] = result
-    return bounds.remember(out, bound)
+    for (conv, _), own, step, shape in zip(pairs, tensors, steps, _input_shapes(chain, x.shape, tensors), strict=True):
+        folded.append(packed(conv, own, step, shape, x.dtype)[:2])
+    return _run(chain, folded, x, residual)

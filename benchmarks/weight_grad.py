@@ -1,0 +1,81 @@
+"""GFLOP/s of a convolution's weight gradient: ours, oneDNN's, and for 1x1 a plain matrix product.
+
+Run:  python benchmarks/weight_grad.py [--batch 16] [--rounds 5]
+
+The shapes of ResNet-50 at 224x224. `steps/conv.py` chooses by these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from resnet_fused.backends import backends
+from resnet_fused.bench.timing import Rounds, clock_for, interleave
+from resnet_fused.ops import OPS
+
+#: input channels, output channels, kernel, stride, input size
+SHAPES = (
+    (64, 64, 1, 1, 56),
+    (64, 64, 3, 1, 56),
+    (64, 256, 1, 1, 56),
+    (256, 64, 1, 1, 56),
+    (128, 128, 3, 2, 56),
+    (128, 512, 1, 1, 28),
+    (128, 128, 3, 1, 28),
+    (256, 256, 3, 2, 28),
+    (256, 1024, 1, 1, 14),
+    (256, 256, 3, 1, 14),
+    (512, 512, 3, 2, 14),
+    (512, 2048, 1, 1, 7),
+    (512, 512, 3, 1, 7),
+)
+
+
+def channels_last(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def measure(batch: int, shape: tuple[int, ...], rounds: int) -> dict[str, float]:
+    """GFLOP/s by candidate, after checking that all agree."""
+    inputs, outputs, kernel, stride, size = shape
+    x, weight = channels_last(batch, inputs, size, size), channels_last(outputs, inputs, kernel, kernel)
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1])
+    grad = torch.randn_like(torch.conv2d(x, weight, None, stride, kernel // 2))
+    op = OPS["conv_weight_grad"]
+    calls = {
+        "ours": lambda: backends()["cpu"].kernels["conv_weight_grad"].run(grad, x, weight, *geometry),
+        "oneDNN": lambda: op.reference(grad, x, weight, *geometry),
+    }
+    if kernel == 1 and stride == 1:
+        calls["matrix product"] = lambda: (rows(grad).T @ rows(x)).view_as(weight)
+    expected = op.reference(grad.double(), x.double(), weight.double(), *geometry)
+    for name, call in calls.items():
+        if (call() - expected).norm() > 1e-5 * expected.norm():
+            raise SystemExit(f"{name} disagrees at {shape}")
+    contenders = {name: lambda lap, call=call: (call(), lap("run")) for name, call in calls.items()}
+    times = interleave(contenders, Rounds(at_least=rounds, at_most=rounds), clock_for(torch.device("cpu")))
+    flops = op.flops(grad, x, weight, *geometry)
+    return {name: flops / (laps["total"].median * 1e6) for name, laps in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print("| C, K, kernel, stride, size | ours | oneDNN | matrix product |\n| --- | ---: | ---: | ---: |")
+    for shape in SHAPES:
+        found = measure(options.batch, shape, options.rounds)
+        cells = [f"{found[name]:.0f}" if name in found else "" for name in ("ours", "oneDNN", "matrix product")]
+        print(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
+    print(f"\nGFLOP/s, medians of {options.rounds} interleaved runs, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
       "Tensor? shift=None, Tensor? sample_factor=None) -> Tensor dz");
   m.def(
+      "lazy_grad_apply_(Tensor(a!) g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? sample_factor=None) -> ()");
+  m.def(
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
   m.def("gram(Tensor a, Tensor centre) -> (Tensor gram, Tensor total)");

@@ -19,7 +19,15 @@ import torch
 from .ops import OPS
 
 #: Ops that ``_C`` defines; all others are Python over ATen.
-COMPILED_OPS = ("bn_stats", "norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply", "gram", "conv_weight_grad")
+COMPILED_OPS = (
+    "bn_stats",
+    "norm_add_relu",
+    "norm_add_relu_backward",
+    "lazy_grad_apply",
+    "lazy_grad_apply_",
+    "gram",
+    "conv_weight_grad",
+)
 
 REBUILD = "run `pip install --no-build-isolation -e .` in the source tree (or without -e to install it)"
 _HERE = Path(__file__).parent

@@ -1,4 +1,5 @@
-// Materialise a lazy batch-norm gradient, a * (keep ? g : 0) + b * z + d: one read of g and z, one write of dz.
+// Materialise a lazy batch-norm gradient, a * (keep ? g : 0) + b * z + d: one read of g and z, one write of dz, which
+// may be g itself.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -17,11 +18,13 @@ struct Vectors {
 
 // masked: keep = not (scale*z + shift <= 0); affine: b*z + d is added.
 template <class T, bool masked, bool affine, class A = acc_t<T>>
-RESNET_FUSED_CLONES void apply(T* __restrict dz, const T* __restrict g, const T* __restrict z, const Vectors<A>& v,
-                               int64_t rows, int64_t C) {
+RESNET_FUSED_CLONES void apply(T* dz, const T* g, const T* __restrict z, const Vectors<A>& v, int64_t rows, int64_t C) {
   const A* __restrict a = v.a, * __restrict b = v.b, * __restrict d = v.d;
   const A* __restrict scale = v.scale, * __restrict shift = v.shift;
   for (int64_t m = 0; m < rows; ++m, dz += C, g += C, z += masked || affine ? C : 0) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep  // dz is g or apart from it: no element depends on another
+#endif
     for (int64_t c = 0; c < C; ++c) {
       A value = load(g + c);
       if constexpr (masked) value = load(z + c) * scale[c] + shift[c] <= 0 ? A(0) : value;
@@ -63,22 +66,36 @@ void run(const Arguments& t) {
   });
 }
 
+void apply_checked(Arguments& t, bool in_place) {
+  check_lazy_grad_apply(t.g, t.z, t.a, t.b, t.d, t.scale, t.shift, t.sample_factor);
+  t.dz = in_place ? t.g : empty_channels_last(t.g);
+  for_element_type(t.g.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if (t.scale) return t.b ? run<T, true, true>(t) : run<T, true, false>(t);
+    t.b ? run<T, false, true>(t) : run<T, false, false>(t);
+  });
+}
+
 Tensor lazy_grad_apply(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a, const std::optional<Tensor>& b,
                        const std::optional<Tensor>& d, const std::optional<Tensor>& scale,
                        const std::optional<Tensor>& shift, const std::optional<Tensor>& sample_factor) {
   Arguments t{g, z, a, b, d, scale, shift, sample_factor, {}};
-  check_lazy_grad_apply(g, z, a, b, d, scale, shift, sample_factor);
-  t.dz = empty_channels_last(g);
-  for_element_type(g.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    if (scale) return b ? run<T, true, true>(t) : run<T, true, false>(t);
-    b ? run<T, false, true>(t) : run<T, false, false>(t);
-  });
+  apply_checked(t, false);
   return t.dz;
+}
+
+void lazy_grad_apply_(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a, const std::optional<Tensor>& b,
+                      const std::optional<Tensor>& d, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& shift, const std::optional<Tensor>& sample_factor) {
+  Arguments t{g, z, a, b, d, scale, shift, sample_factor, {}};
+  apply_checked(t, true);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("lazy_grad_apply", TORCH_BOX(&lazy_grad_apply)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("lazy_grad_apply", TORCH_BOX(&lazy_grad_apply));
+  m.impl("lazy_grad_apply_", TORCH_BOX(&lazy_grad_apply_));
+}
 
 }  // namespace resnet_fused::cpu

@@ -134,6 +134,7 @@ _CASES = {
     "norm_add_relu": _norm_add_relu,
     "norm_add_relu_backward": _norm_add_relu_backward,
     "lazy_grad_apply": _lazy_grad_apply,
+    "lazy_grad_apply_": _lazy_grad_apply,
     "gram": _gram,
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,

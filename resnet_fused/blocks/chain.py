@@ -126,10 +126,10 @@ class FusedChain(torch.autograd.Function):
             value = conv_norm.mask_and_sum(grad_h, lazy.z, lazy.bn, step, chain.backend)
             h = saved.inner[i - 1].materialise(chain.backend) if i else saved.x
             add_to = out.residual if i == 0 and dense else None
+            dz = value.materialise(chain.backend, into_g=True)
             grad_h, step_grads = conv_norm.backward(
-                value.materialise(chain.backend), h, saved.tensors[i], step, value.coefficients, chain.backend,
-                needs[i], reach[i], add_to,
-            )  # fmt: skip
+                dz, h, saved.tensors[i], step, value.coefficients, chain.backend, needs[i], reach[i], add_to
+            )
             grads.append(step_grads)
         if merge and not dense:
             grad_h = join.add_residual_grad(grad_h, out.residual, chain)

@@ -7,6 +7,7 @@ Formula (f = sample_factor[n], absent: 1)::
 
 `g`, `z`: ``[N, C, H, W]``, one dtype, channels_last; z may be None if neither b nor scale needs it. `a`, `b`, `d`,
 `scale`, `shift`: ``[C]`` float32 (float64 for float64). `dz`: like g.
+`lazy_grad_apply_` writes dz into `g`, for a caller whose own it is.
 The coefficients are those of batch norm's backward (Ioffe and Szegedy 2015), see ``steps.batch_norm``.
 """
 
@@ -68,3 +69,19 @@ def flops(g, z, a, b=None, d=None, scale=None, shift=None, sample_factor=None):
 
 
 OP = define("lazy_grad_apply", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+
+
+INPLACE_SCHEMA = SCHEMA.replace("(Tensor g", "(Tensor(a!) g").replace("-> Tensor dz", "-> ()")
+
+
+def inplace_reference(g: Tensor, *args, **kwargs) -> None:
+    g.copy_(reference(g, *args, **kwargs))
+
+
+def inplace_fake(g: Tensor, *args, **kwargs) -> None:
+    return None
+
+
+INPLACE_OP = define(
+    "lazy_grad_apply_", INPLACE_SCHEMA, reference=inplace_reference, fake=inplace_fake, bytes=bytes, flops=flops
+)

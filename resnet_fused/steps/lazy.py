@@ -33,9 +33,13 @@ class LazyGrad(NamedTuple):
     relu: bool = False  # whether g is still to be masked by the sign of scale*z + shift
     sample_factor: Tensor | None = None  # [N]
 
-    def materialise(self, backend: str) -> Tensor:
-        """Write the gradient down, for a consumer that cannot apply it on load."""
+    def materialise(self, backend: str, into_g: bool = False) -> Tensor:
+        """Write the gradient down, for a consumer that cannot apply it on load; over `g` where the caller owns that."""
         c = self.coefficients
         scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
         z = self.z if self.relu or c.b is not None else None
-        return run("lazy_grad_apply", self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor, backend=backend)
+        arguments = (self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor)
+        if into_g and self.g.device.type == "cpu":
+            run("lazy_grad_apply_", *arguments, backend=backend)
+            return self.g
+        return run("lazy_grad_apply", *arguments, backend=backend)

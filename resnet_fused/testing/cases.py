@@ -195,8 +195,21 @@ def conv_add_relu_(dtype: torch.dtype) -> Iterator[Case]:
             yield Case(case.name, (residual, x, weight, shift, *where), {})
 
 
+def conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
+    for name, (shape, kernel, stride, padding, dilation, groups) in CONVOLUTIONS.items():
+        if groups == 1:
+            draw = NormalDraw(shape)
+            size = [(n + 2 * padding - dilation * (kernel[2] - 1) - 1) // stride + 1 for n in shape[2:]]
+            places = ([stride] * 2, [padding] * 2, [dilation] * 2)
+            args = (draw.normal((shape[0], kernel[0], *size)), draw.normal(), draw.normal(kernel), *places)
+            yield Case(name, args, {})
+    draw = NormalDraw((3, 130, 24, 24))  # two macro tiles of channels, several blocks of pixels
+    yield Case("macro tiles", (draw.normal(), draw.normal(), draw.normal((130, 130, 3, 3)), [1, 1], [1, 1]), {})
+
+
 _CASES = {f.__name__: f for f in (bn_stats, norm_add_relu, norm_add_relu_backward, lazy_grad_apply, gram)}
-_CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_)}
+_CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_, conv_weight_grad)}
+_CASES["lazy_grad_apply_"] = lazy_grad_apply
 
 
 def _exact(value):

@@ -8,7 +8,10 @@ remembered on the tensor; that of any other is measured by one read.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -19,10 +22,36 @@ SAFE = 1e30
 _NAME = "_resnet_fused_bound"
 
 
+_scope = threading.local()
+
+
+@contextlib.contextmanager
+def private() -> Iterator[None]:
+    """Within this, tensors are written by nobody else, so that notes on inference tensors can be trusted as well.
+
+    Those have no version counter that would tell of a write; their notes are dropped at the end.
+    """
+    before, _scope.noted = getattr(_scope, "noted", None), []
+    try:
+        yield
+    finally:
+        for t in _scope.noted:
+            t.__dict__.pop(_NAME, None)
+        _scope.noted = before
+
+
 def remember(t: Tensor, bound: float) -> Tensor:
     """Note a bound of ``max |t|`` on `t` itself, valid until it is written to; returns `t`."""
-    setattr(t, _NAME, (bound, t._version))
+    if t.is_inference():
+        if getattr(_scope, "noted", None) is None:
+            return t
+        _scope.noted.append(t)
+    setattr(t, _NAME, (bound, _version(t)))
     return t
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def is_known(t: Tensor | None) -> bool:
@@ -30,7 +59,7 @@ def is_known(t: Tensor | None) -> bool:
     if t is None:
         return True
     bound, version = getattr(t, _NAME, (math.inf, -1))
-    return version == t._version and bound < SAFE
+    return version == _version(t) and bound < SAFE
 
 
 def of(t: Tensor) -> float:
@@ -54,7 +83,7 @@ def _flat(t: Tensor) -> Tensor:
 def of_weight(weight: Tensor) -> float:
     """``max_k sum |w_k|``: by how much a convolution can enlarge; remembered like :func:`of`."""
     bound, version = getattr(weight, _NAME, (math.inf, -1))
-    if version == weight._version:
+    if version == _version(weight):
         return bound
     if weight.layout != torch.strided:
         return math.inf  # prepacked without a note of its bound

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import library
-from ..backends import onednn, run
+from ..backends import bounds, onednn, run
 from ..ops.conv_add_relu import output_shape
 from ..steps import Chain, Step, StepTensors
 from ..steps.batch_norm import running_affine
@@ -45,7 +45,7 @@ def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, 
 
 def _key(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple:
     sources = [t for t in tensors[:6] if t is not None]
-    identity = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in sources)
+    identity = tuple((id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype) for t in sources)
     dense = [t if _is_dense(t) else t.contiguous() for t in sources]
     return identity, torch.ops.resnet_fused.checksum(dense), dtype, step
 
@@ -61,8 +61,9 @@ def packed(conv: nn.Module, tensors: StepTensors, step: Step, shape: torch.Size,
     if known is None or known.key != key:
         if known is None and len(shapes) == _SHAPES:
             shapes.pop(next(iter(shapes)))
-        weight, shift = fold(tensors, step, dtype)
-        known = shapes[shape] = Packed(onednn.prepack(weight, shape, *step.conv.args), shift, key)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
+            weight, shift = fold(tensors, step, dtype)
+            known = shapes[shape] = Packed(onednn.prepack(weight, shape, *step.conv.args), shift, key)
     return known
 
 
@@ -114,4 +115,5 @@ def folded_output(
     folded = []
     for (conv, _), own, step, shape in zip(pairs, tensors, steps, _input_shapes(chain, x.shape, tensors), strict=True):
         folded.append(packed(conv, own, step, shape, x.dtype)[:2])
-    return _run(chain, folded, x, residual)
+    with bounds.private():
+        return _run(chain, folded, x, residual)

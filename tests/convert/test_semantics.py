@@ -199,6 +199,21 @@ def test_norm_of_another_width_gets_stocks_error():
             model(images())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode(training):
+    stock, fused = (m.train(training) for m in pair(small_resnet()))
+    x = images(channels=3, size=32)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), stock(x), rtol=1e-3, atol=1e-3)
+    _, block_of_two = pair(block().eval())
+    with torch.inference_mode():
+        h = block_of_two(images())
+        h[0, 0, 0, 0] = float("nan")  # no version counter tells of this write
+        assert pair(block(32, 8).eval())[1](h).isnan().any()
+    torch.testing.assert_close(fused.eval()(x), stock.eval()(x), rtol=1e-3, atol=1e-3)
+
+
 def test_nan_and_infinity_pass_as_in_stock():
     stock, fused = pair(block())
     for value in (float("nan"), float("inf")):

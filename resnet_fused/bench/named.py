@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..models import BUILDERS
+from ..testing.vision import import_torchvision
 from .errors import Refused
 
 #: Libraries whose models can be named ``library:name``, each with how it builds and how it lists them.
@@ -42,6 +43,7 @@ def build(name: str) -> nn.Module:
         raise Refused(f"unknown model source {source!r} in {name!r}; pass {FORMS}")
     module_name, create, list_models = SOURCES[source]
     try:
+        import_torchvision()  # timm imports it too
         library = importlib.import_module(module_name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         reason = str(error).partition("\n")[0]

@@ -20,7 +20,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr int64_t kRegisterRows = 4;
-constexpr int64_t kChunkRows = 1536, kUnits = 16;   // enough units to share out evenly
+constexpr int64_t kChunkRows = 256, kUnits = 16;    // enough units to share out evenly, each worth its merge
 constexpr int64_t kMaxScratch = int64_t(16) << 20;  // bytes of partial results
 
 struct Geometry {

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 _MEASURED = "AVX512" not in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # up to here a 1x1 convolution's is a plain matrix product: 1.1-1.5x faster than oneDNN's
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
-_OWN_CHANNELS = 16  # from here on ours is faster for kernels beyond 1x1: 1.3-1.6x
+_OWN_CHANNELS, _OWN_PIXELS = 16, 256  # from here on ours is faster for kernels beyond 1x1: 1.1-1.6x
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -59,10 +59,11 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: list[bo
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
     """Gradient of `weight` from the gradient at the convolution's output."""
     if grad.device.type == "cpu" and grad.dtype == torch.float32 and _MEASURED and conv.groups == 1:
-        pointwise = conv.is_pointwise(weight)
-        if pointwise and grad[:, 0].numel() <= _MM_PIXELS:
+        pointwise, pixels = conv.is_pointwise(weight), grad[:, 0].numel()
+        if pointwise and pixels <= _MM_PIXELS:
             return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape)
-        if not pointwise and weight.shape[1] >= _OWN_CHANNELS and backend in ("auto", "cpu"):
+        large = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
+        if not pointwise and large and backend in ("auto", "cpu"):
             return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     return _backward(grad, x, weight, conv, [False, True, False])[1]
 

@@ -28,14 +28,17 @@ TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" /
 
 
 def results() -> str:
-    """The newest recorded run on each kind of machine, whole-model rows."""
-    newest = sorted(RESULTS.glob("*.json"))[-1:]
-    if not newest:
+    """The newest recorded run, whole-model rows."""
+    runs = {path: Report.from_json(path.read_text()) for path in RESULTS.glob("*.json")}
+    if not runs:
         return "No results are recorded yet."
-    report = Report.from_json(newest[0].read_text())
+    path, report = max(runs.items(), key=lambda item: item[1].provenance["date"])
     rows = [row for row in report.rows if row.name.startswith(("training step", "evaluation"))]
     batch = f"ResNet-50, {report.provenance['dtype']}, {report.provenance['device']}, against stock PyTorch eager"
-    source = f"From [`{newest[0].name}`](benchmarks/results/{newest[0].name}), which has every block shape as well."
+    source = (
+        f"From [`{path.name}`](benchmarks/results/{path.name}), which has every block shape as well; runs differ by a"
+    )
+    source += "\nfew per cent, and the others are beside it."
     return f"{batch}:\n\n{markdown_table(rows)}\n\n{source}\n{provenance_line(report.provenance)}"
 
 

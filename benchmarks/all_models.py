@@ -49,6 +49,7 @@ def build(family: str, name: str) -> nn.Module:
         return BUILDERS[name](num_classes=10)
     if family == "torchvision":
         return import_torchvision().models.get_model(name, weights=None, num_classes=10)
+    import_torchvision()
     import timm
 
     return timm.create_model(name, num_classes=10)

@@ -14,7 +14,7 @@ from .spec import Conv
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-# Whose weight gradient is fastest was measured on CPUs without AVX-512 (benchmarks/weight_grad.py); with AVX-512,
+# Whose weight gradient is fastest was measured on a CPU without AVX-512 (benchmarks/weight_grad.py); with AVX-512,
 # where nobody measured, it is oneDNN's throughout.
 _MEASURED = "AVX512" not in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # up to here a 1x1 convolution's is a plain matrix product: 1.1-1.5x faster than oneDNN's

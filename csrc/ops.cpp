@@ -27,7 +27,9 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
   m.def("gram(Tensor a, Tensor centre) -> (Tensor gram, Tensor total)");
-  m.def("checksum(Tensor[] tensors) -> int");  // not an op of the contract: see csrc/cpu/checksum.cpp
+  // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
+  m.def("checksum(Tensor[] tensors) -> int");
+  m.def("new_batch(Tensor like, int samples) -> Tensor");
 }
 
 namespace {

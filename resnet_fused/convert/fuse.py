@@ -13,6 +13,7 @@ from ..blocks import norms
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from . import program as programs
 from .fused_module import STATE, FusedModule, FusedState, fused_class, is_fused, obstacle, site_of
+from .stage import fuse_stage, unfuse_stage
 from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
 from .trace import Untraceable, state_of, trace
 
@@ -90,6 +91,8 @@ def fuse(
             if reason and fuse_stem(module, backend):
                 left.append(Row(name, type(module).__name__, "", reason))
             inside |= _taken(module)
+    for module in list(model.modules()):
+        fuse_stage(module)
     if not any(is_fused(module) or isinstance(module, BUILT_FUSED) for module in model.modules()):
         reasons = (
             "; ".join(f"{row.name or '(model)'}: {row.reason}" for row in left) or "it has no convolution in a block"
@@ -134,6 +137,7 @@ def _names(call: programs.ChainCall) -> list[str]:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse` on `model` and everything in it, in place; returns `model`. A stock model is left as it is."""
     for module in model.modules():
+        unfuse_stage(module)
         if isinstance(module, FusedModule):
             del module.__dict__[STATE]
             module.__class__ = type(module).__mro__[2]

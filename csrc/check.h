@@ -192,9 +192,11 @@ inline void check_conv_weight_grad(const Tensor& grad, const Tensor& x, const Te
   }
 }
 
-inline void check_gram(const Tensor& a, const Tensor& centre) {
+inline void check_gram(const Tensor& a, const Tensor& centre, const OptionalTensor& scale,
+                       const OptionalTensor& shift) {
   check_data("gram", "a", a);
   check_vector("gram", "centre", centre, a);
+  check_pair("gram", "scale", scale, "shift", shift, a);
 }
 
 }  // namespace resnet_fused

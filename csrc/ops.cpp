@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
-  m.def("gram(Tensor a, Tensor centre) -> (Tensor gram, Tensor total)");
+  m.def("gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None) -> (Tensor gram, Tensor total)");
   // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
   m.def("checksum(Tensor[] tensors) -> int");
   m.def("new_batch(Tensor like, int samples) -> Tensor");

@@ -1,8 +1,9 @@
-// Shifted Gram matrix and sums of a: d = a - centre, gram = d' d, total = sum of d. One or two reads of a.
+// Shifted Gram matrix and sums: d = x - centre, gram = d' d, total = sum of d, where x is a, or relu(scale*a + shift)
+// rounded to the type of a. One or two reads of a.
 //
 // The upper triangle is cut into macro tiles of kMacro x kMacro channels and the rows into chunks; a (chunk, macro
 // tile) is one unit of work. It packs up to kDepth rows of its channels at a time into panels of one cache line per
-// row, centre subtracted, multiplies them in registers (short float32 sums) and adds those to a float64 tile in cache.
+// row as d, multiplies them in registers (short float32 sums) and adds those to a float64 tile in cache.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -21,23 +22,53 @@ constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merg
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
 
-// packed[panel][row][kPanel] = a[row][channel] - centre[channel], 0 beyond `width` channels; a has rows of C.
-template <class T, class A>
-RESNET_FUSED_CLONES void pack(A* __restrict packed, const T* __restrict a, const A* __restrict centre, int64_t rows,
-                              int64_t width, int64_t C) {
+template <class T>
+struct Input {
+  const T* a;                             // [M, C]
+  const acc_t<T>*centre, *scale, *shift;  // [C]; the last two are null where x is a
+
+  Input from(int64_t row, int64_t c, int64_t C) const {
+    if (!scale) return {a + row * C + c, centre + c, nullptr, nullptr};
+    return {a + row * C + c, centre + c, scale + c, shift + c};
+  }
+};
+
+// One element of d. A lazy value is rounded to T as if it had been written; NaN and -0.0 pass the ReLU.
+template <bool lazy, class T, class A = acc_t<T>>
+RESNET_FUSED_INLINE A shifted(const T* a, const A* centre, const A* scale, const A* shift, int64_t i) {
+  if constexpr (lazy) {
+    const A y = load(a + i) * scale[i] + shift[i];
+    T rounded;
+    store(&rounded, y < A(0) ? A(0) : y);
+    return load(&rounded) - centre[i];
+  } else {
+    return load(a + i) - centre[i];
+  }
+}
+
+// packed[panel][row][kPanel] = d[row][channel] of the first `width` channels, 0 beyond; `input` has rows of C.
+template <bool lazy, class T, class A = acc_t<T>>
+RESNET_FUSED_CLONES void pack(A* __restrict packed, const Input<T>& input, int64_t rows, int64_t width, int64_t C) {
   constexpr int64_t P = kPanel<A>;
+  const T* __restrict a = input.a;
+  const A* __restrict centre = input.centre, * __restrict scale = input.scale, * __restrict shift = input.shift;
   for (int64_t m = 0; m < rows; ++m, a += C, packed += P) {
     int64_t c = 0;
     for (; c + P <= width; c += P) {
       A* __restrict target = packed + c * kDepth;
-      for (int64_t i = 0; i < P; ++i) target[i] = load(a + c + i) - centre[c + i];
+      for (int64_t i = 0; i < P; ++i) target[i] = shifted<lazy>(a, centre, scale, shift, c + i);
     }
     if (c < width) {
       A* __restrict target = packed + c * kDepth;
       for (int64_t i = 0; i < P; ++i) target[i] = A(0);
-      for (int64_t i = 0; i < width - c; ++i) target[i] = load(a + c + i) - centre[c + i];
+      for (int64_t i = 0; i < width - c; ++i) target[i] = shifted<lazy>(a, centre, scale, shift, c + i);
     }
   }
+}
+
+template <class T, class A = acc_t<T>>
+void pack(A* packed, const Input<T>& input, int64_t rows, int64_t width, int64_t C) {
+  input.scale ? pack<true>(packed, input, rows, width, C) : pack<false>(packed, input, rows, width, C);
 }
 
 // total[c] += sum of the packed rows
@@ -86,8 +117,8 @@ struct Buffers {
 };
 
 // Adds d' d of rows [begin, end) for channels [i, i + kMacro) x [j, j + kMacro) to g, [C, C] float64.
-template <class T, class A>
-void macro_tile(Buffers<A>& buffers, const T* a, const A* centre, double* g, double* total, int64_t begin, int64_t end,
+template <class T, class A = acc_t<T>>
+void macro_tile(Buffers<A>& buffers, const Input<T>& input, double* g, double* total, int64_t begin, int64_t end,
                 int64_t i, int64_t j, int64_t C) {
   const int64_t a_width = std::min(kMacro, C - i), b_width = std::min(kMacro, C - j);
   double* tile = buffers.g.get();
@@ -97,9 +128,9 @@ void macro_tile(Buffers<A>& buffers, const T* a, const A* centre, double* g, dou
   for (int64_t row = begin; row < end; row += depth) {
     const int64_t rows = std::min(depth, end - row);
     const A *left = buffers.a.get(), *right = i == j ? left : buffers.b.get();
-    pack(buffers.a.get(), a + row * C + i, centre + i, rows, a_width, C);
+    pack(buffers.a.get(), input.from(row, i, C), rows, a_width, C);
     if (i == j) add_totals(total + i, left, rows, a_width);
-    if (i != j) pack(buffers.b.get(), a + row * C + j, centre + j, rows, b_width, C);
+    if (i != j) pack(buffers.b.get(), input.from(row, j, C), rows, b_width, C);
     multiply(tile, left, right, rows, a_width, b_width);
   }
   for (int64_t r = 0; r < a_width; ++r) std::copy_n(tile + r * kMacro, b_width, g + (i + r) * C + j);
@@ -128,9 +159,11 @@ void merge_chunks(A* gram, double* grams, int64_t chunks, int64_t C) {
 }
 
 template <class T>
-void run(const Tensor& a, const Tensor& centre, const Tensor& gram, const Tensor& total) {
+void run(const Tensor& a, const Tensor& centre, const OptionalTensor& scale, const OptionalTensor& shift,
+         const Tensor& gram, const Tensor& total) {
   using A = acc_t<T>;
   const Work work((Shape(a)));
+  const Input<T> input{data<T>(a), data<A>(centre), data<A>(scale), data<A>(shift)};
   const int64_t C = work.C;
   std::vector<double> totals(work.chunks * C);                        // [chunks, C]
   const auto grams = aligned_array<double>(work.chunks * C * C + 1);  // [chunks, C, C], upper triangle
@@ -141,8 +174,8 @@ void run(const Tensor& a, const Tensor& centre, const Tensor& gram, const Tensor
       int64_t i = 0, j = unit % work.tiles;  // tile (i, j) of the upper triangle, counted row by row
       for (; j >= work.macros - i; ++i) j -= work.macros - i;
       j += i;
-      macro_tile(buffers, data<T>(a), data<A>(centre), grams.get() + chunk * C * C, &totals[chunk * C],
-                 work.first_row(chunk), work.first_row(chunk + 1), i * kMacro, j * kMacro, C);
+      macro_tile(buffers, input, grams.get() + chunk * C * C, &totals[chunk * C], work.first_row(chunk),
+                 work.first_row(chunk + 1), i * kMacro, j * kMacro, C);
     }
   });
   for (int64_t c = 0; c < C; ++c) {
@@ -153,11 +186,13 @@ void run(const Tensor& a, const Tensor& centre, const Tensor& gram, const Tensor
   merge_chunks(data<A>(gram), grams.get(), work.chunks, C);
 }
 
-std::tuple<Tensor, Tensor> gram(const Tensor& a, const Tensor& centre) {
-  check_gram(a, centre);
+std::tuple<Tensor, Tensor> gram(const Tensor& a, const Tensor& centre, const OptionalTensor& scale,
+                                const OptionalTensor& shift) {
+  check_gram(a, centre, scale, shift);
   const int64_t C = a.size(1);
   Tensor g = empty_strided<2>({C, C}, {C, 1}, stat_dtype(a.scalar_type())), total = empty_stats(a);
-  for_element_type(a.scalar_type(), [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(a, centre, g, total); });
+  for_element_type(a.scalar_type(),
+                   [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(a, centre, scale, shift, g, total); });
   return {g, total};
 }
 

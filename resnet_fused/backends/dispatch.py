@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..ops import OPS
 from . import opaque, selfcheck
 from .declaration import Backend
 
@@ -48,7 +50,7 @@ def use(name: str) -> Iterator[None]:
     """Force the backend `name` ("auto", "reference", "cpu", "cuda", "triton") within a ``with`` block.
 
     It holds for the whole process. A forward run inside the block uses that backend in its backward too. Ops that the
-    backend does not have raise RuntimeError with the reasons.
+    backend does not have raise RuntimeError with the reasons, but for those on a few numbers per channel.
 
     Raises:
         ValueError: `name` is not a backend.
@@ -76,6 +78,8 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     Raises:
         RuntimeError: no backend can; the text lists every backend's reasons.
     """
+    if name != "auto" and OPS[op].small and op not in _backends[check_name(name)].kernels:
+        name = "auto"
     candidates = _backends.values() if name == "auto" else [_backends[check_name(name)]]
     refused = []
     for backend in candidates:
@@ -103,8 +107,11 @@ def run_now(op: str, *args, backend: str = "auto", **kwargs):
 
 
 def run(op: str, *args, backend: str = "auto", **kwargs):
-    """Run the op named `op` on the first backend that can, or on `backend`; inside a compiled graph, when that runs."""
-    if torch.compiler.is_compiling():
+    """Run the op named `op` on the first backend that can, or on `backend`; inside a compiled graph, when that runs.
+
+    On fake tensors nobody is chosen: the op stands for itself, and is counted as what it is.
+    """
+    if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
         return getattr(getattr(torch.ops, opaque.NAMESPACE), op)(*args, backend=backend, **kwargs)
     return run_now(op, *args, backend=backend, **kwargs)
 

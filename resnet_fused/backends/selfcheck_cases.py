@@ -103,6 +103,69 @@ def _gram(dtype: torch.dtype) -> Iterator[Case]:
     for name, shape in (("odd channels", ODD), ("tail rows", TAIL)):
         draw = Draw(shape)
         yield Case(name, (draw.data(), draw.vector()), {})
+    draw = Draw(TAIL)
+    yield Case("lazy input", (draw.data(), draw.vector(), draw.vector(), draw.vector()), {})
+
+
+OUTPUTS = 24  # output channels of the 1x1 cases
+
+
+def _weight(draw: Draw, inputs: int, outputs: int = OUTPUTS) -> Tensor:
+    """A 1x1 weight: multiples of 1/8 in [-4, 4], scaled down by a power of two so that sums stay exact in float32."""
+    return draw.data((outputs, inputs, 1, 1)) / 16
+
+
+def lazy_gradient(draw: Draw, shape: tuple[int, int, int, int]) -> dict:
+    """Options of a gradient that is masked by a recomputed sign and goes through batch norm's backward."""
+    names = ("a", "b", "d", "scale", "shift")
+    return {"z": draw.data(shape)} | {name: draw.vector(shape[1]) for name in names}
+
+
+def _conv1x1(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    yield Case("plain, odd channels, no statistics", (odd.data(), _weight(odd, 7, 5)), {"emit_stats": False})
+    lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
+    yield Case("lazy input, tail rows", (tail.data(), _weight(tail, 40)), lazy)
+    yield Case("stride 2", (tail.data(), _weight(tail, 40)), {"stride": [2, 2]})
+
+
+def _conv1x1_join(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    scale, shift = odd.vector(5), odd.vector(5)
+    yield Case("plain, odd channels, no relu", (odd.data(), _weight(odd, 7, 5), scale, shift), {"relu": False})
+    wide = (3, OUTPUTS, 9, 7)
+    lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
+    arguments = (tail.data(), _weight(tail, 40), tail.vector(OUTPUTS), tail.vector(OUTPUTS))
+    residual = {"residual": tail.data(wide), "emit_mask": True}
+    yield Case("lazy input, residual, mask", arguments, lazy | residual)
+    affine = {"residual_scale": tail.vector(OUTPUTS), "residual_shift": tail.vector(OUTPUTS)}
+    yield Case("affine residual, factor", arguments, residual | affine | {"sample_factor": tail.factor()})
+    projection = {"x2": tail.data((3, 16, 17, 14)), "weight2": _weight(tail, 16), "stride2": [2, 2]}
+    projection |= {"scale2": tail.vector(OUTPUTS), "shift2": tail.vector(OUTPUTS), "emit_mask": True}
+    yield Case("projection, stride 2", arguments, lazy | projection)
+
+
+def _conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail, wide = Draw(ODD), Draw(TAIL), (3, OUTPUTS, 9, 7)
+    yield Case("plain, odd channels", (odd.data(), _weight(odd, 5, 7)), {})
+    add = {"residual": tail.data((3, 40, 5, 4)), "residual_stride": [2, 2]}
+    yield Case("lazy gradient, strided residual", (tail.data(wide), _weight(tail, 40)), lazy_gradient(tail, wide) | add)
+    bits = {"residual": tail.data(), "residual_mask": pack_mask(tail.data() > 0)}
+    yield Case("masked residual", (tail.data(wide), _weight(tail, 40)), bits)
+    half = _weight(tail, 40, 40)
+    coupling = {"coupling": half + half.transpose(0, 1), "constant": tail.vector()}
+    lazy = {"x": tail.data(), "x_scale": tail.vector(), "x_shift": tail.vector()}
+    masked = {"mask": pack_mask(tail.data(wide) > 0), "a": tail.vector(OUTPUTS), "sample_factor": tail.factor()}
+    yield Case("Gram join: bits, coupling, sums", (tail.data(wide), _weight(tail, 40)), masked | coupling | lazy)
+
+
+def _conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail, wide = Draw(ODD), Draw(TAIL), (3, OUTPUTS, 9, 7)
+    yield Case("plain, odd channels", (odd.data(), odd.data((2, 5, 5, 3))), {})
+    lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
+    yield Case("lazy gradient and input", (tail.data(wide), tail.data()), lazy_gradient(tail, wide) | lazy)
+    bits = {"mask": pack_mask(tail.data(wide) > 0), "stride": [2, 2], "sample_factor": tail.factor()}
+    yield Case("bits, factor, stride 2", (tail.data(wide), tail.data((3, 40, 17, 14))), bits)
 
 
 def _conv_add_relu(dtype: torch.dtype) -> Iterator[Case]:
@@ -129,16 +192,74 @@ def _conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("3x3, stride 2", (draw.data((3, 24, 5, 4)), draw.data(), draw.data((24, 40, 3, 3))), strided)
 
 
+class GramJoin(Draw):
+    """What the Gram join's ops are given for an input `a`, its gradient's product and sums included."""
+
+    def __init__(self, shape, outputs: int = OUTPUTS, a: Tensor | None = None, centre: Tensor | None = None):
+        super().__init__(shape)
+        self.outputs = outputs
+        self.a = self.data() if a is None else a.double()
+        self.centre = self.vector() if centre is None else centre.double()
+        self.gram, self.total = OPS["gram"].reference(self.a, self.centre)
+        self.weight = _weight(self, shape[1], outputs)
+
+    def norm(self) -> tuple[Tensor, ...]:
+        """Arguments of `gram_norm`."""
+        return self.weight, self.gram, self.total, self.centre, self.a
+
+    def grad(self) -> tuple[Tensor, ...]:
+        """Arguments of `gram_grad`."""
+        n, _, h, w = self.shape
+        product, sum_g = OPS["conv1x1_wgrad"].reference(self.data((n, self.outputs, h, w)), self.a)
+        scale, rstd = self.vector(self.outputs), self.vector(self.outputs).abs() + 0.0625
+        return self.weight, product, self.gram, self.total, self.centre, sum_g, scale, rstd, self.a
+
+
+def _gram_norm(dtype: torch.dtype) -> Iterator[Case]:
+    far = Draw(TAIL).far_from_zero(dtype)
+    yield Case("odd channels", GramJoin(ODD, 5).norm(), {})
+    yield Case("large mean, tail rows", GramJoin(TAIL, OUTPUTS, far, far[0, :, 0, 0].clone()).norm(), {})
+
+
+def _gram_grad(dtype: torch.dtype) -> Iterator[Case]:
+    yield Case("odd channels", GramJoin(ODD, 5).grad(), {})
+    yield Case("tail rows, several tiles", GramJoin((3, 72, 9, 7)).grad(), {})
+
+
+def _bn_affine(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    yield Case("odd channels", (odd.vector(), odd.vector().abs(), odd.vector(), odd.vector(), odd.data(), 1e-5), {})
+    vectors = (tail.vector(200), tail.vector(200).abs() * 64)
+    yield Case("several programs", (*vectors, tail.vector(200), tail.vector(200), tail.data(), 1e-3), {})
+    yield Case("no gamma, no beta", (*vectors, None, None, tail.data(), 1e-5), {})
+    yield Case("no pixels", (odd.vector(), odd.vector() * 0, odd.vector(), None, odd.data()[:0], 0.25), {})
+
+
+def _bn_coefficients(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    yield Case("odd channels", (*(odd.vector() for _ in range(5)), odd.data()), {})
+    yield Case("several programs", (*(tail.vector(200) for _ in range(5)), tail.data()), {})
+    yield Case("no pixels", (odd.vector() * 0, odd.vector() * 0, *(odd.vector() for _ in range(3)), odd.data()[:0]), {})
+
+
 _CASES = {
     "bn_stats": _bn_stats,
+    "bn_affine": _bn_affine,
+    "bn_coefficients": _bn_coefficients,
     "norm_add_relu": _norm_add_relu,
     "norm_add_relu_backward": _norm_add_relu_backward,
     "lazy_grad_apply": _lazy_grad_apply,
     "lazy_grad_apply_": _lazy_grad_apply,
     "gram": _gram,
+    "conv1x1": _conv1x1,
+    "conv1x1_join": _conv1x1_join,
+    "conv1x1_dgrad": _conv1x1_dgrad,
+    "conv1x1_wgrad": _conv1x1_wgrad,
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,
     "conv_weight_grad": _conv_weight_grad,
+    "gram_norm": _gram_norm,
+    "gram_grad": _gram_grad,
 }
 
 

@@ -28,6 +28,7 @@ class Op:
     fake: Callable  # shapes, dtypes and strides only
     bytes: Callable  # same arguments -> int, the memory traffic in bytes that the op must cause
     flops: Callable  # same arguments -> int
+    small: bool = False  # arithmetic per channel: a backend without a kernel for it leaves it to the others
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
@@ -37,7 +38,7 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def define(name: str, schema: str, **parts: Callable) -> Op:
+def define(name: str, schema: str, **parts: Callable | bool) -> Op:
     """Make an :class:`Op` and enter it in :data:`OPS`."""
     OPS[name] = Op(name, schema, **parts)
     return OPS[name]

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends import run
 from ..ops import stat_dtype
 from .spec import Norm, StepTensors
 
@@ -34,6 +35,20 @@ class Affine(NamedTuple):
     rstd: Tensor
     scale: Tensor
     shift: Tensor
+    centre: Tensor | None = None  # about the mean of the activation behind it, see `ops.bn_affine`; None: not known
+
+
+class Statistics(NamedTuple):
+    """Batch statistics on their way to the running ones; all ``[C]``, `count` the values per channel."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
+def pixels(x: Tensor) -> int:
+    """Values per channel of ``[N, C, H, W]``."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 class Coefficients(NamedTuple):
@@ -46,28 +61,30 @@ class Coefficients(NamedTuple):
     grad_beta: Tensor
 
 
-def affine(mean: Tensor, var: Tensor, tensors: StepTensors, eps: float) -> Affine:
-    """Scale and shift of a batch norm from its statistics. Absent gamma and beta are 1 and 0."""
-    rstd = (var + eps).rsqrt()
-    scale = rstd if tensors.gamma is None else tensors.gamma.to(rstd.dtype) * rstd
-    shift = -mean * scale if tensors.beta is None else torch.addcmul(tensors.beta.to(rstd.dtype), mean, scale, value=-1)
-    return Affine(mean, rstd, scale, shift)
+def batch_affine(
+    mean: Tensor, m2: Tensor, tensors: StepTensors, norm: Norm, z: Tensor, backend: str
+) -> tuple[Affine, Statistics]:
+    """Batch norm from the statistics of a batch. `z`: any tensor of as many pixels."""
+    var, *vectors = run("bn_affine", mean, m2, tensors.gamma, tensors.beta, z, norm.eps, backend=backend)
+    return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
 
 
 def running_affine(tensors: StepTensors, norm: Norm, dtype: torch.dtype) -> Affine:
-    """Scale and shift from the running statistics, for activations of `dtype`."""
+    """Batch norm from the running statistics, for activations of `dtype`. Absent gamma and beta are 1 and 0."""
     stat = stat_dtype(dtype)
-    return affine(tensors.running_mean.to(stat, copy=True), tensors.running_var.to(stat), tensors, norm.eps)
+    mean, rstd = tensors.running_mean.to(stat, copy=True), (tensors.running_var.to(stat) + norm.eps).rsqrt()
+    scale = rstd if tensors.gamma is None else tensors.gamma.to(stat) * rstd
+    shift = -mean * scale if tensors.beta is None else torch.addcmul(tensors.beta.to(stat), mean, scale, value=-1)
+    return Affine(mean, rstd, scale, shift)
 
 
-def coefficients(bn: Affine, sum_g: Tensor, sum_gz: Tensor, count: int, norm: Norm) -> Coefficients:
-    """The backward's affine map from the two sums that the kernel which wrote `g` emitted."""
-    grad_gamma = bn.rstd * torch.addcmul(sum_gz, bn.mean, sum_g, value=-1)
+def coefficients(bn: Affine, sum_g: Tensor, sum_gz: Tensor, z: Tensor, norm: Norm, backend: str) -> Coefficients:
+    """The backward's affine map from the two sums that the kernel which wrote `g` emitted. `z`: for its pixels."""
     if not norm.batch_stats:
+        grad_gamma = bn.rstd * torch.addcmul(sum_gz, bn.mean, sum_g, value=-1)
         return Coefficients(bn.scale, None, None, grad_gamma, sum_g)
-    slope = bn.rstd * grad_gamma
-    unit = bn.scale / count
-    return Coefficients(bn.scale, -unit * slope, unit * torch.addcmul(-sum_g, bn.mean, slope), grad_gamma, sum_g)
+    b, d, grad_gamma = run("bn_coefficients", sum_g, sum_gz, bn.mean, bn.rstd, bn.scale, z, backend=backend)
+    return Coefficients(bn.scale, b, d, grad_gamma, sum_g)
 
 
 def update_running(tensors: StepTensors, norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:

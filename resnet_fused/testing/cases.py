@@ -13,6 +13,7 @@ import torch
 
 from ..backends.selfcheck_cases import Case, Draw
 from ..ops.contract import channels_last_strides, pack_mask
+from . import conv1x1_cases, conv1x1_gradient_cases, gram_cases, vector_cases
 
 Tensor = torch.Tensor
 
@@ -154,6 +155,7 @@ def gram(dtype: torch.dtype) -> Iterator[Case]:
     draw = NormalDraw((2, 24, 20, 20))
     far = draw.far_from_zero(dtype)
     yield Case("large mean, centre near it", (far, far[0, :, 0, 0].clone()), {})
+    yield from conv1x1_cases.gram(dtype)
 
 
 # x, weight, then stride, padding, dilation, groups
@@ -209,6 +211,8 @@ def conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
 
 _CASES = {f.__name__: f for f in (bn_stats, norm_add_relu, norm_add_relu_backward, lazy_grad_apply, gram)}
 _CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_, conv_weight_grad)}
+_CASES |= conv1x1_cases.CASES | conv1x1_gradient_cases.CASES
+_CASES |= gram_cases.CASES | vector_cases.CASES
 _CASES["lazy_grad_apply_"] = lazy_grad_apply
 
 

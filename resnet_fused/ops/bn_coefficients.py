@@ -1,0 +1,56 @@
+"""Batch norm's backward as a multiply-add, from two sums over the batch: its per-channel arithmetic.
+
+Formula (all per channel; M = pixels of z; sum_g = sum g and sum_gz = sum g*z, of whichever op wrote the gradient g at
+batch norm's output; `rstd`, `scale`: of :mod:`.bn_affine`)::
+
+    grad_gamma = rstd*(sum_gz - mean*sum_g)
+    b = -scale*rstd*grad_gamma/M                          M = 0: 0
+    d = scale*(mean*rstd*grad_gamma - sum_g)/M            M = 0: 0
+
+so that the gradient at batch norm's input is ``scale*g + b*z + d`` (:mod:`.lazy_grad_apply`). beta's is sum_g.
+
+All vectors: ``[C]``, float32 (float64 by the reference). `z`: ``[N, C', H, W]``; only N, H and W are read. Digits
+cancel in grad_gamma where the mean is large: kernels take it as one fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .contract import Tensor, define, nbytes
+
+SCHEMA = (
+    "(Tensor sum_g, Tensor sum_gz, Tensor mean, Tensor rstd, Tensor scale, Tensor z) -> "
+    "(Tensor b, Tensor d, Tensor grad_gamma)"
+)
+
+
+def reference(
+    sum_g: Tensor, sum_gz: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = z.shape[0] * z.shape[2] * z.shape[3]
+    grad_gamma = rstd * torch.addcmul(sum_gz, mean, sum_g, value=-1)
+    if count == 0:
+        return torch.zeros_like(sum_g), torch.zeros_like(sum_g), grad_gamma
+    slope = rstd * grad_gamma
+    unit = scale / count
+    return -unit * slope, unit * torch.addcmul(-sum_g, mean, slope), grad_gamma
+
+
+def fake(
+    sum_g: Tensor, sum_gz: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(sum_g.new_empty(sum_g.shape) for _ in range(3))
+
+
+def bytes(sum_g, sum_gz, mean, rstd, scale, z):
+    """One read of five vectors, one write of three."""
+    return 8 * nbytes(sum_g)
+
+
+def flops(sum_g, sum_gz, mean, rstd, scale, z):
+    """Two per multiply-add; a division is one."""
+    return 9 * sum_g.numel()
+
+
+OP = define("bn_coefficients", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, small=True)

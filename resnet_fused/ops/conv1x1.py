@@ -1,0 +1,65 @@
+"""1x1 convolution of a plain or lazy activation, with the batch statistics of its result: one read, one write.
+
+Formula (x^ as in :mod:`.lazy`)::
+
+    z    = x^[:, :, ::stride, ::stride] W'      rounded to the dtype of x
+    mean, m2 = bn_stats(z)                      with emit_stats, of z as rounded; else empty
+
+`x`: ``[N, C, H, W]`` float32, bfloat16, float16 (float64 by the reference), channels_last; `weight`: ``[K, C, 1, 1]``
+of the same dtype; `x_scale`, `x_shift`: ``[C]`` float32 (float64 for float64), both or neither. `z`:
+``[N, K, ceil(H/stride), ceil(W/stride)]``; `mean`, `m2`: ``[K]``, in the dtype of statistics, merged by Chan's rule.
+"""
+
+from __future__ import annotations
+
+import math
+
+from . import bn_stats, lazy
+from .contract import Tensor, channels_last, channels_last_strides, define, nbytes, stat_dtype
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, bool emit_stats=True) "
+    "-> (Tensor z, Tensor mean, Tensor m2)"
+)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    stride=(1, 1),
+    emit_stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    a = lazy.pixels(lazy.activation(x, x_scale, x_shift), stride)
+    z = channels_last(lazy.product(a, weight).to(x.dtype))
+    none = x.new_empty(0, dtype=stat_dtype(x.dtype))
+    return z, *(bn_stats.reference(z) if emit_stats else (none, none.clone()))
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    stride=(1, 1),
+    emit_stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = lazy.strided_shape(x, weight.shape[0], stride)
+    z = x.new_empty_strided(shape, channels_last_strides(shape))
+    mean, m2 = (x.new_empty(shape[1] if emit_stats else 0, dtype=stat_dtype(x.dtype)) for _ in range(2))
+    return z, mean, m2
+
+
+def bytes(x, weight, x_scale=None, x_shift=None, stride=(1, 1), emit_stats=True):
+    """One read of the pixels of `x` and of `weight`, one write of `z`."""
+    out = math.prod(lazy.strided_shape(x, weight.shape[0], stride)) * x.element_size()
+    return nbytes(lazy.pixels(x, stride), weight) + out
+
+
+def flops(x, weight, x_scale=None, x_shift=None, stride=(1, 1), emit_stats=True):
+    """Two per multiply-add of the convolution; prologue and epilogue are not counted."""
+    return 2 * math.prod(lazy.strided_shape(x, weight.shape[0], stride)) * x.shape[1]
+
+
+OP = define("conv1x1", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

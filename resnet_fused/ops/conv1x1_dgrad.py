@@ -1,0 +1,168 @@
+"""Data gradient of a 1x1 convolution from a lazy gradient, with everything that is added to it and asked of it.
+
+Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0)::
+
+    y      = dz W  +  x^ coupling  +  constant[c]           (coupling, constant: the Gram join's correction)
+    grad_x = keep ? y : 0,  keep = not (x_scale*x + x_shift <= 0)        x_scale given: the gradient before bn and relu
+           | y + keep * residual                             not given; keep = bit of residual_mask, absent: 1
+                                                           (x_scale and residual exclude each other)
+    sum_g[c]  = sum_m grad_x                                 x_scale given, of grad_x as rounded; else empty
+    sum_gx[c] = sum_m grad_x * x                             the two sums that batch norm's backward needs
+
+`residual` is the gradient of another path into the same tensor: the identity path's, still to be masked by the bits
+that its forward wrote, or a strided projection's, which belongs to the pixels ``[::residual_stride, ::residual_stride]``.
+
+`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
+float32, bfloat16, float16 (float64 by the reference), channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`:
+``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32 (float64 for float64): ``[K]`` for a, b, d, scale and shift,
+``[C]`` for x_scale, x_shift and constant, ``[N]`` for sample_factor. The convolution's stride is 1: of a strided one,
+this is the gradient of the pixels that it read. Source of the correction: ``steps.folded_join``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import lazy
+from .contract import (
+    Tensor,
+    channels_last,
+    channels_last_strides,
+    define,
+    keep_from,
+    nbytes,
+    per_channel,
+    stat_dtype,
+)
+
+SCHEMA = (
+    "(Tensor g, Tensor weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
+    "Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, Tensor? x_scale=None, "
+    "Tensor? x_shift=None, Tensor? coupling=None, Tensor? constant=None, Tensor? residual=None, "
+    "Tensor? residual_mask=None, int[2] residual_stride=1) -> (Tensor grad_x, Tensor sum_g, Tensor sum_gx)"
+)
+
+
+def reference(
+    g: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    z: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+    x: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    coupling: Tensor | None = None,
+    constant: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    residual_stride=(1, 1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = lazy.product(lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor), weight.transpose(0, 1))
+    dtype = y.dtype
+    if coupling is not None:
+        y = y + lazy.product(lazy.activation(x, x_scale, x_shift), coupling)
+    if constant is not None:
+        y = y + per_channel(constant)
+    none = g.new_empty(0, dtype=dtype)
+    if x_scale is None:
+        y = y if residual is None else _add_residual(y, residual, residual_mask, residual_stride)
+        return channels_last(y.to(g.dtype)), none, none.clone()
+    keep = ~(x.to(dtype) * per_channel(x_scale) + per_channel(x_shift) <= 0)
+    grad_x = channels_last(torch.where(keep, y, torch.zeros_like(y)).to(g.dtype))
+    wide = grad_x.double() if g.device.type == "cpu" else grad_x.to(dtype)
+    return grad_x, wide.sum((0, 2, 3)).to(dtype), (wide * x).sum((0, 2, 3)).to(dtype)
+
+
+def _add_residual(y: Tensor, residual: Tensor, mask: Tensor | None, stride) -> Tensor:
+    r = residual.to(y.dtype)
+    if mask is not None:
+        r = torch.where(keep_from(mask, residual), r, torch.zeros_like(r))
+    y = y.clone()
+    y[:, :, :: stride[0], :: stride[1]] += r
+    return y
+
+
+def fake(
+    g: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    z: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+    x: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    coupling: Tensor | None = None,
+    constant: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    residual_stride=(1, 1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (g.shape[0], weight.shape[1], *g.shape[2:])
+    sums = [g.new_empty(0 if x_scale is None else shape[1], dtype=stat_dtype(g.dtype)) for _ in range(2)]
+    return g.new_empty_strided(shape, channels_last_strides(shape)), *sums
+
+
+def bytes(
+    g,
+    weight,
+    mask=None,
+    z=None,
+    a=None,
+    b=None,
+    d=None,
+    scale=None,
+    shift=None,
+    sample_factor=None,
+    x=None,
+    x_scale=None,
+    x_shift=None,
+    coupling=None,
+    constant=None,
+    residual=None,
+    residual_mask=None,
+    residual_stride=(1, 1),
+):
+    """One read of the lazy gradient, the matrices, `x` where it is used, and `residual`; one write of `grad_x`."""
+    used = None if x_scale is None and coupling is None else x
+    written = g[:, 0].numel() * weight.shape[1] * g.element_size()
+    read = nbytes(weight, used, coupling, residual, None if residual is None else residual_mask)
+    return lazy.gradient_bytes(g, mask, z, b, scale) + read + written
+
+
+def flops(
+    g,
+    weight,
+    mask=None,
+    z=None,
+    a=None,
+    b=None,
+    d=None,
+    scale=None,
+    shift=None,
+    sample_factor=None,
+    x=None,
+    x_scale=None,
+    x_shift=None,
+    coupling=None,
+    constant=None,
+    residual=None,
+    residual_mask=None,
+    residual_stride=(1, 1),
+):
+    """Two per multiply-add of both products."""
+    k, c = weight.shape[:2]
+    return 2 * g[:, 0].numel() * c * (k + (0 if coupling is None else c))
+
+
+OP = define("conv1x1_dgrad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -1,0 +1,126 @@
+"""Cases of the gradients of 1x1 convolutions; see :mod:`.conv1x1_cases`. All data lies on the grid of ``Draw``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from ..backends.selfcheck_cases import Case
+from ..ops.contract import pack_mask, unpack_mask
+from .conv1x1_cases import BOTH, SHAPES, STRIDES, Pointwise, draws, specials
+
+KEEPS = ("none", "bits", "recompute")  # how a gradient's mask comes
+COEFFICIENTS = ("none", "a", "abd")
+
+
+# conv1x1_dgrad --------------------------------------------------------------------------------------------------
+
+
+def _asked(draw: Pointwise, kind: str) -> dict:
+    """What is added to the product and asked of it; by name."""
+    if kind in ("nothing", "sums"):
+        return {} if kind == "nothing" else {"x": draw.data()} | draw.lazy()
+    if kind == "constant":
+        return {"constant": draw.vector()}
+    if kind.startswith("coupling"):  # of a Gram join; the input is a tensor if a join wrote it, lazy otherwise
+        lazy = draw.lazy() if "sums" in kind else {}
+        options = {"x": draw.data(), "coupling": draw.symmetric(), "constant": draw.vector()} | lazy
+        return options | (_asked(draw, "residual, bits") if "residual" in kind else {})
+    stride = next((s for s in STRIDES if str(s) in kind), (1, 1))
+    shape = draw.strided(draw.inputs, stride)
+    bits = {"residual_mask": draw.bits(shape)} if "bits" in kind else {}
+    return {"residual": draw.data(shape), "residual_stride": list(stride)} | bits
+
+
+ASKED = (
+    "nothing",
+    "sums",
+    "constant",
+    "coupling",
+    "coupling, sums",
+    "coupling, residual",
+    "residual",
+    "residual, bits",
+    "residual, (2, 2)",
+    "residual, bits, (2, 1)",
+)
+
+
+def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
+    for keep, affine, factor in itertools.product(KEEPS, COEFFICIENTS, BOTH):
+        for asked in ("nothing", "coupling, sums", "residual, bits"):
+            draw = Pointwise()
+            options = draw.gradient(keep, affine, factor) | _asked(draw, asked)
+            name = f"keep {keep}, coefficients {affine}, factor {factor}, asked {asked}"
+            yield Case(name, (draw.data(draw.wide), draw.weight()), options)
+    for asked, (keep, affine) in itertools.product(ASKED[1:], (("none", "none"), ("recompute", "abd"))):
+        draw = Pointwise((3, 24, 5, 6), 40)
+        options = draw.gradient(keep, affine, affine == "abd") | _asked(draw, asked)
+        yield Case(f"asked {asked}, keep {keep}", (draw.data(draw.wide), draw.weight()), options)
+    for name, draw in draws():
+        options = draw.gradient("recompute", "abd", True) | _asked(draw, "coupling, sums")
+        yield Case(f"{name}, everything lazy", (draw.data(draw.wide), draw.weight()), options)
+    for name, (shape, outputs) in SHAPES.items():
+        draw = Pointwise(shape, outputs)
+        options = draw.gradient("bits", "a", False) | _asked(draw, "residual, bits, (2, 1)")
+        yield Case(f"{name}, strided residual", (draw.data(draw.wide), draw.weight()), options)
+    yield from _dgrad_not_finite()
+
+
+def _dgrad_not_finite() -> Iterator[Case]:
+    """A masked NaN becomes 0, a NaN pre-activation passes the gradient, as in stock."""
+    draw = Pointwise((2, 24, 3, 5), 16)
+    keep = draw.data(draw.wide) > 0
+    g = torch.where(keep, draw.data(draw.wide), torch.nan)
+    yield Case("NaN gradient where masked", (g, draw.weight()), {"mask": pack_mask(keep)} | _asked(draw, "sums"))
+    options = draw.gradient("recompute", "none", False)
+    z = options["z"]
+    pre = z * options["scale"].view(1, -1, 1, 1) + options["shift"].view(1, -1, 1, 1)
+    g = torch.where(pre <= 0, torch.inf, draw.data(draw.wide))
+    z[:, :, 1], g[:, :, 1] = torch.nan, 0.5
+    yield Case("infinite gradient where masked, NaN in z", (g, draw.weight()), options)
+    asked = _asked(draw, "sums")
+    asked["x"] = specials(asked["x"])
+    yield Case("x not finite", (draw.data(draw.wide), draw.weight()), asked)
+    asked = _asked(draw, "residual, bits")
+    there = unpack_mask(asked["residual_mask"], asked["residual"])
+    asked["residual"] = torch.where(there, asked["residual"], torch.nan)
+    yield Case("NaN residual where masked", (draw.data(draw.wide), draw.weight()), asked)
+    yield Case("gradient not finite", (specials(draw.data(draw.wide)), draw.weight()), _asked(draw, "sums"))
+
+
+# conv1x1_wgrad --------------------------------------------------------------------------------------------------
+
+
+def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    strides = itertools.cycle(STRIDES)
+    kinds = itertools.product(KEEPS, COEFFICIENTS, BOTH, BOTH)
+    for (keep, affine, factor, lazy), stride in zip(kinds, strides, strict=False):
+        draw = Pointwise()
+        options = draw.gradient(keep, affine, factor) | (draw.lazy() if lazy else {}) | {"stride": list(stride)}
+        name = f"keep {keep}, coefficients {affine}, factor {factor}, lazy {lazy}, stride {stride}"
+        yield Case(name, (draw.data(draw.wide), draw.data(draw.dense(draw.inputs, stride))), options)
+    for name, draw in draws():
+        options = draw.gradient("recompute", "abd", True) | draw.lazy()
+        yield Case(f"{name}, everything lazy", (draw.data(draw.wide), draw.data()), options)
+    for name, (shape, outputs) in SHAPES.items():
+        draw = Pointwise(shape, outputs)
+        options = draw.gradient("bits", "a", False) | {"stride": [2, 2]}
+        yield Case(f"{name}, stride 2", (draw.data(draw.wide), draw.data(draw.dense(draw.inputs, (2, 2)))), options)
+    for name, shape in {"several tiles of both": (2, 200, 9, 9), "long": (3, 24, 40, 41)}.items():
+        draw = Pointwise(shape, 136 if shape[1] > 136 else 8)
+        yield Case(name, (draw.normal(draw.wide) + 0.25, draw.normal()), draw.lazy())
+    draw = Pointwise((2, 24, 3, 5), 16)
+    keep = draw.data(draw.wide) > 0
+    g = torch.where(keep, draw.data(draw.wide), torch.nan)
+    yield Case("NaN gradient where masked", (g, draw.data()), {"mask": pack_mask(keep)} | draw.lazy())
+    options = draw.lazy()
+    options["x_shift"][3] = torch.inf  # times a gradient of 0, of a row that does not exist, it would be NaN
+    yield Case("infinite shift", (draw.data(draw.wide).abs() + 0.5, draw.data()), options)
+    yield Case("x not finite", (draw.data(draw.wide), specials(draw.data())), draw.lazy())
+    yield Case("gradient not finite", (specials(draw.data(draw.wide)), draw.data()), {})
+
+
+CASES = {"conv1x1_dgrad": conv1x1_dgrad, "conv1x1_wgrad": conv1x1_wgrad}

@@ -1,4 +1,4 @@
-"""The Triton backend: `bn_stats`, `norm_add_relu`, `norm_add_relu_backward` and `lazy_grad_apply` on NVIDIA GPUs.
+"""The Triton backend on NVIDIA GPUs: products over 1x1 convolutions, passes over activations, and small matrices.
 
 With TRITON_INTERPRET=1, set before Triton is imported, the same kernels run on CPU tensors, slowly, for tests.
 """
@@ -16,10 +16,24 @@ from ..declaration import Backend, Kernel, check_complete
 from . import checks
 
 MINIMUM = (3, 6)
-OPS = ("bn_stats", "norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply")
+OPS = (
+    "bn_stats",
+    "bn_affine",
+    "bn_coefficients",
+    "norm_add_relu",
+    "norm_add_relu_backward",
+    "lazy_grad_apply",
+    "gram_norm",
+    "gram_grad",
+    "gram",
+    "conv1x1_dgrad",
+    "conv1x1",
+    "conv1x1_join",
+    "conv1x1_wgrad",
+)
 
 #: What is known about these kernels, for `info` and the README's support table.
-SUPPORT = "compiled for sm_80, sm_90 and sm_100, values checked in the interpreter, not yet run on a GPU"
+SUPPORT = "compiled for sm_80, sm_90, sm_100 and sm_120, values checked in the interpreter, not yet run on a GPU"
 
 
 def missing_triton() -> str:

@@ -82,6 +82,87 @@ def mask(op: str, t: Tensor | None, like: Tensor) -> None:
                  f"norm_add_relu emitted for activations of shape {list(like.shape)}")  # fmt: skip
 
 
+def lazy_gradient(
+    op: str,
+    g: Tensor,
+    bits: Tensor | None,
+    z: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    d: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    sample_factor: Tensor | None,
+) -> None:
+    """`g` and what makes it a lazy gradient, see `ops.lazy`."""
+    data(op, "g", g)
+    if bits is not None and bits.dtype != torch.uint8:
+        fail(op, f"mask is {bits.dtype}; pass the uint8 mask that norm_add_relu emitted")
+    mask(op, bits, g)
+    same(op, "z", z, "g", g)
+    vector(op, "a", a, g)
+    pair(op, "b", b, "d", d, g)
+    pair(op, "scale", scale, "shift", shift, g)
+    if z is None and (b is not None or (scale is not None and bits is None)):
+        fail(op, f"got {'scale' if b is None else 'b'} without z; pass z too")
+    vector(op, "sample_factor", sample_factor, g, dim=0)
+
+
+def statistics(op: str, name: str, t: Tensor, shape: tuple[int, ...], weight: Tensor) -> None:
+    """A contiguous float32 matrix or vector of this shape, beside a weight."""
+    if t.device != weight.device:
+        fail(op, f"{name} is on {t.device} but weight is on {weight.device}; move it there")
+    if tuple(t.shape) != shape:
+        fail(op, f"{name} has shape {list(t.shape)} but weight has {list(weight.shape)}; pass a {list(shape)} tensor")
+    if t.dtype != torch.float32:
+        fail(op, f"{name} is {t.dtype}; pass float32 for a {weight.dtype} weight")
+    if not t.is_contiguous():
+        fail(op, f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def gram_arguments(op: str, weight: Tensor, gram: Tensor, total: Tensor, centre: Tensor, a: Tensor) -> None:
+    """A 1x1 weight, what the op `gram` made of its input and was given for it, and a tensor of as many pixels."""
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (1, 1):
+        fail(op, f"weight has shape {list(weight.shape)}; pass a [K, C, 1, 1] weight")
+    data(op, "weight", weight)
+    c = weight.shape[1]
+    statistics(op, "gram", gram, (c, c), weight)
+    statistics(op, "total", total, (c,), weight)
+    statistics(op, "centre", centre, (c,), weight)
+    if a.dim() != 4:
+        fail(op, f"a has shape {list(a.shape)}; pass a [N, C, H, W] tensor of as many pixels as gram was made from")
+
+
+PARAMETER_DTYPES = (*DATA_DTYPES, torch.float64)
+
+
+def vectors(op: str, named: dict[str, Tensor | None], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    """Contiguous per-channel vectors without activations beside them; the first decides device and length."""
+    (first_name, first), *others = named.items()
+    if first.dim() != 1:
+        fail(op, f"{first_name} has shape {list(first.shape)}; pass a [C] vector")
+    for name, t in ((first_name, first), *others):
+        if t is None:
+            continue
+        if t.device != first.device:
+            fail(op, f"{name} is on {t.device} but {first_name} is on {first.device}; move it there")
+        if t.shape != first.shape:
+            fail(op, f"{name} has shape {list(t.shape)} but {first_name} has {list(first.shape)}; "
+                     "pass vectors of one length")  # fmt: skip
+        if t.dtype not in dtypes:
+            accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            fail(op, f"{name} is {t.dtype}; pass {accepted}")
+        if not t.is_contiguous():
+            fail(op, f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def pixels(op: str, name: str, t: Tensor) -> int:
+    """Pixels of an activation tensor that is given for its shape alone."""
+    if t.dim() != 4:
+        fail(op, f"{name} has shape {list(t.shape)}; pass a [N, C, H, W] tensor")
+    return t.shape[0] * t.shape[2] * t.shape[3]
+
+
 def unsupported(*args, **kwargs) -> list[str]:
     """Reasons against a case, for dispatch: what `layout` refuses, so that another backend may take it."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 4]

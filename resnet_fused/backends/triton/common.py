@@ -17,8 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +35,7 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 
 NAMESPACE = "resnet_fused_triton"
 NUM_WARPS = 4
+NUM_STAGES = 3  # Triton's own default
 ENABLE_FP_FUSION = False  # explicit: its default changes in Triton 3.10
 MIN_BLOCK_C = 8  # one byte of the packed mask
 REDUCTION_PROGRAMS = 1024  # about eight per SM of an H100; a constant, so that sums have the same bits on every card
@@ -102,23 +101,33 @@ def launch(kernel, plan: Tiling, x: Tensor, *args, **meta) -> None:
     start(kernel, plan.programs, x, *args, **plan.meta, **meta)
 
 
-def start(kernel, programs: int, x: Tensor, *args, **meta) -> None:
-    """Start `programs` programs of `kernel`, whose first argument is `x`, on the device of `x`."""
+def start(kernel, programs: int, x: Tensor, *args, warps: int = NUM_WARPS, stages: int = NUM_STAGES, **meta) -> None:
+    """Start `programs` programs of `kernel`, whose first argument is `x`, on the device of `x`.
+
+    The one place where a kernel is launched: tests replace it to record, compile or count.
+    """
     other_gpu = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": ENABLE_FP_FUSION}
     with torch.cuda.device(x.device) if other_gpu else contextlib.nullcontext():
-        kernel[(programs,)](x, *args, **meta, num_warps=NUM_WARPS, enable_fp_fusion=ENABLE_FP_FUSION)
+        kernel[(programs,)](x, *args, **meta, **options)
 
 
-def build_identity(*modules) -> str:
-    """A hash of the sources that a kernel is made of, of Triton's version, and of the interpreter's switch."""
+@functools.cache
+def build_identity() -> str:
+    """A hash of all sources of this room, which share helpers, of Triton's version, and of the interpreter's switch."""
     digest = hashlib.sha256(f"{triton.__version__} {INTERPRETING}".encode())
-    for module in modules:
-        digest.update(Path(inspect.getsourcefile(module)).read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def register(op: Op, run: Callable, module) -> Kernel:
-    """Make `run` an op of its own in the dispatcher, opaque to torch.compile, and declare it."""
+def register(
+    op: Op, run: Callable, dtypes: tuple[torch.dtype, ...] = DATA_DTYPES, unsupported=checks.unsupported
+) -> Kernel:
+    """Make `run` an op of its own in the dispatcher, opaque to torch.compile, and declare it.
+
+    `dtypes`: of the op's first argument. `unsupported`: see :class:`..declaration.Kernel`.
+    """
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(op.name + op.schema, tags=tags)
     _library.impl(op.name, run, "CUDA")
@@ -126,8 +135,7 @@ def register(op: Op, run: Callable, module) -> Kernel:
         _library.impl(op.name, run, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
-    build = build_identity(module, sys.modules[__name__])
-    return Kernel(overload, DATA_DTYPES, checks.unsupported, needs_selfcheck=True, build=build)
+    return Kernel(overload, dtypes, unsupported, needs_selfcheck=True, build=build_identity())
 
 
 # Device side ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,159 @@
+"""Tile configurations of the matrix-product kernels: defaults that need no tuning, and a table of tuned ones.
+
+A default is for a dtype's width and fits every architecture of its class: 227 KiB of shared memory a block on sm_90 and
+sm_100, 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120. Narrow layers get narrow tiles, so that no column is
+computed for nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One way to tile a product of ``[rows, depth]`` and ``[depth, columns]``."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A measured choice."""
+
+    config: Config
+    provenance: str  # the file in benchmarks/results/ whose rows chose it
+
+
+#: (op, compute capability, element size, columns, depth) -> what was fastest there. Empty: no GPU was measured yet.
+TUNED: dict[tuple[str, int, int, int, int], Tuned] = {}
+
+SMALL_SHARED_MEMORY = (86, 87, 89, 120, 121)  # 99 KiB a block
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two that holds `n`, between `low` and `high`."""
+    return max(low, min(high, 1 << max(0, n - 1).bit_length()))
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, e.g. 90; that of an H100 where there is no GPU (interpreter, meta tensors)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=1024)
+def config(op: str, arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """The tuned configuration for this product on this architecture, else the default."""
+    tuned = TUNED.get((op, arch, element_size, columns, depth))
+    if tuned is not None:
+        return tuned.config
+    return DEFAULTS.get(op, default)(arch, element_size, columns, depth)
+
+
+def default(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """128 rows, up to 128 columns; 128 bytes of depth, which is one swizzled row of shared memory."""
+    block_n = power_of_two(columns, 16, 128)
+    block_k = power_of_two(depth, 16, 128 // element_size)
+    stages = 2 if arch in SMALL_SHARED_MEMORY else 3
+    return Config(128, block_n, block_k, 8 if block_n == 128 else 4, stages)
+
+
+def gram_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """float32 products of 16 rows, on the ordinary units: 16 values a thread, so that each loaded one serves four."""
+    return Config(16, power_of_two(columns, 32, 128), power_of_two(depth, 16, 64 // element_size), 4, 2)
+
+
+def gram_square(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """The same for square tiles over a long depth, small ones: half of a square has few."""
+    return Config(32, 32, 16, 2, 2)
+
+
+def data_gradient(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """A lazy gradient on load takes as many registers as the accumulator: one of both is small, unless both are shared.
+
+    Short products on sm_90 and sm_100 get two small programs a multiprocessor, one loads while the other stores.
+    """
+    if arch // 10 not in (9, 10):  # operands pass through registers there
+        block_n = power_of_two(columns, 16, 128)
+        block_k = power_of_two(depth, 16, 64 // element_size)
+        return Config(64, block_n, block_k, 8 if block_n == 128 else 4, 3)
+    wide = columns > 64 and depth > 128
+    block_n = power_of_two(columns, 16, 128 if wide else 64)
+    block_k = power_of_two(depth, 16, (128 if wide else 64) // element_size)
+    return Config(128, block_n, block_k, 8 if wide else 4, 3)
+
+
+def data_gradient_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """float32 products on the ordinary units, which unroll the depth into registers."""
+    return Config(64, power_of_two(columns, 16, 64), 16, 8, 2)
+
+
+def over_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """A ``[columns, depth]`` tile of a product over rows; 64 rows a step, fewer where tiles fill the registers."""
+    block_n, block_k = power_of_two(columns, 16, 128), power_of_two(depth, 16, 256 // element_size)
+    rows = 32 if element_size == 4 or block_n * block_k > 128 * 64 else 64
+    if element_size == 4 and arch < 90:
+        rows = 16
+    stages = 2 if arch in SMALL_SHARED_MEMORY else 3
+    return Config(rows, block_n, block_k, 8 if block_n * block_k >= 128 * 64 else 4, stages)
+
+
+def symmetric(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """A square tile of a product of a matrix with itself, over rows; float32 on the ordinary units."""
+    block = power_of_two(columns, 16, 256 // element_size)
+    rows = 16 if element_size == 4 else 64
+    if block == 128 and arch // 10 not in (9, 10):  # operands pass through registers there
+        rows = 32
+    return Config(rows, block, block, 8 if block == 128 else 4, 2 if element_size == 4 else 3)
+
+
+def many_warps(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """The default, but eight warps from 64 columns on: four need twice the registers. Wide float32: 64 rows."""
+    chosen = default(arch, element_size, columns, depth)
+    rows = 64 if element_size == 4 and chosen.block_n == 128 else 128
+    return dataclasses.replace(chosen, block_m=rows, warps=8 if chosen.block_n >= 64 else 4)
+
+
+def statistics_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """float32 products on the ordinary units, and sums of the result: half the rows of `data_gradient_ieee`."""
+    return Config(32, power_of_two(columns, 16, 64), 16, 4, 2)
+
+
+def join(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """Short products are bound by memory: two small programs a multiprocessor, one loads while the other stores."""
+    chosen = many_warps(arch, element_size, columns, depth)
+    small = depth * element_size <= 256 or arch in SMALL_SHARED_MEMORY
+    return dataclasses.replace(chosen, block_m=64) if chosen.block_n == 128 and small else chosen
+
+
+def join_two_terms(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """A second accumulator, or the vectors of a second affine term, would not fit the registers beside 128 x 128."""
+    chosen = many_warps(arch, element_size, columns, depth)
+    return dataclasses.replace(chosen, block_m=64) if chosen.block_n == 128 else chosen
+
+
+#: Defaults of launches that :func:`default` does not fit.
+DEFAULTS = {
+    "gram_norm": gram_rows,
+    "gram_grad": gram_rows,
+    "gram_grad coupling": gram_square,
+    "conv1x1_wgrad": over_rows,
+    "conv1x1_dgrad": data_gradient,
+    "conv1x1_dgrad ieee": data_gradient_ieee,
+    "gram": symmetric,
+    "conv1x1": many_warps,
+    "conv1x1 ieee": statistics_ieee,
+    "conv1x1_join": join,
+    "conv1x1_join ieee": data_gradient_ieee,
+    "conv1x1_join two terms": join_two_terms,
+}

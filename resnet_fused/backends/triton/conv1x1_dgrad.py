@@ -1,0 +1,296 @@
+"""`conv1x1_dgrad` in Triton: one product per tile of grad_x, from a lazy gradient; a second launch adds partial sums.
+
+A program owns BLOCK_N columns of grad_x and TILES consecutive tiles of BLOCK_M rows. Per tile it walks over K, ``dz``
+applied on load and the weight as it lies, then, with a coupling, over C, ``x^`` applied on load, into one float32
+accumulator. The epilogue masks by the recomputed sign and sums what it stores, or adds a residual.
+
+Bytes moved per element (16-bit): 2 for g, 2 for z where a term needs it, 1/8 for its bits, 2 for x where it is used, 2
+for each pixel of the residual, 2 written. Column tiles of the same rows follow each other and read g, z and x again
+from L2, where K or C is wide; the matrices (2*K*C, 2*C*C) come out of L2 at every row tile. The partial sums cost 16
+bytes per channel and chunk: below 1% of the rest from 512 rows a program on, which it has where that leaves enough
+programs. The ALU work on ``dz``, about ten instructions an element, is repeated by every column tile.
+Not measured on hardware.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...ops import conv1x1_dgrad as op
+from ...ops.contract import Tensor, channels_last_strides, mask_shape
+from . import checks, common, configs, gemm
+from .common import first_row, load_factor, narrow, rows_in, unpack_bits, widen
+from .gemm import dot, tile_of
+from .lazy_tiles import load_activation, load_gradient, load_row, load_tile
+from .norm_add_relu_backward import MERGE_CHANNELS, MERGE_CHUNKS, sum_chunks_kernel
+
+NAME = "conv1x1_dgrad"
+CHUNKS = 1024  # at most so many partial sums per channel
+SUM_ROWS = 512  # rows that a program with sums should have
+SUM_PROGRAMS = 1024  # but not at the price of fewer programs than this
+
+
+# Device side ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_matrix(ptr, k, column, K, C, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of a row-major matrix [K, C], zero where it does not exist. Matrices are small: offsets are int32."""
+    rows = k + tl.arange(0, BLOCK_K)
+    cols = column + tl.arange(0, BLOCK_N)
+    inside = (rows < K)[:, None] & (cols < C)[None, :]
+    return tl.load(ptr + rows[:, None] * C + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def residual_rows(row, W, HW, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of the residual that belong to the rows of a tile (int64), and which of those have one."""
+    if STRIDE_H == 1 and STRIDE_W == 1:
+        rows = row + tl.arange(0, BLOCK_M)
+        has = tl.full((BLOCK_M,), 1, tl.int1)
+    else:
+        sample = row // HW
+        within = (row - sample * HW).to(tl.int32) + tl.arange(0, BLOCK_M)
+        samples = within // HW  # int32 from here on: a tile reaches BLOCK_M rows beyond an image
+        pixel = within - samples * HW
+        h = pixel // W
+        w = pixel - h * W
+        width = tl.cdiv(W, STRIDE_W)
+        image = tl.cdiv(HW // W, STRIDE_H) * width
+        rows = (sample + samples) * image + (h // STRIDE_H * width + w // STRIDE_W)
+        has = (h % STRIDE_H == 0) & (w % STRIDE_W == 0)
+    return rows, has
+
+
+@triton.jit
+def load_residual(ptr, mask_ptr, rows, there, column, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of the residual in float32, zero where its bit is 0 (also where it is NaN) and in rows without one."""
+    cols = column + tl.arange(0, BLOCK_N)
+    inside = there[:, None] & (cols < C)[None, :]
+    r = widen(tl.load(ptr + rows[:, None] * C + cols[None, :], mask=inside, other=0.0))
+    if mask_ptr is not None:
+        width = tl.cdiv(C, 8)
+        bytes_ = column // 8 + tl.arange(0, BLOCK_N // 8)
+        inside = there[:, None] & (bytes_ < width)[None, :]
+        packed = tl.load(mask_ptr + rows[:, None] * width + bytes_[None, :], mask=inside, other=0)
+        r = tl.where(unpack_bits(packed, BLOCK_M, BLOCK_N), r, 0.0)
+    return r
+
+
+@triton.jit
+def store_tile(ptr, values, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Write a tile of [M, C], as far as it exists."""
+    cols = column + tl.arange(0, BLOCK_N)
+    offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
+    tl.store(ptr + row * C + offsets, values, mask=in_rows[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
+def add_product(acc, tile, matrix, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``acc + tile matrix``; with TRANSPOSED of its transpose, which is what `acc` then holds."""
+    if TRANSPOSED:
+        return dot(tl.trans(matrix), tl.trans(tile), acc, PRECISION)
+    else:
+        return dot(tile, matrix, acc, PRECISION)
+
+
+@triton.jit(do_not_specialize=["chunks", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW"])
+def conv1x1_dgrad_kernel(
+    g_ptr, weight_ptr,  # [M, K], [K, C]
+    z_ptr, mask_ptr,  # [M, K] or None, [M, ceil(K / 8)] uint8 or None
+    a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr,  # [K], each or None
+    factor_ptr,  # [N] or None
+    x_ptr, x_scale_ptr, x_shift_ptr,  # [M, C] or None, [C] and [C], both or None
+    coupling_ptr, constant_ptr,  # [C, C] symmetric or None, [C] or None
+    residual_ptr, residual_mask_ptr,  # [rows, C] and [rows, ceil(C / 8)] uint8, or None
+    grad_ptr, partial_ptr,  # [M, C], [2, chunks, C] with x_scale: sums of grad_x and of grad_x * x
+    chunks, M, UNITS_K, UNITS_C, TILES, W, HW,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIV_K: tl.constexpr, DIV_C: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = g_ptr.dtype.element_ty
+    chunk, column_tile = tile_of(tl.program_id(0), tl.cdiv(UNITS_C * DIV_C, BLOCK_N))
+    if partial_ptr is not None:
+        sum_g = tl.zeros((BLOCK_N,), tl.float32)
+        sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+    for i in tl.range(0, TILES):
+        # A zero that the compiler takes for a variable: else it would compute the offsets of all tiles before the loop,
+        # keep them in registers through the products below, and spill.
+        zero = i >> 30
+        K = (UNITS_K + zero) * DIV_K
+        C = (UNITS_C + zero) * DIV_C
+        column = (column_tile + zero) * BLOCK_N
+        row = first_row(chunk, TILES, i, BLOCK_M)
+        in_rows = rows_in(row, M, BLOCK_M)
+        factor = None
+        if factor_ptr is not None:
+            factor = load_factor(factor_ptr, row, in_rows, HW, BLOCK_M)
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            a = load_row(a_ptr, k, K, BLOCK_K)
+            b = load_row(b_ptr, k, K, BLOCK_K)
+            d = load_row(d_ptr, k, K, BLOCK_K)
+            scale = load_row(scale_ptr, k, K, BLOCK_K)
+            shift = load_row(shift_ptr, k, K, BLOCK_K)
+            dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+                               row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
+            weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
+            acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
+        if coupling_ptr is not None:
+            for k in tl.range(0, C, BLOCK_K):
+                scale = load_row(x_scale_ptr, k, C, BLOCK_K)
+                shift = load_row(x_shift_ptr, k, C, BLOCK_K)
+                x = load_activation(x_ptr, scale, shift, row, k, in_rows, C, BLOCK_M, BLOCK_K)
+                coupling = load_matrix(coupling_ptr, k, column, C, C, BLOCK_K, BLOCK_N)
+                acc = add_product(acc, x, coupling, PRECISION, TRANSPOSED)
+        y = acc
+        if TRANSPOSED:
+            y = tl.trans(acc)
+        if constant_ptr is not None:
+            y += load_row(constant_ptr, column, C, BLOCK_N)
+        if x_scale_ptr is not None:
+            x = widen(load_tile(x_ptr, row, column, in_rows, C, BLOCK_M, BLOCK_N))
+            x_scale = load_row(x_scale_ptr, column, C, BLOCK_N)
+            x_shift = load_row(x_shift_ptr, column, C, BLOCK_N)
+            y = tl.where(tl.fma(x, x_scale, x_shift) <= 0, 0.0, y)
+        if residual_ptr is not None:
+            rows, has = residual_rows(row, W, HW, STRIDE_H, STRIDE_W, BLOCK_M)
+            y += load_residual(residual_ptr, residual_mask_ptr, rows, has & in_rows, column, C, BLOCK_M, BLOCK_N)
+        grad = narrow(y, dtype)
+        store_tile(grad_ptr, grad, row, column, in_rows, C, BLOCK_M, BLOCK_N)
+        if partial_ptr is not None:
+            grad = tl.where(in_rows[:, None], widen(grad), 0.0)  # rows that do not exist hold relu(x_shift) coupling
+            sum_g += tl.sum(grad, axis=0)
+            sum_gx += tl.sum(grad * x, axis=0)
+    if partial_ptr is not None:
+        cols = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        C = UNITS_C * DIV_C
+        where = partial_ptr + chunk.to(tl.int64) * C + cols
+        tl.store(where, sum_g, mask=cols < C)
+        tl.store(where + chunks.to(tl.int64) * C, sum_gx, mask=cols < C)
+
+
+# Host side ------------------------------------------------------------------------------------------------------
+
+
+def check_additions(grad_x, x, x_scale, x_shift, coupling, constant, residual, residual_mask, stride) -> None:
+    """Raise RuntimeError on what is added to the product, or asked of it, where it does not fit `grad_x`."""
+    checks.same(NAME, "x", x, "grad_x", grad_x)
+    checks.pair(NAME, "x_scale", x_scale, "x_shift", x_shift, grad_x)
+    checks.vector(NAME, "constant", constant, grad_x)
+    c = grad_x.shape[1]
+    if coupling is not None:
+        gemm.check_weight(NAME, "coupling", coupling, grad_x, c, c)
+    if x is None and (coupling is not None or x_scale is not None):
+        checks.fail(NAME, f"got {'x_scale' if coupling is None else 'coupling'} without x; pass x too")
+    if residual is None:
+        if residual_mask is not None:
+            checks.fail(NAME, "got residual_mask without residual; pass both")
+        return
+    if x_scale is not None:
+        checks.fail(NAME, "got residual with x_scale, under which nothing is added; pass one of them")
+    if len(stride) != 2 or min(stride) < 1:
+        checks.fail(NAME, f"residual_stride is {list(stride)}; pass two positive numbers")
+    n, _, h, w = grad_x.shape
+    shape = (n, c, common.cdiv(h, stride[0]), common.cdiv(w, stride[1]))
+    checks.same(NAME, "residual", residual, "grad_x at residual_stride", grad_x.new_empty_strided(shape, (0, 0, 0, 0)))
+    if residual_mask is not None:
+        checks.device(NAME, "residual_mask", residual_mask, residual)
+        wanted = list(mask_shape(residual))
+        given = list(residual_mask.shape)
+        if residual_mask.dtype != torch.uint8 or given != wanted or not residual_mask.is_contiguous():
+            checks.fail(NAME, f"residual_mask is {residual_mask.dtype} of shape {given}; pass the contiguous uint8 "
+                              f"{wanted} mask that a forward emitted for residual's shape")  # fmt: skip
+
+
+def chosen(device: torch.device, element_size: int, c: int, k: int, precision: str) -> tuple[configs.Config, bool]:
+    """How to tile, and whether to compute the transpose: on tensor cores that read both operands from shared memory.
+
+    A thread then holds few columns, and with them little of the vectors and sums of the epilogue; and dz, which goes to
+    shared memory once, needs its vectors in the layout of the loads only. Those tensor cores take 64 rows and more.
+    """
+    arch = configs.capability(device)
+    if element_size == 4 and precision == "ieee":
+        return configs.config(NAME + " ieee", arch, element_size, c, k), False
+    config = configs.config(NAME, arch, element_size, c, k)
+    return config, arch // 10 in (9, 10) and config.block_n >= 64
+
+
+def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool) -> tuple[int, int]:
+    """Row tiles of a program, and how many programs then share a column: by shapes, not by the number of SMs."""
+    tiles = common.cdiv(rows, block_m)
+    if not sums:
+        return 1, tiles
+    chunks = max(common.cdiv(rows, SUM_ROWS), common.cdiv(SUM_PROGRAMS, column_tiles))
+    per_program = common.cdiv(tiles, min(tiles, CHUNKS, chunks))
+    return per_program, common.cdiv(tiles, per_program)
+
+
+def start(grad_x, g, weight, gradient, additions, residual, stride, sums) -> None:
+    """Launch the product, and with `sums`, two vectors to fill, the second stage."""
+    (k, c), (n, _, h, w) = weight.shape[:2], grad_x.shape
+    precision = gemm.precision(g.dtype)
+    config, transposed = chosen(g.device, g.element_size(), c, k, precision)
+    column_tiles = common.cdiv(c, config.block_n)
+    tiles, chunks = row_tiles(n * h * w, config.block_m, column_tiles, bool(sums))
+    partial = g.new_empty((2, chunks, c), dtype=torch.float32) if sums else None
+    (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
+    sizes = {"chunks": chunks, "M": n * h * w, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": tiles, "W": w}
+    sizes |= {"HW": h * w, "STRIDE_H": stride[0], "STRIDE_W": stride[1], "DIV_K": div_k, "DIV_C": div_c}
+    sizes |= {"PRECISION": precision, "TRANSPOSED": transposed}
+    sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    arguments = (g, weight, *gradient, *additions, *residual, grad_x, partial)
+    gemm.launch(conv1x1_dgrad_kernel, chunks * column_tiles, config, *arguments, **sizes)
+    if sums:
+        channel_tiles = common.cdiv(c, MERGE_CHANNELS)
+        merge = {"chunks": chunks, "C": c, "channel_tiles": channel_tiles}
+        merge |= {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
+        targets = (*sums, partial, partial)  # the last two are never written
+        common.start(sum_chunks_kernel, 2 * channel_tiles, partial, *targets, **merge)
+
+
+def run(
+    g: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    z: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+    x: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    coupling: Tensor | None = None,
+    constant: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    residual_stride=(1, 1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`resnet_fused.ops.conv1x1_dgrad`. Raises RuntimeError on arguments that do not fit."""
+    checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
+    gemm.check_weight(NAME, "weight", weight, g, g.shape[1], None)
+    shape = (g.shape[0], weight.shape[1], *g.shape[2:])
+    grad_x = g.new_empty_strided(shape, channels_last_strides(shape))
+    check_additions(grad_x, x, x_scale, x_shift, coupling, constant, residual, residual_mask, residual_stride)
+    summed = x_scale is not None
+    vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
+    sums = [vector(shape[1] if summed else 0, dtype=torch.float32) for _ in range(2)]
+    if grad_x.numel():
+        if mask is not None:  # the bits decide
+            scale = shift = None
+        used_z = z if b is not None or scale is not None else None
+        used_x = x if summed or coupling is not None else None
+        gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
+        additions = (used_x, x_scale, x_shift, coupling, constant)
+        stride = (1, 1) if residual is None else tuple(residual_stride)
+        start(grad_x, g, weight, gradient, additions, (residual, residual_mask), stride, sums if summed else None)
+    return grad_x, *sums
+
+
+KERNEL = common.register(op.OP, run)

@@ -1,0 +1,234 @@
+"""`conv1x1_wgrad` in Triton: one program per tile of the weight and split of the rows; a second launch adds the splits.
+
+A program walks over its rows, the contraction, in tiles of BLOCK_M: it loads ``dz`` [BLOCK_M, BLOCK_K] and ``x^``
+[BLOCK_M, BLOCK_C], applies both in registers and adds ``dz' x^``. The programs of the first column tile also add up dz.
+Programs of one split follow each other, so that what they read again comes from L2. No atomics: each split stores a
+partial gradient of its own, and the splits are added in order.
+
+Bytes moved per row (16-bit): 2 K for g, 2 K for z where dz has a term in it, K/8 for bits, 2 C for x, from memory once
+and from L2 once per tile of the other operand. Partial results cost 8 K C bytes a split, mostly within L2. At 56 x 56
+and batch 64 with K = 256, C = 64 that is 8.6 MB for 66 splits, beside 230 MB of reads (0.07 ms of an H100's bandwidth);
+not measured.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ...ops import conv1x1_wgrad as op
+from ...ops import lazy
+from ...ops.contract import Tensor
+from . import checks, common, configs, gemm
+from .common import first_row, load_factor, rows_in, widen
+from .gemm import apply_activation, dot, tile_of
+from .lazy_tiles import load_gradient, load_row
+
+PROGRAMS = 132  # one per SM of an H100, twice as many where partial results stay cheap; a constant on every card
+CHEAP = 0.02  # partial results up to this share of the reads
+MIN_ROWS = 256  # a split's, so that a small layer does not spend its time on merging
+FOLD = 16  # rows that a sum over rows keeps apart in registers, so that the loop crosses no threads
+MERGE = {"BLOCK_S": 16, "BLOCK": 128}  # splits and elements of a merging tile, whatever the batch: one kernel each
+
+
+# Splits, shared with `gram` ---------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def row_splits(
+    rows: int, tiles: int, row_bytes: int, partial_bytes: int, block_m: int, most_rows: int | None = None
+) -> tuple[int, int]:
+    """``(splits, row tiles per split)`` of a sum over `rows`, by shape alone.
+
+    Args:
+        tiles: programs per split.
+        row_bytes: read per row.
+        partial_bytes: written and read again per split.
+        most_rows: per split, whatever that costs.
+    """
+    cheap = int(CHEAP * rows * row_bytes / partial_bytes)
+    wanted = max(PROGRAMS // tiles, min(2 * PROGRAMS // tiles, cheap))
+    splits = max(1, min(wanted, rows // MIN_ROWS), common.cdiv(rows, most_rows) if most_rows else 1)
+    row_tiles = common.cdiv(rows, block_m)
+    per_split = common.cdiv(row_tiles, splits)
+    return common.cdiv(row_tiles, per_split), per_split
+
+
+@triton.jit
+def fold_rows(x, FOLDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum [BLOCK_M, BLOCK_C] to [FOLDED, BLOCK_C]: rows that a thread holds anyway."""
+    return tl.sum(tl.reshape(x, (BLOCK_M // FOLDED, FOLDED, BLOCK_C)), axis=0)
+
+
+@triton.jit
+def sum_splits(ptr, where, there, splits, plane, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the elements `where` of all planes, in an order that depends on their number alone."""
+    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for first in tl.range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        inside = (split < splits)[:, None] & there[None, :]
+        total += tl.load(ptr + split.to(tl.int64)[:, None] * plane + where[None, :], mask=inside, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+# The op -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def strided_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M: tl.constexpr):
+    """As `gemm.read_rows`, with one 64-bit division per tile. One per row made ptxas spill the float32 kernel."""
+    sample = row // HW_OUT
+    m = (row - sample * HW_OUT).to(tl.int32) + tl.arange(0, BLOCK_M)
+    samples = m // HW_OUT
+    pixel = m - samples * HW_OUT
+    h = pixel // W_OUT
+    w = pixel - h * W_OUT
+    return ((sample + samples) * H + h * STRIDE_H) * W + w * STRIDE_W
+
+
+@triton.jit(do_not_specialize=["M", "UNITS_K", "UNITS_C", "TILES", "H", "W", "W_OUT", "HW_OUT", "STRIDE_H", "STRIDE_W"])
+def conv1x1_wgrad_kernel(
+    g_ptr, x_ptr, z_ptr, mask_ptr,  # [M, K], [N*H*W, C], [M, K] or None, [M, ceil(K / 8)] or None
+    a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor_ptr,  # [K] five times, [N], each or None
+    x_scale_ptr, x_shift_ptr,  # [C], both or None
+    weight_ptr, sum_ptr,  # [splits, K, C], [splits, K]
+    M, UNITS_K, UNITS_C, TILES, H, W, W_OUT, HW_OUT, STRIDE_H, STRIDE_W,
+    STRIDED: tl.constexpr, DIV_K: tl.constexpr, DIV_C: tl.constexpr, PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    K = UNITS_K * DIV_K
+    C = UNITS_C * DIV_C
+    split, tile = tile_of(tl.program_id(0), tl.cdiv(K, BLOCK_K) * tl.cdiv(C, BLOCK_C))
+    k, c = tile_of(tile, tl.cdiv(C, BLOCK_C))
+    k, c = k * BLOCK_K, c * BLOCK_C
+    cols = c + tl.arange(0, BLOCK_C)
+    in_cols = cols < C
+    a, b, d = load_row(a_ptr, k, K, BLOCK_K), load_row(b_ptr, k, K, BLOCK_K), load_row(d_ptr, k, K, BLOCK_K)
+    scale, shift = load_row(scale_ptr, k, K, BLOCK_K), load_row(shift_ptr, k, K, BLOCK_K)
+    x_scale, x_shift = load_row(x_scale_ptr, c, C, BLOCK_C), load_row(x_shift_ptr, c, C, BLOCK_C)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    total = tl.zeros((FOLDED, BLOCK_K), tl.float32)
+    for i in tl.range(0, TILES):
+        row = first_row(split, TILES, i, BLOCK_M)
+        in_rows = rows_in(row, M, BLOCK_M)
+        if factor_ptr is not None:
+            factor = load_factor(factor_ptr, row, in_rows, HW_OUT, BLOCK_M)
+        else:
+            factor = None
+        dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+                           row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
+        inside = in_rows[:, None] & in_cols[None, :]
+        if STRIDED:
+            x_rows = strided_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
+            x = tl.load(x_ptr + x_rows[:, None] * C + cols[None, :], mask=inside, other=0.0)
+        else:
+            offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
+            x = tl.load(x_ptr + row * C + offsets, mask=inside, other=0.0)
+        if x_scale_ptr is not None:  # relu(shift) of a row that does not exist may be infinite, and times zero is NaN
+            x = tl.where(in_rows[:, None], apply_activation(x, x_scale, x_shift, x_ptr.dtype.element_ty), 0.0)
+        acc = dot(tl.trans(dz), x, acc, PRECISION)
+        if c == 0:
+            total += fold_rows(widen(dz), FOLDED, BLOCK_M, BLOCK_K)
+    outs = k + tl.arange(0, BLOCK_K)
+    in_outs = outs < K
+    where = weight_ptr + (split.to(tl.int64) * K + k) * C
+    offsets = tl.arange(0, BLOCK_K)[:, None] * C + cols[None, :]
+    tl.store(where + offsets, acc, mask=in_outs[:, None] & in_cols[None, :])
+    if c == 0:
+        tl.store(sum_ptr + split.to(tl.int64) * K + outs, tl.sum(total, axis=0), mask=in_outs)
+
+
+@triton.jit(do_not_specialize=["splits", "UNITS", "K", "weight_tiles"])
+def conv1x1_wgrad_merge_kernel(
+    weight_partial_ptr, sum_partial_ptr,  # [splits, K*C], [splits, K]
+    weight_ptr, sum_ptr,  # [K*C], [K]
+    splits, UNITS, K, weight_tiles,
+    DIV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    if tile < weight_tiles:
+        size = UNITS * DIV
+        where = tile * BLOCK + tl.arange(0, BLOCK)
+        there = where < size
+        merged = sum_splits(weight_partial_ptr, where, there, splits, size, BLOCK_S, BLOCK)
+        tl.store(weight_ptr + where, merged, mask=there)
+    else:
+        where = (tile - weight_tiles) * BLOCK + tl.arange(0, BLOCK)
+        there = where < K
+        tl.store(sum_ptr + where, sum_splits(sum_partial_ptr, where, there, splits, K, BLOCK_S, BLOCK), mask=there)
+
+
+def check(g: Tensor, x: Tensor, gradient: tuple, x_scale, x_shift, stride) -> None:
+    """Raise RuntimeError on wrong shapes, dtypes, devices, layouts, or too few arguments."""
+    name = op.OP.name
+    checks.lazy_gradient(name, g, *gradient)
+    checks.data(name, "x", x)
+    checks.device(name, "x", x, g)
+    if x.dtype != g.dtype:
+        checks.fail(name, f"x is {x.dtype} but g is {g.dtype}; pass one dtype")
+    if len(stride) != 2 or min(stride) < 1:
+        checks.fail(name, f"stride is {list(stride)}; pass two positive numbers")
+    if lazy.strided_shape(x, g.shape[1], stride) != tuple(g.shape):
+        checks.fail(name, f"a 1x1 convolution of x {list(x.shape)} with stride {list(stride)} does not give "
+                          f"{list(g.shape)}; pass the gradient at its output")  # fmt: skip
+    checks.pair(name, "x_scale", x_scale, "x_shift", x_shift, x)
+
+
+def run(
+    g: Tensor,
+    x: Tensor,
+    mask: Tensor | None = None,
+    z: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    stride=(1, 1),
+) -> tuple[Tensor, Tensor]:
+    """See :mod:`resnet_fused.ops.conv1x1_wgrad`. Raises RuntimeError on arguments that do not fit."""
+    check(g, x, (mask, z, a, b, d, scale, shift, sample_factor), x_scale, x_shift, stride)
+    (n, k, h, w), c = g.shape, x.shape[1]
+    if g.numel() == 0 or c == 0:
+        return g.new_zeros((k, c), dtype=torch.float32), g.new_zeros(k, dtype=torch.float32)
+    recompute = (scale, shift) if mask is None else (None, None)
+    used_z = z if b is not None or recompute[0] is not None else None
+    config = configs.config(op.OP.name, configs.capability(g.device), g.element_size(), k, c)
+    tiles = common.cdiv(k, config.block_n) * common.cdiv(c, config.block_k)
+    rows = n * h * w
+    splits, row_tiles = row_splits(rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)
+    grad_weight, sum_g = (g.new_empty(shape, dtype=torch.float32) for shape in ((k, c), (k,)))
+    partial = grad_weight, sum_g
+    if splits > 1:
+        partial = tuple(t.new_empty((splits, *t.shape)) for t in partial)
+    (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
+    sizes = {"M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "DIV_K": div_k, "DIV_C": div_c, "TILES": row_tiles}
+    geometry = {"H": x.shape[2], "W": x.shape[3], "W_OUT": w, "HW_OUT": h * w, "STRIDE_H": stride[0],
+                "STRIDE_W": stride[1], "STRIDED": tuple(stride) != (1, 1)}  # fmt: skip
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n, "BLOCK_C": config.block_k}
+    blocks |= {"FOLDED": min(FOLD, config.block_m), "PRECISION": gemm.precision(g.dtype)}
+    gradient = (used_z, mask, a, b, d, *recompute, sample_factor)
+    gemm.launch(conv1x1_wgrad_kernel, splits * tiles, config, g, x, *gradient, x_scale, x_shift, *partial,
+                **sizes, **geometry, **blocks)  # fmt: skip
+    if splits > 1:
+        merge(partial, (grad_weight, sum_g))
+    return grad_weight, sum_g
+
+
+def merge(partial: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> None:
+    """Add the splits of both results in one launch."""
+    splits, k, c = partial[0].shape
+    weight_tiles, sum_tiles = common.cdiv(k * c, MERGE["BLOCK"]), common.cdiv(k, MERGE["BLOCK"])
+    units, div = gemm.split(k * c)
+    sizes = {"splits": splits, "UNITS": units, "K": k, "weight_tiles": weight_tiles, "DIV": div}
+    kernel = conv1x1_wgrad_merge_kernel
+    common.start(kernel, weight_tiles + sum_tiles, partial[0], partial[1], *results, **sizes, **MERGE)
+
+
+KERNEL = common.register(op.OP, run)

@@ -49,7 +49,9 @@ def prepack(weight: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=
     return bounds.remember(packed, bounds.of_weight(dense))
 
 
-def conv_reasons(x, weight, shift=None, residual=None, *args, **kwargs) -> list[str]:
+def conv_reasons(
+    x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+) -> list[str]:
     """Reasons against :func:`conv_add_relu`."""
     reasons = [missing(x.dtype)] if missing(x.dtype) else []
     if x.numel() == 0 or weight.numel() == 0:
@@ -58,12 +60,15 @@ def conv_reasons(x, weight, shift=None, residual=None, *args, **kwargs) -> list[
         reasons.append("takes channels_last tensors only")
     if weight.dtype != x.dtype:
         reasons.append(f"takes weight and x of one dtype, not {weight.dtype} and {x.dtype}")
+    if residual is not None and x.element_size() == 2 and (groups > 1 or tuple(residual.shape[2:]) == (1, 1)):
+        # ATen adds the residual by itself there: rounded twice, and with a ReLU it has no kernel for it
+        reasons.append("in 16-bit adds no residual to grouped convolutions or to images of one pixel")
     return reasons
 
 
 def conv_reasons_(residual, x, weight, shift=None, *args, **kwargs) -> list[str]:
     """Reasons against :func:`conv_add_relu_`."""
-    return conv_reasons(x, weight, shift, residual)
+    return conv_reasons(x, weight, shift, residual, *args, **kwargs)
 
 
 def conv_add_relu(

@@ -2,6 +2,7 @@
 
 from .backends import use
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
+from .blocks.tuning import tune
 from .convert import explain, fuse, report, unfuse
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "explain",
     "fuse",
     "report",
+    "tune",
     "unfuse",
     "use",
 ]

@@ -33,7 +33,7 @@ def test_info_json():
 def test_explain():
     ran = resnet_fused("explain", "resnet18", "--input", "2,3,64,64")
     assert ran.returncode == 0, ran.stderr
-    assert "| layer1.0 | 64x16x16 |" in ran.stdout
+    assert "| layer1.0    | 64x16x16 |" in ran.stdout
     assert "| whole model |" in ran.stdout
 
 
@@ -50,8 +50,8 @@ import sys
 from resnet_fused.backends import reference
 from resnet_fused.backends.declaration import Kernel
 kernel = reference.BACKEND.kernels["gram"]
-def wrong(a, centre):
-    gram, total = kernel.run(a, centre)
+def wrong(*args):
+    gram, total = kernel.run(*args)
     return gram * 1.001, total
 reference.BACKEND.kernels["gram"] = Kernel(wrong, kernel.dtypes)
 from resnet_fused.cli import main, verify
@@ -115,9 +115,30 @@ def test_bench_fails_when_the_numbers_disagree():
     assert ran.stdout == ""
 
 
+TUNE_WITH_A_FAKE_CLOCK = """
+import sys
+from resnet_fused.blocks import trial
+trial.milliseconds = lambda step, device: 1.0 + step.args[0].gram_shortcut
+from resnet_fused.cli import main
+sys.exit(main(["tune", *sys.argv[1:]]))
+"""
+
+
+def test_tune(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ("--model", "resnet18", "--batch", "2", "--size", "32", "--device", "cpu")
+    ran = resnet_fused(*options, code=TUNE_WITH_A_FAKE_CLOCK)
+    assert ran.returncode == 0, ran.stderr
+    row = next(line for line in ran.stdout.splitlines() if "3x3 64>128 /2, 3x3 128>128 + 1x1 64>128 /2, relu" in line)
+    assert [cell.strip() for cell in row.split("|")][2:6] == ["2x64x8x8", "1", "plain join, shortcut plain join", "1"]
+    assert "(measured)" in ran.stderr
+    (file,) = (tmp_path / "resnet_fused" / "plans").iterdir()
+    assert f"Kept in {file}" in ran.stdout
+
+
 MISTAKES = {
     "no command": ([], "info | verify | bench | explain"),
-    "unknown command": (["tune"], "'tune' (choose from"),
+    "unknown command": (["train"], "'train' (choose from"),
     "unknown model": (["bench", "--model", "resnet51"], "unknown model 'resnet51'; pass one of resnet18"),
     "unknown source": (["explain", "keras:resnet50"], "timm:NAME, or torchvision:NAME"),
     "unknown dtype": (["bench", "--dtype", "fp8"], "'fp8' (choose from"),

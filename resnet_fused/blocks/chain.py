@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from ..ops import stat_dtype
-from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, regroup
-from ..steps.batch_norm import update_running
+from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, lazy_join, regroup
 from ..steps.conv import channels_last
-from . import stock
+from ..steps.running import update_running_all
+from . import lazy_program, stock
 
 Tensor = torch.Tensor
 
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
     out: Tensor | None  # the ReLU's mask; None where it can be recomputed
     tensors: list[StepTensors]
     inner: list[Lazy]  # one for each step but the last
-    join: join.JoinState
+    join: join.JoinState | lazy_join.LazyJoinState
 
 
 class _Recorder:
@@ -61,12 +61,14 @@ class _Recorder:
 
 def _forward(chain, x, residual, sample_factor, tensors):
     """Run the chain. Returns output, inner lazies, join state, and the statistics of every batch norm in order."""
+    if chain.lazy:
+        return lazy_program.forward(chain, x, residual, sample_factor, tensors)
     h, inner, statistics, previous = x, [], [], None
     for step, own in zip(chain.steps[:-1], tensors, strict=False):
         z, bn, stats = conv_norm.forward(h, own, step, chain.backend)
         inner.append(Lazy(z, bn))
         statistics.append(stats)
-        h, previous = inner[-1].materialise(chain.backend), (bn, own)
+        h, previous = inner[-1].materialise(chain.backend), bn
     residual = x if chain.identity else residual
     out, state, join_statistics = join.forward(chain, h, x, tensors, residual, sample_factor, previous)
     return out, inner, state, statistics + join_statistics
@@ -79,11 +81,11 @@ class FusedChain(torch.autograd.Function):
     def forward(ctx, chain: Chain, x: Tensor, residual: Tensor | None, sample_factor: Tensor | None, *flat):
         tensors = regroup(flat)
         out, inner, state, statistics = _forward(chain, x, residual, sample_factor, tensors)
-        for step, own, stats in zip(chain.all_steps, tensors, statistics, strict=True):
-            if stats is not None:  # only now, when nothing can fail any more
-                update_running(own, step.norm, *stats)
+        seen = zip(chain.all_steps, tensors, statistics, strict=True)
+        # only now, when nothing can fail any more
+        update_running_all([(own, step.norm, *stats) for step, own, stats in seen if stats is not None])
         has_residual = residual is not None or chain.from_input
-        mask = out if chain.relu and (has_residual or chain.gram) else None
+        mask = out if chain.relu and (has_residual or chain.gram) and not chain.lazy else None
         lean = [
             own._replace(
                 running_mean=None if step.norm.batch_stats else own.running_mean,
@@ -110,6 +112,12 @@ class FusedChain(torch.autograd.Function):
         reach = [needs_x]  # reach[i]: whether anything before step i wants a gradient
         for need in needs[: n - 1]:
             reach.append(reach[-1] or any(need))
+        if chain.lazy:
+            grad_x, residual, grads = lazy_program.backward(
+                chain, grad_out, saved.x, saved.inner, saved.tensors, saved.join, saved.sample_factor, needs, reach,
+                needs_residual,
+            )  # fmt: skip
+            return None, grad_x, residual, None, *_flat_grads(grads, saved.tensors)
         h = saved.inner[-1].materialise(chain.backend) if n > 1 else saved.x
         out = join.backward(
             chain, grad_out, saved.out, h, saved.x, saved.tensors, saved.join, has_residual, saved.sample_factor,

@@ -89,7 +89,7 @@ def conv_bn_add_relu(
             f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; "
             f"pass [{x.shape[0]}], one for each sample"
         )
-    chain = choose_variant(chain, x, [tensors], [shape], sample_factor)
+    chain = choose_variant(chain, x, [tensors], [shape], sample_factor, residual)
     return run_chain(chain, x, [tensors], residual, sample_factor)
 
 

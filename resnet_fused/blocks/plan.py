@@ -1,78 +1,146 @@
-"""Which variant of a chain to run: plain or Gram join, for the last step and for the projection.
+"""Which variant of a chain to run: lazy or not, and plain or Gram join, for the last step and for the projection.
 
-A cost model counts what the two variants do differently. Writing z, its passes forward and backward cost bytes; the
-Gram matrix, its correction of the gradient and the small matrix products cost FLOPs::
+*Lazy* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton. The CPU's chains are not lazy;
+their Gram joins go through oneDNN.
 
-    plain: 7 passes over z beyond the convolutions: write, statistics, normalise; sums, apply (2 reads, 1 write)
-    gram:  M*C*(C+1) + 2*M*C*C for the Gram matrix and the correction, 4 products of [K, C] and [C, C],
-           1 more read of the input, and an add for the correction's write
+For the join a cost model counts what the two variants do differently. Writing z, its passes forward and backward cost
+bytes; the Gram matrix, its correction of the gradient and the small matrix products cost FLOPs::
+
+    plain: passes over z beyond the convolutions: write, statistics, normalise; sums, apply (2 reads, 1 write): 7
+           lazy: write, normalise; sums (of z and of the gradient); on load in two products: 6
+    gram:  M*C*(C+1) + 2*M*C*C for the Gram matrix and the correction, 4 products of [K, C] and [C, C] (3 if lazy),
+           1 more read of the input, and an add for the correction's write (lazy: that is an epilogue)
 
 The Gram join also saves the bytes of z between forward and backward, the reason it exists: it is taken unless the model
 expects it to be slower by more than :data:`TOLERATED` of the last convolution's time.
+
+Where :func:`resnet_fused.tune` has measured the variants of this very case, the model is not asked (:mod:`.measured`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-from ..backends import onednn
-from ..steps import Chain, Step, StepTensors
+from .. import library
+from ..backends import backends, onednn
+from ..ops import DATA_DTYPES
+from ..steps import Chain, Step, StepTensors, pointwise
+from . import devices, measured
+from .devices import CPU_CORE, Device
+from .measured import Variant
 
 Tensor = torch.Tensor
 
-#: Share of the last convolution's forward and backward time that a Gram join may cost, for the memory it saves.
-TOLERATED = 0.10
-PLAIN_PASSES = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What the cost model needs to know of a device."""
-
-    name: str
-    flops: float  # per second, of a good matrix product
-    bandwidth: float  # bytes per second
-
-
-#: One core; the choice depends on the ratio alone. 85 GFLOP/s in f32 convolutions and 7 GB/s were measured on an
-#: AMD EPYC (Zen 3) with 2 cores.
-CPU_CORE = Device("cpu core", 85e9, 7e9)
+#: Share of the last convolution's forward and backward time that a Gram join may cost, for the memory it saves. Where
+#: the model expected +4% on CPUs (ResNet-50's layer3), it was 1 to 7% of the whole block's time, on AVX2 and AVX-512.
+TOLERATED = 0.0
+#: Share of what a lazy chain saves anyway that kept activations may add: each saves a read and a write backward.
+KEPT_SHARE = 0.20
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs and bytes of a variant beyond what both variants do, and the convolution's own FLOPs."""
+    """FLOPs and bytes of a variant beyond what both variants do, and the convolution's own, forward and backward."""
 
     plain_bytes: int
-    gram_flops: int
     gram_bytes: int
+    gram_flops: int  # in the dtype of the activations
+    small_flops: int  # of the small matrices, in float32
+    conv_bytes: int
     conv_flops: int
+    dtype: torch.dtype
 
     def gram_share(self, device: Device) -> float:
         """Time that the Gram join is expected to add, as a share of the convolution's; negative where it is faster."""
-        plain = self.plain_bytes / device.bandwidth
-        gram = self.gram_flops / device.flops + self.gram_bytes / device.bandwidth
-        return (gram - plain) * device.flops / self.conv_flops
+
+        def seconds(moved: int, flops: int = 0, dtype: torch.dtype = self.dtype) -> float:
+            arithmetic = flops / (device.compute_share * device.peak(dtype))
+            return moved / (device.bandwidth_share * device.bandwidth) + arithmetic
+
+        small = self.small_flops / (device.compute_share * device.single)
+        gram = seconds(self.gram_bytes, self.gram_flops) + small
+        conv = max(seconds(self.conv_bytes), seconds(0, self.conv_flops))
+        return (gram - seconds(self.plain_bytes)) / conv
 
 
-def cost(pixels: int, inputs: int, outputs: int, element_size: int) -> Cost:
+def cost(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool = False) -> Cost:
     """Costs of the join of a 1x1 convolution from `inputs` to `outputs` channels over `pixels` outputs."""
-    small = 4 * 2 * outputs * inputs * inputs
+    size = dtype.itemsize
     return Cost(
-        plain_bytes=PLAIN_PASSES * pixels * outputs * element_size,
-        gram_flops=pixels * inputs * (inputs + 1) + 2 * pixels * inputs * inputs + small,
-        gram_bytes=4 * pixels * inputs * element_size,
+        plain_bytes=(6 if lazy else 7) * pixels * outputs * size,
+        gram_bytes=(1 if lazy else 4) * pixels * inputs * size,
+        gram_flops=pixels * inputs * (inputs + 1) + 2 * pixels * inputs * inputs,
+        small_flops=(3 if lazy else 4) * 2 * outputs * inputs * inputs,
+        conv_bytes=3 * pixels * (inputs + outputs) * size,
         conv_flops=6 * pixels * inputs * outputs,
+        dtype=dtype,
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _pays(pixels: int, inputs: int, outputs: int, element_size: int, device: Device) -> bool:
-    return cost(pixels, inputs, outputs, element_size).gram_share(device) <= TOLERATED
+def _pays(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool, device: Device) -> bool:
+    return cost(pixels, inputs, outputs, dtype, lazy).gram_share(device) <= TOLERATED
+
+
+class _Settings:
+    """Process-wide: a plain attribute is what ``torch.compile`` can guard on."""
+
+    target: Device | None = None
+    tuner: Callable[..., Chain] | None = None
+
+
+_settings = _Settings()
+_gpus: dict[int, Device] = {}
+_HAS_TRITON = not backends()["triton"].unavailable
+
+
+@contextlib.contextmanager
+def planning_for(device: Device) -> Iterator[None]:
+    """Plan as on `device`, whatever tensors are on, within a ``with`` block: for `explain`, and for tests."""
+    before, _settings.target = _settings.target, device
+    try:
+        yield
+    finally:
+        _settings.target = before
+
+
+@contextlib.contextmanager
+def tuning(tuner: Callable[..., Chain]) -> Iterator[None]:
+    """Let `tuner`, called like :func:`choose_variant`, choose within a ``with`` block."""
+    before, _settings.tuner = _settings.tuner, tuner
+    try:
+        yield
+    finally:
+        _settings.tuner = before
+
+
+def _lazy_device(chain: Chain, x: Tensor) -> Device | None:
+    """The device whose 1x1 kernels would run the chain on values; None: there are none."""
+    if x.dtype not in DATA_DTYPES:
+        return None
+    if _settings.target is not None:
+        return _settings.target if _settings.target is not CPU_CORE else None
+    if x.device.type != "cuda" or not _HAS_TRITON or chain.backend not in ("auto", "triton"):
+        return None
+    index = x.device.index or 0
+    if index not in _gpus:
+        if torch.compiler.is_compiling():  # a graph cannot ask a driver; the first eager call will
+            return devices.DEVICES["h100"]
+        _gpus[index] = devices.of(x.device)
+    return _gpus[index]
+
+
+def pools(chain: Chain, x: Tensor) -> bool:
+    """Whether a kernel exists that normalises, clamps and pools in one pass."""
+    if x.device.type == "cpu" and _settings.target is None:
+        return chain.backend in ("auto", "cpu") and library.status().cpu.loaded
+    return _lazy_device(chain, x) is not None
 
 
 def _runs_folded(chain: Chain, x: Tensor) -> bool:
@@ -89,53 +157,133 @@ def gram_obstacle(step: Step, tensors: StepTensors) -> str:
     return "" if tensors.bias is None else "the convolution has a bias"
 
 
-def _worth(step: Step, tensors: StepTensors, x: Tensor, pixels: int) -> bool:
-    if gram_obstacle(step, tensors):
-        return False
+def lazy_obstacle(chain: Chain, tensors: list[StepTensors]) -> str:
+    """Why the chain cannot run on values; empty if it can."""
+    if not pointwise.serves(chain.steps[-1], tensors[len(chain.steps) - 1]):
+        return "the last convolution is not 1x1, or has a bias"
+    if chain.shortcut is not None and not pointwise.serves(chain.shortcut, tensors[-1]):
+        return "the projection is not 1x1, or has a bias"
+    return ""
+
+
+class _Options(NamedTuple):
+    """What a chain can be run as."""
+
+    device: Device
+    lazy: bool
+    main: bool  # whether its last step can be a Gram join
+    projection: bool  # whether its shortcut can; in a lazy chain only if the last step is one
+
+
+def _options(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> _Options | None:
+    """None: as one thing only, not lazy and with plain joins."""
+    device = _lazy_device(chain, x)
+    lazy = device is not None and not lazy_obstacle(chain, tensors)
+    if not lazy and (device is not None or not _runs_folded(chain, x)):
+        return None
+    last = chain.steps[-1]
+    main = sample_factor is None and not gram_obstacle(last, tensors[len(chain.steps) - 1])
+    if (lazy or last.norm.batch_stats) and last.conv.stride != (1, 1):
+        main = False  # its input would have to be strided first; only projections are such, and have their own flag
+    projection = chain.shortcut is not None and not gram_obstacle(chain.shortcut, tensors[-1])
+    if lazy and not main:
+        projection = False  # there is no pass that would add a product to a normalised tensor
+    return _Options(device or CPU_CORE, lazy, main, projection)
+
+
+def _worth(step: Step, tensors: StepTensors, x: Tensor, pixels: int, options: _Options) -> bool:
     if not step.norm.batch_stats:
         return True
     outputs, inputs = tensors.weight.shape[:2]
-    return _pays(pixels, inputs, outputs, x.element_size(), CPU_CORE)
+    return _pays(pixels, inputs, outputs, x.dtype, options.lazy, options.device)
+
+
+def _keeps(x: Tensor, chain: Chain, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
+    """Whether to keep the activations that ATen's inner convolutions read: a small share of what is saved anyway."""
+    inner = list(zip(chain.steps[1:-1], tensors[1:-1], shapes, strict=False))
+    kept = sum(shape.numel() for step, own, shape in inner if not pointwise.serves(step, own))
+    return kept <= KEPT_SHARE * (x.numel() + sum(shape.numel() for shape in shapes[:-1]))
+
+
+def variants(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> list[Variant]:
+    """Everything that `chain` can be run as; first, what runs where nothing else can."""
+    options = _options(chain, x, tensors, sample_factor)
+    if options is None:
+        return [Variant()]
+    lazy, inner = options.lazy, zip(chain.steps[1:-1], tensors[1:], strict=False)
+    can_keep = lazy and any(not pointwise.serves(step, own) for step, own in inner)
+    found = [Variant()] if lazy else []
+    for main in (False, True) if options.main else (False,):
+        for projection in (False, True) if options.projection and (main or not lazy) else (False,):
+            found += [Variant(lazy, main, projection, keep) for keep in ((False, True) if can_keep else (lazy,))]
+    return found
+
+
+def modelled(
+    chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
+) -> Chain:
+    """`chain` with its variants chosen by the cost model."""
+    options = _options(chain, x, tensors, sample_factor)
+    if options is None:
+        return chain
+    n, _, h, w = shapes[-1]
+    lazy, pixels = options.lazy, n * h * w
+    main = options.main and _worth(chain.steps[-1], tensors[len(chain.steps) - 1], x, pixels, options)
+    projection = options.projection and _worth(chain.shortcut, tensors[-1], x, pixels, options)
+    keep = lazy and _keeps(x, chain, tensors, shapes)
+    return dataclasses.replace(chain, gram=main, gram_shortcut=projection and (main or not lazy), lazy=lazy, keep=keep)
 
 
 def choose_variant(
-    chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
+    chain: Chain,
+    x: Tensor,
+    tensors: list[StepTensors],
+    shapes: list[torch.Size],
+    sample_factor: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Chain:
     """`chain` with its variants chosen for this input. `shapes`: output shape of each step."""
-    if not _runs_folded(chain, x):
-        _note(chain, False, False, "no convolution with an epilogue there")
-        return chain
-    n, _, h, w = shapes[-1]
-    pixels = n * h * w
-    last = chain.steps[-1]
-    main = sample_factor is None and _worth(last, tensors[len(chain.steps) - 1], x, pixels)
-    if last.norm.batch_stats and last.conv.stride != (1, 1):
-        main = False  # its input would have to be strided first; only projections are such, and have their own flag
-    projection = chain.shortcut is not None and _worth(chain.shortcut, tensors[-1], x, pixels)
-    if observers:
-        _note(chain, main, projection, _why(chain, tensors, x, pixels, sample_factor))
-    return dataclasses.replace(chain, gram=main, gram_shortcut=projection)
+    if chain.pool is not None:
+        return chain  # a stem: there is nothing to choose
+    chosen = None
+    if _settings.tuner is not None and not torch.compiler.is_compiling():
+        chosen = _settings.tuner(chain, x, tensors, shapes, sample_factor, residual)
+    elif _settings.target is None:
+        chosen = measured.recall(chain, x, tensors, sample_factor, residual, variants)
+    why = "measured"
+    if chosen is None:
+        chosen = modelled(chain, x, tensors, shapes, sample_factor)
+        why = _why(chain, x, tensors, shapes, sample_factor) if observers else ""
+    for observer in observers:
+        observer(f"{describe(chosen)} ({why})")
+    return chosen
 
 
 #: Called with a line of text for every choice, by ``explain``.
 observers: list[Callable[[str], object]] = []
 
 
-def _note(chain: Chain, main: bool, projection: bool, why: str) -> None:
-    for observer in observers:
-        kind = {True: "Gram join", False: "plain join"}
-        text = kind[main] + (f", shortcut {kind[projection]}" if chain.shortcut is not None else "")
-        observer(f"{text} ({why})")
+def describe(chain: Chain) -> str:
+    """The variant of `chain` in words."""
+    kind = {True: "Gram join", False: "plain join"}
+    text = ("lazy, " if chain.lazy else "") + kind[chain.gram]
+    return text + (f", shortcut {kind[chain.gram_shortcut]}" if chain.shortcut is not None else "")
 
 
-def _why(chain: Chain, tensors: list[StepTensors], x: Tensor, pixels: int, sample_factor: Tensor | None) -> str:
-    step, own = chain.steps[-1], tensors[len(chain.steps) - 1]
+def _why(
+    chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
+) -> str:
+    """Why the cost model chose as it did."""
+    options, step, own = _options(chain, x, tensors, sample_factor), chain.steps[-1], tensors[len(chain.steps) - 1]
+    if options is None:
+        none_there = _lazy_device(chain, x) is None
+        return "no convolution with an epilogue there" if none_there else lazy_obstacle(chain, tensors)
     if sample_factor is not None:
         return "a per-sample factor"
     if gram_obstacle(step, own):
         return gram_obstacle(step, own)
     if not step.norm.batch_stats:
         return "running statistics"
-    outputs, inputs = own.weight.shape[:2]
-    expected = cost(pixels, inputs, outputs, x.element_size())
-    return f"costs {expected.gram_share(CPU_CORE):+.0%} of its convolution's time"
+    (n, _, h, w), (outputs, inputs) = shapes[-1], own.weight.shape[:2]
+    expected = cost(n * h * w, inputs, outputs, x.dtype, options.lazy)
+    return f"costs {expected.gram_share(options.device):+.0%} of its convolution's time"

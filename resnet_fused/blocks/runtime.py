@@ -15,11 +15,11 @@ from torch.nn.modules import module as torch_module
 
 from ..backends import current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
-from ..steps import Chain, Conv, Step, StepTensors
+from ..steps import Chain, Conv, Pool, Step, StepTensors
 from . import norms
 from .chain import run_chain
 from .inference import folded_output
-from .plan import choose_variant
+from .plan import choose_variant, pools
 
 Tensor = torch.Tensor
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip  # noqa: E501
@@ -34,6 +34,7 @@ class Site:
     shortcut: tuple[nn.Conv2d, nn.Module] | None = None
     relu: bool = True
     inplace_add: bool = True  # the residual is added with ``+=``: the result keeps the main branch's dtype
+    pool: nn.MaxPool2d | None = None  # behind the last ReLU
     bypassed: tuple[nn.Module, ...] = ()  # activations and containers that are not called either
     backend: str = "auto"
 
@@ -66,6 +67,22 @@ def why_not_conv(conv: nn.Module) -> str:
     if conv_geometry(conv) is None:
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
     return ""
+
+
+def pool_geometry(pool: nn.Module) -> Pool | None:
+    """Geometry of a max pool that a chain can end in; None for every other module."""
+    if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices or _hooked(pool):
+        return None
+    pairs = [
+        (n, n) if isinstance(n, int) else tuple(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    ]
+    kernel, stride, padding, dilation = pairs
+    fits = (
+        dilation == (1, 1)
+        and kernel[0] * kernel[1] < 256
+        and all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    )
+    return Pool(kernel, stride, padding) if fits else None
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -147,6 +164,11 @@ def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_facto
 def run_modules(chain: Chain, site: Site, x, tensors, residual, sample_factor) -> Tensor:
     """Run `chain` in its best variant: folded inference, or the autograd node."""
     shapes = output_shapes(chain, x, tensors)
+    if site.pool is not None:
+        pooled = _pooled_chain(chain, site, x, tensors, shapes[-1])
+        if pooled is None:
+            return site.pool(run_modules(chain, dataclasses.replace(site, pool=None), x, tensors, None, None))
+        chain = pooled
     if residual is not None and (residual.shape != shapes[-1] or residual.dtype != x.dtype):
         # Broadcasting and promotion are stock's business: add outside of the chain.
         bare = dataclasses.replace(chain, relu=False)
@@ -159,7 +181,18 @@ def run_modules(chain: Chain, site: Site, x, tensors, residual, sample_factor) -
     frozen = not any(step.norm.batch_stats for step in chain.all_steps)
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
         return folded_output(chain, site.pairs, x, tensors, residual)
-    return run_chain(choose_variant(chain, x, tensors, shapes, sample_factor), x, tensors, residual, sample_factor)
+    chosen = choose_variant(chain, x, tensors, shapes, sample_factor, residual)
+    return run_chain(chosen, x, tensors, residual, sample_factor)
+
+
+def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shape: torch.Size) -> Chain | None:
+    """`chain` with its pool in it; None where the pool is better called, or raises stock's error for this size."""
+    pool = pool_geometry(site.pool)
+    if pool is None or not needs_grad(x, None, tensors) or not pools(chain, x):
+        return None
+    if any(n + 2 * p < k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True)):
+        return None
+    return dataclasses.replace(chain, pool=pool)
 
 
 def output_shapes(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> list[torch.Size]:

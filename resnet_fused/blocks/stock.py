@@ -35,4 +35,5 @@ def chain_output(
         residual = conv_norm(x, tensors[-1], chain.shortcut)
     if residual is not None:
         y = y + residual
-    return F.relu(y) if chain.relu else y
+    y = F.relu(y) if chain.relu else y
+    return y if chain.pool is None else F.max_pool2d(y, *chain.pool.args)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m resnet_fused info | verify | bench | explain``, also installed as ``resnet-fused``.
+"""The command line: ``python -m resnet_fused info | verify | bench | explain | tune``, or ``resnet-fused``.
 
 Results go to stdout, as markdown that can be pasted; progress and errors go to stderr. Exit codes: 0 all is well, 1 the
 numbers disagree, 2 the arguments or the machine do not allow it.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..bench.errors import Refused
+from ..blocks.devices import DEVICES
 
 DTYPES = ("f32", "bf16")
 
@@ -58,18 +59,20 @@ def picture_file(text: str) -> pathlib.Path:
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(prog="resnet-fused", description="Residual networks, fused.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="info | verify | bench | explain")
+    commands = top.add_subparsers(dest="command", required=True, metavar="info | verify | bench | explain | tune")
 
     info = commands.add_parser("info", help="versions, what was built, what is loaded, who runs which op here")
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     verify = commands.add_parser("verify", help="check every kernel and the blocks on this machine against float64")
     verify.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    verify.add_argument("--json", type=output_file, metavar="FILE", help="write every kernel's verdict to FILE")
 
     explain = commands.add_parser("explain", help="the plan of each block, its traffic and memory; runs nothing")
     explain.add_argument("model", help="resnet50 and its like, timm:NAME or torchvision:NAME")
     explain.add_argument("--input", type=image_size, default=None, metavar="N,C,H,W", help="default 16,3,224,224")
     explain.add_argument("--dtype", choices=DTYPES, default="f32", help="of the activations (default f32)")
+    explain.add_argument("--device", choices=DEVICES, help="plan for this GPU and predict its time (default: the CPU)")
     explain.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
 
     bench = commands.add_parser("bench", help="prove that fused equals stock on photographs, then time both in turn")
@@ -82,6 +85,13 @@ def parser() -> Parser:
     bench.add_argument("--peers", nargs="+", default=[], metavar="PEER", help="time these too, e.g. compile")
     bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     bench.add_argument("--plot", type=picture_file, metavar="FILE", help="draw every figure to FILE (.png, .svg, .pdf)")
+
+    tune = commands.add_parser("tune", help="measure the variants of each block here, and keep the fastest for later")
+    tune.add_argument("--model", default="resnet50", help="resnet50 and its like, timm:NAME or torchvision:NAME")
+    tune.add_argument("--batch", type=count, default=16, help="of the training step (default 16)")
+    tune.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
+    tune.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
+    tune.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     return top
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
+import json
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ import resnet_fused
 from .. import models
 from ..backends import check_all
 from ..backends.selfcheck import Verdict
-from ..bench import equality
+from ..bench import equality, records
 from ..bench.blocks import Block
 from ..bench.run import device_of
 from ..models.resnet import conv1x1
@@ -31,6 +33,10 @@ def run(options: argparse.Namespace) -> int:
     found = [difference for name, make in BLOCKS.items() for difference in check_block(name, make, device)]
     print(table(["block", "tensors", "worst error / allowed", "verdict"], block_rows(found)))
     failures = [str(v) for v in verdicts if v.status == "failed"] + [str(d) for d in found if not d.agrees]
+    if options.json:
+        found_by = records.provenance(device)
+        rows = [dataclasses.asdict(verdict) for verdict in verdicts]
+        options.json.write_text(json.dumps({"provenance": found_by, "kernels": rows}, indent=1) + "\n")
     summary = f"{len(verdicts)} kernel cases and {len(found)} tensors of blocks on {device}"
     print(f"\n{summary}: " + ("all within their limits" if not failures else f"{len(failures)} FAILED"))
     for failure in failures:

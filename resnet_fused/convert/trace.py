@@ -92,12 +92,16 @@ def adds_in_place(block: nn.Module) -> bool:
     )
 
 
+#: Attributes that say nothing about the forward: ``torch.compile(block)`` leaves the second on the block.
+_NOT_READ = ("training", "_is_torch_compile")
+
+
 def state_of(block: nn.Module) -> tuple:
     """What the traced graph depends on: which children exist, and the constants a branch could have read."""
     children = tuple((name, child is None) for name, child in block._modules.items())
     constants = tuple(
         (key, value)
         for key, value in block.__dict__.items()
-        if key != "training" and (value is None or isinstance(value, bool | int | float | str))
+        if key not in _NOT_READ and (value is None or isinstance(value, bool | int | float | str))
     )
     return children, constants

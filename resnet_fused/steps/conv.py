@@ -58,6 +58,12 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: list[bo
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
     """Gradient of `weight` from the gradient at the convolution's output."""
+    own = _own_weight_grad(grad, x, weight, conv, backend)
+    return _backward(grad, x, weight, conv, [False, True, False])[1] if own is None else own
+
+
+def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor | None:
+    """The weight's gradient where something faster than ATen's convolution has it; else None."""
     if grad.device.type == "cpu" and grad.dtype == torch.float32 and _MEASURED and conv.groups == 1:
         pointwise, pixels = conv.is_pointwise(weight), grad[:, 0].numel()
         if pointwise and pixels <= _MM_PIXELS:
@@ -65,16 +71,32 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: st
         large = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
         if not pointwise and large and backend in ("auto", "cpu"):
             return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
-    return _backward(grad, x, weight, conv, [False, True, False])[1]
+    return None
 
 
 def input_grad(
     grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
 ) -> Tensor:
     """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
-    transposable = conv.is_pointwise(weight) and conv.stride == (1, 1) and weight.numel() < _LARGE_WEIGHT
-    if add_to is not None and transposable:
+    if add_to is not None and _adds_in_place(weight, conv):
         run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
     grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])
     return grad_x if add_to is None else add_to.add_(grad_x)
+
+
+def _adds_in_place(weight: Tensor, conv: Conv) -> bool:
+    return conv.is_pointwise(weight) and conv.stride == (1, 1) and weight.numel() < _LARGE_WEIGHT
+
+
+def both_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
+    own = _own_weight_grad(grad, x, weight, conv, backend)
+    if own is not None or (add_to is not None and _adds_in_place(weight, conv)):
+        own = weight_grad(grad, x, weight, conv, backend) if own is None else own
+        return own, input_grad(grad, x, weight, conv, backend, add_to)
+    grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])
+    grad_x = channels_last(grad_x)
+    return grad_weight, grad_x if add_to is None else add_to.add_(grad_x)

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..backends import run
-from .batch_norm import Affine, Coefficients, affine, coefficients, running_affine
-from .conv import conv2d, input_grad, weight_grad
+from .batch_norm import Affine, Coefficients, Statistics, batch_affine, coefficients, running_affine
+from .conv import both_grads, conv2d, input_grad, weight_grad
 from .lazy import LazyGrad
 from .spec import Step, StepGrads, StepTensors
 
 Tensor = torch.Tensor
-
-
-class Statistics(NamedTuple):
-    """Batch statistics on their way to the running ones; all ``[C]``, `count` the values per channel."""
-
-    mean: Tensor
-    var: Tensor
-    count: int
-
-
-def pixels(x: Tensor) -> int:
-    """Values per channel of ``[N, C, H, W]``."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def normalise(z: Tensor, tensors: StepTensors, step: Step, backend: str) -> tuple[Affine, Statistics | None]:
@@ -33,8 +18,7 @@ def normalise(z: Tensor, tensors: StepTensors, step: Step, backend: str) -> tupl
     if not step.norm.batch_stats:
         return running_affine(tensors, step.norm, z.dtype), None
     mean, m2 = run("bn_stats", z, backend=backend)
-    var = m2 / pixels(z)
-    return affine(mean, var, tensors, step.norm.eps), Statistics(mean, var, pixels(z))
+    return batch_affine(mean, m2, tensors, step.norm, z, backend)
 
 
 def forward(x: Tensor, tensors: StepTensors, step: Step, backend: str) -> tuple[Tensor, Affine, Statistics | None]:
@@ -46,7 +30,7 @@ def forward(x: Tensor, tensors: StepTensors, step: Step, backend: str) -> tuple[
 def mask_and_sum(grad: Tensor, z: Tensor, bn: Affine, step: Step, backend: str) -> LazyGrad:
     """The gradient before ``relu(bn(z))``, from the gradient behind it, as a value: two reads, no write."""
     sums = run("norm_add_relu_backward", grad, z, bn.scale, bn.shift, emit_grad=False, backend=backend)
-    return LazyGrad(grad, z, coefficients(bn, sums[1], sums[2], pixels(z), step.norm), bn, relu=True)
+    return LazyGrad(grad, z, coefficients(bn, sums[1], sums[2], z, step.norm, backend), bn, relu=True)
 
 
 def backward(
@@ -64,12 +48,13 @@ def backward(
 
     `needs`: which gradients are wanted (booleans). `add_to`: see :func:`conv.input_grad`.
     """
-    grads = StepGrads(
-        weight_grad(dz, x, tensors.weight, step.conv, backend) if needs.weight else None,
-        dz.sum((0, 2, 3), dtype=c.a.dtype) if needs.bias else None,
-        c.grad_gamma if needs.gamma else None,
-        c.grad_beta if needs.beta else None,
-    )
-    if not needs_x:
-        return None, grads
-    return input_grad(dz, x, tensors.weight, step.conv, backend, add_to), grads
+    grad_weight = grad_x = None
+    if needs.weight and needs_x:
+        grad_weight, grad_x = both_grads(dz, x, tensors.weight, step.conv, backend, add_to)
+    elif needs.weight:
+        grad_weight = weight_grad(dz, x, tensors.weight, step.conv, backend)
+    elif needs_x:
+        grad_x = input_grad(dz, x, tensors.weight, step.conv, backend, add_to)
+    bias = dz.sum((0, 2, 3), dtype=c.a.dtype) if needs.bias else None
+    gamma, beta = c.grad_gamma if needs.gamma else None, c.grad_beta if needs.beta else None
+    return grad_x, StepGrads(grad_weight, bias, gamma, beta)

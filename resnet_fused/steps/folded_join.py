@@ -19,19 +19,19 @@ Everything is written in the shifted input d, so that a large mean cancels nowhe
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from ..backends import run
-from .batch_norm import Affine, affine, running_affine
+from .batch_norm import Affine, Statistics, batch_affine, pixels, running_affine
 from .conv import input_grad, transposed, weight_grad
-from .conv_norm import Statistics, pixels
+from .lazy import Lazy
 from .spec import Conv, Step, StepGrads, StepTensors
 
 Tensor = torch.Tensor
 POINTWISE = Conv()
+CENTRE_IMAGES = 4
 
 
 class Gram(NamedTuple):
@@ -49,14 +49,13 @@ class Folded(NamedTuple):
     gram: Gram | None  # None: running statistics
 
 
-def relu_mean(bn: Affine, tensors: StepTensors) -> Tensor:
-    """Mean of ``relu(bn(z))`` if z were normal: ``E relu(N(beta, gamma^2))``. Near enough to shift by."""
-    sigma = torch.ones_like(bn.mean) if tensors.gamma is None else tensors.gamma.detach().to(bn.mean.dtype).abs()
-    mu = torch.zeros_like(bn.mean) if tensors.beta is None else tensors.beta.detach().to(bn.mean.dtype)
-    t = mu / sigma.clamp_min(1e-12)
-    density = torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
-    centre = mu * 0.5 * (1 + torch.erf(t / math.sqrt(2))) + sigma * density
-    return torch.nan_to_num(centre, 0.0, 0.0, 0.0)  # any finite centre is correct; NaN must come from the data alone
+def sample_mean(value: Tensor | Lazy, backend: str) -> Tensor:
+    """Mean of the first few images: to shift by, it need not be that of all, which would cost a pass."""
+    a = value.z if isinstance(value, Lazy) else value
+    a = a[:CENTRE_IMAGES]
+    if isinstance(value, Lazy):
+        a = Lazy(a, value.bn).materialise(backend)
+    return run("bn_stats", a, backend=backend)[0]
 
 
 def fold(
@@ -66,15 +65,9 @@ def fold(
     if not step.norm.batch_stats:
         return Folded(running_affine(tensors, step.norm, a.dtype), None), None
     gram, total = run("gram", a, centre, backend=backend)
-    count = pixels(a)
-    wide = torch.float64 if a.device.type == "cpu" else centre.dtype
-    weight = tensors.weight.flatten(1).to(centre.dtype)
-    m = total.to(wide) / count
-    cov = torch.addr(gram.to(wide) / count, m, m, alpha=-1).to(centre.dtype)
-    # The products are rounded once each; only their sums, where digits cancel, are worth float64.
-    var = ((weight @ cov) * weight).sum(1, dtype=wide).clamp_min(0).to(centre.dtype)
-    mean = (weight * (m + centre).to(centre.dtype)).sum(1, dtype=wide).to(centre.dtype)
-    return Folded(affine(mean, var, tensors, step.norm.eps), Gram(centre, gram, total)), Statistics(mean, var, count)
+    mean, m2 = run("gram_norm", tensors.weight, gram, total, centre, a, backend=backend)
+    bn, statistics = batch_affine(mean, m2, tensors, step.norm, a, backend)
+    return Folded(bn, Gram(centre, gram, total)), statistics
 
 
 def shift_of(folded: Folded, tensors: StepTensors) -> Tensor:

@@ -13,9 +13,8 @@ import torch
 
 from ..backends import run
 from . import conv_norm, folded_join
-from .batch_norm import Affine, coefficients
+from .batch_norm import Affine, Statistics, coefficients
 from .conv import strided
-from .conv_norm import Statistics, pixels
 from .folded_join import POINTWISE, Folded
 from .lazy import LazyGrad
 from .spec import Chain, Step, StepGrads, StepTensors
@@ -30,6 +29,7 @@ class JoinState(NamedTuple):
     z: Tensor | None  # raw output of the last convolution; None if folded
     shortcut: Affine | Folded | None
     shortcut_z: Tensor | None  # raw output of the projection; None if folded or absent
+    index: Tensor | None = None  # of each window's winner, of a pooled output
 
 
 class JoinGrads(NamedTuple):
@@ -50,7 +50,7 @@ def forward(
     tensors: list[StepTensors],
     residual: Tensor | None,
     sample_factor: Tensor | None,
-    previous: tuple[Affine, StepTensors] | None,
+    previous: Affine | None,
 ) -> tuple[Tensor, JoinState, list[Statistics | None]]:
     """Output, state and statistics of the join.
 
@@ -71,6 +71,9 @@ def forward(
     if chain.shortcut is not None:
         shortcut, shortcut_z, stats = _shortcut_forward(chain, x, tensors[-1])
         statistics.append(stats)
+    if chain.pool is not None:
+        out, index = run("norm_relu_pool", z, state.scale, state.shift, *chain.pool.args, backend=backend)
+        return out, JoinState(state, z, None, None, index), statistics
     if chain.gram:
         out = _folded_output(chain, h, x, tensors, residual, state, shortcut, shortcut_z)
     else:
@@ -78,10 +81,10 @@ def forward(
     return out, JoinState(state, z, shortcut, shortcut_z), statistics
 
 
-def _centre(a: Tensor, previous: tuple[Affine, StepTensors] | None, needed: bool, backend: str) -> Tensor | None:
+def _centre(a: Tensor, previous: Affine | None, needed: bool, backend: str) -> Tensor | None:
     if not needed:
         return None
-    return run("bn_stats", a, backend=backend)[0] if previous is None else folded_join.relu_mean(*previous)
+    return folded_join.sample_mean(a, backend) if previous is None or previous.centre is None else previous.centre
 
 
 def _shortcut_forward(
@@ -144,6 +147,8 @@ def backward(
     needs_residual: bool,
 ) -> JoinGrads:
     """Gradients of everything that entered the join. `out` is its output if there was a residual, else None."""
+    if chain.pool is not None:
+        return _pooled_backward(chain, grad_out, h, tensors, state, needs, needs_h)
     backend, n = chain.backend, len(chain.steps)
     step, main = chain.steps[-1], tensors[n - 1]
     bn = state.main.bn if chain.gram else state.main
@@ -158,7 +163,7 @@ def backward(
             g, sum_g, h, main, step, state.main, backend, needs[n - 1], needs_h, step.conv
         )
     else:
-        c = coefficients(bn, sum_g, sum_gz, pixels(g), step.norm)
+        c = coefficients(bn, sum_g, sum_gz, g, step.norm, backend)
         dz = LazyGrad(g, state.z, c, bn, sample_factor=sample_factor).materialise(backend)
         grad_h, main_grads = conv_norm.backward(dz, h, main, step, c, backend, needs[n - 1], needs_h)
     if chain.shortcut is None:
@@ -172,13 +177,25 @@ def backward(
     return JoinGrads(grad_h, main_grads, shortcut_grads, grad_x)
 
 
+def _pooled_backward(chain, grad_out, h, tensors, state, needs, needs_h) -> JoinGrads:
+    """Of a stem: the gradient reaches its convolution from the pool's output, through nothing of the size between."""
+    step, own, bn, backend = chain.steps[-1], tensors[-1], state.main, chain.backend
+    read = (grad_out, state.index, state.z)
+    sums = run("norm_relu_pool_backward", *read, bn.scale, bn.shift, *chain.pool.args, backend=backend)
+    c = coefficients(bn, *sums, state.z, step.norm, backend)
+    vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
+    dz = run("norm_relu_pool_apply", *read, *vectors, *chain.pool.args, backend=backend)
+    grad_h, grads = conv_norm.backward(dz, h, own, step, c, backend, needs[-1], needs_h)
+    return JoinGrads(grad_h, grads, None, None)
+
+
 def _shortcut_backward(chain, g, sum_g, sum_gz, x, tensors, state, needs, needs_x) -> tuple[Tensor | None, StepGrads]:
     step, backend = chain.shortcut, chain.backend
     sparse = is_sparse(chain, tensors.weight)
     conv, read = (POINTWISE, strided(x, step.conv)) if sparse else (step.conv, x)
     if chain.gram_shortcut:
         return folded_join.backward(g, sum_g, read, tensors, step, state.shortcut, backend, needs, needs_x, conv)
-    c = coefficients(state.shortcut, sum_g, sum_gz, pixels(g), step.norm)
+    c = coefficients(state.shortcut, sum_g, sum_gz, g, step.norm, backend)
     dz = LazyGrad(g, state.shortcut_z, c, state.shortcut).materialise(backend)
     return conv_norm.backward(dz, read, tensors, Step(conv, step.norm), c, backend, needs, needs_x)
 

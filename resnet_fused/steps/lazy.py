@@ -17,9 +17,12 @@ class Lazy(NamedTuple):
 
     z: Tensor  # [N, C, H, W]
     bn: Affine
+    written: Tensor | None = None  # the activation, where it was kept
 
     def materialise(self, backend: str) -> Tensor:
         """Write the activation down, for a consumer that cannot apply it on load."""
+        if self.written is not None:
+            return self.written
         return run("norm_add_relu", self.z, self.bn.scale, self.bn.shift, backend=backend)[0]
 
 
@@ -32,6 +35,15 @@ class LazyGrad(NamedTuple):
     bn: Affine
     relu: bool = False  # whether g is still to be masked by the sign of scale*z + shift
     sample_factor: Tensor | None = None  # [N]
+    mask: Tensor | None = None  # bits by which g is still to be masked, see `norm_add_relu`; not to be materialised
+
+    def on_load(self) -> dict[str, Tensor | None]:
+        """The arguments by which a 1x1 op applies this on load, see ``ops.lazy``."""
+        c = self.coefficients
+        scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
+        z = self.z if self.relu or c.b is not None else None
+        vectors = {"a": c.a, "b": c.b, "d": c.d, "scale": scale, "shift": shift}
+        return {"mask": self.mask, "z": z, "sample_factor": self.sample_factor} | vectors
 
     def materialise(self, backend: str, into_g: bool = False) -> Tensor:
         """Write the gradient down, for a consumer that cannot apply it on load; over `g` where the caller owns that."""

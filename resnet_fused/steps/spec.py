@@ -39,6 +39,19 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pool:
+    """A max pool, as in ``torch.nn.functional.max_pool2d``; no dilation, sizes rounded down."""
+
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (1, 1)
+
+    @property
+    def args(self) -> tuple:
+        return self.kernel, self.stride, self.padding
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """One convolution and the batch norm behind it."""
 
@@ -52,7 +65,10 @@ class Chain:
 
     `shortcut` is the projection that makes the residual from the chain's input; without it the residual, if any, is a
     tensor, or the chain's input itself where `identity`. `relu`: whether the output is clamped. `gram`: the last step,
-    and the shortcut where `gram_shortcut`, are Gram joins. `backend`: who runs the ops, in forward and backward.
+    and the shortcut where `gram_shortcut`, are Gram joins. `lazy`: 1x1 convolutions normalise on load and emit
+    statistics (`steps.lazy_join`); the last convolution is then one. `keep`: what a lazy chain writes for a convolution
+    that cannot normalise on load is kept for backward, not written again. `pool`: of the clamped output, in the same
+    pass (a stem: no residual, a plain join). `backend`: who runs the ops, forward and backward.
     """
 
     steps: tuple[Step, ...]
@@ -61,6 +77,9 @@ class Chain:
     identity: bool = False
     gram: bool = False
     gram_shortcut: bool = False
+    lazy: bool = False
+    keep: bool = False
+    pool: Pool | None = None
     backend: str = "auto"
 
     @property

@@ -1,0 +1,201 @@
+"""The end of a chain whose last convolution is 1x1, on values: what `join` does, written only where it must be.
+
+Two variants as there. *Gram*: the statistics of the last convolution follow from its input, so convolution, batch norm,
+residual or projection and ReLU are one product that writes the output once (:mod:`.folded_join` has the mathematics).
+Its gradient g = keep*grad_out is never written either: the sign bits of the output are, and readers mask on load.
+*Plain*: z is written with its statistics, normalised and added in one more pass.
+
+Small matrices of a Gram join: one launch forward (`gram_norm`), two backward (`gram_grad`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import run
+from . import pointwise
+from .batch_norm import Affine, Coefficients, Statistics, batch_affine, coefficients, running_affine
+from .conv import strided
+from .folded_join import POINTWISE, Folded, Gram, sample_mean
+from .lazy import Lazy, LazyGrad
+from .pointwise import PathGrad, Value, parts
+from .spec import Chain, Step, StepGrads, StepTensors
+
+Tensor = torch.Tensor
+
+
+class LazyJoinState(NamedTuple):
+    """What the join's backward needs beside the chain's own saved tensors."""
+
+    main: Affine | Folded
+    z: Tensor | None  # raw output of the last convolution; None if a Gram join
+    shortcut: Affine | Folded | None
+    shortcut_z: Tensor | None  # raw output of the projection; None if a Gram join or absent
+    shortcut_x: Tensor | None  # the pixels that a strided Gram-joined projection reads: four ops read them; else None
+    mask: Tensor | None  # packed sign bits of the output; None without ReLU
+
+
+class LazyJoinGrads(NamedTuple):
+    """Gradients that leave the join."""
+
+    value: Tensor | LazyGrad | None  # of what the last convolution read
+    main: StepGrads
+    shortcut: StepGrads | None
+    other: PathGrad | None  # of the residual, or of the chain's input through the projection
+
+
+def forward(
+    chain: Chain,
+    value: Value,
+    x: Tensor,
+    tensors: list[StepTensors],
+    residual: Tensor | None,
+    sample_factor: Tensor | None,
+) -> tuple[Tensor, LazyJoinState, list[Statistics | None]]:
+    """Output, state and statistics of the join."""
+    step, own, statistics = chain.steps[-1], tensors[len(chain.steps) - 1], []
+    main = z = shortcut = shortcut_z = shortcut_x = None
+    if chain.gram:
+        main, stats = fold(value, own, step, chain.backend)
+    else:
+        z, main, stats = pointwise.forward(value, own, step, chain.backend)
+    statistics.append(stats)
+    if chain.shortcut is not None:
+        if chain.gram_shortcut:
+            shortcut_x = _compact(chain, x)
+            read = x if shortcut_x is None else shortcut_x
+            shortcut, stats = fold(read, tensors[-1], chain.shortcut, chain.backend)
+        else:
+            shortcut_z, shortcut, stats = pointwise.forward(x, tensors[-1], chain.shortcut, chain.backend)
+        statistics.append(stats)
+    affine_residual = {}
+    if shortcut_z is not None:
+        residual = shortcut_z
+        affine_residual = {"residual_scale": shortcut.scale, "residual_shift": shortcut.shift}
+    options = {"residual": residual, "sample_factor": sample_factor, "relu": chain.relu, "emit_mask": chain.relu}
+    options |= affine_residual
+    if chain.gram:
+        out, mask = _product(chain, value, x, shortcut_x, own, tensors[-1], main, shortcut, options)
+    else:
+        out, mask = run("norm_add_relu", z, main.scale, main.shift, **options, backend=chain.backend)
+    return out, LazyJoinState(main, z, shortcut, shortcut_z, shortcut_x, mask if chain.relu else None), statistics
+
+
+def _compact(chain: Chain, x: Tensor) -> Tensor | None:
+    conv, batch_stats = chain.shortcut.conv, chain.shortcut.norm.batch_stats
+    return strided(x, conv) if batch_stats and conv.stride != (1, 1) else None
+
+
+def _product(chain, value, x, shortcut_x, own, projection, main, shortcut, options) -> tuple[Tensor, Tensor]:
+    """The join as one matrix product, over ``[value | x]`` where the projection is a Gram join too."""
+    raw, scale, shift = parts(value)
+    if chain.gram_shortcut:
+        bn = shortcut.bn
+        second = {"weight2": projection.weight.contiguous(), "scale2": bn.scale, "shift2": bn.shift}
+        read = (x, chain.shortcut.conv.stride) if shortcut_x is None else (shortcut_x, (1, 1))
+        options = options | second | dict(zip(("x2", "stride2"), read, strict=True))
+    arguments = (raw, own.weight.contiguous(), main.bn.scale, main.bn.shift, scale, shift)
+    return run("conv1x1_join", *arguments, **options, backend=chain.backend)
+
+
+def fold(value: Value, own: StepTensors, step: Step, backend: str) -> tuple[Folded, Statistics | None]:
+    """Batch norm of ``conv(value)`` without the convolution. `value` holds the pixels that the convolution reads."""
+    raw, scale, shift = parts(value)
+    if not step.norm.batch_stats:
+        return Folded(running_affine(own, step.norm, raw.dtype), None), None
+    centre = value.bn.centre if isinstance(value, Lazy) else None
+    centre = sample_mean(value, backend) if centre is None else centre
+    gram, total = run("gram", raw, centre, scale, shift, backend=backend)
+    mean, m2 = run("gram_norm", own.weight.contiguous(), gram, total, centre, raw, backend=backend)
+    bn, statistics = batch_affine(mean, m2, own, step.norm, raw, backend)
+    return Folded(bn, Gram(centre, gram, total)), statistics
+
+
+def backward(
+    chain: Chain,
+    grad_out: Tensor,
+    value: Value,
+    x: Tensor,
+    tensors: list[StepTensors],
+    state: LazyJoinState,
+    sample_factor: Tensor | None,
+    needs: list[StepGrads],
+    needs_value: bool,
+    needs_other: bool,
+) -> LazyJoinGrads:
+    """Gradients of everything that entered the join. `needs_other`: of the residual, or of x through the projection.
+
+    Without inner steps `value` is the chain's input, and its gradient includes the other path's.
+    """
+    n, backend = len(chain.steps), chain.backend
+    step, own = chain.steps[-1], tensors[n - 1]
+    sums = None
+    if not (chain.gram and (chain.shortcut is None or chain.gram_shortcut)):
+        # `sum g z` of whatever was written raw; all branches in one pass.
+        sums = run(
+            "norm_add_relu_backward", grad_out, state.z, mask=state.mask, residual=state.shortcut_z,
+            sample_factor=sample_factor, relu=chain.relu, emit_grad=False, backend=backend,
+        )  # fmt: skip
+    shortcut_grads, other = None, None
+    if chain.shortcut is not None:
+        grad = _at_conv(chain, grad_out, state, chain.shortcut, state.shortcut, state.shortcut_z, sums and sums[3:])
+        compact = state.shortcut_x is not None
+        read = (state.shortcut_x, Step(POINTWISE, chain.shortcut.norm)) if compact else (x, chain.shortcut)
+        grad_x, shortcut_grads = _branch_backward(
+            grad, read[0], tensors[-1], read[1], None, state.shortcut, needs[-1], needs_other, backend
+        )
+        other = None if grad_x is None else PathGrad(grad_x, None, chain.shortcut.conv.stride)
+    elif needs_other:
+        other = PathGrad(grad_out, state.mask)
+    grad = _at_conv(chain, grad_out, state, step, state.main, state.z, sums and sums[1:3], sample_factor)
+    previous = chain.steps[-2] if n > 1 else None
+    merged = other if n == 1 and chain.from_input and step.conv.stride == (1, 1) else None
+    grad_value, main_grads = _branch_backward(
+        grad, value, own, step, previous, state.main, needs[n - 1], needs_value, backend, merged
+    )
+    if n == 1 and grad_value is not None and merged is None:
+        into = other if chain.from_input else None
+        grad_value = pointwise.to_chain_input(grad_value, x, step, backend, into)
+    return LazyJoinGrads(grad_value, main_grads, shortcut_grads, other)
+
+
+def _at_conv(chain, grad_out, state, step, bn, z, sums, sample_factor=None) -> LazyGrad:
+    """The gradient at a branch's convolution as a value; of a Gram join ``scale * g``, the rest is its correction."""
+    if isinstance(bn, Folded):
+        c = Coefficients(bn.bn.scale, None, None, None, None)
+        return LazyGrad(grad_out, None, c, bn.bn, mask=state.mask)
+    c = coefficients(bn, *sums, grad_out, step.norm, chain.backend)
+    return LazyGrad(grad_out, z, c, bn, sample_factor=sample_factor, mask=state.mask)
+
+
+def _branch_backward(grad, value, own, step, previous, bn, needs, needs_value, backend, other=None):
+    """Gradients of what a branch's convolution read (of the pixels that it read) and of its parameters."""
+    if not isinstance(bn, Folded):
+        return pointwise.backward(grad, value, own, step, previous, backend, needs, needs_value, other)
+    grads, correction = _gram_parameters(grad, value, own, step, bn, needs, needs_value, backend)
+    if not needs_value:
+        return None, grads
+    return pointwise.input_grad(grad, value, step, previous, own.weight, backend, other, correction), grads
+
+
+def _gram_parameters(
+    grad, value, own, step, folded, needs, needs_value, backend
+) -> tuple[StepGrads, tuple[Tensor, Tensor] | None]:
+    """Gradients of a Gram join's parameters, and the correction of its input's gradient; see :mod:`.folded_join`."""
+    if not (any(needs) or (needs_value and step.norm.batch_stats)):
+        return StepGrads(), None
+    x, x_scale, x_shift = parts(value)
+    bn, gram = folded
+    options = {"mask": grad.mask, "x_scale": x_scale, "x_shift": x_shift, "stride": step.conv.stride}
+    product, sum_g = run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
+    if not step.norm.batch_stats:
+        grad_gamma = bn.rstd * ((own.weight.flatten(1).to(product.dtype) * product).sum(1) - bn.mean * sum_g)
+        weight, correction = bn.scale.unsqueeze(1) * product, None
+    else:
+        arguments = (own.weight.contiguous(), product, gram.gram, gram.total, gram.centre, sum_g, bn.scale, bn.rstd)
+        weight, grad_gamma, *correction = run("gram_grad", *arguments, grad.g, backend=backend)
+    values = StepGrads(weight.view(own.weight.shape), None, grad_gamma, sum_g)
+    wanted = StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
+    return wanted, correction

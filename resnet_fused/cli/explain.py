@@ -18,5 +18,8 @@ def run(options: argparse.Namespace) -> int:
     model = named.build(options.model)
     edge = named.input_size(model)
     size = options.input or (16, 3, edge, edge)
-    print(resnet_fused.explain(model, size, dtype=DTYPES[options.dtype], training=not options.eval))
+    explained = resnet_fused.explain(
+        model, size, dtype=DTYPES[options.dtype], training=not options.eval, device=options.device
+    )
+    print(explained)
     return 0

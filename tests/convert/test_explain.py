@@ -1,11 +1,22 @@
 """The counted figures of `explain`, and that it runs nothing."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 from nets import block, small_resnet
+from torch.utils._pytree import tree_map
 
 import resnet_fused
+from resnet_fused import cli
+from resnet_fused.backends import triton as room
+from resnet_fused.backends.selfcheck_cases import cases, place
+from resnet_fused.blocks import devices, plan
+from resnet_fused.blocks.devices import DEVICES
+from resnet_fused.convert.traffic import Counter, own_operation
 from resnet_fused.models import resnet50
+from resnet_fused.ops import OPS
 
 
 def test_counts_of_a_known_block():
@@ -17,8 +28,10 @@ def test_counts_of_a_known_block():
     weights = sum(p.numel() for p in block(32, 8).parameters()) * 4
     assert entry.stock.bytes == pytest.approx(stock * unit, rel=0.15)
     assert entry.fused.bytes < 0.75 * entry.stock.bytes + 30 * weights
+    assert entry.compiled.bytes == pytest.approx(112 * unit, rel=0.05)  # see test_compiled_traffic
     assert entry.stock_saved == pytest.approx((4 + 12) * unit, rel=0.01)  # x; z, and relu or out, of widths 1, 1, 4
     assert entry.fused_saved == pytest.approx((4 + 1 + 1 + 4) * unit, rel=0.03)  # x, z1, z2, out and vectors
+    assert entry.stock.launches == (1 + 2 + 1) * 3 + 1 + 3 + (2 + 2 + 1) * 3 + 1  # the adds; three counters; both paths
 
 
 def test_resnet50_saves_and_moves_less():
@@ -27,7 +40,22 @@ def test_resnet50_saves_and_moves_less():
     assert explained.model.fused.bytes <= 0.75 * explained.model.stock.bytes
     assert [b.name for b in explained.blocks][:2] == ["layer1.0", "layer1.1"]
     assert "Gram join" in explained.blocks[1].plan and "plain join" in explained.blocks[-1].plan
-    assert "whole model" in str(explained) and "not measured" in str(explained)
+    text = str(explained)
+    assert "whole model" in text and "not measured" in text
+    assert f"Plan 1: {explained.blocks[0].plan}" in text
+    assert explained.device is None and explained.predictions == ()
+    assert "| ms" not in text
+
+
+def test_the_image_has_no_gradient():
+    """Of a model, the first convolution's data gradient is not counted; of a block, it is."""
+    model = small_resnet()
+    stem, first = model.conv1.weight.numel(), model.layer1[0].conv1.weight.numel()
+    explained = resnet_fused.explain(model, (2, 3, 64, 64))
+    flops = [o.flops for o in explained.model.stock.operations if o.name == "aten::convolution_backward"]
+    assert flops[-1] == 2 * 2 * 32 * 32 * stem
+    flops = [o.flops for o in explained.blocks[0].stock.operations if o.name == "aten::convolution_backward"]
+    assert 2 * 2 * 2 * 16 * 16 * first in flops
 
 
 def test_nothing_is_run_or_touched():
@@ -40,6 +68,109 @@ def test_nothing_is_run_or_touched():
     assert not resnet_fused.report(model).fused
 
 
+def test_a_device_plans_and_predicts(monkeypatch):
+    asked = []
+    planning_for = plan.planning_for
+
+    @contextlib.contextmanager
+    def noting(device):
+        asked.append(device)
+        with planning_for(device):
+            yield
+
+    monkeypatch.setattr(plan, "planning_for", noting)
+    explained = resnet_fused.explain(small_resnet(), (64, 3, 64, 64), dtype=torch.bfloat16, device="H100")
+    h100 = DEVICES["h100"]
+    assert explained.device is h100 and set(asked) == {h100}
+    (only,) = explained.predictions
+    assert only.device is h100
+    for seconds, counted in ((only.stock, explained.model.stock), (only.compiled, explained.model.compiled)):
+        assert seconds == devices.predict(counted.operations, h100)
+        moving = counted.bytes / (devices.BANDWIDTH_SHARE * h100.bandwidth)
+        assert seconds >= moving + counted.launches * h100.overhead
+    assert only.compiled < only.stock
+    lines = str(explained).splitlines()
+    assert lines[0].split("|")[-4].strip() == "ms"
+    cells = [cell.strip() for cell in lines[len(explained.blocks) + 2].split("|")[-4:-1]]
+    assert cells == [f"{seconds * 1e3:.2f}" for seconds in (only.fused, only.stock, only.compiled)]
+
+
+def test_without_a_device_16_bit_is_predicted_on_all():
+    explained = resnet_fused.explain(small_resnet(), (64, 3, 64, 64), dtype=torch.float16)
+    assert [p.device for p in explained.predictions] == list(DEVICES.values())
+    a100, h100, h200 = explained.predictions[:3]
+    assert a100.stock > h100.stock > h200.stock
+    text = str(explained)
+    assert all(f"| {known.name} " in text for known in DEVICES.values())
+
+
+def test_the_table_is_readable():
+    explained = resnet_fused.explain(resnet50(), (256, 3, 224, 224), dtype=torch.bfloat16, device="b200")
+    table = [line for line in str(explained).splitlines() if line.startswith("|")]
+    rows = table[: len(explained.blocks) + 3]
+    assert len({len(row) for row in rows}) == 1
+    assert len(rows[0]) <= 160
+
+
+def test_the_command_line_takes_a_device(capsys):
+    assert cli.main(["explain", "resnet18", "--input", "2,3,64,64", "--dtype", "bf16", "--device", "a100"]) == 0
+    assert " ms |" in capsys.readouterr().out.splitlines()[0]
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "resnet18", "--device", "v100"])
+    error = capsys.readouterr().err
+    assert all(name in error for name in DEVICES)
+
+
 def test_bad_input_size():
     with pytest.raises(ValueError, match=r"input_size is \(3, 224, 224\); pass \(N, C, H, W\)"):
         resnet_fused.explain(small_resnet(), (3, 224, 224))
+
+
+def test_bad_device():
+    with pytest.raises(ValueError, match="unknown device 'tpu'; pass one of 'a100', 'h100'"):
+        resnet_fused.explain(small_resnet(), (2, 3, 64, 64), device="tpu")
+
+
+def test_operations_by_hand():
+    x = torch.ones(4, 8, 6, 6)
+    with Counter() as counter:
+        y = x + 1
+        y.view(-1).relu_()
+        y.copy_(x)
+        x[:, :1].expand(4, 8, 6, 6).sum()
+    size = x.numel() * 4
+    counted = [(o.name, o.bytes) for o in counter.total.operations]
+    assert counted == [
+        ("aten::add", 2 * size),
+        ("aten::relu_", 2 * size),
+        ("aten::copy_", 2 * size),
+        ("aten::sum", size // 8 + 4),
+    ]
+    assert counter.total.bytes == sum(moved for _, moved in counted)
+    assert counter.total.launches == 4
+
+
+#: What a layer's pixels are split for and summed by a second launch, a small case's are not.
+SPLIT = {"conv1x1_wgrad"}
+
+
+def on_meta(argument):
+    return argument.to("meta") if isinstance(argument, torch.Tensor) else argument
+
+
+@pytest.mark.parametrize("name", room.OPS)
+def test_launches_are_those_of_the_triton_kernels(name, monkeypatch):
+    """Counted on meta tensors, where kernels would start."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    common = importlib.import_module("resnet_fused.backends.triton.common")
+    kernel = importlib.import_module(f"resnet_fused.backends.triton.{name}")
+    started = []
+    monkeypatch.setattr(common, "start", lambda kernel, *args, **meta: started.append(kernel))
+    overload = getattr(torch.ops.resnet_fused_auto, name).default
+    for case in cases(name, torch.bfloat16):
+        placed = place(case, torch.bfloat16, torch.device("cpu"))
+        args, kwargs = tree_map(on_meta, (placed.args, placed.kwargs))
+        started.clear()
+        kernel.run(*args, **kwargs)
+        counted = own_operation(overload, args, kwargs, OPS[name].fake(*args, **kwargs))
+        assert counted.launches == len(started) or (name in SPLIT and len(started) == 1), case.name

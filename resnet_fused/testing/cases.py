@@ -13,7 +13,7 @@ import torch
 
 from ..backends.selfcheck_cases import Case, Draw
 from ..ops.contract import channels_last_strides, pack_mask
-from . import conv1x1_cases, conv1x1_gradient_cases, gram_cases, vector_cases
+from . import conv1x1_cases, conv1x1_gradient_cases, gram_cases, pool_cases, vector_cases
 
 Tensor = torch.Tensor
 
@@ -213,6 +213,7 @@ _CASES = {f.__name__: f for f in (bn_stats, norm_add_relu, norm_add_relu_backwar
 _CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_, conv_weight_grad)}
 _CASES |= conv1x1_cases.CASES | conv1x1_gradient_cases.CASES
 _CASES |= gram_cases.CASES | vector_cases.CASES
+_CASES |= pool_cases.CASES
 _CASES["lazy_grad_apply_"] = lazy_grad_apply
 
 

@@ -13,14 +13,23 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # Registers per thread: a block of 128 threads then finds room on an SM four times (128) or three times (168).
 REGISTERS = {
     "bn_stats_kernel": 64,
-    "bn_stats_merge_kernel": 80,
+    "bn_stats_merge_kernel": 160,  # 512 chunks at once after a convolution, by a block of 256 threads
     "norm_add_relu_kernel": 128,
     "norm_add_relu_backward_kernel": 168,
     "sum_chunks_kernel": 48,
     "lazy_grad_apply_kernel": 128,
+    "conv1x1_wgrad_merge_kernel": 64,
+    "gram_merge_kernel": 64,
+    "bn_affine_kernel": 64,
+    "bn_coefficients_kernel": 64,
 }
-SHARED_BYTES = 4096  # only for reductions across threads and for laying out vectors
-PIXELWISE = [name for name in REGISTERS if "merge" not in name and "chunks" not in name]
+PIXELWISE = ["bn_stats_kernel", "norm_add_relu_kernel", "norm_add_relu_backward_kernel", "lazy_grad_apply_kernel"]
+PRODUCTS = ["conv1x1_kernel", "conv1x1_join_kernel", "conv1x1_dgrad_kernel", "conv1x1_wgrad_kernel", "gram_kernel"]
+SMALL_PRODUCTS = ["gram_norm_kernel", "gram_grad_rows_kernel", "gram_grad_coupling_kernel"]  # float32, once a layer
+ARCHS = (80, 90, 100, 120)
+SHARED_BYTES = 4096  # without products: only for reductions across threads and for laying out vectors
+SHARED_BYTES_OF = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a block can have
+TENSOR_CORES = {80: ["mma"], 90: ["wgmma"], 100: ["tcgen05", "mma"], 120: ["mma"]}  # one of these instructions
 
 
 def run_script(name, cache):
@@ -44,22 +53,44 @@ def label(row):
 
 def test_everything_is_compiled_for_every_architecture(rows):
     compiled = {(row["kernel"], row["dtype"], row["arch"]) for row in rows}
-    wanted = {
-        (name, dtype, arch)
-        for name in PIXELWISE
-        for dtype in ("float32", "bfloat16", "float16")
-        for arch in (80, 90, 100)
+    dtypes = ("float32", "bfloat16", "float16")
+    assert {(name, dtype, arch) for name in PIXELWISE for dtype in dtypes for arch in ARCHS} <= compiled
+    products = PRODUCTS + SMALL_PRODUCTS
+    assert {(name, "bfloat16", arch) for name in products for arch in ARCHS} <= compiled
+    assert {(name, dtype, 90) for name in products for dtype in dtypes} <= compiled
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        (n, arch) for n in (*REGISTERS, *products) for arch in ARCHS
     }
-    assert wanted <= compiled
-    assert {row["kernel"] for row in rows} == set(REGISTERS)
 
 
 def test_no_spills_and_bounded_registers_and_shared_memory(rows):
+    """Products may take all registers that a block can have: their accumulators are there for.
+
+    Of those, odd layers may spill, which need an address for every single element, and products in full float32 a
+    little, which are not worth a tile of their own.
+    """
     for row in rows:
-        assert row["LOCAL"] == 0 and row["STACK"] == 0, f"{label(row)} spills: {row}"
-        most = REGISTERS[row["kernel"]] if row["channels"] % 8 == 0 else 255  # an address for every single element
+        odd = row["channels"] % 8 != 0
+        assert row["LOCAL"] == 0, f"{label(row)} has local memory: {row}"
+        most = 16 if "full float32" in row["options"] else 0
+        assert row["STACK"] <= most or (odd and row["kernel"] in PRODUCTS), f"{label(row)} spills: {row}"
+        most = 255 if odd else REGISTERS.get(row["kernel"], 255)
         assert 0 < row["REG"] <= most, f"{label(row)} takes {row['REG']} registers"
-        assert row["shared"] <= SHARED_BYTES, f"{label(row)} takes {row['shared']} bytes of shared memory"
+        assert row["REG"] * 32 * row["warps"] <= 65536, f"{label(row)} finds no room on an SM"
+        most = SHARED_BYTES if row["kernel"] in REGISTERS else SHARED_BYTES_OF[row["arch"]]
+        assert row["shared"] <= most, f"{label(row)} takes {row['shared']} bytes of shared memory"
+
+
+def test_products_use_tensor_cores(rows):
+    """float32 does where TF32 is allowed, and nowhere in the Gram matrix, whose digits cancel later."""
+    for row in rows:
+        full = "full float32" in row["options"] or (row["kernel"] == "gram_kernel" and row["dtype"] == "float32")
+        if row["kernel"] in PRODUCTS and not full:
+            used = set(row["products"]) & set(TENSOR_CORES[row["arch"]])
+            assert used, f"{label(row)} multiplies with {row['products']}"
+            assert row["tf32"] == (row["dtype"] == "float32"), f"{label(row)}: TF32 {row['tf32']}"
+        else:
+            assert not row["products"] and not row["tf32"], f"{label(row)} multiplies with {row['products']}"
 
 
 def test_activations_move_16_bytes_at_a_time(rows):
@@ -76,6 +107,18 @@ def test_activations_move_16_bytes_at_a_time(rows):
             assert set(stores) <= {"128", "8"} and stores["128"] > 0, f"{label(row)} stores {stores}"
 
 
+def test_operands_of_products_move_16_bytes_at_a_time(rows):
+    """Into registers or straight to shared memory; vectors come one float a thread, masks one byte."""
+    for row in rows:
+        if row["kernel"] not in PRODUCTS or row["channels"] % 8:
+            continue
+        loads, stores, copies = row["loads"], row["stores"], row["copies"]
+        assert "128" in loads or "128" in copies, f"{label(row)} loads {loads}, copies {copies}"
+        assert "128" in stores, f"{label(row)} stores {stores}"
+        assert "16" not in {*loads, *stores}, f"{label(row)} moves single 16-bit values: {loads} {stores}"
+        assert "8" not in {*loads, *stores} or "mask" in row["options"] or "bits" in row["options"], label(row)
+
+
 def test_relu_is_a_select_and_sums_have_no_atomics(rows):
     """``max.f32`` drops NaN; atomics would make sums depend on the order in which blocks run."""
     for row in rows:
@@ -84,8 +127,11 @@ def test_relu_is_a_select_and_sums_have_no_atomics(rows):
 
 
 def test_launches_bind_and_sizes_do_not_recompile(tmp_path):
-    """Two tile widths, where C is 64 and where it is more; batch and image size compile nothing new."""
+    """Batch and image size compile nothing new, but for how many splits a merge takes at once; widths, a few tiles."""
     (variants,) = run_script("triton_binding.py", tmp_path)
-    assert set(variants) == set(REGISTERS)
-    pointwise = {"norm_add_relu_kernel", "lazy_grad_apply_kernel"}
-    assert all(count == (2 if name in pointwise else 1) for name, count in variants.items()), variants
+    for call, kernels in variants["sizes"].items():
+        assert all(count == 1 or "merge" in name for name, count in kernels.items()), f"{call}: {kernels}"
+    for kernels in (*variants["sizes"].values(), *variants["widths"].values()):
+        assert all(count <= 3 for count in kernels.values()), variants
+    launched = {name for kernels in variants["sizes"].values() for name in kernels}
+    assert launched == {*REGISTERS, *PRODUCTS, *SMALL_PRODUCTS}

@@ -1,4 +1,4 @@
-"""Run the Triton kernels' suite on CPU tensors, in a process where Triton interprets."""
+"""Run the suites of the Triton kernels and of chains made of them on CPU tensors, where Triton interprets."""
 
 import os
 import subprocess
@@ -15,8 +15,9 @@ OLD = triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__v
 @pytest.mark.skipif(
     OLD, reason="the interpreter of Triton 3.6 needs numpy < 2.4; install either another Triton or numpy"
 )
-def test_suite_in_the_interpreter(tmp_path):
-    suite = Path(__file__).with_name("triton_suite.py")
+@pytest.mark.parametrize("name", ["triton_suite.py", "triton_chains.py"])
+def test_suite_in_the_interpreter(tmp_path, name):
+    suite = Path(__file__).with_name(name)
     command = [
         sys.executable,
         "-m",

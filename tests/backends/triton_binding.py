@@ -1,16 +1,23 @@
-"""Take every Triton launch through Triton's own argument binding, up to the launch itself, with no GPU.
+"""Take every Triton launch through Triton's own argument binding, up to the compiler, with no GPU.
 
 Run by test_triton_compile.py in a process of its own. A driver that only names its target stands in for CUDA's. Prints,
-for each kernel, how many variants were compiled for layers of several sizes: one for each set of options and no more.
+for each call and each kernel that it starts, how many variants would be compiled: for batches and images of several
+sizes ("sizes"), and for layers of several widths besides ("widths").
 """
 
+import importlib
 import json
+import types
 
-import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton_calls import Layer, calls
 
-from resnet_fused.backends.triton import bn_stats, common, lazy_grad_apply, norm_add_relu, norm_add_relu_backward
+from resnet_fused.backends import triton as room
+from resnet_fused.backends.triton import common
+
+SIZES = ((4, 8), (1, 1), (3, 5), (64, 9))  # samples, height and width
+WIDTHS = ((64, 256), (16, 64), (512, 2048))  # narrow and wide channels
 
 
 class NamesItsTarget:
@@ -24,24 +31,32 @@ class NamesItsTarget:
         return 0
 
 
+def bind(kernel, programs, *args, warps=common.NUM_WARPS, stages=common.NUM_STAGES, **meta):
+    """An identity of what Triton would compile for this launch."""
+    kernel.compile = lambda source, target, options: types.SimpleNamespace(hash=source.hash() + repr(options))
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": common.ENABLE_FP_FUSION}
+    return kernel.warmup(*args, **meta, **options, grid=(programs,)).hash
+
+
+def variants(sizes, widths):
+    """{call: {kernel: number of variants}}."""
+    found = {}
+    for samples, size in sizes:
+        for narrow, wide in widths:
+            for op, options, args, kwargs in calls(Layer(samples, size, narrow, wide, device="cpu")):
+                kernels = found.setdefault(f"{op} ({options})", {})
+
+                def start(kernel, programs, *args, kernels=kernels, **meta):
+                    kernels.setdefault(kernel.fn.__name__, set()).add(bind(kernel, programs, *args, **meta))
+
+                common.start = start
+                importlib.import_module(f"{room.__name__}.{op}").run(*args, **kwargs)
+    return {call: {name: len(hashes) for name, hashes in kernels.items()} for call, kernels in found.items()}
+
+
 def main():
     driver.set_active(NamesItsTarget())
-    variants = {}
-
-    def compile_only(kernel, programs, *args, **meta):
-        options = {"num_warps": common.NUM_WARPS, "enable_fp_fusion": common.ENABLE_FP_FUSION}
-        built = kernel.warmup(*args, **meta, **options, grid=(programs,))
-        variants.setdefault(kernel.fn.__name__, set()).add(built.hash)
-
-    common.start = compile_only
-    for shape in ((2, 64, 8, 8), (1, 64, 1, 1), (3, 192, 5, 7), (16, 1024, 4, 4)):
-        z = torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        v, factor = torch.ones(shape[1]), torch.ones(shape[0])
-        bn_stats.run(z)
-        _, mask = norm_add_relu.run(z, v, v, z, v, v, factor, emit_mask=True)
-        norm_add_relu_backward.run(z, z, mask=mask, residual=z, sample_factor=factor)
-        lazy_grad_apply.run(z, z, v, v, v, v, v, factor)
-    print(json.dumps({name: len(hashes) for name, hashes in variants.items()}))
+    print(json.dumps({"sizes": variants(SIZES, WIDTHS[:1]), "widths": variants(SIZES[:1], WIDTHS)}))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ Run by test_triton_compile.py in a process of its own, because the interpreter r
 meta tensors with the launch intercepted, so what is compiled is exactly what a GPU would be given.
 """
 
-import concurrent.futures
+import contextlib
+import functools
+import importlib
 import json
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,13 +19,23 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_calls import Layer, backward_calls, calls, forward_calls, small_calls
 
-from resnet_fused.backends.triton import bn_stats, common, lazy_grad_apply, norm_add_relu, norm_add_relu_backward
+from resnet_fused.backends import triton as room
+from resnet_fused.backends.triton import (
+    bn_stats,
+    common,
+    configs,
+    lazy_grad_apply,
+    norm_add_relu,
+    norm_add_relu_backward,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ARCHS = (80, 90, 100)
+ARCHS = (80, 90, 100, 120)
+MANY = 2**20  # samples, so that rows are counted beyond 2^31
 
 
 def tensors(dtype, channels, n):
@@ -33,7 +47,7 @@ def tensors(dtype, channels, n):
 
 
 def launches(dtype, channels=256, samples=64):
-    """What to compile: (options, weight, call). Weight 2: a kernel's richest options, 1: common ones, 0: the rest."""
+    """Pixelwise ops: (options, weight, call). Weight 2: a kernel's richest options, 1: common ones, 0: the rest."""
     z, r, v, f, bits = tensors(dtype, channels, samples)
     forward, backward, apply = norm_add_relu.run, norm_add_relu_backward.run, lazy_grad_apply.run
     yield "", 2, lambda: bn_stats.run(z)
@@ -52,15 +66,48 @@ def launches(dtype, channels=256, samples=64):
     yield "affine, sign, factor", 2, lambda: apply(z, r, v, v, v, v, v, f)
 
 
-def record(call):
-    """The kernels that `call` would start: (kernel, positional arguments, meta-parameters)."""
-    started = []
-    original = common.start
-    common.start = lambda kernel, programs, *args, **meta: started.append((kernel, args, meta))
+def products(at, richest=False):
+    """Of the 1x1 ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
+    for op, options, args, kwargs in calls(at, forward_calls, backward_calls, small_calls):
+        if not richest or (op, options) in RICHEST:
+            run = importlib.import_module(f"{room.__name__}.{op}").run
+            yield options, functools.partial(run, *args, **kwargs)
+
+
+RICHEST = {
+    ("conv1x1", "lazy, narrow to wide, statistics"),
+    ("conv1x1_join", "lazy, affine residual, factor, mask"),
+    ("conv1x1_join", "lazy, strided projection, factor, mask"),
+    ("conv1x1_dgrad", "Gram join: bits, factor, coupling, sums"),
+    ("conv1x1_dgrad", "lazy gradient, masked residual"),
+    ("conv1x1_wgrad", "lazy gradient and input"),
+    ("gram", "lazy"),
+    ("bn_affine", ""),
+    ("bn_coefficients", ""),
+    ("gram_norm", ""),
+    ("gram_grad", ""),
+}
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        call()
+        yield
     finally:
-        common.start = original
+        setattr(owner, name, original)
+
+
+def record(call, arch):
+    """The kernels that `call` would start on a GPU of `arch`: (kernel, positional arguments, meta-parameters)."""
+    started = []
+
+    def note(kernel, programs, *args, **meta):
+        started.append((kernel, args, {"warps": common.NUM_WARPS, "stages": common.NUM_STAGES} | meta))
+
+    with replaced(common, "start", note), replaced(configs, "capability", lambda device: arch):
+        call()
     return started
 
 
@@ -101,32 +148,64 @@ def resources(cubin):
 
 def compile_one(kernel, args, meta, arch):
     """Compile one launch for one architecture."""
-    options = {"num_warps": common.NUM_WARPS, "enable_fp_fusion": common.ENABLE_FP_FUSION}
+    options = {"num_warps": meta["warps"], "num_stages": meta["stages"], "enable_fp_fusion": common.ENABLE_FP_FUSION}
     built = triton.compile(source(kernel, args, meta), target=GPUTarget("cuda", arch, 32), options=options)
     ptx = built.asm["ptx"]
     return dict(
         resources(built.asm["cubin"]),
         shared=built.metadata.shared,
+        warps=meta["warps"],
         loads=widths(ptx, "ld"),
         stores=widths(ptx, "st"),
+        copies={8 * int(size, 16): 1 for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)[,;]", ptx)},
+        products=sorted(set(re.findall(r"\b(wgmma|mma|tcgen05)\.(?:mma_async|sync|mma)", ptx))),
+        tf32="tf32" in ptx,
         float_max=re.findall(r"max\.\S*f32", ptx),
         atomics=len(re.findall(r"\b(?:atom|red)\.global", ptx)),
     )
 
 
 def chosen():
-    """What to compile: (options, dtype, channels, architecture, launch). All options in bfloat16 on sm_90."""
+    """What to compile: (options, dtype, channels, architecture, launch)."""
+    for options, dtype, channels, arch, call in (*chosen_pixelwise(), *chosen_products()):
+        yield from ((options, dtype, channels, arch, started) for started in record(call, arch))
+
+
+def chosen_pixelwise():
+    """All options in bfloat16 on sm_90."""
     for dtype in DTYPES:
         for arch in ARCHS:
             least = (dtype is not torch.bfloat16) + (arch != 90)
             for options, weight, call in launches(dtype):
                 if weight >= least:
-                    yield from ((options, dtype, 256, arch, started) for started in record(call))
-    few = ((torch.bfloat16, 24, 64), (torch.float32, 24, 64), (torch.bfloat16, 7, 64), (torch.bfloat16, 8, 2**20))
-    for dtype, channels, samples in few:  # the last: 2^31 rows and more
+                    yield options, dtype, 256, arch, call
+    few = ((torch.bfloat16, 24, 64), (torch.float32, 24, 64), (torch.bfloat16, 7, 64), (torch.bfloat16, 8, MANY))
+    for dtype, channels, samples in few:
         for options, weight, call in launches(dtype, channels, samples):
             if weight == 2:
-                yield from ((options, dtype, channels, 90, started) for started in record(call))
+                yield options, dtype, channels, 90, call
+
+
+def chosen_products():
+    """All options in bfloat16 on sm_90; the richest elsewhere, in other dtypes, on narrow and odd layers.
+
+    float32 is compiled as multiplied in TF32, torch's default for convolutions, and in full.
+    """
+    for options, call in products(Layer(64, 7, 512, 2048)):
+        yield options, torch.bfloat16, 512, 90, call
+    layers = [(Layer(64, 7, 512, 2048), arch) for arch in ARCHS if arch != 90]
+    layers += [(Layer(64, 7, 512, 2048, dtype), 90) for dtype in DTYPES[1:]]
+    layers += [(Layer(64, 56, 64, 256), 90), (Layer(64, 14, 33, 65), 90), (Layer(MANY, 56, 64, 256), 90)]
+    for at, arch in layers:
+        for options, call in products(at, richest=True):
+            yield options, at.dtype, at.narrow, arch, call
+    for options, call in products(Layer(64, 7, 512, 2048, torch.float32), richest=True):
+        yield f"{options}, full float32", torch.float32, 512, 90, functools.partial(in_full, call)
+
+
+def in_full(call):
+    with replaced(torch.backends.cudnn, "allow_tf32", False):
+        return call()
 
 
 def row_of(what):
@@ -136,14 +215,29 @@ def row_of(what):
     return row | {"channels": channels, "arch": arch} | compile_one(kernel, args, meta, arch)
 
 
-def main():
-    different = {}  # the second stages are the same for most launches
+def different():
+    """What is different among `chosen`: the second stages are the same for most launches."""
+    found = {}
     for what in chosen():
         *_, arch, (kernel, args, meta) = what
-        different.setdefault((source(kernel, args, meta).hash(), arch), what)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # half of the time goes to the assembler, a process
-        for row in pool.map(row_of, different.values()):
-            print(json.dumps(row), flush=True)
+        found.setdefault((source(kernel, args, meta).hash(), arch, meta["warps"], meta["stages"]), what)
+    return list(found.values())
+
+
+def main():
+    """In processes, as the compiler holds Python's lock half of the time; forked, as launches cannot be pickled."""
+    work = different()
+
+    def print_every_other(first):
+        for what in work[first::2]:
+            print(json.dumps(row_of(what)), flush=True)
+
+    fork = multiprocessing.get_context("fork")
+    helper = fork.Process(target=print_every_other, args=(1,))
+    helper.start()
+    print_every_other(0)
+    helper.join()
+    sys.exit(helper.exitcode)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton_products import *  # noqa: F403
 
 from resnet_fused import backends
 from resnet_fused.backends import selfcheck

@@ -1,0 +1,169 @@
+"""What every Triton op loads and stores, counted in the interpreter, is what its contract declares."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from test_triton_interpreter import OLD
+
+from resnet_fused.backends import triton as room
+
+pytestmark = pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 needs numpy < 2.4; install either another")
+
+SMALL = ("bn_affine", "bn_coefficients", "gram_norm", "gram_grad")  # vectors and matrices of weights; all in L2
+#: Vectors and partial sums, which `bytes()` leaves out, as a share of it at 56 x 56 and batch 256. Sums over rows into
+#: a matrix, `gram` above all, pay for a split on every SM; at every size partial sums fit into an L2 of 40 MB.
+OVERHEAD = {"conv1x1_wgrad": 0.025, "gram": 0.05}
+WORKSPACE_BYTES = 10e6
+STRIDED = {"conv1x1_kernel": "x_ptr", "conv1x1_join_kernel": "x2_ptr", "conv1x1_wgrad_kernel": "x_ptr"}
+
+
+def ceil(a, b):
+    return -(-a // b)
+
+
+def channels(sizes, which):
+    return sizes[f"UNITS_{which}"] * sizes[f"DIV_{which}"]
+
+
+def again(kernel, sizes, names):
+    """How often a launch asks for each byte of an argument that it touches more than once; by name."""
+    if kernel == "bn_stats_kernel":  # the first tile of a chunk twice
+        return {"z_ptr": 1 + sizes["chunks"] * sizes["BLOCK_M"] / sizes["M"]}
+    if kernel == "gram_kernel":  # a tile of columns meets every other and, once for both sides, itself
+        return {"a_ptr": sizes["column_tiles"]}
+    if kernel == "gram_merge_kernel":  # the diagonal is its own mirror image
+        return {"gram_ptr": 1 + 1 / sizes["C"]}
+    if kernel == "conv1x1_wgrad_kernel":
+        outputs, inputs = (ceil(channels(sizes, w), sizes[f"BLOCK_{w}"]) for w in "KC")
+        return dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), inputs) | {"x_ptr": outputs}
+    if kernel not in ("conv1x1_kernel", "conv1x1_join_kernel", "conv1x1_dgrad_kernel"):
+        return {}
+    rows = ceil(sizes["M"], sizes["BLOCK_M"])
+    columns = ceil(channels(sizes, "C" if "UNITS_C" in sizes else "OUT"), sizes["BLOCK_N"])
+    matrices = dict.fromkeys(("weight_ptr", "weight2_ptr", "coupling_ptr"), rows)
+    if kernel != "conv1x1_dgrad_kernel":
+        return matrices | {"x_ptr": columns, "x2_ptr": columns}
+    lazy = dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), columns)
+    coupled = columns if "coupling_ptr" in names else 0  # x is an operand of the coupling, and tells its own sign
+    return matrices | lazy | {"x_ptr": coupled + 1}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """One row for each call, all from one process."""
+    script = Path(__file__).with_name("triton_counting.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "-W", "ignore", str(script)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def label(row):
+    return f"{row['op']} ({row['options']}), {row['layer']}"
+
+
+def buffers(row, *kinds):
+    """(launch, name, buffer) of all buffers of these kinds."""
+    for launch in row["launches"]:
+        yield from ((launch, name, b) for name, b in launch["buffers"].items() if b["kind"] in kinds)
+
+
+def unique(row, *kinds):
+    """Bytes that a call moves when what a launch reads again comes out of L2."""
+    return sum(b["read"][0] + b["written"][0] for _, _, b in buffers(row, *kinds))
+
+
+def issued(row, *kinds):
+    return sum(b["read"][1] + b["written"][1] for _, _, b in buffers(row, *kinds))
+
+
+def predicted(row):
+    """What would be issued for tensors, from the sizes of a launch's arguments, in shares of what is declared."""
+    total = 0
+    for launch, name, b in buffers(row, "tensors"):
+        sizes, strided = launch["sizes"], STRIDED.get(launch["kernel"])
+        skipped = sizes["STRIDE_H"] * sizes["STRIDE_W"] if name == strided else 1
+        total += b["size"] / skipped * again(launch["kernel"], sizes, launch["buffers"]).get(name, 1)
+    return total / row["declared"]
+
+
+def overhead(row):
+    """Upper bound for vectors and partial sums, from the sizes of a launch's arguments: all of each, in each launch."""
+    return sum(b["size"] for _, _, b in buffers(row, "vectors", "workspace")) / row["declared"]
+
+
+def of_layer(rows, *layers, small=False):
+    return (row for row in rows if row["layer"] in layers and (row["op"] in SMALL) == small)
+
+
+def test_every_op_is_counted_in_every_layer(rows):
+    layers = {row["layer"] for row in rows}
+    assert {(row["op"], row["layer"]) for row in rows} == {(op, layer) for op in room.OPS for layer in layers}
+
+
+def test_tensors_move_once_as_declared(rows):
+    """To the byte: one read of each input, of the pixels that a stride leaves, and one write of each result."""
+    for row in of_layer(rows, "toy", "odd"):
+        assert unique(row, "tensors") == row["declared"], f"{label(row)}: {unique(row, 'tensors') / row['declared']}"
+
+
+def test_small_ops_move_what_they_declare(rows):
+    """Vectors are part of it. `gram_grad` reads the weight in both of its launches."""
+    for row in of_layer(rows, "toy", "odd", small=True):
+        share = unique(row, "tensors", "vectors") / row["declared"]
+        assert 1 <= share <= (1.2 if row["op"] == "gram_grad" else 1), f"{label(row)}: {share}"
+
+
+def test_workspace_is_written_by_one_launch_and_read_by_another(rows):
+    """Whole or, of the symmetric tiles of a Gram matrix, in half."""
+    for row in (row for row in rows if row["layer"] in ("toy", "odd")):
+        for launch, name, b in buffers(row, "workspace"):
+            (read, _), (written, _) = b["read"], b["written"]
+            assert written in (0, b["size"]), f"{label(row)}: {launch['kernel']} does not fill {name}"
+            assert (read == 0) != (written == 0), f"{label(row)}: {launch['kernel']} reads and writes {name}"
+
+
+def test_vectors_and_partial_sums_are_small(rows):
+    for row in of_layer(rows, "56x56"):
+        most = OVERHEAD.get(row["op"], 0.02)
+        assert overhead(row) < most, f"{label(row)}: {overhead(row):.2%} beside what is declared"
+    for row in rows:
+        biggest = max((b["size"] for _, _, b in buffers(row, "workspace")), default=0)
+        assert biggest < WORKSPACE_BYTES, f"{label(row)}: {biggest} bytes of partial sums"
+
+
+def test_reads_repeat_as_the_tiling_says(rows):
+    """What L1 and L2 serve: x once for each tile of columns, a matrix once for each tile of rows, all else once."""
+    for row in of_layer(rows, "toy", "odd"):
+        for launch, name, b in buffers(row, "tensors"):
+            expected = again(launch["kernel"], launch["sizes"], launch["buffers"]).get(name, 1)
+            for way in ("read", "written"):
+                once, asked = b[way]
+                assert asked == expected * once, f"{label(row)}: {name} is {way} {asked / once} times, not {expected}"
+
+
+def test_table(rows):
+    """For the reader (pytest -rP), in shares of what is declared: what tensors move, and what the rest adds.
+
+    Issued bytes beyond 1 come out of L1 and L2; in the large layers they follow from the tiling, which the test before
+    this one confirms.
+    """
+    print(f"{'':65} {'tensors':>7} {'issued':>7}   {'at 56x56: issued, rest':22}   {'at 7x7: issued, rest':20}")
+    large = {(row["op"], row["options"], row["layer"]): row for row in rows}
+    for row in of_layer(rows, "toy"):
+        op, options, declared = row["op"], row["options"], row["declared"]
+        moved, asked = unique(row, "tensors") / declared, issued(row, "tensors") / declared
+        assert predicted(row) == pytest.approx(asked), label(row)
+        wide, deep = (large[op, options, layer] for layer in ("56x56", "7x7"))
+        print(
+            f"{op:23} {options:41} {moved:7.3f} {asked:7.2f}   "
+            f"{predicted(wide):13.2f} {overhead(wide):8.2%}   {predicted(deep):11.2f} {overhead(deep):8.2%}"
+        )

@@ -1,0 +1,127 @@
+"""Calls of every Triton op as a network makes them, for the scripts that count, compile and bind launches.
+
+``Layer`` says where tensors come from; real ones in the interpreter, meta tensors where nothing runs. Options are the
+richest that blocks ask for, so that every optional argument of every kernel is in one call at least.
+"""
+
+import dataclasses
+
+import torch
+
+from resnet_fused.backends import triton as room
+from resnet_fused.ops.contract import channels_last_strides
+
+
+@dataclasses.dataclass
+class Layer:
+    """A batch of images with the narrow and the wide channels of a bottleneck."""
+
+    samples: int
+    size: int
+    narrow: int
+    wide: int
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "meta"
+
+    def data(self, channels, size=None):
+        shape = (self.samples, channels, size or self.size, size or self.size)
+        strides = channels_last_strides(shape)
+        empty = torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
+        return empty if self.device == "meta" else empty.copy_(torch.rand(shape))
+
+    def vector(self, channels):
+        return torch.ones(channels, device=self.device)
+
+    def vectors(self, channels, *names):
+        return {name: self.vector(channels) for name in names}
+
+    def weight(self, outputs, inputs):
+        return torch.ones((outputs, inputs, 1, 1), dtype=self.dtype, device=self.device)
+
+    def matrix(self, rows, columns):
+        return torch.ones((rows, columns), device=self.device)
+
+    def bits(self, channels, size=None):
+        shape = (self.samples * (size or self.size) ** 2, (channels + 7) // 8)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    def factor(self):
+        return {"sample_factor": self.vector(self.samples)}
+
+
+def forward_calls(at):
+    """1x1 convolutions and joins: (op, options, arguments, keywords)."""
+    c, k = at.narrow, at.wide
+    lazy = at.vectors(c, "x_scale", "x_shift")
+    yield "conv1x1", "lazy, narrow to wide, statistics", (at.data(c), at.weight(k, c)), lazy
+    yield "conv1x1", "wide to narrow", (at.data(k), at.weight(c, k)), {"emit_stats": False}
+    yield "conv1x1", "stride 2, statistics", (at.data(k, 2 * at.size), at.weight(c, k)), {"stride": [2, 2]}
+    arguments = (at.data(c), at.weight(k, c), at.vector(k), at.vector(k))
+    yield "conv1x1_join", "lazy, residual, mask", arguments, lazy | {"residual": at.data(k), "emit_mask": True}
+    affine = {"residual": at.data(k)} | at.vectors(k, "residual_scale", "residual_shift")
+    options = lazy | affine | at.factor() | {"emit_mask": True}
+    yield "conv1x1_join", "lazy, affine residual, factor, mask", arguments, options
+    projection = {"x2": at.data(k // 2, 2 * at.size), "weight2": at.weight(k, k // 2), "stride2": [2, 2]}
+    options = lazy | projection | at.vectors(k, "scale2", "shift2") | at.factor() | {"emit_mask": True}
+    yield "conv1x1_join", "lazy, strided projection, factor, mask", arguments, options
+    yield "gram", "plain", (at.data(c), at.vector(c)), {}
+    yield "gram", "lazy", (at.data(c), at.vector(c), at.vector(c), at.vector(c)), {}
+
+
+def backward_calls(at):
+    """Their gradients."""
+    c, k = at.narrow, at.wide
+    joined = {"mask": at.bits(k), "a": at.vector(k)} | at.factor()
+    lazy = {"x": at.data(c)} | at.vectors(c, "x_scale", "x_shift")
+    coupling = {"coupling": at.weight(c, c), "constant": at.vector(c)}
+    arguments = (at.data(k), at.weight(k, c))
+    yield "conv1x1_dgrad", "Gram join: bits, factor, coupling, sums", arguments, joined | lazy | coupling
+    through = {"z": at.data(k)} | at.vectors(k, "a", "b", "d", "scale", "shift")
+    yield "conv1x1_dgrad", "lazy gradient, sums", arguments, through | lazy
+    through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d", "scale", "shift")
+    arguments = (at.data(c), at.weight(c, k))
+    masked = {"residual": at.data(k), "residual_mask": at.bits(k)}
+    yield "conv1x1_dgrad", "lazy gradient, masked residual", arguments, through | masked
+    strided = {"residual": at.data(k, (at.size + 1) // 2), "residual_stride": [2, 2]}
+    yield "conv1x1_dgrad", "lazy gradient, strided residual", arguments, through | strided
+    lazy = at.vectors(c, "x_scale", "x_shift")
+    yield "conv1x1_wgrad", "Gram join: bits, lazy", (at.data(k), at.data(c)), {"mask": joined["mask"]} | lazy
+    lazy = at.vectors(k, "x_scale", "x_shift")
+    yield "conv1x1_wgrad", "lazy gradient and input", (at.data(c), at.data(k)), through | lazy
+    options = {"mask": joined["mask"], "stride": [2, 2]} | joined
+    yield "conv1x1_wgrad", "bits, factor, stride 2", (at.data(k), at.data(c, 2 * at.size)), options
+
+
+def small_calls(at):
+    """Batch norm's vectors and the Gram join's small matrices; `z` and `a` lend their shapes only."""
+    c, k = at.narrow, at.wide
+    v = [at.vector(k) for _ in range(5)]
+    yield "bn_affine", "", (*v[:4], at.data(k), 1e-5), {}
+    yield "bn_coefficients", "", (*v, at.data(k)), {}
+    gram = (at.matrix(c, c), at.vector(c), at.vector(c))
+    yield "gram_norm", "", (at.weight(k, c), *gram, at.data(c)), {}
+    yield "gram_grad", "", (at.weight(k, c), at.matrix(k, c), *gram, *v[:3], at.data(c)), {}
+
+
+def pixelwise_calls(at):
+    """The ops that move tensors of one shape, and make products of none."""
+    k = at.wide
+    z, v = at.data(k), at.vector(k)
+    yield "bn_stats", "", (z,), {}
+    yield "norm_add_relu", "plain", (z, v, at.vector(k)), {}
+    shortcut = {"residual": at.data(k)} | at.vectors(k, "residual_scale", "residual_shift")
+    options = shortcut | at.factor() | {"emit_mask": True}
+    yield "norm_add_relu", "affine residual, factor, mask", (z, v, at.vector(k)), options
+    recompute = {"z": at.data(k)} | at.vectors(k, "scale", "shift")
+    yield "norm_add_relu_backward", "recompute, sums only", (z,), recompute | {"emit_grad": False}
+    bits = {"z": at.data(k), "mask": at.bits(k), "residual": at.data(k)}
+    yield "norm_add_relu_backward", "bits, residual, factor", (z,), bits | at.factor()
+    yield "lazy_grad_apply", "frozen", (z, None, v), {}
+    affine = at.vectors(k, "b", "d", "scale", "shift")
+    yield "lazy_grad_apply", "affine, sign, factor", (z, at.data(k), v), affine | at.factor()
+
+
+def calls(at, *makers):
+    """Calls of the ops that the backend declares."""
+    for make in makers or (pixelwise_calls, forward_calls, backward_calls, small_calls):
+        yield from (call for call in make(at) if call[0] in room.OPS)

@@ -27,6 +27,15 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
   m.def("gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None) -> (Tensor gram, Tensor total)");
+  m.def(
+      "norm_relu_pool(Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) "
+      "-> (Tensor out, Tensor index)");
+  m.def(
+      "norm_relu_pool_backward(Tensor grad_out, Tensor index, Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, "
+      "int[2] stride=2, int[2] padding=1) -> (Tensor sum_g, Tensor sum_gz)");
+  m.def(
+      "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
+      "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");
   // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
   m.def("checksum(Tensor[] tensors) -> int");
   m.def("new_batch(Tensor like, int samples) -> Tensor");

@@ -27,6 +27,9 @@ COMPILED_OPS = (
     "lazy_grad_apply_",
     "gram",
     "conv_weight_grad",
+    "norm_relu_pool",
+    "norm_relu_pool_backward",
+    "norm_relu_pool_apply",
 )
 
 REBUILD = "run `pip install --no-build-isolation -e .` in the source tree (or without -e to install it)"

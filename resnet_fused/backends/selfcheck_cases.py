@@ -242,6 +242,60 @@ def _bn_coefficients(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("no pixels", (odd.vector() * 0, odd.vector() * 0, *(odd.vector() for _ in range(3)), odd.data()[:0]), {})
 
 
+class PoolDraw(Draw):
+    """What the ops of a pooled stem are given. Activations are multiples of 1/16 with at most eight bits, exact in
+    bfloat16 too: no two become equal by rounding, and the winners of windows are the same in every dtype.
+    """
+
+    def __init__(self, shape, kernel=(3, 3), stride=(2, 2), padding=(1, 1)):
+        super().__init__(shape)
+        self.window = (list(kernel), list(stride), list(padding))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scales are powers of two, of either sign and sometimes 0; shifts are multiples of 1/8 in [-2, 2]."""
+        size = (self.shape[1],)
+        return self.vector().sign() * torch.exp2(self._grid(size, 1, 1.0)), self._grid(size, 16, 0.125)
+
+    def forward(self, z: Tensor | None = None) -> tuple:
+        """Arguments of `norm_relu_pool`."""
+        return (self.data() if z is None else z, *self.affine(), *self.window)
+
+    def backward(self, z: Tensor | None = None, nan_where_masked: bool = False) -> tuple:
+        """Arguments of `norm_relu_pool_backward`; a gradient may be NaN where the winner is no positive value."""
+        z, scale, shift, *window = self.forward(z)
+        out, index = OPS["norm_relu_pool"].reference(z, scale, shift, *window)
+        grad_out = self.data(out.shape)
+        grad_out = torch.where(out <= 0, torch.nan, grad_out) if nan_where_masked else grad_out
+        return grad_out, index, z, scale, shift, *window
+
+    def apply(self, z: Tensor | None = None, affine: bool = True, nan_where_masked: bool = False) -> tuple:
+        """Arguments of `norm_relu_pool_apply`."""
+        grad_out, index, z, *rest = self.backward(z, nan_where_masked)
+        b, d = (self.vector(), self.vector()) if affine else (None, None)
+        return grad_out, index, z, self.vector(), b, d, *rest
+
+
+def _norm_relu_pool(dtype: torch.dtype) -> Iterator[Case]:
+    odd = PoolDraw(ODD)
+    z = odd.data()
+    z[0, 0, 1:3, 1] = torch.nan
+    yield Case("NaN, odd channels", odd.forward(z), {})
+    yield Case("tail rows", PoolDraw(TAIL).forward(), {})
+    yield Case("2x2, no padding", PoolDraw(TAIL, (2, 2), (2, 2), (0, 0)).forward(), {})
+
+
+def _norm_relu_pool_backward(dtype: torch.dtype) -> Iterator[Case]:
+    yield Case("NaN where masked, odd channels", PoolDraw(ODD).backward(nan_where_masked=True), {})
+    yield Case("tail rows", PoolDraw(TAIL).backward(), {})
+    yield Case("nine windows a pixel", PoolDraw(TAIL, (3, 3), (1, 1), (1, 1)).backward(), {})
+
+
+def _norm_relu_pool_apply(dtype: torch.dtype) -> Iterator[Case]:
+    yield Case("frozen, odd channels", PoolDraw(ODD).apply(affine=False), {})
+    yield Case("NaN where masked, tail rows", PoolDraw(TAIL).apply(nan_where_masked=True), {})
+    yield Case("2x2, no padding", PoolDraw(TAIL, (2, 2), (2, 2), (0, 0)).apply(), {})
+
+
 _CASES = {
     "bn_stats": _bn_stats,
     "bn_affine": _bn_affine,
@@ -260,6 +314,9 @@ _CASES = {
     "conv_weight_grad": _conv_weight_grad,
     "gram_norm": _gram_norm,
     "gram_grad": _gram_grad,
+    "norm_relu_pool": _norm_relu_pool,
+    "norm_relu_pool_backward": _norm_relu_pool_backward,
+    "norm_relu_pool_apply": _norm_relu_pool_apply,
 }
 
 

@@ -190,5 +190,6 @@ def describe(program: programs.Program) -> str:
         text += f" * {call.drop_path}" if call.drop_path else ""
         text += f" + {call.shortcut[0].rpartition('.')[0] or call.shortcut[0]}" if call.shortcut else ""
         text += f" + {call.residual}" if call.residual else ""
-        parts.append(text + (" -> relu" if call.relu else ""))
+        text += " -> relu" if call.relu else ""
+        parts.append(text + (f"-{call.pool}" if call.pool else ""))
     return ", ".join(parts)

@@ -66,6 +66,7 @@ def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
         shortcut=None if call.shortcut is None else (find(call.shortcut[0]), find(call.shortcut[1])),
         relu=call.relu,
         inplace_add=call.inplace_add,
+        pool=None if call.pool is None else find(call.pool),
         bypassed=tuple(find(name) for name in call.bypassed),
         backend=backend,
     )

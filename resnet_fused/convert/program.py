@@ -34,6 +34,7 @@ class ChainCall:
     inplace_add: bool = True
     shortcut: tuple[str, str] | None = None
     drop_path: str | None = None
+    pool: str | None = None  # the max pool behind the last ReLU
     bypassed: tuple[str, ...] = ()
 
 
@@ -173,8 +174,12 @@ class _Builder:
         if not relu:
             call, end, more = self._join(call, pairs, end)
             inside += more
+        elif type(self.module(self.only_reader(end))) is nn.MaxPool2d:
+            end = self.only_reader(end)
+            call = dataclasses.replace(call, pool=end.target)
+            inside.append(end)
         modules = [node.target for node in inside if node.op == "call_module"]
-        paired = {name for step in (*call.steps, call.shortcut or ()) for name in step}
+        paired = {name for step in (*call.steps, call.shortcut or ()) for name in step} | {call.pool}
         call = dataclasses.replace(call, output=end.name, bypassed=tuple(sorted(set(modules) - paired)))
         self.taken.update(dict.fromkeys(inside))
         self.taken[end] = call

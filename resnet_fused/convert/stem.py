@@ -2,7 +2,8 @@
 
 A model's forward is too free to be traced, so its methods are rewritten instead: three consecutive calls
 ``x = self.conv1(x); x = self.bn1(x); x = self.relu(x)`` (or the same nested) become one call of
-:meth:`FusedStem.run_stem`, in a subclass of the model's class. The rest of each method is untouched source.
+:meth:`FusedStem.run_stem`, in a subclass of the model's class, and so does a max pool that is called next. The rest of
+each method is untouched source.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ import types
 from torch import nn
 
 from ..blocks import norms
-from ..blocks.runtime import Site, input_obstacle, module_obstacle, run_site, why_not_conv
+from ..blocks.runtime import Site, input_obstacle, module_obstacle, pool_geometry, run_site, why_not_conv
 from .fused_module import STATE, getstate, is_stock_forced
 
 Triple = tuple[str, str, str]  # names of convolution (or a Sequential that ends in one), norm and ReLU
+Stem = tuple[str, str, str, str]  # the same, and the max pool behind it, or an empty name
 
 
 @dataclasses.dataclass
 class StemState:
     """What a model with a fused stem carries; plain data."""
 
-    stems: tuple[Triple, ...]
+    stems: tuple[Stem, ...]
     backend: str
 
     def describe(self) -> str:
-        return ", ".join("-".join(stem) for stem in self.stems)
+        return ", ".join("-".join(filter(None, stem)) for stem in self.stems)
 
 
 def stem_site(model: nn.Module, names: Triple, backend: str) -> Site | None:
@@ -55,13 +57,16 @@ def stem_site(model: nn.Module, names: Triple, backend: str) -> Site | None:
 class FusedStem:
     """Mixin in front of a model's class whose methods call :meth:`run_stem`."""
 
-    def run_stem(self, conv: str, norm: str, act: str, x):
-        """``act(norm(conv(x)))``: fused where it can be, else by calling the three."""
+    def run_stem(self, conv: str, norm: str, act: str, pool: str, x):
+        """``pool(act(norm(conv(x))))``: fused where it can be, else by calling them."""
         state: StemState = self.__dict__[STATE]
         site = None if is_stock_forced() else stem_site(self, (conv, norm, act), state.backend)
+        last = getattr(self, pool) if pool else nn.Identity()
         if site is None or module_obstacle(site) or input_obstacle(x, site):
-            return getattr(self, act)(getattr(self, norm)(getattr(self, conv)(x)))
-        return run_site(site, x)
+            return last(getattr(self, act)(getattr(self, norm)(getattr(self, conv)(x))))
+        if pool and pool_geometry(last) is not None:
+            return run_site(dataclasses.replace(site, pool=last), x)
+        return last(run_site(site, x))
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (type(self).__mro__[2], self.__dict__[STATE].stems), getstate(self)
@@ -74,17 +79,18 @@ def _rebuild(stock_class: type, stems: tuple[Triple, ...]) -> nn.Module:
 class _Rewriter(ast.NodeTransformer):
     """Replace the calls of the given stems in one method."""
 
-    def __init__(self, accept) -> None:
+    def __init__(self, accept, is_pool) -> None:
         self.accept = accept  # Triple -> bool
-        self.found: list[Triple] = []
+        self.is_pool = is_pool  # str -> bool
+        self.found: list[Stem] = []
 
-    def _replacement(self, names: list[str], argument: ast.expr) -> ast.expr | None:
+    def _replacement(self, names: list[str], argument: ast.expr, pool: str = "") -> ast.expr | None:
         triple = tuple(reversed(names))
         if len(triple) != 3 or not self.accept(triple):
             return None
-        self.found.append(triple)
+        self.found.append((*triple, pool))
         function = ast.Attribute(ast.Name("self", ast.Load()), "run_stem", ast.Load())
-        return ast.Call(function, [*(ast.Constant(name) for name in triple), argument], [])
+        return ast.Call(function, [*(ast.Constant(name) for name in self.found[-1]), argument], [])
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         names, inner = [], node
@@ -110,14 +116,23 @@ class _Rewriter(ast.NodeTransformer):
                 and len({variable for variable, _ in names}) == 1
                 and (all(_argument(statement) == names[0][0] for statement in run[1:]))
             ):
-                call = self._replacement([name for _, name in reversed(names)], run[0].value.args[0])
+                pool = self._pool(body[i + 3 : i + 4], names[0][0])
+                call = self._replacement([name for _, name in reversed(names)], run[0].value.args[0], pool)
                 if call is not None:
                     merged.append(ast.Assign(run[0].targets, call))
-                    i += 3
+                    i += 4 if pool else 3
                     continue
             merged.append(body[i])
             i += 1
         return merged
+
+    def _pool(self, following: list[ast.stmt], variable: str) -> str:
+        """The name of the max pool that the statement after a stem calls on its result; empty if it does not."""
+        for statement in following:
+            assigned = _self_assign(statement)
+            if assigned and assigned[0] == variable == _argument(statement) and self.is_pool(assigned[1]):
+                return assigned[1]
+        return ""
 
 
 def _self_call(node: ast.AST) -> str | None:
@@ -147,7 +162,7 @@ def _argument(node: ast.Assign) -> str | None:
     return argument.id if isinstance(argument, ast.Name) else None
 
 
-def _rewrite(function: types.FunctionType, accept) -> tuple[types.FunctionType | None, list[Triple]]:
+def _rewrite(function: types.FunctionType, accept, is_pool) -> tuple[types.FunctionType | None, list[Stem]]:
     """`function` with its stems replaced, and which; None where there are none or its source cannot be used."""
     if function.__closure__ or hasattr(function, "__wrapped__"):
         return None, []
@@ -158,7 +173,7 @@ def _rewrite(function: types.FunctionType, accept) -> tuple[types.FunctionType |
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         return None, []
-    rewriter = _Rewriter(accept)
+    rewriter = _Rewriter(accept, is_pool)
     definition = rewriter.visit(definition)
     if not rewriter.found:
         return None, []
@@ -188,16 +203,17 @@ def _methods(stock_class: type) -> dict[str, types.FunctionType]:
     return found
 
 
-_classes: dict[tuple[type, tuple[Triple, ...]], type] = {}
+_classes: dict[tuple[type, tuple[Stem, ...]], type] = {}
 
 
-def _stem_class(stock_class: type, stems: tuple[Triple, ...]) -> type:
+def _stem_class(stock_class: type, stems: tuple[Stem, ...]) -> type:
     """The subclass of `stock_class` whose methods call :meth:`FusedStem.run_stem` for `stems`; made once."""
     key = stock_class, stems
     if key not in _classes:
         body: dict[str, object] = {"__module__": __name__, "__doc__": stock_class.__doc__}
+        triples, pools = [stem[:3] for stem in stems], [stem[3] for stem in stems]
         for name, function in _methods(stock_class).items():
-            rewritten, _ = _rewrite(function, lambda triple: triple in stems)
+            rewritten, _ = _rewrite(function, lambda triple: triple in triples, lambda name: name in pools)
             if rewritten is not None:
                 body[name] = rewritten
         _classes[key] = type(f"Fused{stock_class.__name__}", (FusedStem, stock_class), body)
@@ -210,9 +226,12 @@ def fuse_stem(model: nn.Module, backend: str) -> str:
     def accept(triple: Triple) -> bool:
         return stem_site(model, triple, backend) is not None
 
-    stems: list[Triple] = []
+    def is_pool(name: str) -> bool:
+        return type(getattr(model, name, None)) is nn.MaxPool2d
+
+    stems: list[Stem] = []
     for function in _methods(type(model)).values():
-        stems += _rewrite(function, accept)[1]
+        stems += _rewrite(function, accept, is_pool)[1]
     if not stems:
         return "no conv-norm-ReLU calls in a row in its methods"
     unique = tuple(dict.fromkeys(stems))
@@ -233,7 +252,7 @@ def stem_modules(model: FusedStem) -> list[nn.Module]:
     state: StemState = model.__dict__[STATE]
     modules: list[nn.Module] = []
     for stem in state.stems:
-        site = stem_site(model, stem, state.backend)
+        site = stem_site(model, stem[:3], state.backend)
         if site is not None:
             modules += [*(module for pair in site.steps for module in pair), *site.bypassed]
     return modules

@@ -16,6 +16,9 @@ from . import (
     lazy_grad_apply,
     norm_add_relu,
     norm_add_relu_backward,
+    norm_relu_pool,
+    norm_relu_pool_apply,
+    norm_relu_pool_backward,
 )
 from .contract import DATA_DTYPES, OPS, Op, stat_dtype
 
@@ -38,5 +41,8 @@ __all__ = [
     "lazy_grad_apply",
     "norm_add_relu",
     "norm_add_relu_backward",
+    "norm_relu_pool",
+    "norm_relu_pool_apply",
+    "norm_relu_pool_backward",
     "stat_dtype",
 ]

@@ -10,7 +10,8 @@ Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0)::
     sum_gx[c] = sum_m grad_x * x                             the two sums that batch norm's backward needs
 
 `residual` is the gradient of another path into the same tensor: the identity path's, still to be masked by the bits
-that its forward wrote, or a strided projection's, which belongs to the pixels ``[::residual_stride, ::residual_stride]``.
+that its forward wrote, or a strided projection's, which belongs to the pixels
+``[::residual_stride, ::residual_stride]``.
 
 `g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
 float32, bfloat16, float16 (float64 by the reference), channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`:

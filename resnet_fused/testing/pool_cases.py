@@ -45,9 +45,9 @@ def _layers() -> Iterator[tuple[str, PoolDraw]]:
 
 
 def _specials(draw: PoolDraw) -> Tensor:
-    """z with NaN in two places of a window, infinities and negative zeros, one kind a channel."""
+    """z with NaN of both signs in two places of a window, infinities and negative zeros, one kind a channel."""
     z = draw.data()
-    for channel, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0)):
+    for channel, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0, -torch.nan)):
         z[:, channel, 1:3, ::2] = value
     return z
 

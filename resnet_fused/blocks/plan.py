@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -83,7 +82,6 @@ def cost(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool 
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def _pays(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool, device: Device) -> bool:
     return cost(pixels, inputs, outputs, dtype, lazy).gram_share(device) <= TOLERATED
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..blocks import devices, plan
+from ..blocks import devices, norms, plan
 from ..blocks.devices import Device
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from .compiled_traffic import FusingCounter
@@ -160,21 +160,25 @@ def explain(
 
 
 def _make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
-    """`model` itself with every tensor in it replaced by a fake one, floating-point ones of `dtype`."""
+    """`model` itself with every tensor in it replaced by a fake one of `dtype`, as a step under autocast sees it.
+
+    Batch norms keep their own dtype, and what is no floating-point tensor does too.
+    """
     made: dict[int, Tensor] = {}  # a tensor shared by two modules stays one tensor
 
-    def fake(t: Tensor) -> Tensor:
+    def fake(t: Tensor, own: bool) -> Tensor:
         if id(t) not in made:
-            made[id(t)] = mode.from_tensor(t.detach()).to(dtype if t.is_floating_point() else t.dtype)
+            made[id(t)] = mode.from_tensor(t.detach()).to(t.dtype if own or not t.is_floating_point() else dtype)
         return made[id(t)]
 
     for module in model.modules():
+        own = not norms.why_not(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(fake(parameter, own), requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = fake(buffer)
+                module._buffers[name] = fake(buffer, own)
     return model
 
 

@@ -45,7 +45,7 @@ _OVERWRITES = {aten.copy_, aten.zero_, aten.fill_, aten.bernoulli_, aten.normal_
 _FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach}
 _OWN = ("resnet_fused", "resnet_fused_auto", "resnet_fused_triton")
 #: Kernels of our ops that sum over all pixels: partial sums, and a second launch that adds them. The others are one.
-_SUMS_ALWAYS = ("bn_stats", "gram", "gram_grad", "conv1x1_wgrad", "conv_weight_grad")
+_SUMS_ALWAYS = ("bn_stats", "gram", "gram_grad", "conv1x1_wgrad", "conv_weight_grad", "norm_relu_pool_backward")
 _SUMS_IF_ASKED = ("conv1x1", "conv1x1_dgrad", "norm_add_relu_backward")  # results after the first that are not empty
 
 

@@ -20,6 +20,9 @@ REGISTERS = {
     "lazy_grad_apply_kernel": 128,
     "conv1x1_wgrad_merge_kernel": 64,
     "gram_merge_kernel": 64,
+    "norm_relu_pool_kernel": 128,
+    "norm_relu_pool_backward_kernel": 128,
+    "norm_relu_pool_apply_kernel": 128,
     "bn_affine_kernel": 64,
     "bn_coefficients_kernel": 64,
 }

@@ -23,10 +23,10 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     device: str = "meta"
 
-    def data(self, channels, size=None):
+    def data(self, channels, size=None, dtype=None):
         shape = (self.samples, channels, size or self.size, size or self.size)
         strides = channels_last_strides(shape)
-        empty = torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
+        empty = torch.empty_strided(shape, strides, dtype=dtype or self.dtype, device=self.device)
         return empty if self.device == "meta" else empty.copy_(torch.rand(shape))
 
     def vector(self, channels):
@@ -121,7 +121,17 @@ def pixelwise_calls(at):
     yield "lazy_grad_apply", "affine, sign, factor", (z, at.data(k), v), affine | at.factor()
 
 
+def pool_calls(at):
+    """The stem: batch norm, ReLU and a 3x3 maximum of every other pixel."""
+    c, pooled = at.narrow, (at.size + 1) // 2
+    z, vectors = at.data(c), (at.vector(c), at.vector(c))
+    yield "norm_relu_pool", "", (z, *vectors), {}
+    gathered = (at.data(c, pooled), at.data(c, pooled, torch.uint8), z)
+    yield "norm_relu_pool_backward", "", (*gathered, *vectors), {}
+    yield "norm_relu_pool_apply", "affine", (*gathered, at.vector(c), at.vector(c), at.vector(c), *vectors), {}
+
+
 def calls(at, *makers):
     """Calls of the ops that the backend declares."""
-    for make in makers or (pixelwise_calls, forward_calls, backward_calls, small_calls):
+    for make in makers or (pixelwise_calls, pool_calls, forward_calls, backward_calls, small_calls):
         yield from (call for call in make(at) if call[0] in room.OPS)

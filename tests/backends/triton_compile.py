@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_calls import Layer, backward_calls, calls, forward_calls, small_calls
+from triton_calls import Layer, backward_calls, calls, forward_calls, pool_calls, small_calls
 
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import (
@@ -67,8 +67,8 @@ def launches(dtype, channels=256, samples=64):
 
 
 def products(at, richest=False):
-    """Of the 1x1 ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
-    for op, options, args, kwargs in calls(at, forward_calls, backward_calls, small_calls):
+    """Of all other ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
+    for op, options, args, kwargs in calls(at, pool_calls, forward_calls, backward_calls, small_calls):
         if not richest or (op, options) in RICHEST:
             run = importlib.import_module(f"{room.__name__}.{op}").run
             yield options, functools.partial(run, *args, **kwargs)
@@ -82,6 +82,9 @@ RICHEST = {
     ("conv1x1_dgrad", "lazy gradient, masked residual"),
     ("conv1x1_wgrad", "lazy gradient and input"),
     ("gram", "lazy"),
+    ("norm_relu_pool", ""),
+    ("norm_relu_pool_backward", ""),
+    ("norm_relu_pool_apply", "affine"),
     ("bn_affine", ""),
     ("bn_coefficients", ""),
     ("gram_norm", ""),

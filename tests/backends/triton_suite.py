@@ -233,11 +233,13 @@ def test_writes_stay_inside(monkeypatch):
 @pytest.mark.parametrize("op", room.OPS)
 def test_opcheck(op):
     case = cases(op, torch.float32)[-1]
-    args = tuple(on_device(a) if isinstance(a, torch.Tensor) else a for a in case.args)
-    kwargs = {
-        k: v if not isinstance(v, torch.Tensor) else v.to(DEVICE) if v.dtype == torch.uint8 else on_device(v)
-        for k, v in case.kwargs.items()
-    }
+
+    def move(t):
+        if not isinstance(t, torch.Tensor):
+            return t
+        return t.to(DEVICE) if t.dtype == torch.uint8 else on_device(t)
+
+    args, kwargs = tuple(map(move, case.args)), {name: move(t) for name, t in case.kwargs.items()}
     torch.library.opcheck(getattr(torch.ops.resnet_fused_triton, op).default, args, kwargs)
 
 

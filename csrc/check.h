@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace resnet_fused {
@@ -98,6 +99,24 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, cons
          data.scalar_type(), " activations");
   }
   if (!t.is_contiguous()) fail(op, ": ", name, " is not contiguous; pass ", name, ".contiguous()");
+}
+
+using NamedVector = std::pair<const char*, const Tensor*>;  // null: absent
+
+// Contiguous vectors on a few channels, without activations beside them; `first` decides dtype, device and length.
+inline void check_vectors(const char* op, const Tensor& first, const std::vector<NamedVector>& others) {
+  const ScalarType dtype = first.scalar_type();
+  if (first.dim() != 1 || !first.is_contiguous() || (dtype != ScalarType::Float && dtype != ScalarType::Double)) {
+    fail(op, ": the first vector is ", dtype, " of shape ", shape_of(first), "; pass a contiguous [C] Float or Double");
+  }
+  for (const auto& [name, t] : others) {
+    if (!t) continue;
+    check_device(op, name, *t, first);
+    if (t->dim() != 1 || t->size(0) != first.size(0) || t->scalar_type() != dtype || !t->is_contiguous()) {
+      fail(op, ": ", name, " is ", t->scalar_type(), " of shape ", shape_of(*t), "; pass a contiguous [", first.size(0),
+           "] ", dtype, " vector");
+    }
+  }
 }
 
 // Two vectors that make sense only together.

@@ -10,6 +10,12 @@
 STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def("bn_stats(Tensor z) -> (Tensor mean, Tensor m2)");
   m.def(
+      "bn_affine(Tensor mean, Tensor m2, Tensor? gamma, Tensor? beta, Tensor z, float eps) "
+      "-> (Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
+  m.def(
+      "bn_coefficients(Tensor sum_g, Tensor sum_gz, Tensor mean, Tensor rstd, Tensor scale, Tensor z) "
+      "-> (Tensor b, Tensor d, Tensor grad_gamma)");
+  m.def(
       "norm_add_relu(Tensor z, Tensor scale, Tensor shift, Tensor? residual=None, Tensor? residual_scale=None, "
       "Tensor? residual_shift=None, Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) "
       "-> (Tensor out, Tensor mask)");

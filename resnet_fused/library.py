@@ -21,6 +21,8 @@ from .ops import OPS
 #: Ops that ``_C`` defines; all others are Python over ATen.
 COMPILED_OPS = (
     "bn_stats",
+    "bn_affine",
+    "bn_coefficients",
     "norm_add_relu",
     "norm_add_relu_backward",
     "lazy_grad_apply",

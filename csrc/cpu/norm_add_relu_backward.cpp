@@ -43,8 +43,12 @@ RESNET_FUSED_CLONES void select_by_recomputed(T* __restrict g, const T* __restri
                                               int64_t C) {
   for (int64_t m = 0; m < rows; ++m, g += C, grad += C, z += C) {
     for (int64_t c = 0; c < C; ++c) {
-      const T value = grad[c];
-      g[c] = load(z + c) * scale[c] + shift[c] <= 0 ? T{} : value;
+      const bool keep = !(load(z + c) * scale[c] + shift[c] <= 0);
+      if constexpr (sizeof(T) == 2) {  // GCC 12 does not vectorise the choice between two structs
+        g[c].bits = static_cast<uint16_t>(grad[c].bits & (keep ? 0xFFFFu : 0u));
+      } else {
+        g[c] = keep ? grad[c] : T{};
+      }
     }
   }
 }

@@ -12,6 +12,7 @@ from . import onednn
 from .declaration import Backend, Kernel, check_complete
 
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VECTOR_OPS = ("bn_affine", "bn_coefficients")
 
 
 def loop_reasons(*args, **kwargs) -> list[str]:
@@ -20,6 +21,15 @@ def loop_reasons(*args, **kwargs) -> list[str]:
         return [f"the compiled library is {status().cpu.reason}"]
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 4]
     return [] if all(map(is_channels_last, tensors)) else ["takes channels_last tensors only"]
+
+
+def vector_reasons(*args, **kwargs) -> list[str]:
+    """Reasons against the loops over channels: vectors of one dtype, with none between their elements."""
+    if not status().cpu.loaded:
+        return [f"the compiled library is {status().cpu.reason}"]
+    vectors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 1]
+    fit = all(t.dtype == args[0].dtype and t.is_contiguous() for t in vectors)
+    return [] if fit else ["takes contiguous vectors of one dtype only"]
 
 
 def _compiled(name: str) -> Callable:
@@ -38,6 +48,7 @@ BACKEND = check_complete(
         devices=("cpu",),
         kernels={
             **{name: Kernel(_compiled(name), LOOP_DTYPES, loop_reasons) for name in COMPILED_OPS},
+            **{name: Kernel(_compiled(name), (torch.float32, torch.float64), vector_reasons) for name in VECTOR_OPS},
             **onednn.KERNELS,
         },
     )

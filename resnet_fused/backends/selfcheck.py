@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 from ..ops import OPS, stat_dtype
-from . import selfcheck_cases
+from . import selfcheck_cases, selfcheck_draws
 from .declaration import Backend
-from .selfcheck_cases import Case
+from .selfcheck_draws import Case
 
 Tensor = torch.Tensor
 
@@ -107,12 +107,12 @@ def results(returned, args: tuple) -> list[Tensor]:
 
 def check_case(backend: Backend, op: str, case: Case, dtype: torch.dtype, device: torch.device) -> Verdict:
     """Run one case and compare values, shapes, dtypes and strides. Raises whatever the kernel raises."""
-    placed = selfcheck_cases.place(case, dtype, device)
+    placed = selfcheck_draws.place(case, dtype, device)
     row = functools.partial(Verdict, op, backend.name, name_of(dtype), case.name)
     reasons = backend.reasons(op, placed.args, placed.kwargs)
     if reasons:
         return row("skipped", note="; ".join(reasons))
-    wide = selfcheck_cases.place(placed, torch.float64, torch.device("cpu"))
+    wide = selfcheck_draws.place(placed, torch.float64, torch.device("cpu"))
     promised = results(OPS[op].fake(*placed.args, **placed.kwargs), placed.args)
     got = results(backend.kernels[op].run(*placed.args, **placed.kwargs), placed.args)
     expected = results(OPS[op].reference(*wide.args, **wide.kwargs), wide.args)
@@ -160,7 +160,7 @@ def cache_dir() -> Path:
 
 @functools.cache
 def _checks_identity() -> str:
-    files = (Path(__file__), Path(selfcheck_cases.__file__))
+    files = sorted(Path(__file__).parent.glob("selfcheck*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_cases import Case, Draw, GramJoin
+from ..backends.selfcheck_draws import Case, Draw
+from ..backends.selfcheck_lazy_cases import GramJoin
 
 Tensor = torch.Tensor
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_cases import Case, PoolDraw
+from ..backends.selfcheck_draws import Case
+from ..backends.selfcheck_lazy_cases import PoolDraw
 
 Tensor = torch.Tensor
 

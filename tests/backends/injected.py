@@ -2,7 +2,7 @@
 
 import torch
 
-from resnet_fused.backends import selfcheck, selfcheck_cases
+from resnet_fused.backends import selfcheck, selfcheck_draws
 from resnet_fused.backends.declaration import Backend, Kernel
 from resnet_fused.ops import OPS
 
@@ -38,4 +38,4 @@ def a_bit_off(results, *args, **kwargs):
 
 
 def z(dtype=F32):
-    return selfcheck_cases.Draw(selfcheck_cases.ODD).data().to(dtype)
+    return selfcheck_draws.Draw(selfcheck_draws.ODD).data().to(dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resnet_fused.backends import triton as room
-from resnet_fused.backends.selfcheck_cases import ODD, Draw
+from resnet_fused.backends.selfcheck_draws import ODD, Draw
 from resnet_fused.backends.triton import common, configs, conv1x1, conv1x1_dgrad, conv1x1_wgrad, gram
 from resnet_fused.ops.contract import unpack_mask
 from resnet_fused.testing import cases, check

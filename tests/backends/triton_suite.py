@@ -15,7 +15,8 @@ from triton_products import *  # noqa: F403
 from resnet_fused import backends
 from resnet_fused.backends import selfcheck
 from resnet_fused.backends import triton as room
-from resnet_fused.backends.selfcheck_cases import ODD, Case, Draw, cases, surrounded
+from resnet_fused.backends.selfcheck_cases import cases
+from resnet_fused.backends.selfcheck_draws import ODD, Case, Draw, surrounded
 from resnet_fused.backends.triton import bn_stats, common, lazy_grad_apply, norm_add_relu, norm_add_relu_backward
 from resnet_fused.ops.contract import channels_last_like, pack_mask, unpack_mask
 

@@ -50,10 +50,10 @@ class Device:
             return self.half
         return self.tf32 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else self.single
 
-    def seconds(self, bytes: int, flops: int, dtype: torch.dtype, launches: int = 1) -> float:
-        """Expected time of one operation."""
-        moving = bytes / (self.bandwidth_share * self.bandwidth)
-        return max(moving, flops / (self.compute_share * self.peak(dtype))) + launches * self.overhead
+    def seconds(self, bytes: int, flops: int, dtype: torch.dtype, launches: int = 1, full: bool = False) -> float:
+        """Expected time of one operation; `full`: in float32 outside of tensor cores, whatever its data are."""
+        moving, peak = bytes / (self.bandwidth_share * self.bandwidth), self.single if full else self.peak(dtype)
+        return max(moving, flops / (self.compute_share * peak)) + launches * self.overhead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Operation:
     flops: int
     dtype: torch.dtype  # of its data
     launches: int = 1
+    full: bool = False  # whether it multiplies in full float32, which tensor cores cannot
 
 
 def predict(operations: Iterable[Operation], device: Device) -> float:
     """Expected seconds of `operations`, one after the other, on `device`."""
-    return sum(device.seconds(o.bytes, o.flops, o.dtype, o.launches) for o in operations)
+    return sum(device.seconds(o.bytes, o.flops, o.dtype, o.launches, o.full) for o in operations)
 
 
 #: One core; the choice depends on the ratio alone. 85 GFLOP/s in f32 convolutions and 7 GB/s were measured on an

@@ -46,6 +46,7 @@ _FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.n
 _OWN = ("resnet_fused", "resnet_fused_auto", "resnet_fused_triton")
 #: Kernels of our ops that sum over all pixels: partial sums, and a second launch that adds them. The others are one.
 _SUMS_ALWAYS = ("bn_stats", "gram", "gram_grad", "conv1x1_wgrad", "conv_weight_grad", "norm_relu_pool_backward")
+_FULL = ("gram_norm", "gram_grad")  # ops on small matrices whose digits cancel
 _SUMS_IF_ASKED = ("conv1x1", "conv1x1_dgrad", "norm_add_relu_backward")  # results after the first that are not empty
 
 
@@ -110,7 +111,7 @@ def own_operation(func, args, kwargs, out) -> Operation:
     results = [t for t in tensors(out) if t.numel()]
     sums = name in _SUMS_ALWAYS or (name in _SUMS_IF_ASKED and len(results) > 1)
     counted = OPS[name].bytes(*args, **arguments), OPS[name].flops(*args, **arguments)
-    return Operation(name, *counted, data_dtype(args, kwargs, out), 2 if sums else 1)
+    return Operation(name, *counted, data_dtype(args, kwargs, out), 2 if sums else 1, name in _FULL)
 
 
 def operation(func, args, kwargs, out) -> Operation:

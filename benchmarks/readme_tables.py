@@ -9,13 +9,18 @@ is 1 where README.md says something else.
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import re
 import sys
 
+import torch
+
+import resnet_fused
 from resnet_fused.backends import backends
 from resnet_fused.bench.records import Report, markdown_table, provenance_line
 from resnet_fused.library import COMPILED_OPS
+from resnet_fused.models import resnet50
 from resnet_fused.ops import OPS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,14 +47,50 @@ def results() -> str:
     return f"{batch}:\n\n{markdown_table(rows)}\n\n{source}\n{provenance_line(report.provenance)}"
 
 
+def traffic() -> str:
+    """What `explain` counts for ResNet-50 in 16-bit, and the times it predicts on GPUs."""
+    found = resnet_fused.explain(resnet50(), (256, 3, 224, 224), dtype=torch.bfloat16)
+    on_h100 = resnet_fused.explain(resnet50(), (256, 3, 224, 224), dtype=torch.bfloat16, device="h100")
+    planned, block = on_h100.model, on_h100.blocks[1]
+    programs = (planned.fused, planned.compiled, planned.stock)
+    rows = [["MB moved per image", *(f"{program.bytes / 256e6:.0f}" for program in programs)]]
+    saved = (planned.fused_saved, planned.stock_saved, planned.stock_saved)
+    rows += [["MB saved for backward per image", *(f"{bytes / 256e6:.1f}" for bytes in saved)]]
+    launches = (block.fused.launches, block.compiled.launches, block.stock.launches)
+    rows += [["kernels started in an identity bottleneck", *map(str, launches)]]
+    for row in found.predictions:
+        times = (row.fused, row.compiled, row.stock)
+        rows.append([f"ms predicted on {row.device.name}", *(f"{seconds * 1e3:.0f}" for seconds in times)])
+    head = ["training step, batch 256, bf16", "fused", "torch.compile", "eager"]
+    lines = [head, ["---", "---:", "---:", "---:"], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def recorded_on_gpus() -> dict[tuple[str, str], str]:
+    """By backend and op: what `verify --json` recorded on GPUs in ``results/verify/``."""
+    verdicts: dict[tuple[str, str], dict[str, bool]] = {}
+    for path in sorted((RESULTS / "verify").glob("*.json")):
+        record = json.loads(path.read_text())
+        for row in record["kernels"]:
+            if row["backend"] in ("triton", "cuda") and row["status"] != "skipped":
+                devices = verdicts.setdefault((row["backend"], row["op"]), {})
+                name = record["provenance"]["device"]
+                devices[name] = devices.get(name, True) and row["status"] == "passed"
+    return {
+        key: "; ".join(f"{'passed' if ok else 'FAILED'} on {name}" for name, ok in devices.items())
+        for key, devices in verdicts.items()
+    }
+
+
 def support() -> str:
     """Which backend has which op, in which dtypes, and how far that was tried."""
-    cpu = backends()["cpu"].kernels
+    cpu, recorded = backends()["cpu"].kernels, recorded_on_gpus()
     lines = ["| op | CPU | Triton | CUDA C++ | reference |", "| --- | --- | --- | --- | --- |"]
     for name in OPS:
         where = "C++" if name in COMPILED_OPS else "oneDNN"
         tried = f"{where}: {dtypes(cpu[name].dtypes)}" if name in cpu else ""
-        gpu = ["compiled: f32, bf16, f16" if name in have else "" for have in (TRITON_OPS, CUDA_OPS)]
+        have = {"triton": TRITON_OPS, "cuda": CUDA_OPS}
+        gpu = [recorded.get((b, name), "compiled, not run") if name in ops else "" for b, ops in have.items()]
         lines.append(f"| `{name}` | {tried} | {gpu[0]} | {gpu[1]} | any |")
     return "\n".join(lines)
 
@@ -62,7 +103,7 @@ def dtypes(found: tuple) -> str:
 
 def written(text: str) -> str:
     """README's text with its tables made anew."""
-    for name, table in {"results": results, "support": support}.items():
+    for name, table in {"results": results, "traffic": traffic, "support": support}.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
         text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
         if count != 1:

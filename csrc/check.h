@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -217,100 +216,6 @@ inline void check_gram(const Tensor& a, const Tensor& centre, const OptionalTens
   check_data("gram", "a", a);
   check_vector("gram", "centre", centre, a);
   check_pair("gram", "scale", scale, "shift", shift, a);
-}
-
-// What stock's max_pool2d refuses, in its words. Returns height and width of the result.
-inline std::array<int64_t, 2> check_pooling(const char* op, const Tensor& z, const std::vector<int64_t>& kernel,
-                                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  if (kernel.size() != 2 || stride.size() != 2 || padding.size() != 2) {
-    fail(op, ": kernel, stride and padding have ", kernel.size(), ", ", stride.size(), " and ", padding.size(),
-         " entries; pass two of each");
-  }
-  for (int i = 0; i < 2; ++i) {
-    if (stride[i] == 0) fail("stride should not be zero");
-    if (padding[i] < 0) fail("pad must be non-negative, but got pad: ", padding[i]);
-    if (padding[i] > kernel[i] / 2) {
-      fail("pad should be at most half of effective kernel size, but got pad=", padding[i], ", kernel_size=", kernel[i],
-           " and dilation=1");
-    }
-  }
-  if (kernel[0] < 1 || kernel[1] < 1) {
-    fail("kernel size should be greater than zero, but got kH: ", kernel[0], " kW: ", kernel[1]);
-  }
-  if (stride[0] < 1 || stride[1] < 1) {
-    fail("stride should be greater than zero, but got dH: ", stride[0], " dW: ", stride[1]);
-  }
-  if (kernel[0] > 255 || kernel[1] > 255 || kernel[0] * kernel[1] > 255) {
-    fail("norm_relu_pool: kernel is [", kernel[0], ", ", kernel[1], "]; pass one of at most 255 places");
-  }
-  if (z.size(1) == 0 || z.size(2) == 0 || z.size(3) == 0) {
-    fail("Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got:", shape_of(z));
-  }
-  std::array<int64_t, 2> size;
-  for (int i = 0; i < 2; ++i) {
-    const int64_t room = z.size(2 + i) + 2 * padding[i] - kernel[i];
-    size[i] = room < 0 ? 0 : room / stride[i] + 1;
-  }
-  if (size[0] < 1 || size[1] < 1) {
-    fail("Given input size: (", z.size(1), "x", z.size(2), "x", z.size(3), "). Calculated output size: (", z.size(1),
-         "x", size[0], "x", size[1], "). Output size is too small");
-  }
-  return size;
-}
-
-inline void check_norm_relu_pool(const Tensor& z, const Tensor& scale, const Tensor& shift,
-                                 const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding) {
-  const char* op = "norm_relu_pool";
-  check_data(op, "z", z);
-  check_vector(op, "scale", scale, z);
-  check_vector(op, "shift", shift, z);
-  check_pooling(op, z, kernel, stride, padding);
-}
-
-// Two tensors of the shape of the pooled z: the gradient there, and the uint8 places that norm_relu_pool gave.
-inline void check_pooled_gradient(const char* op, const Tensor& grad_out, const Tensor& index, const Tensor& z,
-                                  const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding) {
-  check_data(op, "z", z);
-  const std::array<int64_t, 2> size = check_pooling(op, z, kernel, stride, padding);
-  const int64_t shape[4] = {z.size(0), z.size(1), size[0], size[1]};
-  for (const bool is_index : {false, true}) {
-    const Tensor& t = is_index ? index : grad_out;
-    const char* name = is_index ? "index" : "grad_out";
-    check_device(op, name, t, z);
-    const ScalarType dtype = is_index ? ScalarType::Byte : z.scalar_type();
-    if (t.scalar_type() != dtype) fail(op, ": ", name, " is ", t.scalar_type(), "; pass ", dtype);
-    bool fits = t.dim() == 4;
-    for (int64_t i = 0; fits && i < 4; ++i) fits = t.size(i) == shape[i];
-    if (!fits) {
-      fail(op, ": ", name, " has shape ", shape_of(t), " but pooling z of shape ", shape_of(z), " gives [", shape[0],
-           ", ", shape[1], ", ", shape[2], ", ", shape[3], "]; pass ", is_index ? "what came with" : "the gradient at",
-           " that result");
-    }
-    check_layout(op, name, t);
-  }
-}
-
-inline void check_norm_relu_pool_backward(const Tensor& grad_out, const Tensor& index, const Tensor& z,
-                                          const Tensor& scale, const Tensor& shift, const std::vector<int64_t>& kernel,
-                                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  const char* op = "norm_relu_pool_backward";
-  check_pooled_gradient(op, grad_out, index, z, kernel, stride, padding);
-  check_vector(op, "scale", scale, z);
-  check_vector(op, "shift", shift, z);
-}
-
-inline void check_norm_relu_pool_apply(const Tensor& grad_out, const Tensor& index, const Tensor& z, const Tensor& a,
-                                       const OptionalTensor& b, const OptionalTensor& d, const Tensor& scale,
-                                       const Tensor& shift, const std::vector<int64_t>& kernel,
-                                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  const char* op = "norm_relu_pool_apply";
-  check_pooled_gradient(op, grad_out, index, z, kernel, stride, padding);
-  check_vector(op, "a", a, z);
-  check_pair(op, "b", b, "d", d, z);
-  check_vector(op, "scale", scale, z);
-  check_vector(op, "shift", shift, z);
 }
 
 }  // namespace resnet_fused

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../check_pool.h"
 #include "alloc.h"
 #include "pool.h"
 #include "rows.h"

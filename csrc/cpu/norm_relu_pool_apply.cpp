@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../check.h"
+#include "../check_pool.h"
 #include "alloc.h"
 #include "pool.h"
 #include "rows.h"

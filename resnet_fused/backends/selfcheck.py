@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterable
@@ -32,7 +31,7 @@ from pathlib import Path
 import torch
 
 from ..ops import OPS, stat_dtype
-from . import selfcheck_cases, selfcheck_draws
+from . import disk, selfcheck_cases, selfcheck_draws
 from .declaration import Backend
 from .selfcheck_draws import Case
 
@@ -202,20 +201,10 @@ def recall(key: dict[str, str]) -> str | None:
 
 
 def keep(key: dict[str, str], objection: str) -> None:
-    """Write a verdict to disk, atomically; a directory that cannot be written only means checking again next time."""
-    if not key["build"]:
-        return  # nothing would tell when the kernel has changed
-    file, temporary = _file(key), None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as written:
-            temporary = written.name
-            json.dump({"key": key, "objection": objection}, written, indent=1)
-        os.replace(temporary, file)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    """Write a verdict to disk; a directory that cannot be written only means checking again next time."""
+    if key["build"]:  # without it nothing would tell when the kernel has changed
+        with contextlib.suppress(OSError):
+            disk.write_json(_file(key), {"key": key, "objection": objection})
 
 
 # Deciding -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import subprocess
 import torch
 
 from .. import __version__, library
+from ..blocks.devices import cpu_name
 
 SCHEMA = 1
 #: Environment variables that change how memory is allocated or how many threads run: part of every result.
@@ -168,17 +169,6 @@ def busy() -> str:
     if load <= 0.5 * cores:
         return ""
     return f"the machine is busy (load {load:.1f} on {cores} cores): times will be long, wide, and of little use"
-
-
-@functools.cache
-def cpu_name() -> str:
-    """The processor's name as the kernel tells it, or as Python does where there is no /proc."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 @functools.cache

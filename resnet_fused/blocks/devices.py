@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+import platform
 from collections.abc import Iterable
 
 import torch
@@ -171,3 +173,14 @@ def _gpu(index: int) -> Device:
     device = torch.device("cuda", index)
     name = torch.cuda.get_device_name(device)
     return next((known for known in DEVICES.values() if known.reported == name), None) or probe(device)
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name as the kernel tells it, or as Python does where there is no /proc."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

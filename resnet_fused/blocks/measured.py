@@ -17,9 +17,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import platform
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +24,9 @@ from typing import NamedTuple
 import torch
 
 from .. import library
-from ..backends import backends, selfcheck
+from ..backends import backends, disk, selfcheck
 from ..steps import Chain, StepTensors
+from . import devices
 from .chain_key import environment, key_of, residual_kind, threads
 
 Tensor = torch.Tensor
@@ -76,19 +74,9 @@ def build_identity() -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def device_name(device: torch.device) -> str:
     """The device in words, with the CPU's model: what a time holds for."""
-    return selfcheck.device_name(device) + (f" {_cpu_name()}" if device.type == "cpu" else "")
+    return selfcheck.device_name(device) + (f" {devices.cpu_name()}" if device.type == "cpu" else "")
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -142,23 +130,7 @@ def store(device: torch.device, rows: list[dict]) -> None:
     for key, shapes in _table(rows).items():
         known.setdefault(key, {}).update(shapes)
     _recent.clear()
-    _write(file_of(device), {"key": identity(device), "rows": [*kept, *rows]})
-
-
-def _write(file: Path, content: dict) -> None:
-    """Write JSON atomically: another process finds the old file or the new one."""
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as written:
-            temporary = written.name
-            json.dump(content, written, indent=1)
-        os.replace(temporary, file)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise
+    disk.write_json(file_of(device), {"key": identity(device), "rows": [*kept, *rows]})
 
 
 # Asking ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ count with it, and one contract test checks every backend against it.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import types
 from collections.abc import Callable
 
 import torch
@@ -42,6 +45,25 @@ def define(name: str, schema: str, **parts: Callable | bool) -> Op:
     """Make an :class:`Op` and enter it in :data:`OPS`."""
     OPS[name] = Op(name, schema, **parts)
     return OPS[name]
+
+
+def takes_arguments_of(reference: Callable) -> Callable[[Callable], Callable]:
+    """Decorator: a function of one namespace becomes a function of the arguments of `reference`, defaults included.
+
+    So that a long signature is spelled once.
+    """
+    signature = inspect.signature(reference)
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def bound(*args, **kwargs):
+            call = signature.bind(*args, **kwargs)
+            call.apply_defaults()
+            return function(types.SimpleNamespace(**call.arguments))
+
+        return bound
+
+    return decorate
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

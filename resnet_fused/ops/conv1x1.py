@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 from . import bn_stats, lazy
-from .contract import Tensor, channels_last, channels_last_strides, define, nbytes, stat_dtype
+from .contract import Tensor, channels_last, channels_last_strides, define, nbytes, stat_dtype, takes_arguments_of
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, bool emit_stats=True) "
@@ -37,29 +37,24 @@ def reference(
     return z, *(bn_stats.reference(z) if emit_stats else (none, none.clone()))
 
 
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor | None = None,
-    x_shift: Tensor | None = None,
-    stride=(1, 1),
-    emit_stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = lazy.strided_shape(x, weight.shape[0], stride)
-    z = x.new_empty_strided(shape, channels_last_strides(shape))
-    mean, m2 = (x.new_empty(shape[1] if emit_stats else 0, dtype=stat_dtype(x.dtype)) for _ in range(2))
-    return z, mean, m2
+@takes_arguments_of(reference)
+def fake(t):
+    shape = lazy.strided_shape(t.x, t.weight.shape[0], t.stride)
+    z = t.x.new_empty_strided(shape, channels_last_strides(shape))
+    return z, *(t.x.new_empty(shape[1] if t.emit_stats else 0, dtype=stat_dtype(t.x.dtype)) for _ in range(2))
 
 
-def bytes(x, weight, x_scale=None, x_shift=None, stride=(1, 1), emit_stats=True):
+@takes_arguments_of(reference)
+def bytes(t):
     """One read of the pixels of `x` and of `weight`, one write of `z`."""
-    out = math.prod(lazy.strided_shape(x, weight.shape[0], stride)) * x.element_size()
-    return nbytes(lazy.pixels(x, stride), weight) + out
+    out = math.prod(lazy.strided_shape(t.x, t.weight.shape[0], t.stride)) * t.x.element_size()
+    return nbytes(lazy.pixels(t.x, t.stride), t.weight) + out
 
 
-def flops(x, weight, x_scale=None, x_shift=None, stride=(1, 1), emit_stats=True):
+@takes_arguments_of(reference)
+def flops(t):
     """Two per multiply-add of the convolution; prologue and epilogue are not counted."""
-    return 2 * math.prod(lazy.strided_shape(x, weight.shape[0], stride)) * x.shape[1]
+    return 2 * math.prod(lazy.strided_shape(t.x, t.weight.shape[0], t.stride)) * t.x.shape[1]
 
 
 OP = define("conv1x1", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -34,6 +34,7 @@ from .contract import (
     nbytes,
     per_channel,
     stat_dtype,
+    takes_arguments_of,
 )
 
 SCHEMA = (
@@ -89,81 +90,27 @@ def _add_residual(y: Tensor, residual: Tensor, mask: Tensor | None, stride) -> T
     return y
 
 
-def fake(
-    g: Tensor,
-    weight: Tensor,
-    mask: Tensor | None = None,
-    z: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    d: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    sample_factor: Tensor | None = None,
-    x: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    x_shift: Tensor | None = None,
-    coupling: Tensor | None = None,
-    constant: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_mask: Tensor | None = None,
-    residual_stride=(1, 1),
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (g.shape[0], weight.shape[1], *g.shape[2:])
-    sums = [g.new_empty(0 if x_scale is None else shape[1], dtype=stat_dtype(g.dtype)) for _ in range(2)]
+@takes_arguments_of(reference)
+def fake(t):
+    g, shape = t.g, (t.g.shape[0], t.weight.shape[1], *t.g.shape[2:])
+    sums = [g.new_empty(0 if t.x_scale is None else shape[1], dtype=stat_dtype(g.dtype)) for _ in range(2)]
     return g.new_empty_strided(shape, channels_last_strides(shape)), *sums
 
 
-def bytes(
-    g,
-    weight,
-    mask=None,
-    z=None,
-    a=None,
-    b=None,
-    d=None,
-    scale=None,
-    shift=None,
-    sample_factor=None,
-    x=None,
-    x_scale=None,
-    x_shift=None,
-    coupling=None,
-    constant=None,
-    residual=None,
-    residual_mask=None,
-    residual_stride=(1, 1),
-):
+@takes_arguments_of(reference)
+def bytes(t):
     """One read of the lazy gradient, the matrices, `x` where it is used, and `residual`; one write of `grad_x`."""
-    used = None if x_scale is None and coupling is None else x
-    written = g[:, 0].numel() * weight.shape[1] * g.element_size()
-    read = nbytes(weight, used, coupling, residual, None if residual is None else residual_mask)
-    return lazy.gradient_bytes(g, mask, z, b, scale) + read + written
+    used = None if t.x_scale is None and t.coupling is None else t.x
+    written = t.g[:, 0].numel() * t.weight.shape[1] * t.g.element_size()
+    read = nbytes(t.weight, used, t.coupling, t.residual, None if t.residual is None else t.residual_mask)
+    return lazy.gradient_bytes(t.g, t.mask, t.z, t.b, t.scale) + read + written
 
 
-def flops(
-    g,
-    weight,
-    mask=None,
-    z=None,
-    a=None,
-    b=None,
-    d=None,
-    scale=None,
-    shift=None,
-    sample_factor=None,
-    x=None,
-    x_scale=None,
-    x_shift=None,
-    coupling=None,
-    constant=None,
-    residual=None,
-    residual_mask=None,
-    residual_stride=(1, 1),
-):
+@takes_arguments_of(reference)
+def flops(t):
     """Two per multiply-add of both products."""
-    k, c = weight.shape[:2]
-    return 2 * g[:, 0].numel() * c * (k + (0 if coupling is None else c))
+    k, c = t.weight.shape[:2]
+    return 2 * t.g[:, 0].numel() * c * (k + (0 if t.coupling is None else c))
 
 
 OP = define("conv1x1_dgrad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

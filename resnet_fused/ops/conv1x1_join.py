@@ -20,6 +20,8 @@ of that dtype; vectors float32 (float64 for float64), ``[C]`` for x, ``[N]`` for
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import lazy
@@ -32,6 +34,7 @@ from .contract import (
     pack_mask,
     per_channel,
     per_sample,
+    takes_arguments_of,
 )
 
 SCHEMA = (
@@ -85,78 +88,27 @@ def _mask_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
     return x.shape[0] * x.shape[2] * x.shape[3], (weight.shape[0] + 7) // 8
 
 
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    x_scale: Tensor | None = None,
-    x_shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_scale: Tensor | None = None,
-    residual_shift: Tensor | None = None,
-    x2: Tensor | None = None,
-    weight2: Tensor | None = None,
-    scale2: Tensor | None = None,
-    shift2: Tensor | None = None,
-    stride2=(1, 1),
-    sample_factor: Tensor | None = None,
-    relu: bool = True,
-    emit_mask: bool = False,
-) -> tuple[Tensor, Tensor]:
-    shape = _output_shape(x, weight)
-    out = x.new_empty_strided(shape, channels_last_strides(shape))
-    return out, x.new_empty(_mask_shape(x, weight) if emit_mask else (0,), dtype=torch.uint8)
+@takes_arguments_of(reference)
+def fake(t):
+    shape = _output_shape(t.x, t.weight)
+    out = t.x.new_empty_strided(shape, channels_last_strides(shape))
+    return out, t.x.new_empty(_mask_shape(t.x, t.weight) if t.emit_mask else (0,), dtype=torch.uint8)
 
 
-def bytes(
-    x,
-    weight,
-    scale,
-    shift,
-    x_scale=None,
-    x_shift=None,
-    residual=None,
-    residual_scale=None,
-    residual_shift=None,
-    x2=None,
-    weight2=None,
-    scale2=None,
-    shift2=None,
-    stride2=(1, 1),
-    sample_factor=None,
-    relu=True,
-    emit_mask=False,
-):
+@takes_arguments_of(reference)
+def bytes(t):
     """One read of `x`, the pixels of `x2`, the weights and `residual`; one write of `out` and `mask`."""
-    n, k, h, w = _output_shape(x, weight)
-    rows, width = _mask_shape(x, weight)
-    read = nbytes(x, weight, residual, weight2, None if x2 is None else lazy.pixels(x2, stride2))
-    return read + n * k * h * w * x.element_size() + (rows * width if emit_mask else 0)
+    out = math.prod(_output_shape(t.x, t.weight)) * t.x.element_size()
+    second = None if t.x2 is None else lazy.pixels(t.x2, t.stride2)
+    mask = math.prod(_mask_shape(t.x, t.weight)) if t.emit_mask else 0
+    return nbytes(t.x, t.weight, t.residual, t.weight2, second) + out + mask
 
 
-def flops(
-    x,
-    weight,
-    scale,
-    shift,
-    x_scale=None,
-    x_shift=None,
-    residual=None,
-    residual_scale=None,
-    residual_shift=None,
-    x2=None,
-    weight2=None,
-    scale2=None,
-    shift2=None,
-    stride2=(1, 1),
-    sample_factor=None,
-    relu=True,
-    emit_mask=False,
-):
+@takes_arguments_of(reference)
+def flops(t):
     """Two per multiply-add of both products; prologue and epilogue are not counted."""
-    n, k, h, w = _output_shape(x, weight)
-    return 2 * n * k * h * w * (x.shape[1] + (0 if x2 is None else x2.shape[1]))
+    depth = t.x.shape[1] + (0 if t.x2 is None else t.x2.shape[1])
+    return 2 * math.prod(_output_shape(t.x, t.weight)) * depth
 
 
 OP = define("conv1x1_join", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

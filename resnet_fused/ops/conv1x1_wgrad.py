@@ -15,7 +15,7 @@ of statistics, the same bits at every call. With a masked gradient as dz, both a
 from __future__ import annotations
 
 from . import lazy
-from .contract import Tensor, define, nbytes, stat_dtype
+from .contract import Tensor, define, nbytes, stat_dtype, takes_arguments_of
 
 SCHEMA = (
     "(Tensor g, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
@@ -45,62 +45,23 @@ def reference(
     return (dz.T @ activation).to(dtype), dz.sum(0).to(dtype)
 
 
-def fake(
-    g: Tensor,
-    x: Tensor,
-    mask: Tensor | None = None,
-    z: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    d: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    sample_factor: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    x_shift: Tensor | None = None,
-    stride=(1, 1),
-) -> tuple[Tensor, Tensor]:
-    dtype = stat_dtype(g.dtype)
-    return g.new_empty((g.shape[1], x.shape[1]), dtype=dtype), g.new_empty(g.shape[1], dtype=dtype)
+@takes_arguments_of(reference)
+def fake(t):
+    k, c, dtype = t.g.shape[1], t.x.shape[1], stat_dtype(t.g.dtype)
+    return t.g.new_empty((k, c), dtype=dtype), t.g.new_empty(k, dtype=dtype)
 
 
-def bytes(
-    g,
-    x,
-    mask=None,
-    z=None,
-    a=None,
-    b=None,
-    d=None,
-    scale=None,
-    shift=None,
-    sample_factor=None,
-    x_scale=None,
-    x_shift=None,
-    stride=(1, 1),
-):
+@takes_arguments_of(reference)
+def bytes(t):
     """One read of the lazy gradient and of the pixels of `x`, one write of `grad_weight`."""
-    written = g.shape[1] * x.shape[1] * stat_dtype(g.dtype).itemsize
-    return lazy.gradient_bytes(g, mask, z, b, scale) + nbytes(lazy.pixels(x, stride)) + written
+    written = t.g.shape[1] * t.x.shape[1] * stat_dtype(t.g.dtype).itemsize
+    return lazy.gradient_bytes(t.g, t.mask, t.z, t.b, t.scale) + nbytes(lazy.pixels(t.x, t.stride)) + written
 
 
-def flops(
-    g,
-    x,
-    mask=None,
-    z=None,
-    a=None,
-    b=None,
-    d=None,
-    scale=None,
-    shift=None,
-    sample_factor=None,
-    x_scale=None,
-    x_shift=None,
-    stride=(1, 1),
-):
+@takes_arguments_of(reference)
+def flops(t):
     """Two per multiply-add."""
-    return 2 * g.numel() * x.shape[1]
+    return 2 * t.g.numel() * t.x.shape[1]
 
 
 OP = define("conv1x1_wgrad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

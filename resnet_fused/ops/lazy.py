@@ -60,7 +60,7 @@ def gradient(
 
 def gradient_bytes(g, mask=None, z=None, b=None, scale=None) -> int:
     """What a read of ``dz`` reads: `g`, its bits, and `z` where a term needs it."""
-    return nbytes(g, mask, z if b is not None or scale is not None else None)
+    return nbytes(g, mask, z if b is not None or (scale is not None and mask is None) else None)
 
 
 def pixels(x: Tensor, stride=(1, 1)) -> Tensor:

@@ -6,15 +6,9 @@ convolution's input (1x1 convolutions only): for ``z = W a`` over M pixels, ``d 
 
     m = sum(d)/M;  Cov = d'd/M - m m';   mean = W (m + centre);   var_k = w_k' Cov w_k
 
-Backward, with g the masked gradient, ``P = g'd`` and ``Wm = W m``::
-
-    grad_beta  = sum g
-    grad_gamma = rstd * (rowsum(W * P) - Wm * sum g)
-    b = -scale*rstd*grad_gamma/M;   d0 = scale*(rstd*grad_gamma*Wm - grad_beta)/M
-    grad_W = scale*P + b*(W d'd) + d0 sum(d)'
-    grad_a = g (scale*W) + d S + d0 W,     S = W' diag(b) W
-
-Everything is written in the shifted input d, so that a large mean cancels nowhere. With running statistics b = d0 = 0.
+Backward, with g the masked gradient: ``grad_beta = sum g``, ``grad_a = g (scale*W) + a S + constant``; `gram_grad` says
+how S, the constant and the gradients of W and gamma follow from ``g' a`` and ``sum g``, everything in the shifted
+input d, so that a large mean cancels nowhere. With running statistics S and the constant are 0.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import run
-from .batch_norm import Affine, Statistics, batch_affine, pixels, running_affine
+from .batch_norm import Affine, Statistics, batch_affine, running_affine
 from .conv import input_grad, transposed, weight_grad
 from .lazy import Lazy
 from .spec import Conv, Step, StepGrads, StepTensors
@@ -37,9 +31,9 @@ CENTRE_IMAGES = 4
 class Gram(NamedTuple):
     """Sufficient statistics of the input `a` of a 1x1 convolution, shifted by `centre`."""
 
-    centre: Tensor  # [C]
     gram: Tensor  # [C, C]
     total: Tensor  # [C]
+    centre: Tensor  # [C]
 
 
 class Folded(NamedTuple):
@@ -59,15 +53,24 @@ def sample_mean(value: Tensor | Lazy, backend: str) -> Tensor:
 
 
 def fold(
-    a: Tensor, tensors: StepTensors, step: Step, centre: Tensor | None, backend: str
+    a: Tensor,
+    tensors: StepTensors,
+    step: Step,
+    centre: Tensor | None,
+    backend: str,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Folded, Statistics | None]:
-    """Batch norm of ``conv(a)`` without the convolution. `a` is already strided; `centre` None: running statistics."""
+    """Batch norm of ``conv(a)`` without the convolution, or of ``conv(relu(scale*a + shift))`` where these are given.
+
+    `a` is already strided; `centre` None: running statistics.
+    """
     if not step.norm.batch_stats:
         return Folded(running_affine(tensors, step.norm, a.dtype), None), None
-    gram, total = run("gram", a, centre, backend=backend)
-    mean, m2 = run("gram_norm", tensors.weight, gram, total, centre, a, backend=backend)
+    gram, total = run("gram", a, centre, scale, shift, backend=backend)
+    mean, m2 = run("gram_norm", tensors.weight.contiguous(), gram, total, centre, a, backend=backend)
     bn, statistics = batch_affine(mean, m2, tensors, step.norm, a, backend)
-    return Folded(bn, Gram(centre, gram, total)), statistics
+    return Folded(bn, Gram(gram, total, centre)), statistics
 
 
 def shift_of(folded: Folded, tensors: StepTensors) -> Tensor:
@@ -80,6 +83,34 @@ def shift_of(folded: Folded, tensors: StepTensors) -> Tensor:
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """`weight` with batch norm's scale in it, rounded once to the weight's dtype."""
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+
+
+class FoldedGrads(NamedTuple):
+    """Of a branch whose output was never written, from ``product = g' a`` and ``sum g``."""
+
+    weight: Tensor  # [K, C/groups, R, S]
+    gamma: Tensor  # [K]
+    coupling: Tensor | None  # [C, C, 1, 1], S of the formulas; None: running statistics
+    constant: Tensor | None  # [C]
+
+
+def parameter_grads(
+    product: Tensor, sum_g: Tensor, g: Tensor, tensors: StepTensors, step: Step, folded: Folded, backend: str
+) -> FoldedGrads:
+    """Gradients of the branch's weight and gamma, and what corrects its input's. `product` is not shifted.
+
+    `g`: any tensor of as many pixels as the output.
+    """
+    bn, gram = folded
+    product = product.flatten(1).to(bn.scale.dtype)
+    if step.norm.batch_stats:
+        arguments = (tensors.weight.contiguous(), product, *gram, sum_g, bn.scale, bn.rstd)
+        weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=backend)
+        return FoldedGrads(weight.view(tensors.weight.shape), gamma, coupling, constant)
+    offset = bn.mean if tensors.bias is None else bn.mean - tensors.bias.to(bn.scale.dtype)
+    own = (tensors.weight.flatten(1).to(product.dtype) * product).sum(1)
+    weight = (bn.scale.unsqueeze(1) * product).view(tensors.weight.shape)
+    return FoldedGrads(weight, bn.rstd * torch.addcmul(own, offset, sum_g, value=-1), None, None)
 
 
 def backward(
@@ -99,45 +130,22 @@ def backward(
 
     `conv`: the geometry from `a` to the output (`a` may be strided already). `add_to`: see :func:`conv.input_grad`.
     """
-    bn, gram = folded
-    scale, count = bn.scale, pixels(g)
-    coupled = step.norm.batch_stats
-    grad_gamma = product = None
+    scale, coupled, found = folded.bn.scale, step.norm.batch_stats, None
     if coupled or needs.weight or needs.gamma:
-        product = weight_grad(g, a, tensors.weight, conv, backend).to(scale.dtype)
-        weight = tensors.weight.to(scale.dtype)
-        offset = bn.mean if tensors.bias is None else bn.mean - tensors.bias.to(scale.dtype)
-        if coupled:
-            product = product - torch.outer(sum_g, gram.centre).view_as(product)
-            offset = weight.flatten(1) @ (gram.total / count)
-        grad_gamma = bn.rstd * torch.addcmul((weight * product).flatten(1).sum(1), offset, sum_g, value=-1)
-    grad_weight = scale.view(-1, 1, 1, 1) * product if needs.weight else None
+        product = weight_grad(g, a, tensors.weight, conv, backend)
+        found = parameter_grads(product, sum_g, g, tensors, step, folded, backend)
+    bias = torch.zeros_like(sum_g) if coupled else scale * sum_g
+    values = (None if found is None else found.weight, bias, None if found is None else found.gamma, sum_g)
+    grads = StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
+    if not needs_a:
+        return None, grads
     folded_weight = scaled(tensors.weight, scale)
     if not coupled:
-        grad_a = input_grad(g, a, folded_weight, conv, backend, add_to) if needs_a else None
-        return grad_a, _grads(needs, grad_weight, scale * sum_g, grad_gamma, sum_g)
-
-    unit = scale / count
-    b = -unit * bn.rstd * grad_gamma
-    d0 = unit * torch.addcmul(-sum_g, bn.rstd * grad_gamma, offset)
-    flat = weight.flatten(1)
-    if needs.weight:
-        correction = torch.addr(b.unsqueeze(1) * (flat @ gram.gram), d0, gram.total)
-        grad_weight = grad_weight + correction.view_as(grad_weight)
-    grad_a = None
-    if needs_a:
-        coupling = flat.T @ (b.unsqueeze(1) * flat)  # S, symmetric
-        constant = d0 @ flat - gram.centre @ coupling
-        square = coupling.to(a.dtype).view(*coupling.shape, 1, 1)
-        if add_to is None:
-            grad_a = run("conv_add_relu", a, square, constant, backend=backend)
-        else:
-            run("conv_add_relu_", add_to, a, square, constant, backend=backend)
-            grad_a = add_to
-        run("conv_add_relu_", grad_a, g, transposed(folded_weight), backend=backend)
-    return grad_a, _grads(needs, grad_weight, torch.zeros_like(sum_g), grad_gamma, sum_g)
-
-
-def _grads(needs: StepGrads, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> StepGrads:
-    values = StepGrads(weight, bias, gamma, beta)
-    return StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
+        return input_grad(g, a, folded_weight, conv, backend, add_to), grads
+    if add_to is None:
+        grad_a = run("conv_add_relu", a, found.coupling, found.constant, backend=backend)
+    else:
+        run("conv_add_relu_", add_to, a, found.coupling, found.constant, backend=backend)
+        grad_a = add_to
+    run("conv_add_relu_", grad_a, g, transposed(folded_weight), backend=backend)
+    return grad_a, grads

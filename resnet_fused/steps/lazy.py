@@ -47,6 +47,8 @@ class LazyGrad(NamedTuple):
 
     def materialise(self, backend: str, into_g: bool = False) -> Tensor:
         """Write the gradient down, for a consumer that cannot apply it on load; over `g` where the caller owns that."""
+        if self.mask is not None:
+            raise ValueError("a gradient that is still to be masked by bits is for the ops that do so on load")
         c = self.coefficients
         scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
         z = self.z if self.relu or c.b is not None else None

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 
 from ..backends import run
-from . import pointwise
-from .batch_norm import Affine, Coefficients, Statistics, batch_affine, coefficients, running_affine
+from . import folded_join, pointwise
+from .batch_norm import Affine, Coefficients, Statistics, coefficients
 from .conv import strided
-from .folded_join import POINTWISE, Folded, Gram, sample_mean
+from .folded_join import POINTWISE, Folded
 from .lazy import Lazy, LazyGrad
 from .pointwise import PathGrad, Value, parts
 from .spec import Chain, Step, StepGrads, StepTensors
@@ -103,14 +103,10 @@ def _product(chain, value, x, shortcut_x, own, projection, main, shortcut, optio
 def fold(value: Value, own: StepTensors, step: Step, backend: str) -> tuple[Folded, Statistics | None]:
     """Batch norm of ``conv(value)`` without the convolution. `value` holds the pixels that the convolution reads."""
     raw, scale, shift = parts(value)
-    if not step.norm.batch_stats:
-        return Folded(running_affine(own, step.norm, raw.dtype), None), None
     centre = value.bn.centre if isinstance(value, Lazy) else None
-    centre = sample_mean(value, backend) if centre is None else centre
-    gram, total = run("gram", raw, centre, scale, shift, backend=backend)
-    mean, m2 = run("gram_norm", own.weight.contiguous(), gram, total, centre, raw, backend=backend)
-    bn, statistics = batch_affine(mean, m2, own, step.norm, raw, backend)
-    return Folded(bn, Gram(centre, gram, total)), statistics
+    if centre is None and step.norm.batch_stats:
+        centre = folded_join.sample_mean(value, backend)
+    return folded_join.fold(raw, own, step, centre, backend, scale, shift)
 
 
 def backward(
@@ -187,15 +183,9 @@ def _gram_parameters(
     if not (any(needs) or (needs_value and step.norm.batch_stats)):
         return StepGrads(), None
     x, x_scale, x_shift = parts(value)
-    bn, gram = folded
     options = {"mask": grad.mask, "x_scale": x_scale, "x_shift": x_shift, "stride": step.conv.stride}
     product, sum_g = run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
-    if not step.norm.batch_stats:
-        grad_gamma = bn.rstd * ((own.weight.flatten(1).to(product.dtype) * product).sum(1) - bn.mean * sum_g)
-        weight, correction = bn.scale.unsqueeze(1) * product, None
-    else:
-        arguments = (own.weight.contiguous(), product, gram.gram, gram.total, gram.centre, sum_g, bn.scale, bn.rstd)
-        weight, grad_gamma, *correction = run("gram_grad", *arguments, grad.g, backend=backend)
-    values = StepGrads(weight.view(own.weight.shape), None, grad_gamma, sum_g)
+    found = folded_join.parameter_grads(product, sum_g, grad.g, own, step, folded, backend)
+    values = StepGrads(found.weight, None, found.gamma, sum_g)
     wanted = StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
-    return wanted, correction
+    return wanted, None if found.coupling is None else (found.coupling, found.constant)

@@ -35,9 +35,6 @@ OPS = (
     "conv1x1_wgrad",
 )
 
-#: What is known about these kernels, for `info` and the README's support table.
-SUPPORT = "compiled for sm_80, sm_90, sm_100 and sm_120, values checked in the interpreter, not yet run on a GPU"
-
 
 def missing_triton() -> str:
     """Why Triton cannot be used here; empty if it can."""

@@ -77,18 +77,6 @@ def sum_splits(ptr, where, there, splits, plane, BLOCK_S: tl.constexpr, BLOCK: t
 # The op -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def strided_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M: tl.constexpr):
-    """As `gemm.read_rows`, with one 64-bit division per tile. One per row made ptxas spill the float32 kernel."""
-    sample = row // HW_OUT
-    m = (row - sample * HW_OUT).to(tl.int32) + tl.arange(0, BLOCK_M)
-    samples = m // HW_OUT
-    pixel = m - samples * HW_OUT
-    h = pixel // W_OUT
-    w = pixel - h * W_OUT
-    return ((sample + samples) * H + h * STRIDE_H) * W + w * STRIDE_W
-
-
 @triton.jit(do_not_specialize=["M", "UNITS_K", "UNITS_C", "TILES", "H", "W", "W_OUT", "HW_OUT", "STRIDE_H", "STRIDE_W"])
 def conv1x1_wgrad_kernel(
     g_ptr, x_ptr, z_ptr, mask_ptr,  # [M, K], [N*H*W, C], [M, K] or None, [M, ceil(K / 8)] or None
@@ -122,7 +110,7 @@ def conv1x1_wgrad_kernel(
                            row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
         inside = in_rows[:, None] & in_cols[None, :]
         if STRIDED:
-            x_rows = strided_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
+            x_rows = gemm.read_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
             x = tl.load(x_ptr + x_rows[:, None] * C + cols[None, :], mask=inside, other=0.0)
         else:
             offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]

@@ -76,13 +76,17 @@ def tile_of(program, column_tiles):
 
 @triton.jit
 def read_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M: tl.constexpr):
-    """Input rows (pixels) that a strided convolution reads for the output rows from `row` on, in int64."""
-    m = row + tl.arange(0, BLOCK_M)
-    sample = m // HW_OUT
-    pixel = m - sample * HW_OUT
+    """Input rows (pixels) that a strided convolution reads for the output rows from `row` on, in int64.
+
+    One 64-bit division per tile; one per row made ptxas spill a float32 kernel.
+    """
+    sample = row // HW_OUT
+    m = (row - sample * HW_OUT).to(tl.int32) + tl.arange(0, BLOCK_M)
+    samples = m // HW_OUT
+    pixel = m - samples * HW_OUT
     h = pixel // W_OUT
     w = pixel - h * W_OUT
-    return (sample * H + h * STRIDE_H) * W + w * STRIDE_W
+    return ((sample + samples) * H + h * STRIDE_H) * W + w * STRIDE_W
 
 
 @triton.jit

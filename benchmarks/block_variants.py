@@ -3,7 +3,7 @@
     python benchmarks/block_variants.py > benchmarks/results/DATE-MACHINE-block-variants.md
 
 For each kind of block by itself, in training: stock, and fused with plain joins and with Gram joins, in turn, forward
-and backward. The plan's TOLERATED and csrc/cpu/alloc.h quote it.
+and backward. The plan's TOLERATED, csrc/cpu/alloc.h and convert/stage.py quote it.
 """
 
 from __future__ import annotations

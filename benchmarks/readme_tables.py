@@ -18,6 +18,7 @@ import torch
 
 import resnet_fused
 from resnet_fused.backends import backends
+from resnet_fused.bench.peers import OURS, STOCK
 from resnet_fused.bench.records import Report, markdown_table, provenance_line
 from resnet_fused.library import COMPILED_OPS
 from resnet_fused.models import resnet50
@@ -41,10 +42,26 @@ def results() -> str:
     rows = [row for row in report.rows if row.name.startswith(("training step", "evaluation"))]
     batch = f"ResNet-50, {report.provenance['dtype']}, {report.provenance['device']}, against stock PyTorch eager"
     source = (
-        f"From [`{path.name}`](benchmarks/results/{path.name}), which has every block shape as well; runs differ by a"
+        f"From [`{path.name}`](benchmarks/results/{path.name}), the newest run, which has every block shape as well."
     )
-    source += "\nfew per cent, and the others are beside it."
+    source += f"\n{ranges(rows, runs.values(), report)}"
     return f"{batch}:\n\n{markdown_table(rows)}\n\n{source}\n{provenance_line(report.provenance)}"
+
+
+def speedups(report: Report) -> dict[str, float]:
+    """Stock's median time by ours, for every measurement of a run."""
+    medians = {(row.name, row.peer): row.median for row in report.rows if row.unit == "ms"}
+    return {name: stock / medians[name, OURS] for (name, peer), stock in medians.items() if peer == STOCK}
+
+
+def ranges(rows, reports, quoted: Report) -> str:
+    """What the recorded runs on the quoted one's device range over: heaps differ from run to run, and with them times."""
+    alike = [speedups(r) for r in reports if r.provenance["device"] == quoted.provenance["device"]]
+    texts = []
+    for name in dict.fromkeys(row.name for row in rows):
+        found = [run[name] for run in alike if name in run]
+        texts.append(f"{name} {min(found):.2f}x to {max(found):.2f}x")
+    return f"All {len(alike)} recorded runs on this device: {'; '.join(texts)}."
 
 
 def traffic() -> str:
@@ -53,11 +70,11 @@ def traffic() -> str:
     on_h100 = resnet_fused.explain(resnet50(), (256, 3, 224, 224), dtype=torch.bfloat16, device="h100")
     planned, block = on_h100.model, on_h100.blocks[1]
     programs = (planned.fused, planned.compiled, planned.stock)
-    rows = [["MB moved per image", *(f"{program.bytes / 256e6:.0f}" for program in programs)]]
+    rows = [["MB moved per image, planned for an H100", *(f"{program.bytes / 256e6:.0f}" for program in programs)]]
     saved = (planned.fused_saved, planned.stock_saved, planned.stock_saved)
-    rows += [["MB saved for backward per image", *(f"{bytes / 256e6:.1f}" for bytes in saved)]]
+    rows += [["MB saved for backward per image, same plan", *(f"{bytes / 256e6:.1f}" for bytes in saved)]]
     launches = (block.fused.launches, block.compiled.launches, block.stock.launches)
-    rows += [["kernels started in an identity bottleneck", *map(str, launches)]]
+    rows += [["kernels started in an identity bottleneck, same plan", *map(str, launches)]]
     for row in found.predictions:
         times = (row.fused, row.compiled, row.stock)
         rows.append([f"ms predicted on {row.device.name}", *(f"{seconds * 1e3:.0f}" for seconds in times)])

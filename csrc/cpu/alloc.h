@@ -1,7 +1,7 @@
 // Allocation of outputs. Buffers of 32 MiB and more are mapped anew by the C library at every call, and faulting them
-// in 4 KiB at a time costs more than the arithmetic of a pointwise kernel; huge pages, where the kernel grants them,
-// cost a third. Smaller ones come from the heap, whose pages are there already: advice makes the system clear 2 MiB at
-// a time whenever the heap has grown again (42 ms of a 150 ms block, where it was 4 without; AVX-512, 12.8 MB results).
+// in 4 KiB at a time can cost more than the arithmetic of a pointwise kernel, so huge pages are asked for under them.
+// Smaller ones come from the heap, whose pages may be there already. That the limit makes no difference to blocks by
+// themselves was measured: benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

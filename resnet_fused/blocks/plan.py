@@ -37,7 +37,8 @@ from .measured import Variant
 Tensor = torch.Tensor
 
 #: Share of the last convolution's forward and backward time that a Gram join may cost, for the memory it saves. Where
-#: the model expected +4% on CPUs (ResNet-50's layer3), it was 1 to 7% of the whole block's time, on AVX2 and AVX-512.
+#: the model expected +4% on a CPU with AVX-512 (ResNet-50's layer3.1), the whole block took 7 to 8% longer than with a
+#: plain join: benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md.
 TOLERATED = 0.0
 #: Share of what a lazy chain saves anyway that kept activations may add: each saves a read and a write backward.
 KEPT_SHARE = 0.20

@@ -1,9 +1,9 @@
 """Stages in evaluation: a Sequential of fused blocks runs a large batch in pieces of a few images.
 
 Images do not meet in a folded block, so a stage gives the same result piece by piece. It is worth it on the CPU, where
-the C library maps every result of 32 MiB or more anew, and faulting its pages in costs as much as a convolution (16 ms
-for 51 MB, measured). Smaller results reuse memory that is there, and stay in the last-level cache between blocks. Only
-the stage's own output is large, and lies in huge pages.
+the C library maps every result of 32 MiB or more anew and its pages are faulted in again: more than half of a stock
+training step of layer1.1 is system time (benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md). Smaller
+results can reuse memory that is there. Only the stage's own output is large, and lies in huge pages.
 """
 
 from __future__ import annotations

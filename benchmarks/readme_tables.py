@@ -41,9 +41,7 @@ def results() -> str:
     path, report = max(runs.items(), key=lambda item: item[1].provenance["date"])
     rows = [row for row in report.rows if row.name.startswith(("training step", "evaluation"))]
     batch = f"ResNet-50, {report.provenance['dtype']}, {report.provenance['device']}, against stock PyTorch eager"
-    source = (
-        f"From [`{path.name}`](benchmarks/results/{path.name}), the newest run, which has every block shape as well."
-    )
+    source = f"From [`{path.name}`](benchmarks/results/{path.name}), the newest run, with every block shape."
     source += f"\n{ranges(rows, runs.values(), report)}"
     return f"{batch}:\n\n{markdown_table(rows)}\n\n{source}\n{provenance_line(report.provenance)}"
 
@@ -55,7 +53,7 @@ def speedups(report: Report) -> dict[str, float]:
 
 
 def ranges(rows, reports, quoted: Report) -> str:
-    """What the recorded runs on the quoted one's device range over: heaps differ from run to run, and with them times."""
+    """What the recorded runs on the quoted one's device range over: times differ with the heap."""
     alike = [speedups(r) for r in reports if r.provenance["device"] == quoted.provenance["device"]]
     texts = []
     for name in dict.fromkeys(row.name for row in rows):

@@ -153,9 +153,20 @@ def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tens
     flat: list[Tensor | None] = []
     for grad, own in zip(grads, tensors, strict=True):
         for value, tensor in zip(grad, own[:4], strict=True):
-            flat.append(None if value is None or tensor is None else value.to(tensor.dtype))
+            flat.append(None if value is None or tensor is None else _laid_out_as(value.to(tensor.dtype), tensor))
         flat += [None] * (len(own) - 4)
     return flat
+
+
+def _laid_out_as(grad: Tensor, tensor: Tensor) -> Tensor:
+    """`grad` with the strides of `tensor` where that moves nothing: autograd then keeps it, instead of a copy.
+
+    Of a 1x1 weight; in channels_last it has other strides than a matrix, for the same elements in the same order.
+    """
+    if grad.dim() != 4 or grad.stride() == tensor.stride() or tuple(grad.shape[2:]) != (1, 1):
+        return grad
+    same = grad.is_contiguous() and tensor.is_contiguous()
+    return grad.as_strided(tensor.shape, tensor.stride()) if same else grad
 
 
 def _differentiable_backward(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:

@@ -94,8 +94,7 @@ def channels_last_strides(shape) -> tuple[int, int, int, int]:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether `x` lies in memory as ``[N*H*W, C]``; strides of dimensions of size 1 say nothing."""
-    strides = channels_last_strides(x.shape)
-    return x.numel() == 0 or all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
+    return x.numel() == 0 or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -14,12 +14,16 @@ from .spec import Conv
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-# Whose weight gradient is fastest was measured on a CPU without AVX-512 (benchmarks/weight_grad.py); with AVX-512,
-# where nobody measured, it is oneDNN's throughout.
-_MEASURED = "AVX512" not in torch.backends.cpu.get_cpu_capability()
-_MM_PIXELS = 16384  # up to here a 1x1 convolution's is a plain matrix product: 1.1-1.5x faster than oneDNN's
+# Who is fastest on a CPU was measured without and with AVX-512: benchmarks/weight_grad.py, benchmarks/pointwise.py and
+# their results. With it oneDNN is, but where the weight is large beside the pixels, of which oneDNN makes and converts
+# copies, and where a product is added to what is there.
+HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+_MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matrix product, 1.1-1.5x faster than oneDNN's
+_OWN_CHANNELS, _OWN_PIXELS = 16, 256  # without: from here on ours is faster for kernels beyond 1x1, 1.1-1.6x
+_FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain products, and our weight gradients
+_FEW_GRADIENTS = 2  # the same for the gradients of a 1x1
+_WIDE_MM = 256  # with: from so many channels on, a gradient is added to that of a wider tensor by a plain product
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
-_OWN_CHANNELS, _OWN_PIXELS = 16, 256  # from here on ours is faster for kernels beyond 1x1: 1.1-1.6x
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -28,9 +32,27 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    """ATen's convolution, channels_last in and out."""
+    """The convolution, channels_last in and out: ATen's, or a matrix product where that is faster."""
+    if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
+        x = strided(x, conv)
+        return _image(rows(x) @ weight.flatten(1).T, x)
     z = aten.convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
     return channels_last(z)
+
+
+def is_product(pixels: int, weight: Tensor, conv: Conv, like: Tensor, few: int = _FEW_GRADIENTS) -> bool:
+    """Whether a 1x1 convolution has so few pixels beside its weight that plain products are faster than oneDNN.
+
+    `pixels`: of its output. `like`: any tensor of its data's device and dtype. `few`: pixels per channel.
+    """
+    here = HAS_AVX512 and like.device.type == "cpu" and like.dtype == torch.float32
+    return here and conv.is_pointwise(weight) and pixels <= few * min(weight.shape[:2])
+
+
+def _pixels(x: Tensor, conv: Conv) -> int:
+    """Pixels that a 1x1 convolution reads."""
+    (n, _, h, w), (rows, columns) = x.shape, conv.stride
+    return n * -(-h // rows) * -(-w // columns)
 
 
 def strided(x: Tensor, conv: Conv) -> Tensor:
@@ -43,6 +65,12 @@ def strided(x: Tensor, conv: Conv) -> Tensor:
 def rows(x: Tensor) -> Tensor:
     """A channels_last tensor as the matrix ``[N*H*W, C]`` it is."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _image(matrix: Tensor, like: Tensor) -> Tensor:
+    """Inverse of :func:`rows`; `like` has the pixels."""
+    n, _, h, w = like.shape
+    return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -64,13 +92,16 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: st
 
 def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor | None:
     """The weight's gradient where something faster than ATen's convolution has it; else None."""
-    if grad.device.type == "cpu" and grad.dtype == torch.float32 and _MEASURED and conv.groups == 1:
-        pointwise, pixels = conv.is_pointwise(weight), grad[:, 0].numel()
-        if pointwise and pixels <= _MM_PIXELS:
-            return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape)
-        large = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
-        if not pointwise and large and backend in ("auto", "cpu"):
-            return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
+    if grad.device.type != "cpu" or grad.dtype != torch.float32 or conv.groups != 1:
+        return None
+    pixels = grad[:, 0].numel()
+    if conv.is_pointwise(weight):
+        fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
+        return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape) if fast else None
+    many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
+    fast = pixels <= _FEW_OWN * min(weight.shape[:2]) if HAS_AVX512 else many
+    if fast and backend in ("auto", "cpu"):
+        return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     return None
 
 
@@ -78,15 +109,28 @@ def input_grad(
     grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
 ) -> Tensor:
     """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
-    if add_to is not None and _adds_in_place(weight, conv):
-        run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
+    if add_to is not None and _adds_in_place(x, weight, conv):
+        if _is_added_product(weight, x):
+            add_to.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(rows(grad), weight.flatten(1))
+        else:
+            run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
+    if conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
+        return _image(rows(grad) @ weight.flatten(1), x)
     grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])
     return grad_x if add_to is None else add_to.add_(grad_x)
 
 
-def _adds_in_place(weight: Tensor, conv: Conv) -> bool:
-    return conv.is_pointwise(weight) and conv.stride == (1, 1) and weight.numel() < _LARGE_WEIGHT
+def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv) -> bool:
+    if not conv.is_pointwise(weight) or conv.stride != (1, 1):
+        return False
+    return weight.numel() < _LARGE_WEIGHT or _is_added_product(weight, x)
+
+
+def _is_added_product(weight: Tensor, x: Tensor) -> bool:
+    """Whether ``x += grad W`` is faster as a plain product than in oneDNN: into many channels from fewer."""
+    fits = HAS_AVX512 and x.device.type == "cpu" and x.dtype == torch.float32
+    return fits and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
 
 
 def both_grads(
@@ -94,7 +138,7 @@ def both_grads(
 ) -> tuple[Tensor, Tensor]:
     """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
     own = _own_weight_grad(grad, x, weight, conv, backend)
-    if own is not None or (add_to is not None and _adds_in_place(weight, conv)):
+    if own is not None or (add_to is not None and _adds_in_place(x, weight, conv)):
         own = weight_grad(grad, x, weight, conv, backend) if own is None else own
         return own, input_grad(grad, x, weight, conv, backend, add_to)
     grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])

@@ -1,0 +1,68 @@
+"""A convolution and its gradients by whoever is fastest, on CPUs with and without AVX-512: all give the same."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resnet_fused.steps import Conv, conv
+
+CASES = {
+    "few pixels, many channels": ((2, 64, 3, 3), (48, 64, 1, 1), Conv()),
+    "many pixels": ((2, 8, 12, 12), (6, 8, 1, 1), Conv()),
+    "into many channels from few": ((2, 256, 4, 4), (8, 256, 1, 1), Conv()),
+    "strided, few": ((1, 64, 7, 5), (64, 64, 1, 1), Conv((2, 2))),
+    "strided, many": ((2, 6, 9, 9), (4, 6, 1, 1), Conv((2, 2))),
+    "one channel": ((3, 1, 2, 2), (1, 1, 1, 1), Conv()),
+    "one pixel": ((1, 65, 1, 1), (3, 65, 1, 1), Conv()),
+    "3x3, few pixels": ((1, 32, 4, 4), (32, 32, 3, 3), Conv(padding=(1, 1))),
+    "3x3, many pixels": ((2, 16, 14, 14), (8, 16, 3, 3), Conv(padding=(1, 1))),
+    "3x3, strided": ((1, 40, 7, 7), (33, 40, 3, 3), Conv((2, 2), (1, 1))),
+    "grouped": ((2, 32, 4, 4), (32, 8, 3, 3), Conv(padding=(1, 1), groups=4)),
+    "padded 1x1": ((2, 64, 3, 3), (64, 64, 1, 1), Conv(padding=(1, 1))),
+}
+
+
+def channels_last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(params=[False, True], ids=["without", "with"], autouse=True)
+def avx512(request, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(conv, "HAS_AVX512", request.param)
+    return request.param
+
+
+def close(ours, exact, name):
+    """Both are sums of float32 products; stock's own error here is about 1e-6."""
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, layout):
+    shape, weight_shape, geometry = CASES[case]
+    x, weight = channels_last(*shape), torch.randn(weight_shape).contiguous(memory_format=layout)
+    exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = F.conv2d(exact_x, exact_w, None, *geometry.args)
+    out = conv.conv2d(x, weight, None, geometry)
+    close(out, exact, "output")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    grad, into = channels_last(*out.shape), channels_last(*shape)
+    grad_x, grad_w = torch.autograd.grad(exact, (exact_x, exact_w), grad.double())
+    close(conv.weight_grad(grad, x, weight, geometry, "auto"), grad_w, "weight")
+    close(conv.input_grad(grad, x, weight, geometry, "auto"), grad_x, "input")
+    for add_to in (None, into):
+        base = 0 if add_to is None else add_to.double()
+        ours_w, ours_x = conv.both_grads(grad, x, weight, geometry, "auto", add_to)
+        close(ours_w, grad_w, "weight, with the input's")
+        close(ours_x, grad_x + base, "input, with the weight's")
+        if add_to is not None:
+            assert ours_x.data_ptr() == add_to.data_ptr()
+
+
+def test_products_are_taken_where_they_are_faster(avx512, monkeypatch):
+    seen = []
+    monkeypatch.setattr(conv.aten, "convolution", lambda *args: seen.append(1) or torch.conv2d(*args[:3]), raising=False)
+    conv.conv2d(channels_last(1, 64, 3, 3), torch.randn(64, 64, 1, 1), None, Conv())
+    assert bool(seen) != avx512

@@ -1,13 +1,14 @@
 """Time the variants of ResNet-50's blocks on this CPU, and what memory costs them: page faults and system time.
 
-    python benchmarks/block_variants.py > benchmarks/results/DATE-MACHINE-block-variants.md
+    python benchmarks/block_variants.py [--batch 16] > benchmarks/results/DATE-MACHINE-block-variants.md
 
 For each kind of block by itself, in training: stock, and fused with plain joins and with Gram joins, in turn, forward
-and backward. The plan's TOLERATED, csrc/cpu/alloc.h and convert/stage.py quote it.
+and backward. The plan's TOLERATED, blocks/small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import resource
 import statistics
@@ -21,9 +22,10 @@ from resnet_fused.blocks import plan
 from resnet_fused.models import resnet50
 
 BLOCKS = {
-    "layer1.1": (256, 56), "layer2.0": (256, 56), "layer2.1": (512, 28), "layer3.1": (1024, 14), "layer4.1": (2048, 7)
+    "layer1.1": (256, 56), "layer2.0": (256, 56), "layer2.1": (512, 28), "layer3.1": (1024, 14),
+    "layer4.0": (1024, 14), "layer4.1": (2048, 7),
 }  # fmt: skip
-BATCH, REPEATS = 16, 15
+REPEATS = 15
 #: What a Gram join may cost, so that the plan chooses it always, or never.
 ALWAYS, NEVER = 1e9, -1e9
 
@@ -41,9 +43,11 @@ def step(block: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor, tolerated:
     return {"ms": 1e3 * taken, "faults": after.ru_minflt - before.ru_minflt, "system ms": system}
 
 
-def measure(name: str, channels: int, size: int, model: torch.nn.Module, fused: torch.nn.Module) -> list[str]:
+def measure(
+    name: str, batch: int, channels: int, size: int, model: torch.nn.Module, fused: torch.nn.Module
+) -> list[str]:
     """Rows of the table for one block."""
-    x = torch.randn(BATCH, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
     ours = fused.get_submodule(name)
     variants = {"stock": (model.get_submodule(name), 0.0), "plain": (ours, NEVER), "Gram": (ours, ALWAYS)}
     grad = torch.randn_like(ours(x))
@@ -57,17 +61,22 @@ def measure(name: str, channels: int, size: int, model: torch.nn.Module, fused: 
         low, *_, high = statistics.quantiles(times, n=10)
         faults, system = (statistics.median(one[key] for one in taken[2:]) for key in ("faults", "system ms"))
         figures = f"{statistics.median(times):.1f} ({low:.1f}-{high:.1f}) | {faults:.0f} | {system:.1f}"
-        rows.append(f"| {name} [{BATCH}, {channels}, {size}, {size}] | {variant} | {figures} |")
+        rows.append(f"| {name} [{batch}, {channels}, {size}, {size}] | {variant} | {figures} |")
     return rows
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    args = parser.parse_args()
     torch.manual_seed(0)
     model = resnet50().train().to(memory_format=torch.channels_last)
     fused = resnet_fused.fuse(copy.deepcopy(model))
     print("| block | variant | ms (q10-q90) | page faults | system ms |\n| --- | --- | ---: | ---: | ---: |")
-    for name, (channels, size) in BLOCKS.items():
-        print("\n".join(measure(name, channels, size, model, fused)), flush=True)
+    for batch in args.batch:
+        for name, (channels, size) in BLOCKS.items():
+            with plan.fusing_all():
+                print("\n".join(measure(name, batch, channels, size, model, fused)), flush=True)
     print(f"\nMedians of {REPEATS - 2} steps, forward and backward, variants in turn.\n")
     print(records.provenance_line(records.provenance(torch.device("cpu"), dtype="f32", layout="channels_last")))
 

@@ -198,6 +198,8 @@ def run_chain(
         residual: ``[N, K, H', W']`` or None; what is added before the last ReLU.
         sample_factor: ``[N]`` or None; multiplies the main branch (Stochastic Depth).
     """
+    if chain.stock:
+        return stock.chain_output(chain, x, residual, sample_factor, tensors, moves=True)
     if residual is x:  # one argument, whose gradient has two parts
         chain, residual = dataclasses.replace(chain, identity=True), None
     x = channels_last(x)

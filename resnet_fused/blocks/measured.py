@@ -42,11 +42,11 @@ class Variant(NamedTuple):
     gram: bool = False
     gram_shortcut: bool = False
     keep: bool = False
+    stock: bool = False
 
     def of(self, chain: Chain) -> Chain:
         """`chain` in this variant."""
-        lazy, gram, gram_shortcut, keep = self
-        return dataclasses.replace(chain, lazy=lazy, gram=gram, gram_shortcut=gram_shortcut, keep=keep)
+        return dataclasses.replace(chain, **self._asdict())
 
 
 Shape = tuple[int, ...]

@@ -14,6 +14,8 @@ bytes; the Gram matrix, its correction of the gradient and the small matrix prod
 The Gram join also saves the bytes of z between forward and backward, the reason it exists: it is taken unless the model
 expects it to be slower by more than :data:`TOLERATED` of the last convolution's time.
 
+What is too small to gain at all runs in stock operations (:mod:`.small`).
+
 Where :func:`resnet_fused.tune` has measured the variants of this very case, the model is not asked (:mod:`.measured`).
 """
 
@@ -30,7 +32,7 @@ from .. import library
 from ..backends import backends, onednn
 from ..ops import DATA_DTYPES
 from ..steps import Chain, Step, StepTensors, pointwise
-from . import devices, measured
+from . import devices, measured, small
 from .devices import CPU_CORE, Device
 from .measured import Variant
 
@@ -92,6 +94,7 @@ class _Settings:
 
     target: Device | None = None
     tuner: Callable[..., Chain] | None = None
+    fuses_all: bool = False
 
 
 _settings = _Settings()
@@ -107,6 +110,16 @@ def planning_for(device: Device) -> Iterator[None]:
         yield
     finally:
         _settings.target = before
+
+
+@contextlib.contextmanager
+def fusing_all() -> Iterator[None]:
+    """Fuse what is too small to gain as well, within a ``with`` block: to compare values on small inputs."""
+    before, _settings.fuses_all = _settings.fuses_all, True
+    try:
+        yield
+    finally:
+        _settings.fuses_all = before
 
 
 @contextlib.contextmanager
@@ -205,23 +218,33 @@ def _keeps(x: Tensor, chain: Chain, tensors: list[StepTensors], shapes: list[tor
 
 
 def variants(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> list[Variant]:
-    """Everything that `chain` can be run as; first, what runs where nothing else can."""
+    """Everything that `chain` can be run as; first, what runs where nothing else can, last, stock."""
+    stock = [Variant(stock=True)] if chain.backend == "auto" else []
     options = _options(chain, x, tensors, sample_factor)
     if options is None:
-        return [Variant()]
+        return [Variant(), *stock]
     lazy, inner = options.lazy, zip(chain.steps[1:-1], tensors[1:], strict=False)
     can_keep = lazy and any(not pointwise.serves(step, own) for step, own in inner)
     found = [Variant()] if lazy else []
     for main in (False, True) if options.main else (False,):
         for projection in (False, True) if options.projection and (main or not lazy) else (False,):
             found += [Variant(lazy, main, projection, keep) for keep in ((False, True) if can_keep else (lazy,))]
-    return found
+    return found + stock
+
+
+def _is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
+    """In a compiled graph nothing is: what small chains lose is the time of Python."""
+    if _settings.fuses_all or _settings.target is not None or torch.compiler.is_compiling():
+        return False
+    return small.is_small(chain, x, tensors, shapes)
 
 
 def modelled(
     chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
 ) -> Chain:
     """`chain` with its variants chosen by the cost model."""
+    if _is_small(chain, x, tensors, shapes):
+        return dataclasses.replace(chain, stock=True)
     options = _options(chain, x, tensors, sample_factor)
     if options is None:
         return chain
@@ -264,6 +287,8 @@ observers: list[Callable[[str], object]] = []
 
 def describe(chain: Chain) -> str:
     """The variant of `chain` in words."""
+    if chain.stock:
+        return "stock"
     kind = {True: "Gram join", False: "plain join"}
     text = ("lazy, " if chain.lazy else "") + kind[chain.gram]
     return text + (f", shortcut {kind[chain.gram_shortcut]}" if chain.shortcut is not None else "")
@@ -273,6 +298,8 @@ def _why(
     chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
 ) -> str:
     """Why the cost model chose as it did."""
+    if _is_small(chain, x, tensors, shapes):
+        return "stays in the cache"
     options, step, own = _options(chain, x, tensors, sample_factor), chain.steps[-1], tensors[len(chain.steps) - 1]
     if options is None:
         none_there = _lazy_device(chain, x) is None

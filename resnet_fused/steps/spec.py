@@ -68,7 +68,8 @@ class Chain:
     and the shortcut where `gram_shortcut`, are Gram joins. `lazy`: 1x1 convolutions normalise on load and emit
     statistics (`steps.lazy_join`); the last convolution is then one. `keep`: what a lazy chain writes for a convolution
     that cannot normalise on load is kept for backward, not written again. `pool`: of the clamped output, in the same
-    pass (a stem: no residual, a plain join). `backend`: who runs the ops, forward and backward.
+    pass (a stem: no residual, a plain join). `stock`: none of this, but stock's operations. `backend`: who runs the
+    ops, forward and backward.
     """
 
     steps: tuple[Step, ...]
@@ -80,6 +81,7 @@ class Chain:
     lazy: bool = False
     keep: bool = False
     pool: Pool | None = None
+    stock: bool = False
     backend: str = "auto"
 
     @property

@@ -32,7 +32,9 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
-  m.def("gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None) -> (Tensor gram, Tensor total)");
+  m.def(
+      "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
+      "-> (Tensor gram, Tensor total)");
   m.def(
       "norm_relu_pool(Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) "
       "-> (Tensor out, Tensor index)");

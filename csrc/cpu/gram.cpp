@@ -1,5 +1,5 @@
 // Shifted Gram matrix and sums: d = x - centre, gram = d' d, total = sum of d, where x is a, or relu(scale*a + shift)
-// rounded to the type of a. One or two reads of a.
+// rounded to the type of a, at the pixels that a stride leaves. One or two reads of those.
 //
 // The upper triangle is cut into macro tiles of kMacro x kMacro channels and the rows into chunks; a (chunk, macro
 // tile) is one unit of work. It packs up to kDepth rows of its channels at a time into panels of one cache line per
@@ -22,9 +22,36 @@ constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merg
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
 
+// The pixels [::stride, ::stride] of images, as rows that are counted through.
+struct Pixels {
+  int64_t H, W, height, width, stride_h, step, rows;  // height and width are of what is left, step is between columns
+
+  Pixels(const Tensor& a, const std::vector<int64_t>& stride)
+      : H(a.size(2)),
+        W(a.size(3)),
+        height((H + stride[0] - 1) / stride[0]),
+        width((W + stride[1] - 1) / stride[1]),
+        stride_h(stride[0]),
+        step(stride[1]),
+        rows(a.size(0) * height * width) {}
+
+  bool dense() const { return stride_h == 1 && step == 1; }
+
+  // f(first of them, how many, row of a that the first lies in): pieces of [begin, end) whose rows lie `step` apart
+  template <class F>
+  void for_each_piece(int64_t begin, int64_t end, const F& f) const {
+    if (dense()) return f(begin, end - begin, begin);
+    for (int64_t row = begin; row < end;) {
+      const int64_t line = row / width, w = row - line * width, count = std::min(end - row, width - w);
+      f(row, count, (line / height * H + line % height * stride_h) * W + w * step);
+      row += count;
+    }
+  }
+};
+
 template <class T>
 struct Input {
-  const T* a;                             // [M, C]
+  const T* a;                             // [N*H*W, C]
   const acc_t<T>*centre, *scale, *shift;  // [C]; the last two are null where x is a
 
   Input from(int64_t row, int64_t c, int64_t C) const {
@@ -46,13 +73,13 @@ RESNET_FUSED_INLINE A shifted(const T* a, const A* centre, const A* scale, const
   }
 }
 
-// packed[panel][row][kPanel] = d[row][channel] of the first `width` channels, 0 beyond; `input` has rows of C.
+// packed[panel][row][kPanel] = d[row][channel] of the first `width` channels, 0 beyond; rows of `input` lie `step` apart.
 template <bool lazy, class T, class A = acc_t<T>>
-RESNET_FUSED_CLONES void pack(A* __restrict packed, const Input<T>& input, int64_t rows, int64_t width, int64_t C) {
+RESNET_FUSED_CLONES void pack(A* __restrict packed, const Input<T>& input, int64_t rows, int64_t width, int64_t step) {
   constexpr int64_t P = kPanel<A>;
   const T* __restrict a = input.a;
   const A* __restrict centre = input.centre, * __restrict scale = input.scale, * __restrict shift = input.shift;
-  for (int64_t m = 0; m < rows; ++m, a += C, packed += P) {
+  for (int64_t m = 0; m < rows; ++m, a += step, packed += P) {
     int64_t c = 0;
     for (; c + P <= width; c += P) {
       A* __restrict target = packed + c * kDepth;
@@ -66,9 +93,16 @@ RESNET_FUSED_CLONES void pack(A* __restrict packed, const Input<T>& input, int64
   }
 }
 
+// The pixels [row, row + rows) of the channels [c, c + width)
 template <class T, class A = acc_t<T>>
-void pack(A* packed, const Input<T>& input, int64_t rows, int64_t width, int64_t C) {
-  input.scale ? pack<true>(packed, input, rows, width, C) : pack<false>(packed, input, rows, width, C);
+void pack(A* packed, const Input<T>& input, const Pixels& pixels, int64_t row, int64_t rows, int64_t c, int64_t width,
+          int64_t C) {
+  pixels.for_each_piece(row, row + rows, [&](int64_t first, int64_t count, int64_t from) {
+    const Input<T> piece = input.from(from, c, C);
+    A* target = packed + (first - row) * kPanel<A>;
+    const int64_t step = pixels.step * C;
+    piece.scale ? pack<true>(target, piece, count, width, step) : pack<false>(target, piece, count, width, step);
+  });
 }
 
 // total[c] += sum of the packed rows
@@ -101,7 +135,7 @@ RESNET_FUSED_CLONES void multiply(double* g, const A* a, const A* b, int64_t row
 struct Work {
   int64_t C, macros, tiles, chunks, rows;
 
-  explicit Work(const Shape& s) : C(s.channels), macros((C + kMacro - 1) / kMacro), rows(s.rows) {
+  Work(int64_t channels, int64_t pixels) : C(channels), macros((C + kMacro - 1) / kMacro), rows(pixels) {
     tiles = macros * (macros + 1) / 2;
     const int64_t affordable = static_cast<int64_t>(kMaxScratch / sizeof(double)) / std::max<int64_t>(C * C, 1);
     chunks = std::clamp(std::min(affordable, rows / kChunkRows), int64_t(1), kMaxChunks);
@@ -118,8 +152,8 @@ struct Buffers {
 
 // Adds d' d of rows [begin, end) for channels [i, i + kMacro) x [j, j + kMacro) to g, [C, C] float64.
 template <class T, class A = acc_t<T>>
-void macro_tile(Buffers<A>& buffers, const Input<T>& input, double* g, double* total, int64_t begin, int64_t end,
-                int64_t i, int64_t j, int64_t C) {
+void macro_tile(Buffers<A>& buffers, const Input<T>& input, const Pixels& pixels, double* g, double* total,
+                int64_t begin, int64_t end, int64_t i, int64_t j, int64_t C) {
   const int64_t a_width = std::min(kMacro, C - i), b_width = std::min(kMacro, C - j);
   double* tile = buffers.g.get();
   std::fill_n(tile, kMacro * kMacro, 0.0);
@@ -128,9 +162,9 @@ void macro_tile(Buffers<A>& buffers, const Input<T>& input, double* g, double* t
   for (int64_t row = begin; row < end; row += depth) {
     const int64_t rows = std::min(depth, end - row);
     const A *left = buffers.a.get(), *right = i == j ? left : buffers.b.get();
-    pack(buffers.a.get(), input.from(row, i, C), rows, a_width, C);
+    pack(buffers.a.get(), input, pixels, row, rows, i, a_width, C);
     if (i == j) add_totals(total + i, left, rows, a_width);
-    if (i != j) pack(buffers.b.get(), input.from(row, j, C), rows, b_width, C);
+    if (i != j) pack(buffers.b.get(), input, pixels, row, rows, j, b_width, C);
     multiply(tile, left, right, rows, a_width, b_width);
   }
   for (int64_t r = 0; r < a_width; ++r) std::copy_n(tile + r * kMacro, b_width, g + (i + r) * C + j);
@@ -160,9 +194,9 @@ void merge_chunks(A* gram, double* grams, int64_t chunks, int64_t C) {
 
 template <class T>
 void run(const Tensor& a, const Tensor& centre, const OptionalTensor& scale, const OptionalTensor& shift,
-         const Tensor& gram, const Tensor& total) {
+         const Pixels& pixels, const Tensor& gram, const Tensor& total) {
   using A = acc_t<T>;
-  const Work work((Shape(a)));
+  const Work work(a.size(1), pixels.rows);
   const Input<T> input{data<T>(a), data<A>(centre), data<A>(scale), data<A>(shift)};
   const int64_t C = work.C;
   std::vector<double> totals(work.chunks * C);                        // [chunks, C]
@@ -174,7 +208,7 @@ void run(const Tensor& a, const Tensor& centre, const OptionalTensor& scale, con
       int64_t i = 0, j = unit % work.tiles;  // tile (i, j) of the upper triangle, counted row by row
       for (; j >= work.macros - i; ++i) j -= work.macros - i;
       j += i;
-      macro_tile(buffers, input, grams.get() + chunk * C * C, &totals[chunk * C], work.first_row(chunk),
+      macro_tile(buffers, input, pixels, grams.get() + chunk * C * C, &totals[chunk * C], work.first_row(chunk),
                  work.first_row(chunk + 1), i * kMacro, j * kMacro, C);
     }
   });
@@ -187,12 +221,14 @@ void run(const Tensor& a, const Tensor& centre, const OptionalTensor& scale, con
 }
 
 std::tuple<Tensor, Tensor> gram(const Tensor& a, const Tensor& centre, const OptionalTensor& scale,
-                                const OptionalTensor& shift) {
-  check_gram(a, centre, scale, shift);
+                                const OptionalTensor& shift, const std::vector<int64_t>& stride) {
+  check_gram(a, centre, scale, shift, stride);
   const int64_t C = a.size(1);
   Tensor g = empty_strided<2>({C, C}, {C, 1}, stat_dtype(a.scalar_type())), total = empty_stats(a);
-  for_element_type(a.scalar_type(),
-                   [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(a, centre, scale, shift, g, total); });
+  const Pixels pixels(a, stride);
+  for_element_type(a.scalar_type(), [&](auto* tag) {
+    run<std::remove_pointer_t<decltype(tag)>>(a, centre, scale, shift, pixels, g, total);
+  });
   return {g, total};
 }
 

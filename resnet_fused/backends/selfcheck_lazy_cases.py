@@ -19,6 +19,7 @@ def gram(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(name, (draw.data(), draw.vector()), {})
     draw = Draw(TAIL)
     yield Case("lazy input", (draw.data(), draw.vector(), draw.vector(), draw.vector()), {})
+    yield Case("stride 2", (draw.data(), draw.vector()), {"stride": [2, 2]})
 
 
 OUTPUTS = 24  # output channels of the 1x1 cases
@@ -71,6 +72,9 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
     lazy = {"x": tail.data(), "x_scale": tail.vector(), "x_shift": tail.vector()}
     masked = {"mask": pack_mask(tail.data(wide) > 0), "a": tail.vector(OUTPUTS), "sample_factor": tail.factor()}
     yield Case("Gram join: bits, coupling, sums", (tail.data(wide), _weight(tail, 40)), masked | coupling | lazy)
+    small = (3, OUTPUTS, 5, 4)
+    read = {"x": tail.data(), "x_stride": [2, 2], "mask": pack_mask(tail.data(small) > 0)}
+    yield Case("Gram join: bits, stride 2", (tail.data(small), _weight(tail, 40)), read | coupling)
 
 
 def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:

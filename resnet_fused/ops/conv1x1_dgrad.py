@@ -13,11 +13,14 @@ Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0)::
 that its forward wrote, or a strided projection's, which belongs to the pixels
 ``[::residual_stride, ::residual_stride]``.
 
-`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
-float32, bfloat16, float16 (float64 by the reference), channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`:
-``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32 (float64 for float64): ``[K]`` for a, b, d, scale and shift,
-``[C]`` for x_scale, x_shift and constant, ``[N]`` for sample_factor. The convolution's stride is 1: of a strided one,
-this is the gradient of the pixels that it read. Source of the correction: ``steps.folded_join``.
+Of a strided convolution, this is the gradient of the pixels that it read; `x` is then the tensor that it read them
+from, ``[::x_stride, ::x_stride]``.
+
+`g`, `z`: ``[N, K, H, W]``, `grad_x`: ``[N, C, H, W]``, `x`: ``[N, C, H', W']`` with ``H = ceil(H'/x_stride)`` and W
+alike, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of float32, bfloat16, float16 (float64 by the reference),
+channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32
+(float64 for float64): ``[K]`` for a, b, d, scale and shift, ``[C]`` for x_scale, x_shift and constant, ``[N]`` for
+sample_factor. Source of the correction: ``steps.folded_join``.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ SCHEMA = (
     "(Tensor g, Tensor weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
     "Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, Tensor? x_scale=None, "
     "Tensor? x_shift=None, Tensor? coupling=None, Tensor? constant=None, Tensor? residual=None, "
-    "Tensor? residual_mask=None, int[2] residual_stride=1) -> (Tensor grad_x, Tensor sum_g, Tensor sum_gx)"
+    "Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1) "
+    "-> (Tensor grad_x, Tensor sum_g, Tensor sum_gx)"
 )
 
 
@@ -64,7 +68,9 @@ def reference(
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
+    x_stride=(1, 1),
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = None if x is None else lazy.pixels(x, x_stride)
     y = lazy.product(lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor), weight.transpose(0, 1))
     dtype = y.dtype
     if coupling is not None:
@@ -99,8 +105,8 @@ def fake(t):
 
 @takes_arguments_of(reference)
 def bytes(t):
-    """One read of the lazy gradient, the matrices, `x` where it is used, and `residual`; one write of `grad_x`."""
-    used = None if t.x_scale is None and t.coupling is None else t.x
+    """One read of the lazy gradient, the matrices, the pixels of `x` if used, and `residual`; one write of `grad_x`."""
+    used = None if t.x_scale is None and t.coupling is None else lazy.pixels(t.x, t.x_stride)
     written = t.g[:, 0].numel() * t.weight.shape[1] * t.g.element_size()
     read = nbytes(t.weight, used, t.coupling, t.residual, None if t.residual is None else t.residual_mask)
     return lazy.gradient_bytes(t.g, t.mask, t.z, t.b, t.scale) + read + written

@@ -19,7 +19,7 @@ import torch
 
 from ..backends import run
 from .batch_norm import Affine, Statistics, batch_affine, running_affine
-from .conv import input_grad, transposed, weight_grad
+from .conv import input_grad, strided, transposed, weight_grad
 from .lazy import Lazy
 from .spec import Conv, Step, StepGrads, StepTensors
 
@@ -43,10 +43,13 @@ class Folded(NamedTuple):
     gram: Gram | None  # None: running statistics
 
 
-def sample_mean(value: Tensor | Lazy, backend: str) -> Tensor:
-    """Mean of the first few images: to shift by, it need not be that of all, which would cost a pass."""
+def sample_mean(value: Tensor | Lazy, backend: str, conv: Conv = POINTWISE) -> Tensor:
+    """Mean of the first few images: to shift by, it need not be that of all, which would cost a pass.
+
+    Of the pixels that `conv` reads, since the others may hold anything.
+    """
     a = value.z if isinstance(value, Lazy) else value
-    a = a[:CENTRE_IMAGES]
+    a = strided(a[:CENTRE_IMAGES], conv)
     if isinstance(value, Lazy):
         a = Lazy(a, value.bn).materialise(backend)
     return run("bn_stats", a, backend=backend)[0]
@@ -60,16 +63,20 @@ def fold(
     backend: str,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    like: Tensor | None = None,
 ) -> tuple[Folded, Statistics | None]:
     """Batch norm of ``conv(a)`` without the convolution, or of ``conv(relu(scale*a + shift))`` where these are given.
 
-    `a` is already strided; `centre` None: running statistics.
+    `centre` None: running statistics. `a` holds the pixels that the convolution reads, or all, to be read at `stride`;
+    `like` is then any tensor of as many pixels as the output.
     """
     if not step.norm.batch_stats:
         return Folded(running_affine(tensors, step.norm, a.dtype), None), None
-    gram, total = run("gram", a, centre, scale, shift, backend=backend)
-    mean, m2 = run("gram_norm", tensors.weight.contiguous(), gram, total, centre, a, backend=backend)
-    bn, statistics = batch_affine(mean, m2, tensors, step.norm, a, backend)
+    gram, total = run("gram", a, centre, scale, shift, stride, backend=backend)
+    like = a if like is None else like
+    mean, m2 = run("gram_norm", tensors.weight.contiguous(), gram, total, centre, like, backend=backend)
+    bn, statistics = batch_affine(mean, m2, tensors, step.norm, like, backend)
     return Folded(bn, Gram(gram, total, centre)), statistics
 
 

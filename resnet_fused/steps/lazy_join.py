@@ -17,8 +17,7 @@ import torch
 from ..backends import run
 from . import folded_join, pointwise
 from .batch_norm import Affine, Coefficients, Statistics, coefficients
-from .conv import strided
-from .folded_join import POINTWISE, Folded
+from .folded_join import Folded
 from .lazy import Lazy, LazyGrad
 from .pointwise import PathGrad, Value, parts
 from .spec import Chain, Step, StepGrads, StepTensors
@@ -33,7 +32,6 @@ class LazyJoinState(NamedTuple):
     z: Tensor | None  # raw output of the last convolution; None if a Gram join
     shortcut: Affine | Folded | None
     shortcut_z: Tensor | None  # raw output of the projection; None if a Gram join or absent
-    shortcut_x: Tensor | None  # the pixels that a strided Gram-joined projection reads: four ops read them; else None
     mask: Tensor | None  # packed sign bits of the output; None without ReLU
 
 
@@ -56,17 +54,15 @@ def forward(
 ) -> tuple[Tensor, LazyJoinState, list[Statistics | None]]:
     """Output, state and statistics of the join."""
     step, own, statistics = chain.steps[-1], tensors[len(chain.steps) - 1], []
-    main = z = shortcut = shortcut_z = shortcut_x = None
+    main = z = shortcut = shortcut_z = None
     if chain.gram:
-        main, stats = fold(value, own, step, chain.backend)
+        main, stats = fold(value, own, step, parts(value)[0], chain.backend)
     else:
         z, main, stats = pointwise.forward(value, own, step, chain.backend)
     statistics.append(stats)
     if chain.shortcut is not None:
         if chain.gram_shortcut:
-            shortcut_x = _compact(chain, x)
-            read = x if shortcut_x is None else shortcut_x
-            shortcut, stats = fold(read, tensors[-1], chain.shortcut, chain.backend)
+            shortcut, stats = fold(x, tensors[-1], chain.shortcut, parts(value)[0], chain.backend)
         else:
             shortcut_z, shortcut, stats = pointwise.forward(x, tensors[-1], chain.shortcut, chain.backend)
         statistics.append(stats)
@@ -77,36 +73,30 @@ def forward(
     options = {"residual": residual, "sample_factor": sample_factor, "relu": chain.relu, "emit_mask": chain.relu}
     options |= affine_residual
     if chain.gram:
-        out, mask = _product(chain, value, x, shortcut_x, own, tensors[-1], main, shortcut, options)
+        out, mask = _product(chain, value, x, own, tensors[-1], main, shortcut, options)
     else:
         out, mask = run("norm_add_relu", z, main.scale, main.shift, **options, backend=chain.backend)
-    return out, LazyJoinState(main, z, shortcut, shortcut_z, shortcut_x, mask if chain.relu else None), statistics
+    return out, LazyJoinState(main, z, shortcut, shortcut_z, mask if chain.relu else None), statistics
 
 
-def _compact(chain: Chain, x: Tensor) -> Tensor | None:
-    conv, batch_stats = chain.shortcut.conv, chain.shortcut.norm.batch_stats
-    return strided(x, conv) if batch_stats and conv.stride != (1, 1) else None
-
-
-def _product(chain, value, x, shortcut_x, own, projection, main, shortcut, options) -> tuple[Tensor, Tensor]:
+def _product(chain, value, x, own, projection, main, shortcut, options) -> tuple[Tensor, Tensor]:
     """The join as one matrix product, over ``[value | x]`` where the projection is a Gram join too."""
     raw, scale, shift = parts(value)
     if chain.gram_shortcut:
         bn = shortcut.bn
-        second = {"weight2": projection.weight.contiguous(), "scale2": bn.scale, "shift2": bn.shift}
-        read = (x, chain.shortcut.conv.stride) if shortcut_x is None else (shortcut_x, (1, 1))
-        options = options | second | dict(zip(("x2", "stride2"), read, strict=True))
+        options = options | {"x2": x, "stride2": chain.shortcut.conv.stride}
+        options |= {"weight2": projection.weight.contiguous(), "scale2": bn.scale, "shift2": bn.shift}
     arguments = (raw, own.weight.contiguous(), main.bn.scale, main.bn.shift, scale, shift)
     return run("conv1x1_join", *arguments, **options, backend=chain.backend)
 
 
-def fold(value: Value, own: StepTensors, step: Step, backend: str) -> tuple[Folded, Statistics | None]:
-    """Batch norm of ``conv(value)`` without the convolution. `value` holds the pixels that the convolution reads."""
+def fold(value: Value, own: StepTensors, step: Step, like: Tensor, backend: str) -> tuple[Folded, Statistics | None]:
+    """Batch norm of ``conv(value)`` without the convolution. `like`: any tensor of as many pixels as its output."""
     raw, scale, shift = parts(value)
     centre = value.bn.centre if isinstance(value, Lazy) else None
     if centre is None and step.norm.batch_stats:
-        centre = folded_join.sample_mean(value, backend)
-    return folded_join.fold(raw, own, step, centre, backend, scale, shift)
+        centre = folded_join.sample_mean(value, backend, step.conv)
+    return folded_join.fold(raw, own, step, centre, backend, scale, shift, step.conv.stride, like)
 
 
 def backward(
@@ -137,10 +127,8 @@ def backward(
     shortcut_grads, other = None, None
     if chain.shortcut is not None:
         grad = _at_conv(chain, grad_out, state, chain.shortcut, state.shortcut, state.shortcut_z, sums and sums[3:])
-        compact = state.shortcut_x is not None
-        read = (state.shortcut_x, Step(POINTWISE, chain.shortcut.norm)) if compact else (x, chain.shortcut)
         grad_x, shortcut_grads = _branch_backward(
-            grad, read[0], tensors[-1], read[1], None, state.shortcut, needs[-1], needs_other, backend
+            grad, x, tensors[-1], chain.shortcut, None, state.shortcut, needs[-1], needs_other, backend
         )
         other = None if grad_x is None else PathGrad(grad_x, None, chain.shortcut.conv.stride)
     elif needs_other:

@@ -86,7 +86,7 @@ def input_grad(
     if correction is not None:
         options |= {"coupling": correction[0], "constant": correction[1]}
     if correction is not None or scale is not None:
-        options["x"] = x
+        options |= {"x": x, "x_stride": step.conv.stride}
     if isinstance(value, Lazy):
         options |= {"x_scale": scale, "x_shift": shift}
         grad_x, *sums = run("conv1x1_dgrad", grad.g, weight.contiguous(), **options, backend=backend)

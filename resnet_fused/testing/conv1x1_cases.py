@@ -113,6 +113,13 @@ def draws() -> Iterator[tuple[str, Pointwise]]:
         yield f"{inputs} to {outputs} channels", Pointwise((2, inputs, 3, 5), outputs)
 
 
+def unread(x: Tensor) -> Tensor:
+    """`x` with NaN at the pixels that a stride of 2 passes over."""
+    x[:, :, 1::2] = torch.nan
+    x[:, :, :, 1::2] = torch.nan
+    return x
+
+
 def specials(x: Tensor, row: int = 1) -> Tensor:
     """`x` with NaN, both infinities and -0.0, one kind a channel, in one row of the image."""
     for channel, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0)):
@@ -218,7 +225,19 @@ def _join_not_finite() -> Iterator[Case]:
 
 
 def gram(dtype: torch.dtype) -> Iterator[Case]:
-    """Of a lazy input; `cases.gram` has the plain ones."""
+    """Of a lazy or strided input; `cases.gram` has the plain ones."""
+    for stride, lazy in itertools.product(STRIDES[1:], BOTH):
+        draw = Pointwise((3, 24, 5, 7))
+        options = {"stride": list(stride)} | (draw.lazy("") if lazy else {})
+        yield Case(f"stride {stride}, lazy {lazy}", (draw.normal(), draw.vector()), options)
+    for name, (shape, _) in SHAPES.items():
+        draw = Pointwise(shape)
+        options = {"stride": [2, 2]} | draw.lazy("")
+        yield Case(f"{name}, stride 2, lazy", (draw.normal(draw.dense(draw.inputs, (2, 2))), draw.vector()), options)
+    draw = Pointwise((3, 33, 41, 43))
+    yield Case("chunks, stride 2", (draw.normal(), draw.vector()), {"stride": [2, 2]})
+    draw = Pointwise((2, 24, 5, 7))
+    yield Case("NaN where nobody reads", (unread(draw.normal()), draw.vector()), {"stride": [2, 2]})
     for name, draw in draws():
         yield Case(f"{name}, lazy", (draw.normal(), draw.vector()), draw.lazy(""))
     for name, shape in {"three macro tiles": (2, 130, 9, 9), "chunks": (3, 33, 20, 41)}.items():

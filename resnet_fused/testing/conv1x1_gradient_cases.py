@@ -9,7 +9,7 @@ import torch
 
 from ..backends.selfcheck_draws import Case
 from ..ops.contract import pack_mask, unpack_mask
-from .conv1x1_cases import BOTH, SHAPES, STRIDES, Pointwise, draws, specials
+from .conv1x1_cases import BOTH, SHAPES, STRIDES, Pointwise, draws, specials, unread
 
 KEEPS = ("none", "bits", "recompute")  # how a gradient's mask comes
 COEFFICIENTS = ("none", "a", "abd")
@@ -59,6 +59,7 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
         draw = Pointwise((3, 24, 5, 6), 40)
         options = draw.gradient(keep, affine, affine == "abd") | _asked(draw, asked)
         yield Case(f"asked {asked}, keep {keep}", (draw.data(draw.wide), draw.weight()), options)
+    yield from _dgrad_strided()
     for name, draw in draws():
         options = draw.gradient("recompute", "abd", True) | _asked(draw, "coupling, sums")
         yield Case(f"{name}, everything lazy", (draw.data(draw.wide), draw.weight()), options)
@@ -67,6 +68,24 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
         options = draw.gradient("bits", "a", False) | _asked(draw, "residual, bits, (2, 1)")
         yield Case(f"{name}, strided residual", (draw.data(draw.wide), draw.weight()), options)
     yield from _dgrad_not_finite()
+
+
+def _dgrad_strided() -> Iterator[Case]:
+    """The gradient of the pixels that a strided convolution read."""
+    for stride, asked in itertools.product(STRIDES[1:], ("sums", "coupling", "coupling, sums", "coupling, residual")):
+        x = Pointwise((3, 24, 5, 7))
+        draw = Pointwise(x.strided(24, stride), 40)
+        options = draw.gradient("recompute", "abd", True) | _asked(draw, asked)
+        options |= {"x": x.data(), "x_stride": list(stride)}
+        yield Case(f"asked {asked}, x stride {stride}", (draw.data(draw.wide), draw.weight()), options)
+    for name, (shape, outputs) in SHAPES.items():
+        draw = Pointwise(shape, outputs)
+        options = draw.gradient("bits", "a", False) | _asked(draw, "coupling")
+        options |= {"x": draw.data(draw.dense(draw.inputs, (2, 2))), "x_stride": [2, 2]}
+        yield Case(f"{name}, x stride 2", (draw.data(draw.wide), draw.weight()), options)
+    draw = Pointwise((2, 24, 3, 4), 16)
+    options = _asked(draw, "coupling") | {"x": unread(draw.data((2, 24, 5, 7))), "x_stride": [2, 2]}
+    yield Case("NaN where nobody reads", (draw.data(draw.wide), draw.weight()), options)
 
 
 def _dgrad_not_finite() -> Iterator[Case]:

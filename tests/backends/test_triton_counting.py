@@ -21,7 +21,14 @@ SMALL = ("bn_affine", "bn_coefficients", "gram_norm", "gram_grad")  # vectors an
 #: a matrix, `gram` above all, pay for a split on every SM; at every size partial sums fit into an L2 of 40 MB.
 OVERHEAD = {"conv1x1_wgrad": 0.025, "gram": 0.05}
 WORKSPACE_BYTES = 10e6
-STRIDED = {"conv1x1_kernel": "x_ptr", "conv1x1_join_kernel": "x2_ptr", "conv1x1_wgrad_kernel": "x_ptr"}
+#: What may be read at a stride, and the sizes of an image: pixels that are read, height and width.
+STRIDED = {
+    "conv1x1_kernel": ("x_ptr", "HW_OUT", "H", "W"),
+    "conv1x1_join_kernel": ("x2_ptr", "HW_OUT", "H2", "W2"),
+    "conv1x1_dgrad_kernel": ("x_ptr", "HW", "X_H", "X_W"),
+    "conv1x1_wgrad_kernel": ("x_ptr", "HW_OUT", "H", "W"),
+    "gram_kernel": ("a_ptr", "HW_OUT", "H", "W"),
+}
 
 
 def ceil(a, b):
@@ -57,8 +64,9 @@ def again(kernel, sizes, names):
     if kernel != "conv1x1_dgrad_kernel":
         return matrices | {"x_ptr": columns, "x2_ptr": columns}
     lazy = dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), columns)
-    coupled = columns if "coupling_ptr" in names else 0  # x is an operand of the coupling, and tells its own sign
-    return matrices | lazy | {"x_ptr": coupled + 1}
+    # x is an operand of the coupling, and where it is lazy tells its own sign
+    asked = (columns if "coupling_ptr" in names else 0) + ("x_scale_ptr" in names)
+    return matrices | lazy | {"x_ptr": asked}
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +103,9 @@ def predicted(row):
     """What would be issued for tensors, from the sizes of a launch's arguments, in shares of what is declared."""
     total = 0
     for launch, name, b in buffers(row, "tensors"):
-        sizes, strided = launch["sizes"], STRIDED.get(launch["kernel"])
-        skipped = sizes["STRIDE_H"] * sizes["STRIDE_W"] if name == strided else 1
-        total += b["size"] / skipped * again(launch["kernel"], sizes, launch["buffers"]).get(name, 1)
+        sizes, (strided, read, *image) = launch["sizes"], STRIDED.get(launch["kernel"], ("", ""))
+        share = sizes[read] / (sizes[image[0]] * sizes[image[1]]) if name == strided else 1
+        total += b["size"] * share * again(launch["kernel"], sizes, launch["buffers"]).get(name, 1)
     return total / row["declared"]
 
 

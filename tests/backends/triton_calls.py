@@ -66,6 +66,7 @@ def forward_calls(at):
     yield "conv1x1_join", "lazy, strided projection, factor, mask", arguments, options
     yield "gram", "plain", (at.data(c), at.vector(c)), {}
     yield "gram", "lazy", (at.data(c), at.vector(c), at.vector(c), at.vector(c)), {}
+    yield "gram", "stride 2", (at.data(c, 2 * at.size - 1), at.vector(c)), {"stride": [2, 2]}
 
 
 def backward_calls(at):
@@ -76,6 +77,8 @@ def backward_calls(at):
     coupling = {"coupling": at.weight(c, c), "constant": at.vector(c)}
     arguments = (at.data(k), at.weight(k, c))
     yield "conv1x1_dgrad", "Gram join: bits, factor, coupling, sums", arguments, joined | lazy | coupling
+    projection = {"mask": at.bits(k), "a": at.vector(k), "x": at.data(c, 2 * at.size - 1), "x_stride": [2, 2]}
+    yield "conv1x1_dgrad", "strided projection: bits, coupling", arguments, projection | coupling
     through = {"z": at.data(k)} | at.vectors(k, "a", "b", "d", "scale", "shift")
     yield "conv1x1_dgrad", "lazy gradient, sums", arguments, through | lazy
     through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d", "scale", "shift")

@@ -166,10 +166,16 @@ def wrong_products():
         lambda: OPS.conv1x1_dgrad(g, w, coupling=torch.ones(7, 7, 1, 1, device=DEVICE)),
     )
     yield "conv1x1_dgrad: residual has shape", lambda: OPS.conv1x1_dgrad(g, w, residual=x, residual_stride=[2, 2])
+    yield (
+        r"conv1x1_dgrad: x has shape \[2, 7, 3, 2\] at a stride of \[2, 2\] but grad_x has \[2, 7, 5, 3\]",
+        lambda: OPS.conv1x1_dgrad(g, w, x=x, x_stride=[2, 2]),
+    )
+    yield "conv1x1_dgrad: x_stride is", lambda: OPS.conv1x1_dgrad(g, w, x=x, x_stride=[0, 1])
     yield "conv1x1_dgrad: mask has shape", lambda: OPS.conv1x1_dgrad(g, w, mask=torch.zeros_like(g, dtype=torch.uint8))
     yield "conv1x1_wgrad: a 1x1 convolution of x", lambda: OPS.conv1x1_wgrad(g, x, stride=[2, 2])
     yield "gram: centre has shape", lambda: OPS.gram(x, five)
     yield "gram: got scale without shift", lambda: OPS.gram(x, v, v)
+    yield "gram: stride is", lambda: OPS.gram(x, v, stride=[1, 0])
 
 
 def test_wrong_arguments_of_products_are_refused():

@@ -53,6 +53,21 @@ def test_stride_in_the_first_convolution(x, gram, gram_shortcut):
     assert_equal(lazy_chain((s1, s2, s3), shortcut, gram=gram, gram_shortcut=gram_shortcut), x, [t1, t2, t3, t4])
 
 
+@pytest.mark.parametrize(("gram", "gram_shortcut"), GRAMS)
+def test_what_a_stride_passes_over_may_be_nan(x, gram, gram_shortcut):
+    s1, t1 = make_step(6, 4, stride=2)
+    s2, t2 = make_step(4, 10)
+    shortcut, t3 = make_step(6, 10, stride=2)
+    chain = lazy_chain((s1, s2), shortcut, gram=gram, gram_shortcut=gram_shortcut)
+    wanted = run_chain(chain, x, [t1, t2, t3])
+    with torch.no_grad():
+        x[:, :, 1::2] = torch.nan
+        x[:, :, :, 1::2] = torch.nan
+    out = run_chain(chain, x, [t1, t2, t3])
+    (grad_x,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, wanted) and grad_x.isfinite().all()
+
+
 @pytest.mark.parametrize("batch_stats", [True, False])
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("relu", [True, False])

@@ -100,6 +100,7 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
         ("norm_add_relu_backward", lambda z, v: (z,), "with relu, pass mask, or z, scale and shift"),
         ("lazy_grad_apply", lambda z, v: (z, None, v, v, v), "got b without z; pass z too"),
         ("gram", lambda z, v: (z, v[:3]), r"centre has shape \[3\] but the activations have 8 channels"),
+        ("gram", lambda z, v: (z, v, None, None, [0, 1]), r"stride is \[0, 1\]; pass two positive numbers"),
         ("bn_stats", lambda z, v: (v,), r"z has shape \[8\]; pass a \[N, C, H, W\] tensor"),
         ("bn_stats", lambda z, v: (z.int(),), "z is Int; pass Float, BFloat16 or Half, or Double"),
     ],

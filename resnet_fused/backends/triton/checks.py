@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ...ops import lazy
 from ...ops.contract import DATA_DTYPES, Tensor, mask_shape
 
 
@@ -34,15 +35,23 @@ def device(op: str, name: str, t: Tensor, like: Tensor) -> None:
         fail(op, f"{name} is on {t.device} but the activations are on {like.device}; move it there")
 
 
-def same(op: str, name: str, t: Tensor | None, data_name: str, like: Tensor) -> None:
-    """An optional second activation tensor."""
+def stride(op: str, name: str, steps) -> None:
+    """Steps between the pixels that are read."""
+    if len(steps) != 2 or min(steps) < 1:
+        fail(op, f"{name} is {list(steps)}; pass two positive numbers")
+
+
+def same(op: str, name: str, t: Tensor | None, data_name: str, like: Tensor, steps=(1, 1)) -> None:
+    """An optional second activation tensor, of which the pixels ``[::steps, ::steps]`` are read."""
     if t is None:
         return
     device(op, name, t, like)
     if t.dtype != like.dtype:
         fail(op, f"{name} is {t.dtype} but {data_name} is {like.dtype}; pass one dtype")
-    if t.shape != like.shape:
-        fail(op, f"{name} has shape {list(t.shape)} but {data_name} has {list(like.shape)}; pass tensors of one shape")
+    read, at = (t, "") if tuple(steps) == (1, 1) else (lazy.pixels(t, steps), f" at a stride of {list(steps)}")
+    if read.shape != like.shape:
+        fail(op, f"{name} has shape {list(read.shape)}{at} but {data_name} has {list(like.shape)}; "
+                 "pass tensors of one shape")  # fmt: skip
     layout(op, name, t)
 
 

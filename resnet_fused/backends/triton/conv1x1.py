@@ -109,8 +109,7 @@ def check(x: Tensor, weight: Tensor, x_scale: Tensor | None, x_shift: Tensor | N
     checks.data(NAME, "x", x)
     gemm.check_weight(NAME, "weight", weight, x, None, x.shape[1])
     checks.pair(NAME, "x_scale", x_scale, "x_shift", x_shift, x)
-    if len(stride) != 2 or min(stride) < 1:
-        checks.fail(NAME, f"stride is {list(stride)}; pass two positive numbers")
+    checks.stride(NAME, "stride", stride)
 
 
 def run(

@@ -4,11 +4,11 @@ A program owns BLOCK_N columns of grad_x and TILES consecutive tiles of BLOCK_M 
 applied on load and the weight as it lies, then, with a coupling, over C, ``x^`` applied on load, into one float32
 accumulator. The epilogue masks by the recomputed sign and sums what it stores, or adds a residual.
 
-Bytes moved per element (16-bit): 2 for g, 2 for z where a term needs it, 1/8 for its bits, 2 for x where it is used, 2
-for each pixel of the residual, 2 written. Column tiles of the same rows follow each other and read g, z and x again
-from L2, where K or C is wide; the matrices (2*K*C, 2*C*C) come out of L2 at every row tile. The partial sums cost 16
-bytes per channel and chunk: below 1% of the rest from 512 rows a program on, which it has where that leaves enough
-programs. The ALU work on ``dz``, about ten instructions an element, is repeated by every column tile.
+Bytes moved per element (16-bit): 2 for g, 2 for z where a term needs it, 1/8 for its bits, 2 for x where it is used, at
+its stride, 2 for each pixel of the residual, 2 written. Column tiles of the same rows follow each other and read g, z
+and x again from L2, where K or C is wide; the matrices (2*K*C, 2*C*C) come out of L2 at every row tile. The partial
+sums cost 16 bytes per channel and chunk: below 1% of the rest from 512 rows a program on, which it has where that
+leaves enough programs. The ALU work on ``dz``, about ten instructions an element, is repeated by every column tile.
 Not measured on hardware.
 """
 
@@ -23,7 +23,7 @@ from ...ops.contract import Tensor, channels_last_strides, mask_shape
 from . import checks, common, configs, gemm
 from .common import first_row, load_factor, narrow, rows_in, unpack_bits, widen
 from .gemm import dot, tile_of
-from .lazy_tiles import load_activation, load_gradient, load_row, load_tile
+from .lazy_tiles import load_activation, load_gradient, load_pixels, load_row, pixel_rows, store_tile
 from .norm_add_relu_backward import MERGE_CHANNELS, MERGE_CHUNKS, sum_chunks_kernel
 
 NAME = "conv1x1_dgrad"
@@ -80,14 +80,6 @@ def load_residual(ptr, mask_ptr, rows, there, column, C, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(ptr, values, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Write a tile of [M, C], as far as it exists."""
-    cols = column + tl.arange(0, BLOCK_N)
-    offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
-    tl.store(ptr + row * C + offsets, values, mask=in_rows[:, None] & (cols < C)[None, :])
-
-
-@triton.jit
 def add_product(acc, tile, matrix, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``acc + tile matrix``; with TRANSPOSED of its transpose, which is what `acc` then holds."""
     if TRANSPOSED:
@@ -96,19 +88,20 @@ def add_product(acc, tile, matrix, PRECISION: tl.constexpr, TRANSPOSED: tl.const
         return dot(tile, matrix, acc, PRECISION)
 
 
-@triton.jit(do_not_specialize=["chunks", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW"])
+@triton.jit(do_not_specialize=["chunks", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW", "X_H", "X_W"])
 def conv1x1_dgrad_kernel(
     g_ptr, weight_ptr,  # [M, K], [K, C]
     z_ptr, mask_ptr,  # [M, K] or None, [M, ceil(K / 8)] uint8 or None
     a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr,  # [K], each or None
     factor_ptr,  # [N] or None
-    x_ptr, x_scale_ptr, x_shift_ptr,  # [M, C] or None, [C] and [C], both or None
+    x_ptr, x_scale_ptr, x_shift_ptr,  # [N*X_H*X_W, C] or None, [C] and [C], both or None
     coupling_ptr, constant_ptr,  # [C, C] symmetric or None, [C] or None
     residual_ptr, residual_mask_ptr,  # [rows, C] and [rows, ceil(C / 8)] uint8, or None
     grad_ptr, partial_ptr,  # [M, C], [2, chunks, C] with x_scale: sums of grad_x and of grad_x * x
-    chunks, M, UNITS_K, UNITS_C, TILES, W, HW,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIV_K: tl.constexpr, DIV_C: tl.constexpr,
-    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+    chunks, M, UNITS_K, UNITS_C, TILES, W, HW, X_H, X_W,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,  # of the residual
+    X_STRIDE_H: tl.constexpr, X_STRIDE_W: tl.constexpr,
+    DIV_K: tl.constexpr, DIV_C: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = g_ptr.dtype.element_ty
@@ -139,11 +132,12 @@ def conv1x1_dgrad_kernel(
                                row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
             weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
             acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
+        x_rows = pixel_rows(row, W, HW, X_H, X_W, X_STRIDE_H, X_STRIDE_W, BLOCK_M)
         if coupling_ptr is not None:
             for k in tl.range(0, C, BLOCK_K):
                 scale = load_row(x_scale_ptr, k, C, BLOCK_K)
                 shift = load_row(x_shift_ptr, k, C, BLOCK_K)
-                x = load_activation(x_ptr, scale, shift, row, k, in_rows, C, BLOCK_M, BLOCK_K)
+                x = load_activation(x_ptr, scale, shift, row, x_rows, k, in_rows, C, BLOCK_M, BLOCK_K)
                 coupling = load_matrix(coupling_ptr, k, column, C, C, BLOCK_K, BLOCK_N)
                 acc = add_product(acc, x, coupling, PRECISION, TRANSPOSED)
         y = acc
@@ -152,7 +146,7 @@ def conv1x1_dgrad_kernel(
         if constant_ptr is not None:
             y += load_row(constant_ptr, column, C, BLOCK_N)
         if x_scale_ptr is not None:
-            x = widen(load_tile(x_ptr, row, column, in_rows, C, BLOCK_M, BLOCK_N))
+            x = widen(load_pixels(x_ptr, row, x_rows, column, in_rows, C, BLOCK_M, BLOCK_N))
             x_scale = load_row(x_scale_ptr, column, C, BLOCK_N)
             x_shift = load_row(x_shift_ptr, column, C, BLOCK_N)
             y = tl.where(tl.fma(x, x_scale, x_shift) <= 0, 0.0, y)
@@ -176,9 +170,10 @@ def conv1x1_dgrad_kernel(
 # Host side ------------------------------------------------------------------------------------------------------
 
 
-def check_additions(grad_x, x, x_scale, x_shift, coupling, constant, residual, residual_mask, stride) -> None:
+def check_additions(grad_x, x, x_stride, x_scale, x_shift, coupling, constant, residual, residual_mask, stride) -> None:
     """Raise RuntimeError on what is added to the product, or asked of it, where it does not fit `grad_x`."""
-    checks.same(NAME, "x", x, "grad_x", grad_x)
+    checks.stride(NAME, "x_stride", x_stride)
+    checks.same(NAME, "x", x, "grad_x", grad_x, x_stride)
     checks.pair(NAME, "x_scale", x_scale, "x_shift", x_shift, grad_x)
     checks.vector(NAME, "constant", constant, grad_x)
     c = grad_x.shape[1]
@@ -192,8 +187,7 @@ def check_additions(grad_x, x, x_scale, x_shift, coupling, constant, residual, r
         return
     if x_scale is not None:
         checks.fail(NAME, "got residual with x_scale, under which nothing is added; pass one of them")
-    if len(stride) != 2 or min(stride) < 1:
-        checks.fail(NAME, f"residual_stride is {list(stride)}; pass two positive numbers")
+    checks.stride(NAME, "residual_stride", stride)
     n, _, h, w = grad_x.shape
     shape = (n, c, common.cdiv(h, stride[0]), common.cdiv(w, stride[1]))
     checks.same(NAME, "residual", residual, "grad_x at residual_stride", grad_x.new_empty_strided(shape, (0, 0, 0, 0)))
@@ -229,8 +223,8 @@ def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool) -> tuple[i
     return per_program, common.cdiv(tiles, per_program)
 
 
-def start(grad_x, g, weight, gradient, additions, residual, stride, sums) -> None:
-    """Launch the product, and with `sums`, two vectors to fill, the second stage."""
+def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> None:
+    """Launch the product, and with `sums`, two vectors to fill, the second stage. `strides`: of residual and x."""
     (k, c), (n, _, h, w) = weight.shape[:2], grad_x.shape
     precision = gemm.precision(g.dtype)
     config, transposed = chosen(g.device, g.element_size(), c, k, precision)
@@ -239,7 +233,9 @@ def start(grad_x, g, weight, gradient, additions, residual, stride, sums) -> Non
     partial = g.new_empty((2, chunks, c), dtype=torch.float32) if sums else None
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
     sizes = {"chunks": chunks, "M": n * h * w, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": tiles, "W": w}
-    sizes |= {"HW": h * w, "STRIDE_H": stride[0], "STRIDE_W": stride[1], "DIV_K": div_k, "DIV_C": div_c}
+    x_size, (stride, x_stride) = (h, w) if additions[0] is None else additions[0].shape[2:], strides
+    sizes |= {"HW": h * w, "X_H": x_size[0], "X_W": x_size[1], "DIV_K": div_k, "DIV_C": div_c}
+    sizes |= {"STRIDE_H": stride[0], "STRIDE_W": stride[1], "X_STRIDE_H": x_stride[0], "X_STRIDE_W": x_stride[1]}
     sizes |= {"PRECISION": precision, "TRANSPOSED": transposed}
     sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     arguments = (g, weight, *gradient, *additions, *residual, grad_x, partial)
@@ -271,13 +267,14 @@ def run(
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
+    x_stride=(1, 1),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.conv1x1_dgrad`. Raises RuntimeError on arguments that do not fit."""
     checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
     gemm.check_weight(NAME, "weight", weight, g, g.shape[1], None)
     shape = (g.shape[0], weight.shape[1], *g.shape[2:])
     grad_x = g.new_empty_strided(shape, channels_last_strides(shape))
-    check_additions(grad_x, x, x_scale, x_shift, coupling, constant, residual, residual_mask, residual_stride)
+    check_additions(grad_x, x, x_stride, x_scale, x_shift, coupling, constant, residual, residual_mask, residual_stride)
     summed = x_scale is not None
     vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
     sums = [vector(shape[1] if summed else 0, dtype=torch.float32) for _ in range(2)]
@@ -288,8 +285,8 @@ def run(
         used_x = x if summed or coupling is not None else None
         gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
         additions = (used_x, x_scale, x_shift, coupling, constant)
-        stride = (1, 1) if residual is None else tuple(residual_stride)
-        start(grad_x, g, weight, gradient, additions, (residual, residual_mask), stride, sums if summed else None)
+        strides = (1, 1) if residual is None else residual_stride, (1, 1) if used_x is None else x_stride
+        start(grad_x, g, weight, gradient, additions, (residual, residual_mask), strides, sums if summed else None)
     return grad_x, *sums
 
 

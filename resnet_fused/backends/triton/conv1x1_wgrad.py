@@ -157,8 +157,7 @@ def check(g: Tensor, x: Tensor, gradient: tuple, x_scale, x_shift, stride) -> No
     checks.device(name, "x", x, g)
     if x.dtype != g.dtype:
         checks.fail(name, f"x is {x.dtype} but g is {g.dtype}; pass one dtype")
-    if len(stride) != 2 or min(stride) < 1:
-        checks.fail(name, f"stride is {list(stride)}; pass two positive numbers")
+    checks.stride(name, "stride", stride)
     if lazy.strided_shape(x, g.shape[1], stride) != tuple(g.shape):
         checks.fail(name, f"a 1x1 convolution of x {list(x.shape)} with stride {list(stride)} does not give "
                           f"{list(g.shape)}; pass the gradient at its output")  # fmt: skip

@@ -22,12 +22,13 @@ import triton
 import triton.language as tl
 
 from ...ops import gram as op
+from ...ops import lazy
 from ...ops.contract import Tensor
 from . import checks, common, configs, gemm
 from .common import first_row, narrow, rows_in, widen
 from .conv1x1_wgrad import FOLD, MERGE, fold_rows, row_splits, sum_splits
 from .gemm import dot, tile_of
-from .lazy_tiles import load_activation, load_row
+from .lazy_tiles import load_activation, load_row, pixel_rows
 
 MOST_ROWS = 16384
 MERGE_ROWS = 8  # of a merging tile; 8 floats are one 32-byte sector of the mirrored rows
@@ -42,15 +43,18 @@ def pair_of(pair, tiles):
 
 
 @triton.jit
-def load_shifted(a_ptr, centre, scale, shift, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_shifted(
+    a_ptr, centre, scale, shift, row, rows, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """A tile of d in float32, zero in rows and columns that do not exist."""
-    x = load_activation(a_ptr, scale, shift, row, column, in_rows, C, BLOCK_M, BLOCK_C)
+    x = load_activation(a_ptr, scale, shift, row, rows, column, in_rows, C, BLOCK_M, BLOCK_C)
     return tl.where(in_rows[:, None], widen(x) - centre, 0.0)
 
 
 @triton.jit
 def accumulate(
     a_ptr, centre_ptr, scale_ptr, shift_ptr, left, right, split, M, C, TILES,
+    H, W, W_OUT, HW_OUT, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIAGONAL: tl.constexpr, FOLDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``d' d`` over a split's rows, for columns from `left` and `right` on, and on the diagonal folded sums of d."""
@@ -65,23 +69,26 @@ def accumulate(
     for i in tl.range(0, TILES):
         row = first_row(split, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        d = load_shifted(a_ptr, centre, scale, shift, row, left, in_rows, C, BLOCK_M, BLOCK_C)
+        rows = pixel_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
+        d = load_shifted(a_ptr, centre, scale, shift, row, rows, left, in_rows, C, BLOCK_M, BLOCK_C)
         rounded = narrow(d, dtype)
         if DIAGONAL:
             total += fold_rows(d, FOLDED, BLOCK_M, BLOCK_C)
             acc = dot(tl.trans(rounded), rounded, acc, "ieee")
         else:
             other = load_shifted(a_ptr, right_centre, right_scale, right_shift,
-                                 row, right, in_rows, C, BLOCK_M, BLOCK_C)  # fmt: skip
+                                 row, rows, right, in_rows, C, BLOCK_M, BLOCK_C)  # fmt: skip
             acc = dot(tl.trans(rounded), narrow(other, dtype), acc, "ieee")
     return acc, total
 
 
-@triton.jit(do_not_specialize=["M", "UNITS", "TILES", "column_tiles", "pairs"])
+@triton.jit(do_not_specialize=["M", "UNITS", "TILES", "column_tiles", "pairs", "H", "W", "W_OUT", "HW_OUT"])
 def gram_kernel(
-    a_ptr, centre_ptr, scale_ptr, shift_ptr,  # [M, C], [C], [C] and [C], the last two together or None
+    a_ptr, centre_ptr, scale_ptr, shift_ptr,  # [N*H*W, C], [C], [C] and [C], the last two together or None
     gram_ptr, total_ptr,  # [splits, pairs, BLOCK_C, BLOCK_C], [splits, C]
     M, UNITS, TILES, column_tiles, pairs,
+    H, W, W_OUT, HW_OUT,  # the sizes of pixels matter only where a stride is not 1
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIV: tl.constexpr, FOLDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C = UNITS * DIV
@@ -90,12 +97,12 @@ def gram_kernel(
     i, j = i * BLOCK_C, j * BLOCK_C
     if i == j:
         acc, total = accumulate(a_ptr, centre_ptr, scale_ptr, shift_ptr, i, j, split, M, C, TILES,
-                                True, FOLDED, BLOCK_M, BLOCK_C)  # fmt: skip
+                                H, W, W_OUT, HW_OUT, STRIDE_H, STRIDE_W, True, FOLDED, BLOCK_M, BLOCK_C)  # fmt: skip
         cols = i + tl.arange(0, BLOCK_C)
         tl.store(total_ptr + split.to(tl.int64) * C + cols, tl.sum(total, axis=0), mask=cols < C)
     else:
         acc, total = accumulate(a_ptr, centre_ptr, scale_ptr, shift_ptr, i, j, split, M, C, TILES,
-                                False, FOLDED, BLOCK_M, BLOCK_C)  # fmt: skip
+                                H, W, W_OUT, HW_OUT, STRIDE_H, STRIDE_W, False, FOLDED, BLOCK_M, BLOCK_C)  # fmt: skip
     offsets = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     tl.store(gram_ptr + (split.to(tl.int64) * pairs + pair) * (BLOCK_C * BLOCK_C) + offsets, acc)
 
@@ -130,13 +137,16 @@ def gram_merge_kernel(
         tl.store(total_ptr + channels, merged, mask=exist)
 
 
-def run(a: Tensor, centre: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run(
+    a: Tensor, centre: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, stride=(1, 1)
+) -> tuple[Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.gram`. Raises RuntimeError on wrong shapes, dtypes, devices, layouts."""
     name = op.OP.name
     checks.data(name, "a", a)
     checks.vector(name, "centre", centre, a)
     checks.pair(name, "scale", scale, "shift", shift, a)
-    (n, c, h, w) = a.shape
+    checks.stride(name, "stride", stride)
+    n, c, h, w = lazy.strided_shape(a, a.shape[1], stride)
     if a.numel() == 0:
         return a.new_zeros((c, c), dtype=torch.float32), a.new_zeros(c, dtype=torch.float32)
     config = configs.config(name, configs.capability(a.device), a.element_size(), c, c)
@@ -150,7 +160,9 @@ def run(a: Tensor, centre: Tensor, scale: Tensor | None = None, shift: Tensor | 
     units, div = gemm.split(c)
     sizes = {"column_tiles": column_tiles, "pairs": pairs, "BLOCK_C": block}
     meta = {"M": rows, "UNITS": units, "TILES": tiles, "DIV": div, "BLOCK_M": config.block_m, "FOLDED": FOLD}
-    gemm.launch(gram_kernel, splits * pairs, config, a, centre, scale, shift, *partial, **sizes, **meta)
+    geometry = {"H": a.shape[2], "W": a.shape[3], "W_OUT": w, "HW_OUT": h * w}
+    geometry |= {"STRIDE_H": stride[0], "STRIDE_W": stride[1]}
+    gemm.launch(gram_kernel, splits * pairs, config, a, centre, scale, shift, *partial, **sizes, **meta, **geometry)
     meta = {"splits": splits, "C": c, "ROWS": MERGE_ROWS, **MERGE}
     programs = pairs * block * block // MERGE["BLOCK"] + common.cdiv(c, MERGE["BLOCK"])
     common.start(gram_merge_kernel, programs, partial[0], partial[1], gram, total, **sizes, **meta)

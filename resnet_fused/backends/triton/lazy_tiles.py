@@ -1,8 +1,9 @@
 """Tiles of lazy gradients and lazy activations, applied on load: what `conv1x1_dgrad` and `conv1x1_wgrad` share.
 
-A tile is BLOCK_M consecutive rows (pixels) and BLOCK_K channels, from an int64 row and an int32 column on. An absent
-term is None at compile time and costs nothing. Per element of ``dz`` (16-bit): 2 bytes read for g, 2 for z where a term
-needs it, 1/8 for the bits; the vectors, 4 bytes per channel and tile each, come out of L1 or L2.
+A tile is BLOCK_M consecutive rows (pixels) and BLOCK_K channels, from an int64 row and an int32 column on; of what a
+strided convolution reads, the rows that `pixel_rows` finds. An absent term is None at compile time and costs nothing.
+Per element of ``dz`` (16-bit): 2 bytes read for g, 2 for z where a term needs it, 1/8 for the bits; the vectors, 4
+bytes per channel and tile each, come out of L1 or L2.
 
 A kernel calls :func:`load_row` for each vector, then :func:`load_gradient`; for a product over rows, ``tl.trans`` it.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .common import narrow, widen
-from .gemm import apply_activation
+from .gemm import apply_activation, read_rows
 from .norm_add_relu_backward import load_bits
 
 
@@ -33,6 +34,14 @@ def load_tile(ptr, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.c
     cols = column + tl.arange(0, BLOCK_C)
     offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
     return tl.load(ptr + row * C + offsets, mask=in_rows[:, None] & (cols < C)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, values, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write a tile of [M, C], as far as it exists."""
+    cols = column + tl.arange(0, BLOCK_C)
+    offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
+    tl.store(ptr + row * C + offsets, values, mask=in_rows[:, None] & (cols < C)[None, :])
 
 
 @triton.jit
@@ -68,12 +77,32 @@ def load_gradient(
 
 
 @triton.jit
-def load_activation(x_ptr, scale, shift, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``x^`` of consecutive rows, rounded to the dtype of x; scale and shift: rows of `load_row`, or None for plain x.
+def pixel_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of x that belong to the output rows from `row` on, see `read_rows`; None without a stride: the same ones."""
+    if STRIDE_H == 1 and STRIDE_W == 1:
+        return None
+    else:
+        return read_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
+
+
+@triton.jit
+def load_pixels(ptr, row, rows, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """As `load_tile`, of the `rows` of `pixel_rows`."""
+    if rows is None:
+        return load_tile(ptr, row, column, in_rows, C, BLOCK_M, BLOCK_C)
+    else:
+        cols = column + tl.arange(0, BLOCK_C)
+        inside = in_rows[:, None] & (cols < C)[None, :]
+        return tl.load(ptr + (rows[:, None] * C + cols[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def load_activation(x_ptr, scale, shift, row, rows, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``x^`` of `load_pixels`, rounded to the dtype of x; scale and shift: rows of `load_row`, or None for plain x.
 
     Columns that do not exist are zero; rows that do not exist are ``relu(shift)``: whoever sums over rows masks them.
     """
-    x = load_tile(x_ptr, row, column, in_rows, C, BLOCK_M, BLOCK_C)
+    x = load_pixels(x_ptr, row, rows, column, in_rows, C, BLOCK_M, BLOCK_C)
     if scale is None:
         return x
     else:

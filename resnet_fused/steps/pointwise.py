@@ -77,7 +77,7 @@ def input_grad(
     other: PathGrad | None = None,
     correction: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | LazyGrad:
-    """Gradient of the pixels that the step read: a tensor, or of a lazy value (that `previous` made) the one before it.
+    """Gradient of a tensor at the pixels that the step read; of a lazy value (that `previous` made) the one before it.
 
     `other`: added, where the step read a tensor. `correction`: coupling and constant of a Gram join.
     """
@@ -90,6 +90,8 @@ def input_grad(
     if isinstance(value, Lazy):
         options |= {"x_scale": scale, "x_shift": shift}
         grad_x, *sums = run("conv1x1_dgrad", grad.g, weight.contiguous(), **options, backend=backend)
+        if step.conv.stride != (1, 1):  # of the pixels that nobody read it is 0, and adds nothing to the sums
+            grad_x = spread(grad_x, x, step.conv.stride, None, backend)
         return through(grad_x, tuple(sums), value, previous, backend)
     if other is not None:
         options |= {"residual": other.grad, "residual_mask": other.mask, "residual_stride": other.stride}

@@ -53,6 +53,18 @@ def test_stride_in_the_first_convolution(x, gram, gram_shortcut):
     assert_equal(lazy_chain((s1, s2, s3), shortcut, gram=gram, gram_shortcut=gram_shortcut), x, [t1, t2, t3, t4])
 
 
+@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("strides", [(2, 1), (1, 2)])
+def test_stride_in_a_1x1_convolution_of_a_lazy_value(x, batch_stats, strides):
+    s1, t1 = make_step(6, 4, batch_stats=batch_stats)
+    s2, t2 = make_step(4, 4, stride=strides[0], batch_stats=batch_stats)
+    s3, t3 = make_step(4, 6, stride=strides[1], batch_stats=batch_stats)
+    shortcut, t4 = make_step(6, 6, stride=2, batch_stats=batch_stats)
+    assert_equal(lazy_chain((s1, s2, s3), shortcut), x, [t1, t2, t3, t4])
+    if strides[1] == 1:
+        assert_equal(lazy_chain((s1, s2, s3), shortcut, gram=True, gram_shortcut=True), x, [t1, t2, t3, t4])
+
+
 @pytest.mark.parametrize(("gram", "gram_shortcut"), GRAMS)
 def test_what_a_stride_passes_over_may_be_nan(x, gram, gram_shortcut):
     s1, t1 = make_step(6, 4, stride=2)

@@ -73,7 +73,7 @@ RESNET_FUSED_INLINE A shifted(const T* a, const A* centre, const A* scale, const
   }
 }
 
-// packed[panel][row][kPanel] = d[row][channel] of the first `width` channels, 0 beyond; rows of `input` lie `step` apart.
+// packed[panel][row][kPanel] = d[row][channel] of the first `width` channels, 0 beyond; rows of a lie `step` apart.
 template <bool lazy, class T, class A = acc_t<T>>
 RESNET_FUSED_CLONES void pack(A* __restrict packed, const Input<T>& input, int64_t rows, int64_t width, int64_t step) {
   constexpr int64_t P = kPanel<A>;

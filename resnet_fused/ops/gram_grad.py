@@ -79,10 +79,13 @@ def fake(
 
 
 def bytes(weight, product, gram, total, centre, sum_g, scale, rstd, a):
-    """One read of the matrices and vectors, one write of the results."""
+    """One read of the matrices and vectors, a second one of the weight, one write of the results.
+
+    b is known from sums along all rows of ``W * P_d``, and ``W' diag(b) W`` needs b: two passes over the weight.
+    """
     k, c = weight.shape[:2]
     written = (k * c + k + c) * scale.element_size() + c * c * weight.element_size()
-    return nbytes(weight, product, gram, total, centre, sum_g, scale, rstd) + written
+    return nbytes(weight, weight, product, gram, total, centre, sum_g, scale, rstd) + written
 
 
 def flops(weight, product, gram, total, centre, sum_g, scale, rstd, a):

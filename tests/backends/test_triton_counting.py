@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 needs
 
 SMALL = ("bn_affine", "bn_coefficients", "gram_norm", "gram_grad")  # vectors and matrices of weights; all in L2
 #: Vectors and partial sums, which `bytes()` leaves out, as a share of it at 56 x 56 and batch 256. Sums over rows into
-#: a matrix, `gram` above all, pay for a split on every SM; at every size partial sums fit into an L2 of 40 MB.
-OVERHEAD = {"conv1x1_wgrad": 0.025, "gram": 0.05}
+#: a matrix take more in deeper layers, which would leave most SMs idle otherwise; all fit into an L2 of 40 MB.
+OVERHEAD = 0.02
 WORKSPACE_BYTES = 10e6
 #: What may be read at a stride, and the sizes of an image: pixels that are read, height and width.
 STRIDED = {
@@ -110,8 +110,9 @@ def predicted(row):
 
 
 def overhead(row):
-    """Upper bound for vectors and partial sums, from the sizes of a launch's arguments: all of each, in each launch."""
-    return sum(b["size"] for _, _, b in buffers(row, "vectors", "workspace")) / row["declared"]
+    """Upper bound for what is not declared, from the sizes of a launch's arguments: all of each, in each launch."""
+    kinds = ["workspace"] if row["op"] in SMALL else ["vectors", "workspace"]
+    return sum(b["size"] for _, _, b in buffers(row, *kinds)) / row["declared"]
 
 
 def of_layer(rows, *layers, small=False):
@@ -130,25 +131,25 @@ def test_tensors_move_once_as_declared(rows):
 
 
 def test_small_ops_move_what_they_declare(rows):
-    """Vectors are part of it. `gram_grad` reads the weight in both of its launches."""
+    """To the byte; vectors are part of it."""
     for row in of_layer(rows, "toy", "odd", small=True):
-        share = unique(row, "tensors", "vectors") / row["declared"]
-        assert 1 <= share <= (1.2 if row["op"] == "gram_grad" else 1), f"{label(row)}: {share}"
+        moved = unique(row, "tensors", "vectors")
+        assert moved == row["declared"], f"{label(row)}: {moved / row['declared']}"
 
 
 def test_workspace_is_written_by_one_launch_and_read_by_another(rows):
-    """Whole or, of the symmetric tiles of a Gram matrix, in half."""
+    """Whole; only columns of a Gram matrix that do not exist are written and not read."""
     for row in (row for row in rows if row["layer"] in ("toy", "odd")):
         for launch, name, b in buffers(row, "workspace"):
             (read, _), (written, _) = b["read"], b["written"]
             assert written in (0, b["size"]), f"{label(row)}: {launch['kernel']} does not fill {name}"
             assert (read == 0) != (written == 0), f"{label(row)}: {launch['kernel']} reads and writes {name}"
+            assert row["layer"] == "odd" or read in (0, b["size"]), f"{label(row)}: {name} is read in part"
 
 
 def test_vectors_and_partial_sums_are_small(rows):
-    for row in of_layer(rows, "56x56"):
-        most = OVERHEAD.get(row["op"], 0.02)
-        assert overhead(row) < most, f"{label(row)}: {overhead(row):.2%} beside what is declared"
+    for row in (row for row in rows if row["layer"] == "56x56"):
+        assert overhead(row) < OVERHEAD, f"{label(row)}: {overhead(row):.2%} beside what is declared"
     for row in rows:
         biggest = max((b["size"] for _, _, b in buffers(row, "workspace")), default=0)
         assert biggest < WORKSPACE_BYTES, f"{label(row)}: {biggest} bytes of partial sums"

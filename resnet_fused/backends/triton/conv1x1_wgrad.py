@@ -29,6 +29,7 @@ from .lazy_tiles import load_gradient, load_row
 
 PROGRAMS = 132  # one per SM of an H100, twice as many where partial results stay cheap; a constant on every card
 CHEAP = 0.02  # partial results up to this share of the reads
+BUSY = 7 / 8  # of the SMs, are enough where that keeps partial results cheap
 MIN_ROWS = 256  # a split's, so that a small layer does not spend its time on merging
 FOLD = 16  # rows that a sum over rows keeps apart in registers, so that the loop crosses no threads
 MERGE = {"BLOCK_S": 16, "BLOCK": 128}  # splits and elements of a merging tile, whatever the batch: one kernel each
@@ -50,7 +51,7 @@ def row_splits(
         most_rows: per split, whatever that costs.
     """
     cheap = int(CHEAP * rows * row_bytes / partial_bytes)
-    wanted = max(PROGRAMS // tiles, min(2 * PROGRAMS // tiles, cheap))
+    wanted = min(2 * PROGRAMS // tiles, cheap) if cheap >= BUSY * (PROGRAMS // tiles) else PROGRAMS // tiles
     splits = max(1, min(wanted, rows // MIN_ROWS), common.cdiv(rows, most_rows) if most_rows else 1)
     row_tiles = common.cdiv(rows, block_m)
     per_split = common.cdiv(row_tiles, splits)

@@ -67,17 +67,10 @@ def test_everything_is_compiled_for_every_architecture(rows):
 
 
 def test_no_spills_and_bounded_registers_and_shared_memory(rows):
-    """Products may take all registers that a block can have: their accumulators are there for.
-
-    Of those, odd layers may spill, which need an address for every single element, and products in full float32 a
-    little, which are not worth a tile of their own.
-    """
+    """Products may take all registers that a block can have: their accumulators are there for. So may odd layers."""
     for row in rows:
-        odd = row["channels"] % 8 != 0
-        assert row["LOCAL"] == 0, f"{label(row)} has local memory: {row}"
-        most = 16 if "full float32" in row["options"] else 0
-        assert row["STACK"] <= most or (odd and row["kernel"] in PRODUCTS), f"{label(row)} spills: {row}"
-        most = 255 if odd else REGISTERS.get(row["kernel"], 255)
+        assert row["LOCAL"] == row["STACK"] == 0, f"{label(row)} spills: {row}"
+        most = 255 if row["channels"] % 8 else REGISTERS.get(row["kernel"], 255)
         assert 0 < row["REG"] <= most, f"{label(row)} takes {row['REG']} registers"
         assert row["REG"] * 32 * row["warps"] <= 65536, f"{label(row)} finds no room on an SM"
         most = SHARED_BYTES if row["kernel"] in REGISTERS else SHARED_BYTES_OF[row["arch"]]

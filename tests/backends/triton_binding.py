@@ -31,10 +31,11 @@ class NamesItsTarget:
         return 0
 
 
-def bind(kernel, programs, *args, warps=common.NUM_WARPS, stages=common.NUM_STAGES, **meta):
+def bind(kernel, programs, *args, warps=common.NUM_WARPS, stages=common.NUM_STAGES, registers=None, **meta):
     """An identity of what Triton would compile for this launch."""
     kernel.compile = lambda source, target, options: types.SimpleNamespace(hash=source.hash() + repr(options))
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": common.ENABLE_FP_FUSION}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    options["enable_fp_fusion"] = common.ENABLE_FP_FUSION
     return kernel.warmup(*args, **meta, **options, grid=(programs,)).hash
 
 

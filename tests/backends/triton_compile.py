@@ -111,7 +111,8 @@ def record(call, arch):
     started = []
 
     def note(kernel, programs, *args, **meta):
-        started.append((kernel, args, {"warps": common.NUM_WARPS, "stages": common.NUM_STAGES} | meta))
+        defaults = {"warps": common.NUM_WARPS, "stages": common.NUM_STAGES, "registers": None}
+        started.append((kernel, args, defaults | meta))
 
     with replaced(common, "start", note), replaced(configs, "capability", lambda device: arch):
         call()
@@ -155,7 +156,8 @@ def resources(cubin):
 
 def compile_one(kernel, args, meta, arch):
     """Compile one launch for one architecture."""
-    options = {"num_warps": meta["warps"], "num_stages": meta["stages"], "enable_fp_fusion": common.ENABLE_FP_FUSION}
+    options = {"num_warps": meta["warps"], "num_stages": meta["stages"], "maxnreg": meta["registers"]}
+    options["enable_fp_fusion"] = common.ENABLE_FP_FUSION
     built = triton.compile(source(kernel, args, meta), target=GPUTarget("cuda", arch, 32), options=options)
     ptx = built.asm["ptx"]
     return dict(
@@ -198,16 +200,18 @@ def chosen_products():
 
     float32 is compiled as multiplied in TF32, torch's default for convolutions, and in full.
     """
-    for options, call in products(Layer(64, 7, 512, 2048)):
+    wide, odd = (64, 7, 512, 2048), (64, 14, 33, 65)
+    for options, call in products(Layer(*wide)):
         yield options, torch.bfloat16, 512, 90, call
-    layers = [(Layer(64, 7, 512, 2048), arch) for arch in ARCHS if arch != 90]
-    layers += [(Layer(64, 7, 512, 2048, dtype), 90) for dtype in DTYPES[1:]]
-    layers += [(Layer(64, 56, 64, 256), 90), (Layer(64, 14, 33, 65), 90), (Layer(MANY, 56, 64, 256), 90)]
+    layers = [(Layer(*wide), arch) for arch in ARCHS if arch != 90] + [(Layer(*odd), arch) for arch in ARCHS]
+    layers += [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
+    layers += [(Layer(64, 56, 64, 256), 90), (Layer(MANY, 56, 64, 256), 90)]
     for at, arch in layers:
         for options, call in products(at, richest=True):
             yield options, at.dtype, at.narrow, arch, call
-    for options, call in products(Layer(64, 7, 512, 2048, torch.float32), richest=True):
-        yield f"{options}, full float32", torch.float32, 512, 90, functools.partial(in_full, call)
+    for sizes, arch in ((wide, 90), (wide, 120), (odd, 90)):
+        for options, call in products(Layer(*sizes, torch.float32), richest=True):
+            yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
 
 
 def in_full(call):
@@ -227,7 +231,8 @@ def different():
     found = {}
     for what in chosen():
         *_, arch, (kernel, args, meta) = what
-        found.setdefault((source(kernel, args, meta).hash(), arch, meta["warps"], meta["stages"]), what)
+        options = meta["warps"], meta["stages"], meta["registers"]
+        found.setdefault((source(kernel, args, meta).hash(), arch, options), what)
     return list(found.values())
 
 

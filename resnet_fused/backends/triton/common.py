@@ -101,13 +101,16 @@ def launch(kernel, plan: Tiling, x: Tensor, *args, **meta) -> None:
     start(kernel, plan.programs, x, *args, **plan.meta, **meta)
 
 
-def start(kernel, programs: int, x: Tensor, *args, warps: int = NUM_WARPS, stages: int = NUM_STAGES, **meta) -> None:
+def start(
+    kernel, programs: int, x: Tensor, *args,
+    warps: int = NUM_WARPS, stages: int = NUM_STAGES, registers: int | None = None, **meta,
+) -> None:  # fmt: skip
     """Start `programs` programs of `kernel`, whose first argument is `x`, on the device of `x`.
 
     The one place where a kernel is launched: tests replace it to record, compile or count.
     """
     other_gpu = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": ENABLE_FP_FUSION}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": ENABLE_FP_FUSION}
     with torch.cuda.device(x.device) if other_gpu else contextlib.nullcontext():
         kernel[(programs,)](x, *args, **meta, **options)
 

@@ -22,6 +22,7 @@ class Config:
     block_k: int
     warps: int
     stages: int
+    registers: int | None = None  # at most so many a thread; None: ptxas may spill a few to fit more blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,14 @@ def config(op: str, arch: int, element_size: int, columns: int, depth: int) -> C
     tuned = TUNED.get((op, arch, element_size, columns, depth))
     if tuned is not None:
         return tuned.config
-    return DEFAULTS.get(op, default)(arch, element_size, columns, depth)
+    chosen = DEFAULTS.get(op, default)(arch, element_size, columns, depth)
+    return chosen if columns % 8 == depth % 8 == 0 else without_vectors(chosen, element_size)
+
+
+def without_vectors(chosen: Config, element_size: int) -> Config:
+    """For channels that 8 does not divide: each element takes an address of its own, in registers, and a mask."""
+    blocks = (min(128 // element_size, block) for block in (chosen.block_m, chosen.block_n, chosen.block_k))
+    return Config(*blocks, warps=8, stages=chosen.stages, registers=255)
 
 
 def default(arch: int, element_size: int, columns: int, depth: int) -> Config:
@@ -69,8 +77,11 @@ def default(arch: int, element_size: int, columns: int, depth: int) -> Config:
 
 
 def gram_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """float32 products of 16 rows, on the ordinary units: 16 values a thread, so that each loaded one serves four."""
-    return Config(16, power_of_two(columns, 32, 128), power_of_two(depth, 16, 64 // element_size), 4, 2)
+    """float32 products of 16 rows, on the ordinary units: 16 values a thread, so that each loaded one serves four.
+
+    A step of the depth divides it where it can: at 40 channels, steps of 32 spilled on sm_120.
+    """
+    return Config(16, power_of_two(columns, 32, 128), max(16, min(depth & -depth, 64 // element_size)), 4, 2)
 
 
 def gram_square(arch: int, element_size: int, columns: int, depth: int) -> Config:
@@ -94,8 +105,8 @@ def data_gradient(arch: int, element_size: int, columns: int, depth: int) -> Con
 
 
 def data_gradient_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """float32 products on the ordinary units, which unroll the depth into registers."""
-    return Config(64, power_of_two(columns, 16, 64), 16, 8, 2)
+    """float32 products on the ordinary units, which unroll the depth into registers; two programs fit on an SM."""
+    return Config(64, power_of_two(columns, 16, 64), 16, 8, 2, 128)
 
 
 def over_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
@@ -106,6 +117,12 @@ def over_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
         rows = 16
     stages = 2 if arch in SMALL_SHARED_MEMORY else 3
     return Config(rows, block_n, block_k, 8 if block_n * block_k >= 128 * 64 else 4, stages)
+
+
+def over_rows_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """float32 products on the ordinary units, which unroll the rows into registers: fewer with four warps."""
+    chosen = over_rows(arch, element_size, columns, depth)
+    return dataclasses.replace(chosen, block_m=16) if chosen.warps == 4 else chosen
 
 
 def symmetric(arch: int, element_size: int, columns: int, depth: int) -> Config:
@@ -148,6 +165,7 @@ DEFAULTS = {
     "gram_grad": gram_rows,
     "gram_grad coupling": gram_square,
     "conv1x1_wgrad": over_rows,
+    "conv1x1_wgrad ieee": over_rows_ieee,
     "conv1x1_dgrad": data_gradient,
     "conv1x1_dgrad ieee": data_gradient_ieee,
     "gram": symmetric,

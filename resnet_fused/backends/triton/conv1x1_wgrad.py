@@ -22,7 +22,7 @@ import triton.language as tl
 from ...ops import conv1x1_wgrad as op
 from ...ops import lazy
 from ...ops.contract import Tensor
-from . import checks, common, configs, gemm
+from . import checks, common, gemm
 from .common import first_row, load_factor, rows_in, widen
 from .gemm import apply_activation, dot, tile_of
 from .lazy_tiles import load_gradient, load_row
@@ -187,7 +187,7 @@ def run(
         return g.new_zeros((k, c), dtype=torch.float32), g.new_zeros(k, dtype=torch.float32)
     recompute = (scale, shift) if mask is None else (None, None)
     used_z = z if b is not None or recompute[0] is not None else None
-    config = configs.config(op.OP.name, configs.capability(g.device), g.element_size(), k, c)
+    config = gemm.configuration(op.OP.name, g, k, c)
     tiles = common.cdiv(k, config.block_n) * common.cdiv(c, config.block_k)
     rows = n * h * w
     splits, row_tiles = row_splits(rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)

@@ -40,7 +40,8 @@ def configuration(op: str, x: Tensor, columns: int, depth: int) -> Config:
 
 def launch(kernel, programs: int, config: Config, x: Tensor, *args, **meta) -> None:
     """Start `programs` programs of `kernel`, whose first argument is `x`, on the device of `x`."""
-    common.start(kernel, programs, x, *args, warps=config.warps, stages=config.stages, **meta)
+    meta |= {"warps": config.warps, "stages": config.stages, "registers": config.registers}
+    common.start(kernel, programs, x, *args, **meta)
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor, outputs: int | None, inputs: int | None) -> None:

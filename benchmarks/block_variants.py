@@ -3,7 +3,7 @@
     python benchmarks/block_variants.py [--batch 16] > benchmarks/results/DATE-MACHINE-block-variants.md
 
 For each kind of block by itself, in training: stock, and fused with plain joins and with Gram joins, in turn, forward
-and backward. The plan's TOLERATED, blocks/small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
+and backward. blocks/join_cost.py, blocks/small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 import resnet_fused
 from resnet_fused.bench import records
-from resnet_fused.blocks import plan
+from resnet_fused.blocks import join_cost, plan
 from resnet_fused.models import resnet50
 
 BLOCKS = {
@@ -32,13 +32,13 @@ ALWAYS, NEVER = 1e9, -1e9
 
 def step(block: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor, tolerated: float) -> dict[str, float]:
     """Milliseconds, page faults and system milliseconds of a forward and a backward."""
-    kept, plan.TOLERATED = plan.TOLERATED, tolerated
+    kept, join_cost.TOLERATED = join_cost.TOLERATED, tolerated
     try:
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         block(x).backward(grad)
         taken, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     finally:
-        plan.TOLERATED = kept
+        join_cost.TOLERATED = kept
     system = 1e3 * (after.ru_stime - before.ru_stime)
     return {"ms": 1e3 * taken, "faults": after.ru_minflt - before.ru_minflt, "system ms": system}
 

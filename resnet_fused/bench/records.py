@@ -28,9 +28,10 @@ ENVIRONMENT = (
 )
 
 LEGEND = (
-    "Medians of interleaved runs with their 10% and 90% quantiles. A training step is forward and backward, without an "
-    "optimizer. MB: kept by autograd from forward to backward, each storage once, parameters not counted; or the peak "
-    "above what was allocated before, where the line says so."
+    "Medians of interleaved runs with their 10% and 90% quantiles; speedups with the 90% interval of the ratio "
+    "of medians (bootstrap). A training step is forward and backward, without an optimizer. MB: kept by autograd "
+    "from forward to backward, each storage once, parameters not counted; or the peak above what was allocated before, "
+    "where the line says so."
 )
 
 
@@ -46,13 +47,33 @@ class Row:
     q90: float
     n: int  # samples
     ratio: float  # stock's median / this median: above 1 is better than stock
+    ratio_low: float | None = None  # 90% confidence interval of the ratio, of times
+    ratio_high: float | None = None
 
 
-def rows_of(name: str, unit: str, measured: dict[str, tuple[float, float, float, int]]) -> list[Row]:
-    """Rows of one measurement: ``{peer: (median, q10, q90, n)}``; the first peer is the yardstick."""
+def rows_of(
+    name: str,
+    unit: str,
+    measured: dict[str, tuple[float, float, float, int]],
+    intervals: dict[str, tuple[float, float]] | None = None,
+) -> list[Row]:
+    """Rows of one measurement: ``{peer: (median, q10, q90, n)}``; the first peer is the yardstick.
+
+    `intervals`: of the ratios to it.
+    """
     stock = next(iter(measured.values()))[0]
     return [
-        Row(name, unit, peer, median, q10, q90, n, stock / median if median else float("nan"))
+        Row(
+            name,
+            unit,
+            peer,
+            median,
+            q10,
+            q90,
+            n,
+            stock / median if median else float("nan"),
+            *(intervals or {}).get(peer, ()),
+        )
         for peer, (median, q10, q90, n) in measured.items()
     ]
 
@@ -98,7 +119,7 @@ def markdown_table(rows: list[Row]) -> str:
         times = [by_key.get((name, "ms", peer)) for peer in peers]
         saved = [by_key.get((name, "MB", peer)) for peer in peers[:2]]
         cells = [name, *(time_cell(row) for row in times)]
-        cells += [f"{row.ratio:.2f}x" if row else "" for row in times[1:]]
+        cells += [speedup_cell(row) for row in times[1:]]
         cells += [saved_cell(saved)]
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -107,6 +128,14 @@ def markdown_table(rows: list[Row]) -> str:
 def time_cell(row: Row | None) -> str:
     """Three significant digits are all that a timing carries."""
     return f"{short(row.median)} ({short(row.q10)}-{short(row.q90)})" if row else ""
+
+
+def speedup_cell(row: Row | None) -> str:
+    """The ratio to the first peer, and how well it is known."""
+    if row is None:
+        return ""
+    known = "" if row.ratio_low is None else f" ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+    return f"{row.ratio:.2f}x{known}"
 
 
 def saved_cell(saved: list[Row | None]) -> str:

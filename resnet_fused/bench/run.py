@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import resnet_fused
+from resnet_fused.blocks import plan
 
 from . import equality, memory, named, peers, photos, records
 from .blocks import Block, distinct_blocks
 from .errors import Refused
 from .progress import Bar
-from .timing import Rounds, Samples, clock_for, interleave
+from .timing import Rounds, Samples, clock_for, interleave, speedup_interval
 
 #: Names of --dtype and the autocast dtype they stand for.
 DTYPES = {"f32": None, "bf16": torch.bfloat16}
@@ -57,7 +58,7 @@ def plan_for(options: Options, model: nn.Module) -> Plan:
         return Plan(options.batch or 4, options.size or min(128, meant_for), (1, 4), training, other, other)
     return Plan(
         options.batch or 16, options.size or meant_for, (1, 8, 32),
-        training=Rounds(5, 50, 30.0), evaluation=Rounds(5, 50, 5.0), blocks=Rounds(5, 50, 1.5),
+        training=Rounds(7, 50, 30.0), evaluation=Rounds(9, 50, 5.0), blocks=Rounds(9, 50, 2.0),
     )  # fmt: skip
 
 
@@ -83,15 +84,16 @@ class Bench:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             yield
 
-    def add(self, name: str, unit: str, measured: dict[str, tuple[float, float, float, int]]) -> None:
-        self.report.rows += records.rows_of(name, unit, measured)
-
     def add_times(self, name: str, timed: dict[str, dict[str, Samples]], lap: str = "total") -> None:
         samples = {peer: laps[lap] for peer, laps in timed.items()}
-        self.add(name, "ms", {p: (s.median, s.quantile(0.1), s.quantile(0.9), len(s)) for p, s in samples.items()})
+        stock = samples[peers.STOCK]
+        intervals = {peer: speedup_interval(stock, s) for peer, s in samples.items() if s is not stock}
+        measured = {p: (s.median, s.quantile(0.1), s.quantile(0.9), len(s)) for p, s in samples.items()}
+        self.report.rows += records.rows_of(name, "ms", measured, intervals)
 
     def add_bytes(self, name: str, found: dict[str, int]) -> None:
-        self.add(name, "MB", {peer: (count / memory.MB,) * 3 + (1,) for peer, count in found.items()})
+        measured = {peer: (count / memory.MB,) * 3 + (1,) for peer, count in found.items()}
+        self.report.rows += records.rows_of(name, "MB", measured)
 
     def fused_names(self) -> list[str]:
         return [row.name for row in resnet_fused.report(self.models[peers.OURS]).fused]
@@ -100,7 +102,8 @@ class Bench:
         """Compare stock and fused on photographs; raises :class:`Disagreement` where they differ."""
         x = photos.batches(1, PHOTOS, self.plan.size)[0].to(self.device)
         stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
-        found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype], progress)
+        with plan.fusing_all():  # also what so few images leave to stock
+            found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype], progress)
         self.report.equality = equality.summary(found)
         wrong = [difference for difference in found if not difference.agrees]
         if wrong:
@@ -178,6 +181,8 @@ class Bench:
         x.requires_grad_()
         with torch.no_grad(), self.autocast():
             out = pair[peers.STOCK](x)
+        with plan.observing() as choices, self.autocast():
+            pair[peers.OURS](x)
         grad = torch.randn(out.shape).to(out, memory_format=torch.channels_last)
 
         def runner(module: nn.Module) -> Callable:
@@ -193,7 +198,8 @@ class Bench:
             return run
 
         runs = {peer: runner(module) for peer, module in pair.items()}
-        label = block.label(self.plan.batch)
+        stocked = choices and all(choice.startswith("stock") for choice in choices)
+        label = block.label(self.plan.batch) + (", left to stock" if stocked else "")
         self.add_times(label, interleave(runs, self.plan.blocks, clock_for(self.device), progress))
         self.add_bytes(label, {peer: self.saved(module, x) for peer, module in pair.items()})
 
@@ -211,15 +217,15 @@ def run(options: Options) -> records.Report:
     stock = named.build(options.model)
     equality.scatter_norms(stock)
     stock = stock.to(device, memory_format=torch.channels_last)
-    plan = plan_for(options, stock)
-    settings = {"model": options.model, "dtype": options.dtype, "size": plan.size, "layout": "channels_last"}
+    decided = plan_for(options, stock)
+    settings = {"model": options.model, "dtype": options.dtype, "size": decided.size, "layout": "channels_last"}
     report = records.Report(records.provenance(device, **settings))
     parts = {"equality on photographs": 25.0, "training step": 50.0}
-    parts |= {f"evaluation at batch {b}": 3.0 + b / 2 for b in plan.eval_batches} | {"blocks": 30.0}
+    parts |= {f"evaluation at batch {b}": 3.0 + b / 2 for b in decided.eval_batches} | {"blocks": 30.0}
     with Bar(parts) as bar:
         if records.busy():
             bar.say(records.busy())
-        bench = Bench(options, plan, device, {}, bar, report)
+        bench = Bench(options, decided, device, {}, bar, report)
         for name, peer in wanted:
             reason = peer.unavailable(device)
             if reason:
@@ -230,7 +236,7 @@ def run(options: Options) -> records.Report:
             bench.equality(progress)
         with bar.part("training step") as progress:
             bench.training(progress)
-        for batch in plan.eval_batches:
+        for batch in decided.eval_batches:
             with bar.part(f"evaluation at batch {batch}") as progress:
                 bench.evaluation(batch, progress)
         with bar.part("blocks") as progress:

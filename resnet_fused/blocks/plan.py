@@ -229,6 +229,17 @@ def choose_variant(
 observers: list[Callable[[str], object]] = []
 
 
+@contextlib.contextmanager
+def observing() -> Iterator[list[str]]:
+    """The choices made within a ``with`` block, a line of text each."""
+    said: list[str] = []
+    observers.append(said.append)
+    try:
+        yield said
+    finally:
+        observers.pop()
+
+
 def describe(chain: Chain) -> str:
     """The variant of `chain` in words."""
     if chain.stock:

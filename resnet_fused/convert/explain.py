@@ -211,13 +211,8 @@ def _planning(target: Device | None):
 def _compare(
     name: str, module: nn.Module, x: Tensor, training: bool, target: Device | None, input_grad: bool = True
 ) -> Comparison:
-    notes: list[str] = []
-    plan.observers.append(notes.append)
-    try:
-        with _planning(target):
-            fused, fused_saved = _count(module, x, training, input_grad, Counter())
-    finally:
-        plan.observers.pop()
+    with plan.observing() as notes, _planning(target):
+        fused, fused_saved = _count(module, x, training, input_grad, Counter())
     stock = FusingCounter()
     with stock_forward():
         _, stock_saved = _count(module, x, training, input_grad, stock)

@@ -13,7 +13,8 @@ from resnet_fused.bench.records import Report, Row
 @pytest.fixture
 def report():
     found = Report(records.provenance(torch.device("cpu"), model="resnet18"))
-    found.rows += records.rows_of("step", "ms", {"eager": (200.0, 190.0, 210.0, 5), "fused": (100.0, 99.0, 101.0, 5)})
+    times = {"eager": (200.0, 190.0, 210.0, 5), "fused": (100.0, 99.0, 101.0, 5)}
+    found.rows += records.rows_of("step", "ms", times, {"fused": (1.9, 2.1)})
     found.rows += records.rows_of("step", "MB", {"eager": (50.0, 50.0, 50.0, 1), "fused": (25.0, 25.0, 25.0, 1)})
     found.rows += records.rows_of("evaluation", "ms", {"eager": (3.0, 2.0, 4.0, 5), "fused": (6.0, 5.0, 7.0, 5)})
     found.equality = [{"scope": "whole model", "kind": "output", "fused": 1e-7}]
@@ -24,7 +25,8 @@ def test_json_roundtrip(report):
     assert Report.from_json(report.to_json()) == report
     row = json.loads(report.to_json())["rows"][1]
     assert row == {
-        "name": "step", "unit": "ms", "peer": "fused", "median": 100.0, "q10": 99.0, "q90": 101.0, "n": 5, "ratio": 2.0
+        "name": "step", "unit": "ms", "peer": "fused", "median": 100.0, "q10": 99.0, "q90": 101.0, "n": 5, "ratio": 2.0,
+        "ratio_low": 1.9, "ratio_high": 2.1,
     }  # fmt: skip
 
 
@@ -36,7 +38,7 @@ def test_other_schema_is_refused(report):
 def test_markdown(report):
     lines = report.markdown().splitlines()
     assert lines[0] == "| measurement | eager ms (q10-q90) | fused ms (q10-q90) | fused speedup | MB eager / fused |"
-    assert lines[2] == "| step | 200 (190-210) | 100 (99.0-101) | 2.00x | 50.0 / 25.0 = 0.50 |"
+    assert lines[2] == "| step | 200 (190-210) | 100 (99.0-101) | 2.00x (1.90-2.10) | 50.0 / 25.0 = 0.50 |"
     assert lines[3] == "| evaluation | 3.00 (2.00-4.00) | 6.00 (5.00-7.00) | 0.50x |  |"
     assert "model resnet18" in lines[-1]
 

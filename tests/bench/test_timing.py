@@ -35,7 +35,7 @@ def test_interleaves_and_splits_laps():
     time, trace = FakeTime(), []
     runs = {"a": contender(time, trace, "a", 0.001, 0.002), "b": contender(time, trace, "b", 0.010, 0.020)}
     timed = interleave(runs, Rounds(at_least=3, warmup=1), HostClock(time), now=time)
-    assert trace == ["a", "b"] * 4
+    assert trace == ["b", "a", "a", "b"] * 2
     assert {lap: len(s) for lap, s in timed["a"].items()} == {"forward": 3, "backward": 3, "total": 3}
     assert timed["a"]["forward"].median == pytest.approx(1.0)
     assert timed["b"]["backward"].median == pytest.approx(20.0)
@@ -57,6 +57,14 @@ def test_quantiles_are_numpys():
     assert samples.median == 3.0
     assert samples.quantile(0.1) == pytest.approx(1.4)
     assert samples.quantile(0.9) == pytest.approx(4.6)
+
+
+def test_interval_of_a_speedup():
+    steady, noisy = Samples(numpy.full(9, 4.0)), Samples(numpy.array([1.8, 1.9, 2.0, 2.0, 2.0, 2.1, 2.2, 8.0, 9.0]))
+    assert timing.speedup_interval(steady, steady) == (1.0, 1.0)
+    low, high = timing.speedup_interval(steady, noisy)
+    assert 1.8 < low <= 2.0 <= high <= 2.2
+    assert timing.speedup_interval(steady, noisy) == (low, high)
 
 
 def test_garbage_collection_is_off_while_timing_and_back_on_after():

@@ -24,12 +24,8 @@ def images(n=4, size=8):
 
 def notes(model, x):
     """What the plan says of each chain."""
-    said = []
-    plan.observers.append(said.append)
-    try:
+    with plan.observing() as said:
         model(x)
-    finally:
-        plan.observers.pop()
     return said
 
 

@@ -14,14 +14,8 @@ from resnet_fused.convert import stock_forward
 
 def lazily(model, x):
     """One observed step with the plan of an H100."""
-    notes = []
-    plan.observers.append(notes.append)
-    try:
-        with plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
-            seen = observe(model, x)
-    finally:
-        plan.observers.pop()
-    return seen, notes
+    with plan.observing() as notes, plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
+        return observe(model, x), notes
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 4, "width_per_group": 32}], ids=["resnet", "resnext"])

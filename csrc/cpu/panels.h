@@ -29,25 +29,46 @@ AlignedArray<A> aligned_array(int64_t size) {
   return AlignedArray<A>(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), std::align_val_t(64))));
 }
 
-// g[r][j] += sum_m a[m][r] * b[m][j] for R rows and kPanel columns. Rows of a are `stride` apart; g has rows of kMacro,
-// of any floating-point type. R is 4 to 6: 2 R sums in flight hide the latency of FMA and still fit 16 registers.
-template <int64_t R, int64_t stride, class G, class A>
-RESNET_FUSED_INLINE void multiply_tile(G* __restrict g, const A* __restrict a, const A* __restrict b, int64_t rows) {
-  constexpr int64_t P = kPanel<A>, half = P / 2;
-  typedef A Vector __attribute__((vector_size(32)));
-  Vector low[R] = {}, high[R] = {};
-  for (int64_t m = 0; m < rows; ++m, a += stride, b += P) {
-    const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + half);
+// Half of a panel's row: one AVX2 register.
+template <class A>
+struct HalfPanel {
+  typedef A type __attribute__((vector_size(32)));
+};
+
+// R rows of sums of one panel, in registers. R is 4 to 6: 2 R sums in flight hide the latency of FMA and still fit 16
+// registers.
+template <class A, int64_t R>
+struct RegisterTile {
+  typename HalfPanel<A>::type low[R] = {}, high[R] = {};
+
+  // sums[r][j] += sum_m a[r * row + m * step] * b[m][j]
+  template <int64_t row, int64_t step>
+  RESNET_FUSED_INLINE void accumulate(const A* __restrict a, const A* __restrict b, int64_t depth) {
+    using Vector = typename HalfPanel<A>::type;
+    constexpr int64_t P = kPanel<A>;
+    for (int64_t m = 0; m < depth; ++m, a += step, b += P) {
+      const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + P / 2);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r) {
-      low[r] += a[r] * b0;
-      high[r] += a[r] * b1;
+      for (int64_t r = 0; r < R; ++r) {
+        low[r] += a[r * row] * b0;
+        high[r] += a[r * row] * b1;
+      }
     }
   }
-  for (int64_t r = 0; r < R; ++r, g += kMacro) {
+};
+
+// g[r][j] += sum_m a[m][r] * b[m][j] for R rows and kPanel columns. Rows of a are `stride` apart, rows of g `pitch`; g
+// is of any floating-point type.
+template <int64_t R, int64_t stride, class G, class A>
+RESNET_FUSED_INLINE void multiply_tile(G* __restrict g, const A* __restrict a, const A* __restrict b, int64_t rows,
+                                       int64_t pitch = kMacro) {
+  constexpr int64_t half = kPanel<A> / 2;
+  RegisterTile<A, R> sums;
+  sums.template accumulate<1, stride>(a, b, rows);
+  for (int64_t r = 0; r < R; ++r, g += pitch) {
     for (int64_t i = 0; i < half; ++i) {
-      g[i] += low[r][i];
-      g[half + i] += high[r][i];
+      g[i] += sums.low[r][i];
+      g[half + i] += sums.high[r][i];
     }
   }
 }

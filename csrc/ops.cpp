@@ -35,6 +35,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
+  m.def("gram_norm(Tensor weight, Tensor gram, Tensor total, Tensor centre, Tensor a) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "gram_grad(Tensor weight, Tensor product, Tensor gram, Tensor total, Tensor centre, Tensor sum_g, Tensor scale, "
+      "Tensor rstd, Tensor a) -> (Tensor grad_weight, Tensor grad_gamma, Tensor coupling, Tensor constant)");
   m.def(
       "norm_relu_pool(Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) "
       "-> (Tensor out, Tensor index)");

@@ -28,6 +28,8 @@ COMPILED_OPS = (
     "lazy_grad_apply",
     "lazy_grad_apply_",
     "gram",
+    "gram_norm",
+    "gram_grad",
     "conv_weight_grad",
     "norm_relu_pool",
     "norm_relu_pool_backward",

@@ -13,6 +13,7 @@ from .declaration import Backend, Kernel, check_complete
 
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VECTOR_OPS = ("bn_affine", "bn_coefficients")
+MATRIX_OPS = ("gram_norm", "gram_grad")
 
 
 def loop_reasons(*args, **kwargs) -> list[str]:
@@ -32,6 +33,21 @@ def vector_reasons(*args, **kwargs) -> list[str]:
     return [] if fit else ["takes contiguous vectors of one dtype only"]
 
 
+def matrix_reasons(weight: torch.Tensor, *args, **kwargs) -> list[str]:
+    """Reasons against the products of a weight's rows: they need AVX2 to be worth it, and contiguous tensors.
+
+    Of `a`, the only other tensor of four dimensions, the kernels read the shape alone.
+    """
+    library = status()
+    if not library.cpu.loaded:
+        return [f"the compiled library is {library.cpu.reason}"]
+    if library.build_info["cpu_level"] == "baseline":
+        return ["is slower than BLAS without AVX2"]
+    small = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() < 4]
+    fit = (weight.dim() != 4 or is_channels_last(weight)) and all(t.is_contiguous() for t in small)
+    return [] if fit else ["takes contiguous tensors only"]
+
+
 def _compiled(name: str) -> Callable:
     """The op of the compiled library, looked up at the first call: nothing is loaded before that."""
 
@@ -49,6 +65,7 @@ BACKEND = check_complete(
         kernels={
             **{name: Kernel(_compiled(name), LOOP_DTYPES, loop_reasons) for name in COMPILED_OPS},
             **{name: Kernel(_compiled(name), (torch.float32, torch.float64), vector_reasons) for name in VECTOR_OPS},
+            **{name: Kernel(_compiled(name), LOOP_DTYPES, matrix_reasons) for name in MATRIX_OPS},
             **onednn.KERNELS,
         },
     )

@@ -13,7 +13,7 @@ Formula (M = pixels of a; `gram`, `total`, `centre`: of :mod:`.gram` for a; P = 
 
 so that the input's gradient is ``g (scale*W) + a coupling + constant`` (:mod:`.conv1x1_dgrad`).
 
-`weight`: ``[K, C, 1, 1]`` float32, bfloat16, float16 (float64 by the reference), `coupling`: ``[C, C, 1, 1]``,
+`weight`: ``[K, C, 1, 1]`` float32, bfloat16, float16 (float64 on the CPU), `coupling`: ``[C, C, 1, 1]``,
 contiguous, of that dtype; all others float32 (float64 for float64): `product`, `grad_weight`: ``[K, C]``, `gram`:
 ``[C, C]``, `total`, `centre`, `constant`: ``[C]``, `sum_g`, `scale`, `rstd`, `grad_gamma`: ``[K]``. `a`:
 ``[N, C, H, W]``; only its shape is read. Digits cancel in P_d where the mean is large: kernels take it as one fused

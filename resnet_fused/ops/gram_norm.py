@@ -9,7 +9,7 @@ Formula (M = pixels of a; `gram`, `total`, `centre`: what :mod:`.gram` returned 
 
 which is what `bn_stats` says of z = W a, without z.
 
-`weight`: ``[K, C, 1, 1]`` float32, bfloat16, float16 (float64 by the reference); `gram`: ``[C, C]``, symmetric,
+`weight`: ``[K, C, 1, 1]`` float32, bfloat16, float16 (float64 on the CPU); `gram`: ``[C, C]``, symmetric,
 `total`, `centre`: ``[C]``, `mean`, `m2`: ``[K]``, float32 (float64 for float64). `a`: ``[N, C', H, W]``; only N, H and
 W are read (a number of pixels as an argument of the op would be a symbolic integer, which Dynamo cannot pass). Digits
 cancel in `cov` where total/M is large against the deviation: hence the centre.

@@ -5,7 +5,7 @@ import torch
 
 from resnet_fused import backends
 from resnet_fused.backends import onednn
-from resnet_fused.library import COMPILED_OPS, status
+from resnet_fused.library import COMPILED_OPS, Library, status
 from resnet_fused.ops import OPS
 from resnet_fused.ops.contract import channels_last_like
 from resnet_fused.testing import cases
@@ -36,17 +36,20 @@ def test_opcheck(op):
 @pytest.mark.parametrize("shape", [(4, 64, 28, 28), (2, 200, 30, 30), (3, 5, 50, 50)], ids=str)
 def test_results_do_not_depend_on_the_thread_count(shape):
     z, g, residual = activations(*shape), activations(*shape), activations(*shape)
-    vector = torch.randn(shape[1])
+    vector, rows = torch.randn(shape[1]), torch.randn(100)
+    weight, square, product = (torch.randn(*size) for size in ((100, shape[1], 1, 1), 2 * shape[1:2], (100, shape[1])))
     calls = [
         ("bn_stats", z),
         ("norm_add_relu_backward", g, z, vector, vector, None, residual),
         ("gram", z, vector),
+        ("gram_norm", weight, square, vector, vector, z),
+        ("gram_grad", weight, product, square, vector, vector, rows, rows, rows, z),
     ]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([t for call in calls for t in backends.run(*call, backend="cpu")])
+            results.append([t for op, *args in calls for t in getattr(torch.ops.resnet_fused, op)(*args)])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -108,6 +111,82 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
 def test_argument_errors(op, args, text):
     with pytest.raises(RuntimeError, match=f"{op}: {text}"):
         getattr(torch.ops.resnet_fused, op)(*args(activations(2, 8, 4, 4), torch.ones(8)))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("outputs", "channels"), [(0, 3), (3, 0), (1, 1), (5, 3), (48, 16), (7, 65)], ids=str)
+def test_gram_join_without_pixels_channels_or_outputs_and_of_few(outputs, channels, dtype):
+    """Against the reference, and through a Gram matrix with inf in it: which results are finite is part of it."""
+    torch.manual_seed(outputs)
+    weight, wide = torch.randn(outputs, channels, 1, 1, dtype=dtype), torch.promote_types(dtype, torch.float32)
+    square, product = torch.randn(channels, channels, dtype=wide), torch.randn(outputs, channels, dtype=wide)
+    vector, rows, z = torch.randn(channels, dtype=wide), torch.randn(outputs, dtype=wide), activations(2, 4, 3, 5)
+    square = square @ square.T
+    for gram, a in ((square, z), (square, z[:0]), (square.index_fill(0, torch.arange(channels)[-1:], torch.inf), z)):
+        for op, *args in (
+            ("gram_norm", weight, gram, vector, vector, a),
+            ("gram_grad", weight, product, gram, vector, vector, rows, rows, rows, a),
+        ):
+            got, expected = getattr(torch.ops.resnet_fused, op)(*args), OPS[op].reference(*args)
+            for one, other in zip(got, expected, strict=True):
+                assert one.stride() == other.stride()
+                loose = {"rtol": 1e-4, "atol": 1e-4} if one.dtype == torch.float32 else {}
+                torch.testing.assert_close(one, other, equal_nan=True, **loose)
+
+
+class Built:
+    """A loaded library on a CPU of some level, to ask what is declared there."""
+
+    def __init__(self, cpu_level: str):
+        self.cpu, self.build_info = Library("_C.so"), {"cpu_level": cpu_level}
+
+
+def test_gram_join_takes_contiguous_matrices_and_reads_only_the_shape_of_the_activations(monkeypatch):
+    monkeypatch.setattr("resnet_fused.backends.cpu.status", lambda: Built("avx2"))
+    weight, square, vector = torch.randn(6, 4, 1, 1), torch.eye(4), torch.randn(4)
+    other = torch.randn(2, 9, 5, 3)[..., ::2]  # neither its channels nor its layout matter
+    assert CPU.reasons("gram_norm", (weight, square, vector, vector, other), {}) == []
+    strided = torch.eye(8)[::2, ::2]
+    assert CPU.reasons("gram_norm", (weight, strided, vector, vector, other), {}) == ["takes contiguous tensors only"]
+    by_column = torch.randn(4, 6, 1, 1).transpose(0, 1)
+    assert CPU.reasons("gram_norm", (by_column, square, vector, vector, other), {}) == ["takes contiguous tensors only"]
+    monkeypatch.setattr("resnet_fused.backends.cpu.status", lambda: Built("baseline"))
+    reasons = CPU.reasons("gram_norm", (weight, square, vector, vector, other), {})
+    assert reasons == ["is slower than BLAS without AVX2"]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({0: torch.randn(6, 4, 3, 3)}, r"weight has shape \[6, 4, 3, 3\]; pass a \[K, C, 1, 1\] weight"),
+        ({0: torch.randn(6, 4)}, r"weight has shape \[6, 4\]; pass a \[K, C, 1, 1\] weight"),
+        ({0: torch.ones(6, 4, 1, 1, dtype=torch.int32)}, "weight is Int; pass Float, BFloat16 or Half, or Double"),
+        ({0: torch.randn(4, 6, 1, 1).transpose(0, 1)}, r"weight of shape \[6, 4, 1, 1\] is not channels_last"),
+        ({1: torch.eye(3)}, r"gram has shape \[3, 3\] but weight has \[6, 4, 1, 1\]; pass gram of shape \[4, 4\]"),
+        ({1: torch.eye(8)[::2, ::2]}, r"gram is not contiguous; pass gram.contiguous\(\)"),
+        ({2: torch.ones(4).double()}, "total is Double; pass Float for a Float weight"),
+        ({3: torch.ones(4, 1)}, r"centre has shape \[4, 1\] but weight has .* pass centre of shape \[4\]"),
+        ({4: torch.ones(4)}, r"a has shape \[4\]; pass a \[N, C, H, W\] tensor of as many pixels"),
+    ],
+    ids=str,
+)
+def test_gram_join_argument_errors(change, text):
+    weight, square, vector, rows, a = (
+        torch.randn(6, 4, 1, 1),
+        torch.eye(4),
+        torch.ones(4),
+        torch.ones(6),
+        torch.ones(1, 4, 2, 2),
+    )
+    args = [change.get(i, t) for i, t in enumerate((weight, square, vector, vector, a))]
+    with pytest.raises(RuntimeError, match=f"gram_norm: {text}"):
+        torch.ops.resnet_fused.gram_norm(*args)
+    with pytest.raises(RuntimeError, match=f"gram_grad: {text}"):
+        torch.ops.resnet_fused.gram_grad(args[0], torch.ones(6, 4), *args[1:4], rows, rows, rows, args[4])
+    with pytest.raises(RuntimeError, match=r"gram_grad: rstd has shape \[5\] .* pass rstd of shape \[6\]"):
+        torch.ops.resnet_fused.gram_grad(weight, torch.ones(6, 4), square, vector, vector, rows, rows, rows[:5], a)
 
 
 def test_join_refuses_a_residual_of_another_shape():

@@ -25,6 +25,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.bench import equality
+from resnet_fused.blocks import plan
 from resnet_fused.models import BUILDERS
 from resnet_fused.testing.vision import import_torchvision
 
@@ -108,7 +109,8 @@ def main() -> int:
         if millions > options.max_parameters:
             print(f"{family}:{name}: left out, {millions:.0f} M parameters", flush=True)
             continue
-        text, differences = check(model, options.size)
+        with plan.fusing_all():  # small as the images are
+            text, differences = check(model, options.size)
         wrong += bool(differences)
         verdict = "DISAGREES" if differences else "agrees"
         print(f"{family}:{name}: {verdict}; {text}; {time.perf_counter() - start:.0f} s", flush=True)

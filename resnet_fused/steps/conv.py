@@ -116,8 +116,9 @@ def input_grad(
             run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
     if conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
-        return _image(rows(grad) @ weight.flatten(1), x)
-    grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])
+        grad_x = _image(rows(grad) @ weight.flatten(1), x)
+    else:
+        grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])
     return grad_x if add_to is None else add_to.add_(grad_x)
 
 

@@ -10,6 +10,7 @@ CASES = {
     "few pixels, many channels": ((2, 64, 3, 3), (48, 64, 1, 1), Conv()),
     "many pixels": ((2, 8, 12, 12), (6, 8, 1, 1), Conv()),
     "into many channels from few": ((2, 256, 4, 4), (8, 256, 1, 1), Conv()),
+    "as many channels as before": ((2, 64, 3, 3), (64, 64, 1, 1), Conv()),
     "strided, few": ((1, 64, 7, 5), (64, 64, 1, 1), Conv((2, 2))),
     "strided, many": ((2, 6, 9, 9), (4, 6, 1, 1), Conv((2, 2))),
     "one channel": ((3, 1, 2, 2), (1, 1, 1, 1), Conv()),
@@ -38,9 +39,11 @@ def close(ours, exact, name):
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item(), msg=name)
 
 
+@pytest.mark.parametrize("large", [1 << 19, 1], ids=["small weights", "large weights"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(case, layout):
+def test_values_and_gradients(case, layout, large, monkeypatch):
+    monkeypatch.setattr(conv, "_LARGE_WEIGHT", large)
     shape, weight_shape, geometry = CASES[case]
     x, weight = channels_last(*shape), torch.randn(weight_shape).contiguous(memory_format=layout)
     exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -54,6 +57,8 @@ def test_values_and_gradients(case, layout):
     close(conv.input_grad(grad, x, weight, geometry, "auto"), grad_x, "input")
     for add_to in (None, into):
         base = 0 if add_to is None else add_to.double()
+        alone = conv.input_grad(grad, x, weight, geometry, "auto", None if add_to is None else add_to.clone())
+        close(alone, grad_x + base, "input, added")
         ours_w, ours_x = conv.both_grads(grad, x, weight, geometry, "auto", add_to)
         close(ours_w, grad_w, "weight, with the input's")
         close(ours_x, grad_x + base, "input, with the weight's")

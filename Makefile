@@ -61,7 +61,7 @@ build/.installed: $(SOURCES) $(VENV)/.packages
 
 .venv-abi/.torch:
 	$(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/python -m pip install $(ABI_TORCH) numpy
+	.venv-abi/bin/python -m pip install $(ABI_TORCH) numpy pytest
 	touch $@
 
 clean:

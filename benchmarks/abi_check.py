@@ -3,11 +3,15 @@
 ``python benchmarks/abi_check.py --other PYTHON`` takes the libraries that are built in this source tree (by the
 interpreter that runs this script) and runs the compiled ops with PYTHON, whose torch is another one. Both must be of
 one Python version, since ``_C`` is a Python module. Prints what was checked; exits 1 at the first broken promise.
+
+Where PYTHON has a CUDA build and pytest, it also runs the tests of the plan on tensors of a GPU, which need no GPU but
+such a build.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_CUDA = "tests/convert/test_cuda_plan.py"
 CASES = 12  # of each op: tests/ops runs them all, under one torch
 
 
@@ -49,17 +54,31 @@ def check_here() -> dict:
         "cuda_library": status.cuda.path,
         "cuda_ops": on_cuda,
         "gpu": torch.cuda.is_available(),
+        "pytest": importlib.util.find_spec("pytest") is not None,
     }
+
+
+def last_line(python: str, *arguments: str) -> str:
+    """What another interpreter prints last; SystemExit with all that it printed if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([python, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if result.returncode:
+        raise SystemExit(f"{python} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout.splitlines()[-1]
 
 
 def check_under(python: str) -> dict:
     """Run :func:`check_here` in a subprocess of another interpreter."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [python, __file__, "--report"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if result.returncode:
-        raise SystemExit(f"{python} failed:\n{result.stdout}{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(last_line(python, __file__, "--report"))
+
+
+def check_plan(python: str, report: dict) -> None:
+    """Run the tests that need a CUDA build, where `python` has what they need."""
+    if not report["cuda_build"] or not report["pytest"]:
+        lacks = "pytest" if report["cuda_build"] else "CUDA"
+        print(f"{ON_CUDA}: not run, {python} has no {lacks}")
+        return
+    print(f"{ON_CUDA}: {last_line(python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', ON_CUDA)}")
 
 
 def print_report(report: dict) -> None:
@@ -106,6 +125,7 @@ def main() -> None:
         raise SystemExit(f"both interpreters have torch {here['torch']}; pass one with another torch")
     if other["cuda_build"] and other["cuda_library"] and not other["cuda_ops"]:
         raise SystemExit(f"the CUDA library did not register its kernels: {other['cuda']}")
+    check_plan(args.other, other)
     audit()
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import re
+import statistics
 import sys
 
 import torch
@@ -53,13 +54,13 @@ def speedups(report: Report) -> dict[str, float]:
 
 
 def ranges(rows, reports, quoted: Report) -> str:
-    """What the recorded runs on the quoted one's device range over: times differ with the heap."""
+    """Median and range of the recorded runs on the quoted one's device: times differ with the heap."""
     alike = [speedups(r) for r in reports if r.provenance["device"] == quoted.provenance["device"]]
     texts = []
     for name in dict.fromkeys(row.name for row in rows):
         found = [run[name] for run in alike if name in run]
-        texts.append(f"{name} {min(found):.2f}x to {max(found):.2f}x")
-    return f"All {len(alike)} recorded runs on this device: {'; '.join(texts)}."
+        texts.append(f"{name} {statistics.median(found):.2f}x ({min(found):.2f}x to {max(found):.2f}x)")
+    return f"All {len(alike)} recorded runs on this device, median (range): {'; '.join(texts)}."
 
 
 def traffic() -> str:

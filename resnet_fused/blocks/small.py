@@ -6,6 +6,8 @@ the limit is drawn: where the tensors that stock keeps for backward fit into it.
 cache of 32 MiB, ResNet-50's blocks by themselves: benchmarks/results/2026-11-24-epyc-avx512-2core-small-blocks.md. On
 other CPUs our weight gradients are faster than oneDNN's at any size, and nothing is too small.
 
+Where that 1 ms is less than :data:`MARGIN` of the convolutions' time, the memory that fusion saves is worth it.
+
 Large weights are the exception: where few pixels meet them, fused chains gain by other products (:mod:`..steps.conv`),
 about 1 ms for a million elements.
 """
@@ -19,10 +21,15 @@ import torch
 
 from ..steps import Chain, StepTensors
 from ..steps.conv import HAS_AVX512, is_product
+from .chain_key import threads
 
 Tensor = torch.Tensor
 _USUAL_CACHE = 32 << 20
 _LARGE_WEIGHTS = 1 << 20  # elements
+#: What a chain may take longer for the memory that it saves, as a share of its time; also by `tune`'s measure.
+MARGIN = 0.02
+_OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
+_RATE = 100e9  # FLOP/s of a thread in convolutions; measured: 170 to 210 by two threads
 
 
 @functools.cache
@@ -45,11 +52,20 @@ def stock_bytes(chain: Chain, x: Tensor, shapes: list[torch.Size]) -> int:
     return values * x.element_size()
 
 
+def conv_flops(chain: Chain, tensors: list[StepTensors], shapes: list[torch.Size]) -> int:
+    """Of the convolutions, forward and both gradients."""
+    places = [*shapes, shapes[-1]]  # the shortcut's output has the shape of the last step's
+    weights = zip(chain.all_steps, tensors, places, strict=False)
+    return sum(6 * own.weight.numel() * shape[0] * shape[2] * shape[3] for _, own, shape in weights)
+
+
 def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
     """Whether stock's operations are expected to be faster than any variant of the chain."""
     if not HAS_AVX512 or x.device.type != "cpu" or x.dtype != torch.float32 or chain.backend != "auto":
         return False
     if stock_bytes(chain, x, shapes) > cache_bytes():
+        return False
+    if _OVERHEAD * _RATE * threads() < MARGIN * conv_flops(chain, tensors, shapes):
         return False
     steps = [*zip(chain.steps, tensors, shapes, strict=False)]
     steps += [] if chain.shortcut is None else [(chain.shortcut, tensors[-1], shapes[-1])]

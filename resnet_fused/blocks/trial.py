@@ -19,10 +19,9 @@ from ..steps import Chain, StepTensors, flatten
 from . import plan
 from .chain import run_chain
 from .measured import Variant
+from .small import MARGIN
 
 Tensor = torch.Tensor
-#: How much faster, as a share of its time, a variant must be than one that saves more memory.
-MARGIN = 0.02
 WARMUP = 2  # rounds: kernels are compiled and checked in the first
 REPEATS = (5, 25)  # rounds: at least; at most
 BUDGET_S = 0.5  # per chain, for rounds beyond the least

@@ -54,6 +54,17 @@ def test_what_is_never_small(monkeypatch):
     assert notes(model, fits(2)) != [SAID]
 
 
+@pytest.mark.plans_small
+def test_memory_is_worth_two_percent(monkeypatch):
+    """Six times (64*16 + 9*16*16 + 16*64) * 64 pixels FLOPs an image."""
+    monkeypatch.setattr(small, "threads", lambda: 4)
+    flops = 6 * 4352 * 64 * 2
+    for seconds, chosen in ((0.021, True), (0.019, False)):
+        monkeypatch.setattr(small, "_OVERHEAD", seconds)
+        monkeypatch.setattr(small, "_RATE", flops / 4)
+        assert (notes(fused(), fits(2)) == [SAID]) == chosen
+
+
 def test_not_where_everything_is_to_be_fused():
     assert notes(fused(), fits(2)) != [SAID]
 

@@ -47,33 +47,28 @@ _HAS_TRITON = not backends()["triton"].unavailable
 
 
 @contextlib.contextmanager
-def planning_for(device: Device) -> Iterator[None]:
+def _set(name: str, value: object) -> Iterator[None]:
+    before = getattr(_settings, name)
+    setattr(_settings, name, value)
+    try:
+        yield
+    finally:
+        setattr(_settings, name, before)
+
+
+def planning_for(device: Device) -> contextlib.AbstractContextManager[None]:
     """Plan as on `device`, whatever tensors are on, within a ``with`` block: for `explain`, and for tests."""
-    before, _settings.target = _settings.target, device
-    try:
-        yield
-    finally:
-        _settings.target = before
+    return _set("target", device)
 
 
-@contextlib.contextmanager
-def fusing_all() -> Iterator[None]:
+def fusing_all() -> contextlib.AbstractContextManager[None]:
     """Fuse what is too small to gain as well, within a ``with`` block: to compare values on small inputs."""
-    before, _settings.fuses_all = _settings.fuses_all, True
-    try:
-        yield
-    finally:
-        _settings.fuses_all = before
+    return _set("fuses_all", True)
 
 
-@contextlib.contextmanager
-def tuning(tuner: Callable[..., Chain]) -> Iterator[None]:
+def tuning(tuner: Callable[..., Chain]) -> contextlib.AbstractContextManager[None]:
     """Let `tuner`, called like :func:`choose_variant`, choose within a ``with`` block."""
-    before, _settings.tuner = _settings.tuner, tuner
-    try:
-        yield
-    finally:
-        _settings.tuner = before
+    return _set("tuner", tuner)
 
 
 def _lazy_device(chain: Chain, x: Tensor) -> Device | None:

@@ -19,7 +19,7 @@ import pathlib
 
 import torch
 
-from ..steps import Chain, StepTensors
+from ..steps import Chain, Conv, StepTensors
 from ..steps.conv import HAS_AVX512, is_product
 from .chain_key import threads
 
@@ -52,11 +52,10 @@ def stock_bytes(chain: Chain, x: Tensor, shapes: list[torch.Size]) -> int:
     return values * x.element_size()
 
 
-def conv_flops(chain: Chain, tensors: list[StepTensors], shapes: list[torch.Size]) -> int:
-    """Of the convolutions, forward and both gradients."""
-    places = [*shapes, shapes[-1]]  # the shortcut's output has the shape of the last step's
-    weights = zip(chain.all_steps, tensors, places, strict=False)
-    return sum(6 * own.weight.numel() * shape[0] * shape[2] * shape[3] for _, own, shape in weights)
+def _convolutions(chain: Chain, tensors: list[StepTensors], shapes: list[torch.Size]) -> list[tuple[Conv, Tensor, int]]:
+    """Geometry, weight and output pixels of each; the shortcut's output has the shape of the last step's."""
+    places = zip(chain.all_steps, tensors, [*shapes, shapes[-1]], strict=False)
+    return [(step.conv, own.weight, shape[0] * shape[2] * shape[3]) for step, own, shape in places]
 
 
 def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
@@ -65,13 +64,9 @@ def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[t
         return False
     if stock_bytes(chain, x, shapes) > cache_bytes():
         return False
-    if _OVERHEAD * _RATE * threads() < MARGIN * conv_flops(chain, tensors, shapes):
+    convolutions = _convolutions(chain, tensors, shapes)
+    flops = sum(6 * weight.numel() * pixels for _, weight, pixels in convolutions)  # forward and both gradients
+    if _OVERHEAD * _RATE * threads() < MARGIN * flops:
         return False
-    steps = [*zip(chain.steps, tensors, shapes, strict=False)]
-    steps += [] if chain.shortcut is None else [(chain.shortcut, tensors[-1], shapes[-1])]
-    weights = [
-        own.weight.numel()
-        for step, own, shape in steps
-        if is_product(shape[0] * shape[2] * shape[3], own.weight, step.conv, x)
-    ]
-    return sum(weights) < _LARGE_WEIGHTS
+    large = [weight.numel() for conv, weight, pixels in convolutions if is_product(pixels, weight, conv, x)]
+    return sum(large) < _LARGE_WEIGHTS

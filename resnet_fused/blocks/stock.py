@@ -38,7 +38,10 @@ def chain_output(
     tensors: list[StepTensors],
     moves: bool = False,
 ) -> Tensor:
-    """The chain's output by stock operations. `moves`: the running statistics move."""
+    """The chain's output by stock operations.
+
+    `moves`: as stock's modules do it: the running statistics move, and what follows a batch norm works in place.
+    """
     h = x
     for step, own in zip(chain.steps[:-1], tensors, strict=False):
         h = F.relu(conv_norm(h, own, step, moves), inplace=moves)

@@ -109,8 +109,8 @@ def input_grad(
     grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
 ) -> Tensor:
     """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
-    if add_to is not None and _adds_in_place(x, weight, conv):
-        if _is_added_product(weight, x):
+    if add_to is not None and _adds_in_place(x, weight, conv, backend):
+        if _is_added_product(x, weight, backend):
             add_to.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(rows(grad), weight.flatten(1))
         else:
             run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
@@ -122,16 +122,16 @@ def input_grad(
     return grad_x if add_to is None else add_to.add_(grad_x)
 
 
-def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv) -> bool:
+def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
     if not conv.is_pointwise(weight) or conv.stride != (1, 1):
         return False
-    return weight.numel() < _LARGE_WEIGHT or _is_added_product(weight, x)
+    return weight.numel() < _LARGE_WEIGHT or _is_added_product(x, weight, backend)
 
 
-def _is_added_product(weight: Tensor, x: Tensor) -> bool:
+def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether ``x += grad W`` is faster as a plain product than in oneDNN: into many channels from fewer."""
-    fits = HAS_AVX512 and x.device.type == "cpu" and x.dtype == torch.float32
-    return fits and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
+    here = HAS_AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and backend in ("auto", "cpu")
+    return here and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
 
 
 def both_grads(
@@ -139,7 +139,7 @@ def both_grads(
 ) -> tuple[Tensor, Tensor]:
     """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
     own = _own_weight_grad(grad, x, weight, conv, backend)
-    if own is not None or (add_to is not None and _adds_in_place(x, weight, conv)):
+    if own is not None or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
         own = weight_grad(grad, x, weight, conv, backend) if own is None else own
         return own, input_grad(grad, x, weight, conv, backend, add_to)
     grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])

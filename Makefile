@@ -5,6 +5,8 @@
 #   BENCH_ARGS="--quick"    passed on to `python -m resnet_fused bench`
 #   PYTEST_ARGS="-k lazy"   passed on to pytest
 #   ABI_PYTHON=path         interpreter with another torch, for make abi
+#
+# make oldest-triton: compile all Triton kernels with the oldest supported version.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,12 +14,13 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
+OLDEST_TRITON := triton==3.6.0
 ABI_TORCH := torch==2.14.1
 ABI_PYTHON ?= .venv-abi/bin/python
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
 SOURCES := $(shell find csrc -type f) setup.py build_support.py pyproject.toml
 
-.PHONY: test bench lint format abi build clean distclean
+.PHONY: test bench lint format abi oldest-triton build clean distclean
 .DEFAULT_GOAL := build
 
 build: build/.installed
@@ -40,6 +43,14 @@ format: $(VENV)/.packages
 # The libraries built against $(TORCH), run by another torch.
 abi: build $(if $(findstring .venv-abi,$(ABI_PYTHON)),.venv-abi/.torch)
 	$(PY) benchmarks/abi_check.py --other $(ABI_PYTHON)
+
+# Register counts are of $(TRITON), for which tiles were chosen; an older one spills a few.
+oldest-triton: build .triton-oldest/.installed
+	PYTHONPATH=$(CURDIR)/.triton-oldest $(PY) -m pytest tests/backends/test_triton_compile.py -k 'not spills'
+
+.triton-oldest/.installed:
+	$(PY) -m pip install --no-deps --target .triton-oldest $(OLDEST_TRITON)
+	touch $@
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old for the pinned packages; set PYTHON to 3.11 or newer" \
@@ -68,4 +79,4 @@ clean:
 	rm -rf build dist *.egg-info resnet_fused/*.so .pytest_cache .ruff_cache
 
 distclean: clean
-	rm -rf $(VENV) .venv-abi
+	rm -rf $(VENV) .venv-abi .triton-oldest

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 import torch
+import triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Tuned:
 #: (op, compute capability, element size, columns, depth) -> what was fastest there. Empty: no GPU was measured yet.
 TUNED: dict[tuple[str, int, int, int, int], Tuned] = {}
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SMALL_SHARED_MEMORY = (86, 87, 89, 120, 121)  # 99 KiB a block
 
 
@@ -131,7 +133,10 @@ def symmetric(arch: int, element_size: int, columns: int, depth: int) -> Config:
     rows = 16 if element_size == 4 else 64
     if block == 128 and arch // 10 not in (9, 10):  # operands pass through registers there
         rows = 32
-    return Config(rows, block, block, 8 if block == 128 else 4, 2 if element_size == 4 else 3)
+    stages = 2 if element_size == 4 else 3
+    if arch // 10 == 10 and TRITON < (3, 7):  # Triton 3.6 cannot pipeline a product of a tile with itself there
+        stages = 1
+    return Config(rows, block, block, 8 if block == 128 else 4, stages)
 
 
 def many_warps(arch: int, element_size: int, columns: int, depth: int) -> Config:

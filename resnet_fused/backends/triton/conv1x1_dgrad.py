@@ -22,8 +22,8 @@ from ...ops import conv1x1_dgrad as op
 from ...ops.contract import Tensor, channels_last_strides, mask_shape
 from . import checks, common, configs, gemm
 from .common import first_row, load_factor, narrow, rows_in, unpack_bits, widen
-from .gemm import dot, tile_of
-from .lazy_tiles import load_activation, load_gradient, load_pixels, load_row, pixel_rows, store_tile
+from .gemm import dot, read_rows, tile_of
+from .lazy_tiles import load_activation, load_gradient, load_pixels, load_row, store_tile
 from .norm_add_relu_backward import MERGE_CHANNELS, MERGE_CHUNKS, sum_chunks_kernel
 
 NAME = "conv1x1_dgrad"
@@ -123,20 +123,22 @@ def conv1x1_dgrad_kernel(
             factor = load_factor(factor_ptr, row, in_rows, HW, BLOCK_M)
         acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
-            a = load_row(a_ptr, k, K, BLOCK_K)
-            b = load_row(b_ptr, k, K, BLOCK_K)
-            d = load_row(d_ptr, k, K, BLOCK_K)
-            scale = load_row(scale_ptr, k, K, BLOCK_K)
-            shift = load_row(shift_ptr, k, K, BLOCK_K)
+            a = load_row(a_ptr, k, K, BLOCK_K) if a_ptr is not None else None
+            b = load_row(b_ptr, k, K, BLOCK_K) if b_ptr is not None else None
+            d = load_row(d_ptr, k, K, BLOCK_K) if d_ptr is not None else None
+            scale = load_row(scale_ptr, k, K, BLOCK_K) if scale_ptr is not None else None
+            shift = load_row(shift_ptr, k, K, BLOCK_K) if shift_ptr is not None else None
             dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
                                row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
             weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
             acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
-        x_rows = pixel_rows(row, W, HW, X_H, X_W, X_STRIDE_H, X_STRIDE_W, BLOCK_M)
+        x_rows = None
+        if X_STRIDE_H != 1 or X_STRIDE_W != 1:
+            x_rows = read_rows(row, W, HW, X_H, X_W, X_STRIDE_H, X_STRIDE_W, BLOCK_M)
         if coupling_ptr is not None:
             for k in tl.range(0, C, BLOCK_K):
-                scale = load_row(x_scale_ptr, k, C, BLOCK_K)
-                shift = load_row(x_shift_ptr, k, C, BLOCK_K)
+                scale = load_row(x_scale_ptr, k, C, BLOCK_K) if x_scale_ptr is not None else None
+                shift = load_row(x_shift_ptr, k, C, BLOCK_K) if x_shift_ptr is not None else None
                 x = load_activation(x_ptr, scale, shift, row, x_rows, k, in_rows, C, BLOCK_M, BLOCK_K)
                 coupling = load_matrix(coupling_ptr, k, column, C, C, BLOCK_K, BLOCK_N)
                 acc = add_product(acc, x, coupling, PRECISION, TRANSPOSED)

@@ -95,9 +95,13 @@ def conv1x1_wgrad_kernel(
     k, c = k * BLOCK_K, c * BLOCK_C
     cols = c + tl.arange(0, BLOCK_C)
     in_cols = cols < C
-    a, b, d = load_row(a_ptr, k, K, BLOCK_K), load_row(b_ptr, k, K, BLOCK_K), load_row(d_ptr, k, K, BLOCK_K)
-    scale, shift = load_row(scale_ptr, k, K, BLOCK_K), load_row(shift_ptr, k, K, BLOCK_K)
-    x_scale, x_shift = load_row(x_scale_ptr, c, C, BLOCK_C), load_row(x_shift_ptr, c, C, BLOCK_C)
+    a = load_row(a_ptr, k, K, BLOCK_K) if a_ptr is not None else None
+    b = load_row(b_ptr, k, K, BLOCK_K) if b_ptr is not None else None
+    d = load_row(d_ptr, k, K, BLOCK_K) if d_ptr is not None else None
+    scale = load_row(scale_ptr, k, K, BLOCK_K) if scale_ptr is not None else None
+    shift = load_row(shift_ptr, k, K, BLOCK_K) if shift_ptr is not None else None
+    x_scale = load_row(x_scale_ptr, c, C, BLOCK_C) if x_scale_ptr is not None else None
+    x_shift = load_row(x_shift_ptr, c, C, BLOCK_C) if x_shift_ptr is not None else None
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     total = tl.zeros((FOLDED, BLOCK_K), tl.float32)
     for i in tl.range(0, TILES):

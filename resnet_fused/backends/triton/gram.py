@@ -28,8 +28,8 @@ from ...ops.contract import Tensor
 from . import checks, common, configs, gemm
 from .common import first_row, narrow, rows_in, widen
 from .conv1x1_wgrad import FOLD, MERGE, fold_rows, row_splits, sum_splits
-from .gemm import dot, tile_of
-from .lazy_tiles import load_activation, load_row, pixel_rows
+from .gemm import dot, read_rows, tile_of
+from .lazy_tiles import load_activation, load_row
 
 MOST_ROWS = 16384
 MERGE_ROWS = 8  # of a merging tile; 8 floats are one 32-byte sector of the mirrored rows
@@ -68,16 +68,20 @@ def accumulate(
     """``d' d`` over a split's rows, for columns from `left` and `right` on, and on the diagonal folded sums of d."""
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     centre = load_row(centre_ptr, left, C, BLOCK_C)
-    scale, shift = load_row(scale_ptr, left, C, BLOCK_C), load_row(shift_ptr, left, C, BLOCK_C)
+    scale = load_row(scale_ptr, left, C, BLOCK_C) if scale_ptr is not None else None
+    shift = load_row(shift_ptr, left, C, BLOCK_C) if shift_ptr is not None else None
     if not DIAGONAL:
         right_centre = load_row(centre_ptr, right, C, BLOCK_C)
-        right_scale, right_shift = load_row(scale_ptr, right, C, BLOCK_C), load_row(shift_ptr, right, C, BLOCK_C)
+        right_scale = load_row(scale_ptr, right, C, BLOCK_C) if scale_ptr is not None else None
+        right_shift = load_row(shift_ptr, right, C, BLOCK_C) if shift_ptr is not None else None
     acc = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     total = tl.zeros((FOLDED, BLOCK_C), tl.float32)
     for i in tl.range(0, TILES):
         row = first_row(split, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        rows = pixel_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
+        rows = None
+        if STRIDE_H != 1 or STRIDE_W != 1:
+            rows = read_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
         d = load_shifted(a_ptr, centre, scale, shift, row, rows, left, in_rows, C, BLOCK_M, BLOCK_C)
         rounded = narrow(d, dtype)
         if DIAGONAL:

@@ -1,11 +1,12 @@
 """Tiles of lazy gradients and lazy activations, applied on load: what `conv1x1_dgrad` and `conv1x1_wgrad` share.
 
 A tile is BLOCK_M consecutive rows (pixels) and BLOCK_K channels, from an int64 row and an int32 column on; of what a
-strided convolution reads, the rows that `pixel_rows` finds. An absent term is None at compile time and costs nothing.
+strided convolution reads, the rows that `read_rows` finds. An absent term is None at compile time and costs nothing.
 Per element of ``dz`` (16-bit): 2 bytes read for g, 2 for z where a term needs it, 1/8 for the bits; the vectors, 4
 bytes per channel and tile each, come out of L1 or L2.
 
-A kernel calls :func:`load_row` for each vector, then :func:`load_gradient`; for a product over rows, ``tl.trans`` it.
+A kernel calls :func:`load_row` for each vector that is there, then :func:`load_gradient`; for a product over rows,
+``tl.trans`` it. No function here returns None: Triton 3.6 has no such functions.
 """
 
 from __future__ import annotations
@@ -14,18 +15,15 @@ import triton
 import triton.language as tl
 
 from .common import narrow, widen
-from .gemm import apply_activation, read_rows
+from .gemm import apply_activation
 from .norm_add_relu_backward import load_bits
 
 
 @triton.jit
 def load_row(ptr, column, C, BLOCK_C: tl.constexpr):
-    """Part of a per-channel vector as a row [1, BLOCK_C], zero for channels that do not exist; None for None."""
-    if ptr is None:
-        return None
-    else:
-        cols = column + tl.arange(0, BLOCK_C)
-        return tl.load(ptr + cols, mask=cols < C, other=0.0)[None, :]
+    """Part of a per-channel vector as a row [1, BLOCK_C], zero for channels that do not exist."""
+    cols = column + tl.arange(0, BLOCK_C)
+    return tl.load(ptr + cols, mask=cols < C, other=0.0)[None, :]
 
 
 @triton.jit
@@ -77,17 +75,8 @@ def load_gradient(
 
 
 @triton.jit
-def pixel_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of x that belong to the output rows from `row` on, see `read_rows`; None without a stride: the same ones."""
-    if STRIDE_H == 1 and STRIDE_W == 1:
-        return None
-    else:
-        return read_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
-
-
-@triton.jit
 def load_pixels(ptr, row, rows, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """As `load_tile`, of the `rows` of `pixel_rows`."""
+    """As `load_tile`; of the `rows` of `read_rows` under a stride, else None."""
     if rows is None:
         return load_tile(ptr, row, column, in_rows, C, BLOCK_M, BLOCK_C)
     else:

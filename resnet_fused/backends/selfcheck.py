@@ -69,7 +69,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 #: Ops whose sums are of values that were rounded to the activations' dtype first, see `ops.lazy`.
-SUMS_OF_ROUNDED = ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram")
+SUMS_OF_ROUNDED = ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "conv1x1_backward", "gram")
 
 
 def allowed_error(op: str, dtype: torch.dtype, result: Tensor) -> float:

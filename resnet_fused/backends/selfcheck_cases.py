@@ -91,6 +91,7 @@ _CASES = {
     "conv1x1_join": lazy.conv1x1_join,
     "conv1x1_dgrad": lazy.conv1x1_dgrad,
     "conv1x1_wgrad": lazy.conv1x1_wgrad,
+    "conv1x1_backward": lazy.conv1x1_backward,
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,
     "conv_weight_grad": _conv_weight_grad,

@@ -75,6 +75,7 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
     small = (3, OUTPUTS, 5, 4)
     read = {"x": tail.data(), "x_stride": [2, 2], "mask": pack_mask(tail.data(small) > 0)}
     yield Case("Gram join: bits, stride 2", (tail.data(small), _weight(tail, 40)), read | coupling)
+    yield Case("no weight: coupling, sums", (tail.data(), None), coupling | lazy)
 
 
 def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
@@ -84,6 +85,21 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("lazy gradient and input", (tail.data(wide), tail.data()), lazy_gradient(tail, wide) | lazy)
     bits = {"mask": pack_mask(tail.data(wide) > 0), "stride": [2, 2], "sample_factor": tail.factor()}
     yield Case("bits, factor, stride 2", (tail.data(wide), tail.data((3, 40, 17, 14))), bits)
+
+
+def conv1x1_backward(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail, wide = Draw(ODD), Draw(TAIL), (3, OUTPUTS, 9, 7)
+    yield Case("plain, odd channels", (odd.data((2, 5, 5, 3)), _weight(odd, 7, 5), odd.data((2, 7, 5, 3))), {})
+    lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
+    gram = {"mask": pack_mask(tail.data(wide) > 0), "weight_scale": tail.vector(OUTPUTS), "through": False}
+    arguments = (tail.data(wide), _weight(tail, 40), tail.data())
+    yield Case("Gram join: bits", arguments, gram | lazy)
+    yield Case("lazy gradient, sums", arguments, lazy_gradient(tail, wide) | lazy | {"sample_factor": tail.factor()})
+    bits = {"residual": tail.data(), "residual_mask": pack_mask(tail.data() > 0)}
+    yield Case("lazy gradient, masked residual", arguments, lazy_gradient(tail, wide) | bits)
+    half = _weight(tail, 40, 40)
+    coupled = {"coupling": half + half.transpose(0, 1), "constant": tail.vector(), "residual": tail.data()}
+    yield Case("lazy gradient, coupling, residual", arguments, lazy_gradient(tail, wide) | coupled)
 
 
 class GramJoin(Draw):

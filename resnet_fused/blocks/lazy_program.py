@@ -91,7 +91,9 @@ def _step_backward(
     value, previous = (inner[i - 1], chain.steps[i - 1]) if i else (x, None)
     if pointwise.serves(step, own):
         merged = other if i == 0 and step.conv.stride == (1, 1) else None
-        grad_in, grads = pointwise.backward(grad, value, own, step, previous, backend, needs, needs_input, merged)
+        grad_in, grads = pointwise.backward(
+            grad, value, own, step, previous, backend, needs, needs_input, merged, chain.one_pass
+        )
         if i == 0 and needs_input and merged is None:
             grad_in = pointwise.to_chain_input(grad_in, x, step, backend, other)
         return grad_in, grads

@@ -42,6 +42,7 @@ class Variant(NamedTuple):
     gram: bool = False
     gram_shortcut: bool = False
     keep: bool = False
+    one_pass: bool = False
     stock: bool = False
 
     def of(self, chain: Chain) -> Chain:

@@ -3,7 +3,8 @@
 *Lazy* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton. The CPU's chains are not lazy;
 their Gram joins go through oneDNN.
 
-Which join, a cost model tells (:mod:`.join_cost`).
+Which join, a cost model tells (:mod:`.join_cost`). In 16 bits the gradients of narrow convolutions come from one pass,
+which moves fewer bytes and multiplies as much.
 
 What is too small to gain at all runs in stock operations (:mod:`.small`).
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -156,6 +158,14 @@ def _keeps(x: Tensor, chain: Chain, tensors: list[StepTensors], shapes: list[tor
     return kept <= KEPT_SHARE * (x.numel() + sum(shape.numel() for shape in shapes[:-1]))
 
 
+def _has_narrow(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> bool:
+    """Whether a lazy chain has a convolution whose gradients one pass can make, in a dtype for which there is one."""
+    if x.dtype == torch.float32:
+        return False
+    steps = zip(chain.all_steps, tensors, strict=True)
+    return any(pointwise.serves(step, own) and pointwise.narrow(step, own.weight) for step, own in steps)
+
+
 def variants(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> list[Variant]:
     """Everything that `chain` can be run as; first, what runs where nothing else can, last, stock."""
     stock = [Variant(stock=True)] if chain.backend == "auto" else []
@@ -164,10 +174,12 @@ def variants(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor:
         return [Variant(), *stock]
     lazy, inner = options.lazy, zip(chain.steps[1:-1], tensors[1:], strict=False)
     can_keep = lazy and any(not pointwise.serves(step, own) for step, own in inner)
+    kept = (False, True) if can_keep else (lazy,)
+    passes = (False, True) if lazy and _has_narrow(chain, x, tensors) else (False,)
     found = [Variant()] if lazy else []
     for main in (False, True) if options.main else (False,):
         for projection in (False, True) if options.projection and (main or not lazy) else (False,):
-            found += [Variant(lazy, main, projection, keep) for keep in ((False, True) if can_keep else (lazy,))]
+            found += [Variant(lazy, main, projection, *both) for both in itertools.product(kept, passes)]
     return found + stock
 
 
@@ -192,7 +204,9 @@ def modelled(
     main = options.main and _worth(chain.steps[-1], tensors[len(chain.steps) - 1], x, pixels, options)
     projection = options.projection and _worth(chain.shortcut, tensors[-1], x, pixels, options)
     keep = lazy and _keeps(x, chain, tensors, shapes)
-    return dataclasses.replace(chain, gram=main, gram_shortcut=projection and (main or not lazy), lazy=lazy, keep=keep)
+    one_pass = lazy and _has_narrow(chain, x, tensors)
+    chosen = Variant(lazy, main, projection and (main or not lazy), keep, one_pass)
+    return chosen.of(chain)
 
 
 def choose_variant(

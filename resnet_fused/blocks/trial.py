@@ -38,7 +38,8 @@ class Candidate:
 
 def name(chain: Chain) -> str:
     """A variant as the report calls it."""
-    return plan.describe(chain) + (", activations kept" if chain.keep else "")
+    more = ", activations kept" if chain.keep else ""
+    return plan.describe(chain) + more + (", narrow gradients in one pass" if chain.one_pass else "")
 
 
 def fastest(candidates: dict[Variant, Candidate]) -> Variant:

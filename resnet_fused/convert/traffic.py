@@ -48,6 +48,7 @@ _OWN = ("resnet_fused", "resnet_fused_auto", "resnet_fused_triton")
 _SUMS_ALWAYS = ("bn_stats", "gram", "gram_grad", "conv1x1_wgrad", "conv_weight_grad", "norm_relu_pool_backward")
 _FULL = ("gram_norm", "gram_grad")  # ops on small matrices whose digits cancel
 _SUMS_IF_ASKED = ("conv1x1", "conv1x1_dgrad", "norm_add_relu_backward")  # results after the first that are not empty
+_BOTH = "conv1x1_backward"  # a second launch for the weight's gradient, a third where the last two results are there
 
 
 class Traffic:
@@ -109,9 +110,10 @@ def own_operation(func, args, kwargs, out) -> Operation:
     name = func._schema.name.split("::")[1]
     arguments = {key: value for key, value in kwargs.items() if key != "backend"}
     results = [t for t in tensors(out) if t.numel()]
-    sums = name in _SUMS_ALWAYS or (name in _SUMS_IF_ASKED and len(results) > 1)
+    launches = 2 if name in _SUMS_ALWAYS or (name in _SUMS_IF_ASKED and len(results) > 1) else 1
+    launches = launches if name != _BOTH else 2 if len(results) == 3 else 3
     counted = OPS[name].bytes(*args, **arguments), OPS[name].flops(*args, **arguments)
-    return Operation(name, *counted, data_dtype(args, kwargs, out), 2 if sums else 1, name in _FULL)
+    return Operation(name, *counted, data_dtype(args, kwargs, out), launches, name in _FULL)
 
 
 def operation(func, args, kwargs, out) -> Operation:

@@ -3,6 +3,7 @@
 Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0)::
 
     y      = dz W  +  x^ coupling  +  constant[c]           (coupling, constant: the Gram join's correction)
+           | dz  +  x^ coupling  +  constant[c]             weight absent: dz is such a product already, K is C
     grad_x = keep ? y : 0,  keep = not (x_scale*x + x_shift <= 0)        x_scale given: the gradient before bn and relu
            | y + keep * residual                             not given; keep = bit of residual_mask, absent: 1
                                                            (x_scale and residual exclude each other)
@@ -41,7 +42,7 @@ from .contract import (
 )
 
 SCHEMA = (
-    "(Tensor g, Tensor weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
+    "(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
     "Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, Tensor? x_scale=None, "
     "Tensor? x_shift=None, Tensor? coupling=None, Tensor? constant=None, Tensor? residual=None, "
     "Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1) "
@@ -51,7 +52,7 @@ SCHEMA = (
 
 def reference(
     g: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     mask: Tensor | None = None,
     z: Tensor | None = None,
     a: Tensor | None = None,
@@ -71,8 +72,8 @@ def reference(
     x_stride=(1, 1),
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = None if x is None else lazy.pixels(x, x_stride)
-    y = lazy.product(lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor), weight.transpose(0, 1))
-    dtype = y.dtype
+    y, dtype = lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor), stat_dtype(g.dtype)
+    y = y.to(dtype) if weight is None else lazy.product(y, weight.transpose(0, 1))
     if coupling is not None:
         y = y + lazy.product(lazy.activation(x, x_scale, x_shift), coupling)
     if constant is not None:
@@ -96,9 +97,14 @@ def _add_residual(y: Tensor, residual: Tensor, mask: Tensor | None, stride) -> T
     return y
 
 
+def inputs(t) -> int:
+    """Channels of `grad_x`."""
+    return t.g.shape[1] if t.weight is None else t.weight.shape[1]
+
+
 @takes_arguments_of(reference)
 def fake(t):
-    g, shape = t.g, (t.g.shape[0], t.weight.shape[1], *t.g.shape[2:])
+    g, shape = t.g, (t.g.shape[0], inputs(t), *t.g.shape[2:])
     sums = [g.new_empty(0 if t.x_scale is None else shape[1], dtype=stat_dtype(g.dtype)) for _ in range(2)]
     return g.new_empty_strided(shape, channels_last_strides(shape)), *sums
 
@@ -107,7 +113,7 @@ def fake(t):
 def bytes(t):
     """One read of the lazy gradient, the matrices, the pixels of `x` if used, and `residual`; one write of `grad_x`."""
     used = None if t.x_scale is None and t.coupling is None else lazy.pixels(t.x, t.x_stride)
-    written = t.g[:, 0].numel() * t.weight.shape[1] * t.g.element_size()
+    written = t.g[:, 0].numel() * inputs(t) * t.g.element_size()
     read = nbytes(t.weight, used, t.coupling, t.residual, None if t.residual is None else t.residual_mask)
     return lazy.gradient_bytes(t.g, t.mask, t.z, t.b, t.scale) + read + written
 
@@ -115,7 +121,7 @@ def bytes(t):
 @takes_arguments_of(reference)
 def flops(t):
     """Two per multiply-add of both products."""
-    k, c = t.weight.shape[:2]
+    c, k = inputs(t), 0 if t.weight is None else t.g.shape[1]
     return 2 * t.g[:, 0].numel() * c * (k + (0 if t.coupling is None else c))
 
 

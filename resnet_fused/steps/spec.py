@@ -67,7 +67,8 @@ class Chain:
     tensor, or the chain's input itself where `identity`. `relu`: whether the output is clamped. `gram`: the last step,
     and the shortcut where `gram_shortcut`, are Gram joins. `lazy`: 1x1 convolutions normalise on load and emit
     statistics (`steps.lazy_join`); the last convolution is then one. `keep`: what a lazy chain writes for a convolution
-    that cannot normalise on load is kept for backward, not written again. `pool`: of the clamped output, in the same
+    that cannot normalise on load is kept for backward, not written again. `one_pass`: both gradients of its narrow 1x1
+    convolutions come from one read of theirs (`conv1x1_backward`). `pool`: of the clamped output, in the same
     pass (a stem: no residual, a plain join). `stock`: none of this, but stock's operations. `backend`: who runs the
     ops, forward and backward.
     """
@@ -80,6 +81,7 @@ class Chain:
     gram_shortcut: bool = False
     lazy: bool = False
     keep: bool = False
+    one_pass: bool = False
     pool: Pool | None = None
     stock: bool = False
     backend: str = "auto"

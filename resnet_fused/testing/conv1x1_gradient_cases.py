@@ -60,6 +60,7 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
         options = draw.gradient(keep, affine, affine == "abd") | _asked(draw, asked)
         yield Case(f"asked {asked}, keep {keep}", (draw.data(draw.wide), draw.weight()), options)
     yield from _dgrad_strided()
+    yield from _dgrad_without_weight()
     for name, draw in draws():
         options = draw.gradient("recompute", "abd", True) | _asked(draw, "coupling, sums")
         yield Case(f"{name}, everything lazy", (draw.data(draw.wide), draw.weight()), options)
@@ -86,6 +87,19 @@ def _dgrad_strided() -> Iterator[Case]:
     draw = Pointwise((2, 24, 3, 4), 16)
     options = _asked(draw, "coupling") | {"x": unread(draw.data((2, 24, 5, 7))), "x_stride": [2, 2]}
     yield Case("NaN where nobody reads", (draw.data(draw.wide), draw.weight()), options)
+
+
+def _dgrad_without_weight() -> Iterator[Case]:
+    """The gradient is a product already."""
+    for asked, (keep, affine) in itertools.product(ASKED, (("none", "none"), ("recompute", "abd"))):
+        draw = Pointwise((3, 24, 5, 6), 24)
+        options = draw.gradient(keep, affine, affine == "abd") | _asked(draw, asked)
+        yield Case(f"no weight, asked {asked}, keep {keep}", (draw.data(draw.wide), None), options)
+    for name, (shape, _) in SHAPES.items():
+        draw = Pointwise(shape, shape[1])
+        yield Case(f"{name}, no weight", (draw.data(), None), _asked(draw, "coupling, sums"))
+    draw = Pointwise((2, 24, 3, 5), 24)
+    yield Case("gradient not finite, no weight", (specials(draw.data()), None), _asked(draw, "sums"))
 
 
 def _dgrad_not_finite() -> Iterator[Case]:
@@ -142,4 +156,62 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("gradient not finite", (specials(draw.data(draw.wide)), draw.data()), {})
 
 
-CASES = {"conv1x1_dgrad": conv1x1_dgrad, "conv1x1_wgrad": conv1x1_wgrad}
+# conv1x1_backward -----------------------------------------------------------------------------------------------
+
+#: Beside `conv1x1_cases.SHAPES`: as narrow as the op takes.
+NARROW = {"many channels": ((1, 200, 5, 4), 120), "many outputs": ((1, 72, 5, 4), 248)}
+BEHIND = {"through": False}
+
+
+def _both(draw: Pointwise, name: str, gradient: dict, asked: str, lazy: bool = False, **options) -> Case:
+    """A case of `conv1x1_backward`. `lazy`: x is, where `asked` does not say so already."""
+    options = gradient | (draw.lazy() | BEHIND if lazy else {}) | _asked(draw, asked) | options
+    x = options.pop("x", None)
+    return Case(name, (draw.data(draw.wide), draw.weight(), draw.data() if x is None else x), options)
+
+
+def conv1x1_backward(dtype: torch.dtype) -> Iterator[Case]:
+    for keep, affine, factor in itertools.product(KEEPS, COEFFICIENTS, BOTH):
+        for asked, lazy in (("nothing", True), ("coupling, sums", False), ("residual, bits", False)):
+            draw = Pointwise()
+            name = f"keep {keep}, coefficients {affine}, factor {factor}, asked {asked}"
+            yield _both(draw, name, draw.gradient(keep, affine, factor), asked, lazy)
+    for asked, lazy, scaled in itertools.product(ASKED, BOTH, BOTH):
+        draw = Pointwise((3, 24, 5, 6), 40)
+        scale = {"weight_scale": draw.vector(40)} if scaled else {}
+        gradient = draw.gradient("bits", "none", False)
+        yield _both(draw, f"asked {asked}, lazy {lazy}, scaled {scaled}", gradient, asked, lazy, **scale)
+    yield from _both_shapes()
+    yield from _both_not_finite()
+
+
+def _both_shapes() -> Iterator[Case]:
+    pairs = itertools.product((1, 3, 65), (1, 3, 65))
+    shapes = SHAPES | NARROW | {f"{c} to {k} channels": ((2, c, 3, 5), k) for c, k in pairs}
+    for name, (shape, outputs) in shapes.items():
+        draw = Pointwise(shape, outputs)
+        asked = "coupling, sums" if shape[1] <= 64 and outputs <= 128 else "sums"
+        yield _both(draw, f"{name}, everything lazy", draw.gradient("recompute", "abd", True), asked)
+        draw = Pointwise(shape, outputs)
+        scale = {"weight_scale": draw.vector(outputs)}
+        yield _both(draw, f"{name}, Gram join", draw.gradient("bits", "none", False), "nothing", True, **scale)
+        draw = Pointwise(shape, outputs)
+        yield _both(draw, f"{name}, strided residual", draw.gradient("bits", "a", False), "residual, bits, (2, 1)")
+
+
+def _both_not_finite() -> Iterator[Case]:
+    draw = Pointwise((2, 24, 3, 5), 16)
+    keep = draw.data(draw.wide) > 0
+    g = torch.where(keep, draw.data(draw.wide), torch.nan)
+    masked = {"mask": pack_mask(keep), "weight_scale": draw.vector(16)} | draw.lazy()
+    yield Case("NaN gradient where masked", (g, draw.weight(), draw.data()), masked | BEHIND)
+    options = draw.lazy()
+    options["x_shift"][3] = torch.inf  # times a gradient of 0, of a row that does not exist, it would be NaN
+    g = draw.data(draw.wide).abs() + 0.5
+    yield Case("infinite shift", (g, draw.weight(), draw.data()), options | BEHIND)
+    yield Case("x not finite", (draw.data(draw.wide), draw.weight(), specials(draw.data())), draw.lazy())
+    g = specials(draw.data(draw.wide))
+    yield Case("gradient not finite", (g, draw.weight(), draw.data()), _asked(draw, "residual, bits"))
+
+
+CASES = {"conv1x1_dgrad": conv1x1_dgrad, "conv1x1_wgrad": conv1x1_wgrad, "conv1x1_backward": conv1x1_backward}

@@ -16,6 +16,7 @@ from resnet_fused.backends import triton as room
 
 pytestmark = pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 needs numpy < 2.4; install either another")
 
+NARROW = ("conv1x1_backward",)  # not of the deep layer
 SMALL = ("bn_affine", "bn_coefficients", "gram_norm", "gram_grad")  # vectors and matrices of weights; all in L2
 #: Vectors and partial sums, which `bytes()` leaves out, as a share of it at 56 x 56 and batch 256. Sums over rows into
 #: a matrix take more in deeper layers, which would leave most SMs idle otherwise; all fit into an L2 of 40 MB.
@@ -56,6 +57,10 @@ def again(kernel, sizes, names):
     if kernel == "conv1x1_wgrad_kernel":
         outputs, inputs = (ceil(channels(sizes, w), sizes[f"BLOCK_{w}"]) for w in "KC")
         return dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), inputs) | {"x_ptr": outputs}
+    if kernel == "conv1x1_backward_kernel":
+        rows, columns = ceil(sizes["M"], sizes["BLOCK_M"]), ceil(channels(sizes, "C"), sizes["BLOCK_C"])
+        shared = dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), columns)
+        return shared | dict.fromkeys(("weight_ptr", "coupling_ptr"), rows)
     if kernel not in ("conv1x1_kernel", "conv1x1_join_kernel", "conv1x1_dgrad_kernel"):
         return {}
     rows = ceil(sizes["M"], sizes["BLOCK_M"])
@@ -121,7 +126,8 @@ def of_layer(rows, *layers, small=False):
 
 def test_every_op_is_counted_in_every_layer(rows):
     layers = {row["layer"] for row in rows}
-    assert {(row["op"], row["layer"]) for row in rows} == {(op, layer) for op in room.OPS for layer in layers}
+    wanted = {(op, layer) for op in room.OPS for layer in layers if op not in NARROW or layer != "7x7"}
+    assert {(row["op"], row["layer"]) for row in rows} == wanted
 
 
 def test_tensors_move_once_as_declared(rows):
@@ -179,8 +185,8 @@ def test_table(rows):
         op, options, declared = row["op"], row["options"], row["declared"]
         moved, asked = unique(row, "tensors") / declared, issued(row, "tensors") / declared
         assert predicted(row) == pytest.approx(asked), label(row)
-        wide, deep = (large[op, options, layer] for layer in ("56x56", "7x7"))
+        wide, deep = (large.get((op, options, layer)) for layer in ("56x56", "7x7"))
+        deep = f"{predicted(deep):11.2f} {overhead(deep):8.2%}" if deep else ""
         print(
-            f"{op:23} {options:41} {moved:7.3f} {asked:7.2f}   "
-            f"{predicted(wide):13.2f} {overhead(wide):8.2%}   {predicted(deep):11.2f} {overhead(deep):8.2%}"
+            f"{op:23} {options:41} {moved:7.3f} {asked:7.2f}   {predicted(wide):13.2f} {overhead(wide):8.2%}   {deep}"
         )

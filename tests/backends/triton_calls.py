@@ -84,6 +84,7 @@ def backward_calls(at):
     through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d", "scale", "shift")
     arguments = (at.data(c), at.weight(c, k))
     masked = {"residual": at.data(k), "residual_mask": at.bits(k)}
+    yield "conv1x1_dgrad", "no weight: coupling, sums", (at.data(c), None), {"x": at.data(c)} | lazy | coupling
     yield "conv1x1_dgrad", "lazy gradient, masked residual", arguments, through | masked
     strided = {"residual": at.data(k, (at.size + 1) // 2), "residual_stride": [2, 2]}
     yield "conv1x1_dgrad", "lazy gradient, strided residual", arguments, through | strided
@@ -93,6 +94,34 @@ def backward_calls(at):
     yield "conv1x1_wgrad", "lazy gradient and input", (at.data(c), at.data(k)), through | lazy
     options = {"mask": joined["mask"], "stride": [2, 2]} | joined
     yield "conv1x1_wgrad", "bits, factor, stride 2", (at.data(k), at.data(c, 2 * at.size)), options
+
+
+def narrow_calls(at):
+    """Both gradients in one pass: of the ends of a bottleneck, where they are narrow, in 16 bits."""
+    c, k = at.narrow, at.wide
+    if at.dtype == torch.float32 or c > 128:
+        return
+    lazy = at.vectors(c, "x_scale", "x_shift")
+    through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d")
+    arguments = (at.data(c), at.weight(c, k), at.data(k))
+    masked = {"residual": at.data(k), "residual_mask": at.bits(k)}
+    yield "conv1x1_backward", "lazy gradient, masked residual", arguments, through | masked
+    strided = {"residual": at.data(k, (at.size + 1) // 2), "residual_stride": [2, 2]}
+    yield "conv1x1_backward", "lazy gradient, strided residual", arguments, through | strided
+    through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d", "scale", "shift")
+    arguments = (at.data(c), at.weight(c, c), at.data(c))
+    if c <= 64:
+        coupled = {"coupling": at.weight(c, c), "constant": at.vector(c), "residual": at.data(c)}
+        yield "conv1x1_backward", "lazy gradient, coupling, residual", arguments, through | coupled
+    yield "conv1x1_backward", "lazy gradient, factor, sums", arguments, through | lazy | at.factor()
+    if k > 256:
+        return
+    arguments = (at.data(k), at.weight(k, c), at.data(c))
+    join = {"mask": at.bits(k)} | at.vectors(k, "weight_scale")
+    yield "conv1x1_backward", "Gram join: bits, lazy", arguments, join | lazy | {"through": False}
+    yield "conv1x1_backward", "Gram projection: bits", arguments, join
+    plain = {"mask": at.bits(k), "z": at.data(k)} | at.vectors(k, "a", "b", "d") | at.factor()
+    yield "conv1x1_backward", "plain join: bits, factor, sums", arguments, plain | lazy
 
 
 def small_calls(at):
@@ -136,5 +165,5 @@ def pool_calls(at):
 
 def calls(at, *makers):
     """Calls of the ops that the backend declares."""
-    for make in makers or (pixelwise_calls, pool_calls, forward_calls, backward_calls, small_calls):
+    for make in makers or (pixelwise_calls, pool_calls, forward_calls, backward_calls, narrow_calls, small_calls):
         yield from (call for call in make(at) if call[0] in room.OPS)

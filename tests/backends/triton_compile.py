@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_calls import Layer, backward_calls, calls, forward_calls, pool_calls, small_calls
+from triton_calls import Layer, backward_calls, calls, forward_calls, narrow_calls, pool_calls, small_calls
 
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import (
@@ -37,6 +37,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ARCHS = (80, 90, 100, 120)
+NARROW = ((64, 56, 64, 256), (64, 28, 128, 512), (64, 56, 128, 256))  # ResNet-50's, ResNeXt-50's
 MANY = 2**20  # samples, so that rows are counted beyond 2^31
 
 
@@ -68,9 +69,10 @@ def launches(dtype, channels=256, samples=64):
     yield "affine, sign, factor", 2, lambda: apply(z, r, v, v, v, v, v, f)
 
 
-def products(at, richest=False):
+def products(at, *makers, richest=False):
     """Of all other ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
-    for op, options, args, kwargs in calls(at, pool_calls, forward_calls, backward_calls, small_calls):
+    makers = makers or (pool_calls, forward_calls, backward_calls, narrow_calls, small_calls)
+    for op, options, args, kwargs in calls(at, *makers):
         if not richest or (op, options) in RICHEST:
             run = importlib.import_module(f"{room.__name__}.{op}").run
             yield options, functools.partial(run, *args, **kwargs)
@@ -84,6 +86,11 @@ RICHEST = {
     ("conv1x1_dgrad", "strided projection: bits, coupling"),
     ("conv1x1_dgrad", "lazy gradient, masked residual"),
     ("conv1x1_wgrad", "lazy gradient and input"),
+    ("conv1x1_dgrad", "no weight: coupling, sums"),
+    ("conv1x1_backward", "lazy gradient, masked residual"),
+    ("conv1x1_backward", "lazy gradient, coupling, residual"),
+    ("conv1x1_backward", "Gram join: bits, lazy"),
+    ("conv1x1_backward", "plain join: bits, factor, sums"),
     ("gram", "lazy"),
     ("gram", "stride 2"),
     ("norm_relu_pool", ""),
@@ -209,6 +216,11 @@ def chosen_products():
     for at, arch in layers:
         for options, call in products(at, richest=True):
             yield options, at.dtype, at.narrow, arch, call
+    for dtype, sizes, arch in [(DTYPES[0], sizes, arch) for sizes in NARROW for arch in ARCHS] + [
+        (DTYPES[1], NARROW[0], 90)
+    ]:
+        for options, call in products(Layer(*sizes, dtype), narrow_calls):
+            yield options, dtype, sizes[2], arch, call
     for sizes, arch in ((wide, 90), (wide, 120), (odd, 90)):
         for options, call in products(Layer(*sizes, torch.float32), richest=True):
             yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)

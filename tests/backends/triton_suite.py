@@ -81,7 +81,8 @@ def test_values(dtype, shape):
 def test_selfcheck_cases(dtype, op):
     for case in cases(op, dtype):
         row = selfcheck.check_case(room.BACKEND, op, case, dtype, DEVICE)
-        assert row.passed, row
+        refused = op == "conv1x1_backward" and dtype == torch.float32
+        assert row.status == "skipped" if refused else row.passed, row
 
 
 def test_every_option_of_forward():

@@ -8,11 +8,24 @@ from test_chain import F64, assert_equal, make_step
 
 from resnet_fused.blocks import run_chain
 from resnet_fused.blocks.stock import chain_output
-from resnet_fused.steps import Chain
+from resnet_fused.steps import Chain, lazy_join
+
+PASSES = {"two passes": False, "one pass": True}  # over the gradient of a narrow convolution; all here are
+
+
+class Passes:
+    one = False
+
+
+@pytest.fixture(autouse=True, params=PASSES.values(), ids=PASSES)
+def passes(request, monkeypatch):
+    """Every test with both, and with the correction of a Gram join in a pass of its own whether that pays or not."""
+    monkeypatch.setattr(Passes, "one", request.param)
+    monkeypatch.setattr(lazy_join, "CORRECTION_PAYS", 0)
 
 
 def lazy_chain(steps, shortcut=None, **variant):
-    return Chain(tuple(steps), shortcut, lazy=True, backend="reference", **variant)
+    return Chain(tuple(steps), shortcut, lazy=True, one_pass=Passes.one, backend="reference", **variant)
 
 
 @pytest.fixture(autouse=True)

@@ -28,12 +28,13 @@ CHANNELS_LAST = torch.channels_last
 #: The ops of a bottleneck with Gram joins, in order; a projection has its own before the join, and first backward.
 BEFORE_JOIN = "conv1x1 bn_affine norm_add_relu bn_stats bn_affine gram gram_norm bn_affine"
 SHORTCUT = "bn_stats gram gram_norm bn_affine"  # the centre: the mean of a sample
-BRANCH_BACKWARD = "conv1x1_wgrad gram_grad conv1x1_dgrad"
+NARROW_BACKWARD = "conv1x1_backward gram_grad"  # both gradients in one pass; the input's is corrected afterwards
 AT_3X3 = "bn_coefficients lazy_grad_apply"
-BEFORE_3X3 = "norm_add_relu_backward bn_coefficients conv1x1_wgrad conv1x1_dgrad"
-IDENTITY = f"{BEFORE_JOIN} conv1x1_join {BRANCH_BACKWARD} {AT_3X3} {BEFORE_3X3}"
-PROJECTION = (
-    f"{BEFORE_JOIN} {SHORTCUT} conv1x1_join {BRANCH_BACKWARD} {BRANCH_BACKWARD} {AT_3X3} norm_add_relu {BEFORE_3X3}"
+BEFORE_3X3 = "norm_add_relu_backward bn_coefficients conv1x1_backward"
+JOIN_BACKWARD = f"{NARROW_BACKWARD} conv1x1_dgrad"
+IDENTITY = f"{BEFORE_JOIN} conv1x1_join {JOIN_BACKWARD} {AT_3X3} {BEFORE_3X3}"
+PROJECTION = (  # the first convolution, which reads x again, adds its correction
+    f"{BEFORE_JOIN} {SHORTCUT} conv1x1_join {NARROW_BACKWARD} {JOIN_BACKWARD} {AT_3X3} norm_add_relu {BEFORE_3X3}"
 )
 
 

@@ -53,7 +53,7 @@ def test_resnet50_on_gpus(name):
     """What the design promises for a training step in 16-bit, and that every bottleneck is planned for it."""
     explained = resnet_fused.explain(resnet50(), (256, 3, 224, 224), dtype=torch.bfloat16, device=name)
     model, images = explained.model, 256
-    assert model.fused.bytes <= 200e6 * images
+    assert model.fused.bytes <= 190e6 * images
     assert model.fused_saved <= 24e6 * images
     assert model.stock.bytes == pytest.approx(463e6 * images, rel=0.03)
     assert model.compiled.bytes == pytest.approx(352e6 * images, rel=0.03)
@@ -167,7 +167,7 @@ def test_operations_by_hand():
 
 
 #: What a layer's pixels are split for and summed by a second launch, a small case's are not.
-SPLIT = {"conv1x1_wgrad"}
+SPLIT = {"conv1x1_wgrad", "conv1x1_backward"}
 
 
 def on_meta(argument):
@@ -186,7 +186,9 @@ def test_launches_are_those_of_the_triton_kernels(name, monkeypatch):
     for case in cases(name, torch.bfloat16):
         placed = place(case, torch.bfloat16, torch.device("cpu"))
         args, kwargs = tree_map(on_meta, (placed.args, placed.kwargs))
+        if kernel.KERNEL.unsupported(*args, **kwargs):
+            continue
         started.clear()
         kernel.run(*args, **kwargs)
         counted = own_operation(overload, args, kwargs, OPS[name].fake(*args, **kwargs))
-        assert counted.launches == len(started) or (name in SPLIT and len(started) == 1), case.name
+        assert counted.launches - len(started) in ((0, 1) if name in SPLIT else (0,)), case.name

@@ -33,6 +33,7 @@ OPS = (
     "conv1x1",
     "conv1x1_join",
     "conv1x1_wgrad",
+    "conv1x1_backward",
 )
 
 

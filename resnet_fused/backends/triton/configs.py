@@ -127,6 +127,29 @@ def over_rows_ieee(arch: int, element_size: int, columns: int, depth: int) -> Co
     return dataclasses.replace(chosen, block_m=16) if chosen.warps == 4 else chosen
 
 
+def both_gradients(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """All of the depth stays in registers, as parts of `block_k`, with `block_n` columns: a quarter of them.
+
+    Without the tensor cores of sm_90 and sm_100 operands and the second product take registers too: half of that.
+    """
+    if columns % 8 or depth % 8:  # each element takes an address of its own
+        rows, block_k, block_n = 16, 64, 64
+    elif arch // 10 in (9, 10):
+        rows, block_k, block_n = (64, 64, 128) if depth <= 128 else (64, 128, 64)
+    else:
+        rows, block_k, block_n = 32, 128, 128 if depth <= 64 else 64 if depth <= 128 else 32
+    return Config(rows, power_of_two(columns, 32, block_n), power_of_two(depth, 16, block_k), 8, 2, 255)
+
+
+def both_gradients_and_sums(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """The vectors of a second term, and sums, take registers where nearly all are taken."""
+    chosen = both_gradients(arch, element_size, columns, depth)
+    if depth <= 128:
+        return dataclasses.replace(chosen, block_n=min(chosen.block_n, 64 if arch // 10 in (9, 10) else 32))
+    block_k, block_n = (64, 64) if arch // 10 == 9 else (128, 32)
+    return dataclasses.replace(chosen, block_m=32, block_k=block_k, block_n=min(chosen.block_n, block_n))
+
+
 def symmetric(arch: int, element_size: int, columns: int, depth: int) -> Config:
     """A square tile of a product of a matrix with itself, over rows; float32 on the ordinary units."""
     block = power_of_two(columns, 16, 256 // element_size)
@@ -173,6 +196,8 @@ DEFAULTS = {
     "conv1x1_wgrad ieee": over_rows_ieee,
     "conv1x1_dgrad": data_gradient,
     "conv1x1_dgrad ieee": data_gradient_ieee,
+    "conv1x1_backward": both_gradients,
+    "conv1x1_backward sums": both_gradients_and_sums,
     "gram": symmetric,
     "conv1x1": many_warps,
     "conv1x1 ieee": statistics_ieee,

@@ -14,17 +14,19 @@ Not measured on hardware.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
 from ...ops import conv1x1_dgrad as op
-from ...ops.contract import Tensor, channels_last_strides, mask_shape
+from ...ops.contract import Tensor, channels_last_strides
 from . import checks, common, configs, gemm
-from .common import first_row, load_factor, narrow, rows_in, unpack_bits, widen
-from .gemm import dot, read_rows, tile_of
+from .common import first_row, load_factor, narrow, rows_in, widen
+from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
+from .gemm import read_rows, tile_of
 from .lazy_tiles import load_activation, load_gradient, load_pixels, load_row, store_tile
-from .norm_add_relu_backward import MERGE_CHANNELS, MERGE_CHUNKS, sum_chunks_kernel
 
 NAME = "conv1x1_dgrad"
 CHUNKS = 1024  # at most so many partial sums per channel
@@ -35,62 +37,9 @@ SUM_PROGRAMS = 1024  # but not at the price of fewer programs than this
 # Device side ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def load_matrix(ptr, k, column, K, C, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of a row-major matrix [K, C], zero where it does not exist. Matrices are small: offsets are int32."""
-    rows = k + tl.arange(0, BLOCK_K)
-    cols = column + tl.arange(0, BLOCK_N)
-    inside = (rows < K)[:, None] & (cols < C)[None, :]
-    return tl.load(ptr + rows[:, None] * C + cols[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def residual_rows(row, W, HW, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of the residual that belong to the rows of a tile (int64), and which of those have one."""
-    if STRIDE_H == 1 and STRIDE_W == 1:
-        rows = row + tl.arange(0, BLOCK_M)
-        has = tl.full((BLOCK_M,), 1, tl.int1)
-    else:
-        sample = row // HW
-        within = (row - sample * HW).to(tl.int32) + tl.arange(0, BLOCK_M)
-        samples = within // HW  # int32 from here on: a tile reaches BLOCK_M rows beyond an image
-        pixel = within - samples * HW
-        h = pixel // W
-        w = pixel - h * W
-        width = tl.cdiv(W, STRIDE_W)
-        image = tl.cdiv(HW // W, STRIDE_H) * width
-        rows = (sample + samples) * image + (h // STRIDE_H * width + w // STRIDE_W)
-        has = (h % STRIDE_H == 0) & (w % STRIDE_W == 0)
-    return rows, has
-
-
-@triton.jit
-def load_residual(ptr, mask_ptr, rows, there, column, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of the residual in float32, zero where its bit is 0 (also where it is NaN) and in rows without one."""
-    cols = column + tl.arange(0, BLOCK_N)
-    inside = there[:, None] & (cols < C)[None, :]
-    r = widen(tl.load(ptr + rows[:, None] * C + cols[None, :], mask=inside, other=0.0))
-    if mask_ptr is not None:
-        width = tl.cdiv(C, 8)
-        bytes_ = column // 8 + tl.arange(0, BLOCK_N // 8)
-        inside = there[:, None] & (bytes_ < width)[None, :]
-        packed = tl.load(mask_ptr + rows[:, None] * width + bytes_[None, :], mask=inside, other=0)
-        r = tl.where(unpack_bits(packed, BLOCK_M, BLOCK_N), r, 0.0)
-    return r
-
-
-@triton.jit
-def add_product(acc, tile, matrix, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """``acc + tile matrix``; with TRANSPOSED of its transpose, which is what `acc` then holds."""
-    if TRANSPOSED:
-        return dot(tl.trans(matrix), tl.trans(tile), acc, PRECISION)
-    else:
-        return dot(tile, matrix, acc, PRECISION)
-
-
 @triton.jit(do_not_specialize=["chunks", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW", "X_H", "X_W"])
 def conv1x1_dgrad_kernel(
-    g_ptr, weight_ptr,  # [M, K], [K, C]
+    g_ptr, weight_ptr,  # [M, K], [K, C] or None: dz is the product
     z_ptr, mask_ptr,  # [M, K] or None, [M, ceil(K / 8)] uint8 or None
     a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr,  # [K], each or None
     factor_ptr,  # [N] or None
@@ -122,16 +71,17 @@ def conv1x1_dgrad_kernel(
         if factor_ptr is not None:
             factor = load_factor(factor_ptr, row, in_rows, HW, BLOCK_M)
         acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(0, K, BLOCK_K):
-            a = load_row(a_ptr, k, K, BLOCK_K) if a_ptr is not None else None
-            b = load_row(b_ptr, k, K, BLOCK_K) if b_ptr is not None else None
-            d = load_row(d_ptr, k, K, BLOCK_K) if d_ptr is not None else None
-            scale = load_row(scale_ptr, k, K, BLOCK_K) if scale_ptr is not None else None
-            shift = load_row(shift_ptr, k, K, BLOCK_K) if shift_ptr is not None else None
-            dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
-                               row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
-            weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
-            acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
+        if weight_ptr is not None:
+            for k in tl.range(0, K, BLOCK_K):
+                a = load_row(a_ptr, k, K, BLOCK_K) if a_ptr is not None else None
+                b = load_row(b_ptr, k, K, BLOCK_K) if b_ptr is not None else None
+                d = load_row(d_ptr, k, K, BLOCK_K) if d_ptr is not None else None
+                scale = load_row(scale_ptr, k, K, BLOCK_K) if scale_ptr is not None else None
+                shift = load_row(shift_ptr, k, K, BLOCK_K) if shift_ptr is not None else None
+                dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+                                   row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
+                weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
+                acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
         x_rows = None
         if X_STRIDE_H != 1 or X_STRIDE_W != 1:
             x_rows = read_rows(row, W, HW, X_H, X_W, X_STRIDE_H, X_STRIDE_W, BLOCK_M)
@@ -145,6 +95,15 @@ def conv1x1_dgrad_kernel(
         y = acc
         if TRANSPOSED:
             y = tl.trans(acc)
+        if weight_ptr is None:
+            a = load_row(a_ptr, column, C, BLOCK_N) if a_ptr is not None else None
+            b = load_row(b_ptr, column, C, BLOCK_N) if b_ptr is not None else None
+            d = load_row(d_ptr, column, C, BLOCK_N) if d_ptr is not None else None
+            scale = load_row(scale_ptr, column, C, BLOCK_N) if scale_ptr is not None else None
+            shift = load_row(shift_ptr, column, C, BLOCK_N) if shift_ptr is not None else None
+            dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+                               row, column, in_rows, C, BLOCK_M, BLOCK_N)  # fmt: skip
+            y += widen(dz)
         if constant_ptr is not None:
             y += load_row(constant_ptr, column, C, BLOCK_N)
         if x_scale_ptr is not None:
@@ -172,36 +131,6 @@ def conv1x1_dgrad_kernel(
 # Host side ------------------------------------------------------------------------------------------------------
 
 
-def check_additions(grad_x, x, x_stride, x_scale, x_shift, coupling, constant, residual, residual_mask, stride) -> None:
-    """Raise RuntimeError on what is added to the product, or asked of it, where it does not fit `grad_x`."""
-    checks.stride(NAME, "x_stride", x_stride)
-    checks.same(NAME, "x", x, "grad_x", grad_x, x_stride)
-    checks.pair(NAME, "x_scale", x_scale, "x_shift", x_shift, grad_x)
-    checks.vector(NAME, "constant", constant, grad_x)
-    c = grad_x.shape[1]
-    if coupling is not None:
-        gemm.check_weight(NAME, "coupling", coupling, grad_x, c, c)
-    if x is None and (coupling is not None or x_scale is not None):
-        checks.fail(NAME, f"got {'x_scale' if coupling is None else 'coupling'} without x; pass x too")
-    if residual is None:
-        if residual_mask is not None:
-            checks.fail(NAME, "got residual_mask without residual; pass both")
-        return
-    if x_scale is not None:
-        checks.fail(NAME, "got residual with x_scale, under which nothing is added; pass one of them")
-    checks.stride(NAME, "residual_stride", stride)
-    n, _, h, w = grad_x.shape
-    shape = (n, c, common.cdiv(h, stride[0]), common.cdiv(w, stride[1]))
-    checks.same(NAME, "residual", residual, "grad_x at residual_stride", grad_x.new_empty_strided(shape, (0, 0, 0, 0)))
-    if residual_mask is not None:
-        checks.device(NAME, "residual_mask", residual_mask, residual)
-        wanted = list(mask_shape(residual))
-        given = list(residual_mask.shape)
-        if residual_mask.dtype != torch.uint8 or given != wanted or not residual_mask.is_contiguous():
-            checks.fail(NAME, f"residual_mask is {residual_mask.dtype} of shape {given}; pass the contiguous uint8 "
-                              f"{wanted} mask that a forward emitted for residual's shape")  # fmt: skip
-
-
 def chosen(device: torch.device, element_size: int, c: int, k: int, precision: str) -> tuple[configs.Config, bool]:
     """How to tile, and whether to compute the transpose: on tensor cores that read both operands from shared memory.
 
@@ -227,9 +156,11 @@ def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool) -> tuple[i
 
 def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> None:
     """Launch the product, and with `sums`, two vectors to fill, the second stage. `strides`: of residual and x."""
-    (k, c), (n, _, h, w) = weight.shape[:2], grad_x.shape
+    k, (n, c, h, w) = g.shape[1], grad_x.shape
     precision = gemm.precision(g.dtype)
     config, transposed = chosen(g.device, g.element_size(), c, k, precision)
+    if weight is None:  # a tile of it is added where the accumulator and the epilogue's vectors take all registers
+        config = dataclasses.replace(config, block_m=min(config.block_m, 64))
     column_tiles = common.cdiv(c, config.block_n)
     tiles, chunks = row_tiles(n * h * w, config.block_m, column_tiles, bool(sums))
     partial = g.new_empty((2, chunks, c), dtype=torch.float32) if sums else None
@@ -243,16 +174,12 @@ def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> No
     arguments = (g, weight, *gradient, *additions, *residual, grad_x, partial)
     gemm.launch(conv1x1_dgrad_kernel, chunks * column_tiles, config, *arguments, **sizes)
     if sums:
-        channel_tiles = common.cdiv(c, MERGE_CHANNELS)
-        merge = {"chunks": chunks, "C": c, "channel_tiles": channel_tiles}
-        merge |= {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
-        targets = (*sums, partial, partial)  # the last two are never written
-        common.start(sum_chunks_kernel, 2 * channel_tiles, partial, *targets, **merge)
+        add_chunks(partial, sums)
 
 
 def run(
     g: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     mask: Tensor | None = None,
     z: Tensor | None = None,
     a: Tensor | None = None,
@@ -273,11 +200,13 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.conv1x1_dgrad`. Raises RuntimeError on arguments that do not fit."""
     checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
-    gemm.check_weight(NAME, "weight", weight, g, g.shape[1], None)
-    shape = (g.shape[0], weight.shape[1], *g.shape[2:])
+    if weight is not None:
+        gemm.check_weight(NAME, "weight", weight, g, g.shape[1], None)
+    shape = (g.shape[0], g.shape[1] if weight is None else weight.shape[1], *g.shape[2:])
     grad_x = g.new_empty_strided(shape, channels_last_strides(shape))
-    check_additions(grad_x, x, x_stride, x_scale, x_shift, coupling, constant, residual, residual_mask, residual_stride)
     summed = x_scale is not None
+    added = (residual, residual_mask, residual_stride)
+    check_additions(NAME, grad_x, x, x_stride, x_scale, x_shift, coupling, constant, *added, summed)
     vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
     sums = [vector(shape[1] if summed else 0, dtype=torch.float32) for _ in range(2)]
     if grad_x.numel():

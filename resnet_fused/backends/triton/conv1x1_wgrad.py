@@ -40,7 +40,14 @@ MERGE = {"BLOCK_S": 16, "BLOCK": 128}  # splits and elements of a merging tile, 
 
 @functools.lru_cache(maxsize=1024)
 def row_splits(
-    rows: int, tiles: int, row_bytes: int, partial_bytes: int, block_m: int, most_rows: int | None = None
+    rows: int,
+    tiles: int,
+    row_bytes: int,
+    partial_bytes: int,
+    block_m: int,
+    most_rows: int | None = None,
+    busy: float = BUSY,
+    per_sm: int = 2,
 ) -> tuple[int, int]:
     """``(splits, row tiles per split)`` of a sum over `rows`, by shape alone.
 
@@ -49,9 +56,11 @@ def row_splits(
         row_bytes: read per row.
         partial_bytes: written and read again per split.
         most_rows: per split, whatever that costs.
+        busy: share of the SMs that is enough where it keeps partial results cheap.
+        per_sm: programs that an SM has at most, where partial results stay cheap.
     """
     cheap = int(CHEAP * rows * row_bytes / partial_bytes)
-    wanted = min(2 * PROGRAMS // tiles, cheap) if cheap >= BUSY * (PROGRAMS // tiles) else PROGRAMS // tiles
+    wanted = min(per_sm * PROGRAMS // tiles, cheap) if cheap >= busy * (PROGRAMS // tiles) else PROGRAMS // tiles
     splits = max(1, min(wanted, rows // MIN_ROWS), common.cdiv(rows, most_rows) if most_rows else 1)
     row_tiles = common.cdiv(rows, block_m)
     per_split = common.cdiv(row_tiles, splits)

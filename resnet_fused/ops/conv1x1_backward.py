@@ -1,0 +1,120 @@
+"""Both gradients of a 1x1 convolution from one read of its lazy gradient, for layers with few channels on a side.
+
+Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0, an absent weight_scale is 1)::
+
+    grad_weight[k, c] = sum_m dz[m, k] * x^[m, c]
+    sum_dz[k]         = sum_m dz[m, k]
+    y                 = (weight_scale[k]*dz) W  +  x^ coupling  +  constant[c]
+    grad_x            = keep ? y : 0,  keep = not (x_scale*x + x_shift <= 0)    x_scale given and `through`
+                      | y + keep * residual                                     else; keep = bit of residual_mask
+    sum_g[c]          = sum_m grad_x                 x_scale given and `through`, of grad_x as rounded; else empty
+    sum_gx[c]         = sum_m grad_x * x
+
+They are :mod:`.conv1x1_wgrad` and :mod:`.conv1x1_dgrad` of the same dz, whose docstrings say what the terms are for;
+`weight_scale` is batch norm's scale of a Gram join, whose weight gradient wants the gradient without it. What such a
+join adds to the gradient of its input follows from grad_weight: with ``through=False`` grad_x stops before the ReLU of
+a lazy x, for a `conv1x1_dgrad` without a weight to go on from.
+
+`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
+bfloat16 and float16 (float32 and float64 by the reference alone: of float32 registers would hold half), channels_last;
+`weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32 (float64 for
+float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift and constant, ``[N]`` for
+sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at every call.
+"""
+
+from __future__ import annotations
+
+from . import conv1x1_dgrad, conv1x1_wgrad, lazy
+from .contract import Tensor, channels_last_strides, define, nbytes, stat_dtype, takes_arguments_of
+
+MOST_OUTPUTS = 256  # a program has all of them: so many channels fit into the registers, with the product they make
+NARROW = 128  # on one side at least: where both are wider, arithmetic takes longer than a second read
+MOST_COUPLED = 64, 128  # inputs, which a program then has to have all too, and outputs
+
+SCHEMA = (
+    "(Tensor g, Tensor weight, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
+    "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? weight_scale=None, "
+    "Tensor? x_scale=None, Tensor? x_shift=None, Tensor? coupling=None, Tensor? constant=None, "
+    "Tensor? residual=None, Tensor? residual_mask=None, int[2] residual_stride=1, bool through=True) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor sum_dz, Tensor sum_g, Tensor sum_gx)"
+)
+
+
+def obstacles(outputs: int, inputs: int, coupled: bool) -> list[str]:
+    """Why kernels do not take a weight of these sizes; empty: they do."""
+    most_inputs, most_outputs = MOST_COUPLED
+    found = []
+    if outputs > MOST_OUTPUTS:
+        found.append(f"takes up to {MOST_OUTPUTS} output channels, not {outputs}")
+    if min(outputs, inputs) > NARROW:
+        found.append(f"takes up to {NARROW} channels on one side, not {outputs} and {inputs}")
+    if outputs > NARROW and (outputs % 8 or inputs % 8):
+        found.append(f"takes more than {NARROW} output channels if 8 divides all counts, not {outputs} and {inputs}")
+    if coupled and (inputs > most_inputs or outputs > most_outputs):
+        found.append(f"takes up to {most_inputs} input and {most_outputs} output channels under a coupling, "
+                     f"not {inputs} and {outputs}")  # fmt: skip
+    return found
+
+
+def reference(
+    g: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    mask: Tensor | None = None,
+    z: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sample_factor: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    coupling: Tensor | None = None,
+    constant: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    residual_stride=(1, 1),
+    through: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dz = lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor)
+    grad_weight, sum_dz = conv1x1_wgrad.reference(dz, x, x_scale=x_scale, x_shift=x_shift)
+    added = {"coupling": coupling, "constant": constant, "residual": residual}
+    added |= {"residual_mask": residual_mask, "residual_stride": residual_stride, "a": weight_scale}
+    if through:
+        added |= {"x": x, "x_scale": x_scale, "x_shift": x_shift}
+    else:
+        added |= {"x": lazy.activation(x, x_scale, x_shift)}
+    grad_x, sum_g, sum_gx = conv1x1_dgrad.reference(dz, weight, **added)
+    return grad_x, grad_weight, sum_dz, sum_g, sum_gx
+
+
+#: The arguments of a call by name, defaults included.
+arguments = takes_arguments_of(reference)(lambda t: t)
+
+
+@takes_arguments_of(reference)
+def fake(t):
+    g, (k, c), dtype = t.g, t.weight.shape[:2], stat_dtype(t.g.dtype)
+    summed = c if t.x_scale is not None and t.through else 0
+    sums = [g.new_empty(size, dtype=dtype) for size in (k, summed, summed)]
+    return g.new_empty_strided(t.x.shape, channels_last_strides(t.x.shape)), g.new_empty((k, c), dtype=dtype), *sums
+
+
+@takes_arguments_of(reference)
+def bytes(t):
+    """One read of the lazy gradient, the matrices, `x` and `residual`; one write of both gradients."""
+    written = nbytes(t.x) + t.weight.shape[:2].numel() * stat_dtype(t.g.dtype).itemsize
+    read = nbytes(t.weight, t.x, t.coupling, t.residual, None if t.residual is None else t.residual_mask)
+    return lazy.gradient_bytes(t.g, t.mask, t.z, t.b, t.scale) + read + written
+
+
+@takes_arguments_of(reference)
+def flops(t):
+    """Two per multiply-add of the products."""
+    k, c = t.weight.shape[:2]
+    return 2 * t.g[:, 0].numel() * c * (2 * k + (0 if t.coupling is None else c))
+
+
+OP = define("conv1x1_backward", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -36,15 +36,16 @@ def timed(calls: dict, rounds: int) -> dict[str, float]:
 def pointwise(shape, dtype, rounds: int) -> None:
     z, residual, g = (activations(shape, dtype) for _ in range(3))
     scale, shift = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    mean = torch.randn(shape[1])
     out, mask = KERNELS["norm_add_relu"].run(z, scale, shift, residual, emit_mask=True)
     into, size = torch.empty_like(z), z.numel() * z.element_size()
     ours = {
         "bn_stats": ("bn_stats", (z,), {}),
         "norm_relu": ("norm_add_relu", (z, scale, shift), {}),
         "norm_add_relu, mask": ("norm_add_relu", (z, scale, shift, residual), {"emit_mask": True}),
-        "backward, sign recomputed": ("norm_add_relu_backward", (g, z, scale, shift), {}),
-        "backward, bits": ("norm_add_relu_backward", (g, z, None, None, mask), {}),
-        "backward, bits, sums only": ("norm_add_relu_backward", (g, z, None, None, mask), {"emit_grad": False}),
+        "backward, sign recomputed": ("norm_add_relu_backward", (g, z, mean, scale, shift), {}),
+        "backward, bits": ("norm_add_relu_backward", (g, z, mean), {"mask": mask}),
+        "backward, bits, sums only": ("norm_add_relu_backward", (g, z, mean), {"mask": mask, "emit_grad": False}),
         "lazy_grad_apply": ("lazy_grad_apply", (g, z, scale, scale, shift), {}),
         "lazy_grad_apply, sign": ("lazy_grad_apply", (g, z, scale, scale, shift, scale, shift), {}),
     }

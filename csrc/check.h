@@ -128,6 +128,16 @@ inline void check_pair(const char* op, const char* name, const OptionalTensor& t
   if (other) check_vector(op, other_name, *other, data);
 }
 
+// A tensor and the vector that is subtracted from it in its sum.
+inline void check_centred(const char* op, const char* name, const OptionalTensor& t, const char* mean_name,
+                          const OptionalTensor& mean, const Tensor& data) {
+  if (t) check_like(op, name, *t, "grad_out", data);
+  if (t.has_value() != mean.has_value()) {
+    fail(op, ": got ", t ? name : mean_name, " without ", t ? mean_name : name, "; pass both or neither");
+  }
+  if (mean) check_vector(op, mean_name, *mean, data);
+}
+
 inline void check_factor(const char* op, const OptionalTensor& factor, const Tensor& data) {
   if (factor) check_vector(op, "sample_factor", *factor, data, 0);
 }
@@ -157,17 +167,18 @@ inline void check_mask(const char* op, const Tensor& mask, const Tensor& data) {
   }
 }
 
-inline void check_norm_add_relu_backward(const Tensor& grad_out, const OptionalTensor& z, const OptionalTensor& scale,
-                                         const OptionalTensor& shift, const OptionalTensor& mask,
-                                         const OptionalTensor& residual, const OptionalTensor& sample_factor,
+inline void check_norm_add_relu_backward(const Tensor& grad_out, const OptionalTensor& z, const OptionalTensor& mean,
+                                         const OptionalTensor& scale, const OptionalTensor& shift,
+                                         const OptionalTensor& mask, const OptionalTensor& residual,
+                                         const OptionalTensor& residual_mean, const OptionalTensor& sample_factor,
                                          bool relu) {
   const char* op = "norm_add_relu_backward";
   check_data(op, "grad_out", grad_out);
-  if (z) check_like(op, "z", *z, "grad_out", grad_out);
+  check_centred(op, "z", z, "mean", mean, grad_out);
   check_pair(op, "scale", scale, "shift", shift, grad_out);
   if (mask) check_mask(op, *mask, grad_out);
   if (relu && !mask && !(z && scale)) fail(op, ": with relu, pass mask, or z, scale and shift to recompute it from");
-  if (residual) check_like(op, "residual", *residual, "grad_out", grad_out);
+  check_centred(op, "residual", residual, "residual_mean", residual_mean, grad_out);
   check_factor(op, sample_factor, grad_out);
 }
 

@@ -81,10 +81,12 @@ inline void check_pooled_gradient(const char* op, const Tensor& grad_out, const 
 }
 
 inline void check_norm_relu_pool_backward(const Tensor& grad_out, const Tensor& index, const Tensor& z,
-                                          const Tensor& scale, const Tensor& shift, const std::vector<int64_t>& kernel,
-                                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
+                                          const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                                          const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                                          const std::vector<int64_t>& padding) {
   const char* op = "norm_relu_pool_backward";
   check_pooled_gradient(op, grad_out, index, z, kernel, stride, padding);
+  check_vector(op, "mean", mean, z);
   check_vector(op, "scale", scale, z);
   check_vector(op, "shift", shift, z);
 }

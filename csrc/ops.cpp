@@ -20,8 +20,9 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? residual_shift=None, Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) "
       "-> (Tensor out, Tensor mask)");
   m.def(
-      "norm_add_relu_backward(Tensor grad_out, Tensor? z=None, Tensor? scale=None, Tensor? shift=None, "
-      "Tensor? mask=None, Tensor? residual=None, Tensor? sample_factor=None, bool relu=True, bool emit_grad=True) "
+      "norm_add_relu_backward(Tensor grad_out, Tensor? z=None, Tensor? mean=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? mask=None, Tensor? residual=None, Tensor? residual_mean=None, "
+      "Tensor? sample_factor=None, bool relu=True, bool emit_grad=True) "
       "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)");
   m.def(
       "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
@@ -43,8 +44,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "norm_relu_pool(Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) "
       "-> (Tensor out, Tensor index)");
   m.def(
-      "norm_relu_pool_backward(Tensor grad_out, Tensor index, Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, "
-      "int[2] stride=2, int[2] padding=1) -> (Tensor sum_g, Tensor sum_gz)");
+      "norm_relu_pool_backward(Tensor grad_out, Tensor index, Tensor z, Tensor mean, Tensor scale, Tensor shift, "
+      "int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> (Tensor sum_g, Tensor sum_gz)");
   m.def(
       "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
       "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");

@@ -30,11 +30,13 @@ struct NormAddReluBackwardParams {
   Extent extent;
   const void* grad_out;        // [rows, C]
   const void* z;               // [rows, C] or null
+  const float* mean;           // [C], null without z
   const float* scale;          // [C] or null: no recomputed mask
   const float* shift;          // [C] or null
   const uint8_t* mask_bits;    // [rows, ceil(C/8)] or null
   const void* mask_output;     // [rows, C] or null
   const void* residual;        // [rows, C] or null
+  const float* residual_mean;  // [C], null without residual
   const float* sample_factor;  // [N] or null
   void* g;                     // [rows, C] or null
   float* partial;              // scratch, partial_floats() of it

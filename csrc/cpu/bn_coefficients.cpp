@@ -20,11 +20,11 @@ void run(const Tensor& b, const Tensor& d, const Tensor& grad_gamma, const Argum
   const A *sum_g = data<A>(t.sum_g), *sum_gz = data<A>(t.sum_gz), *mean = data<A>(t.mean), *rstd = data<A>(t.rstd),
           *scale = data<A>(t.scale);
   for (int64_t c = 0; c < t.sum_g.numel(); ++c) {
-    const A gradient = rstd[c] * std::fma(-mean[c], sum_g[c], sum_gz[c]);  // digits cancel where the mean is large
-    const A slope = rstd[c] * gradient, unit = count > 0 ? scale[c] / A(count) : A(0);
+    const A gradient = rstd[c] * sum_gz[c], unit = count > 0 ? scale[c] / A(count) : A(0);
+    const A slope = count > 0 ? -unit * (rstd[c] * gradient) : A(0);
     data<A>(grad_gamma)[c] = gradient;
-    data<A>(b)[c] = count > 0 ? -unit * slope : A(0);
-    data<A>(d)[c] = count > 0 ? unit * (mean[c] * slope - sum_g[c]) : A(0);
+    data<A>(b)[c] = slope;
+    data<A>(d)[c] = count > 0 ? std::fma(-slope, mean[c], -unit * sum_g[c]) : A(0);
   }
 }
 

@@ -14,7 +14,7 @@ namespace {
 
 struct Arguments {
   Tensor grad_out;
-  std::optional<Tensor> z, scale, shift, mask, residual, sample_factor;
+  std::optional<Tensor> z, mean, scale, shift, mask, residual, residual_mean, sample_factor;
   bool relu, emit_grad;
   Tensor g, sum_g, sum_gz, residual_sum_g, residual_sum_gz;
 };
@@ -78,9 +78,16 @@ struct Partial {
   A *g, *gz, *gr;
 };
 
+// What the products are centred by, [C] each; null without the tensor that it belongs to.
+template <class A>
+struct Means {
+  const A *z, *residual;
+};
+
 template <class T, bool with_z, bool with_residual, class A = acc_t<T>>
 RESNET_FUSED_CLONES void sum_rows(const Partial<A>& sums, const T* __restrict g, const T* __restrict z,
-                                  const T* __restrict r, int64_t rows, int64_t C) {
+                                  const T* __restrict r, const Means<A>& means, int64_t rows, int64_t C) {
+  const A* __restrict mean = means.z, * __restrict r_mean = means.residual;
   A* __restrict sum_g = sums.g, * __restrict sum_gz = sums.gz, * __restrict sum_gr = sums.gr;
   for (int64_t c = 0; c < C; ++c) sum_g[c] = sum_gz[c] = sum_gr[c] = 0;
   int64_t m = 0;
@@ -89,10 +96,14 @@ RESNET_FUSED_CLONES void sum_rows(const Partial<A>& sums, const T* __restrict g,
       const A g0 = load(g + c), g1 = load(g + C + c), g2 = load(g + 2 * C + c), g3 = load(g + 3 * C + c);
       sum_g[c] += (g0 + g1) + (g2 + g3);
       if constexpr (with_z) {
-        sum_gz[c] += (g0 * load(z + c) + g1 * load(z + C + c)) + (g2 * load(z + 2 * C + c) + g3 * load(z + 3 * C + c));
+        const A z0 = load(z + c) - mean[c], z1 = load(z + C + c) - mean[c];
+        const A z2 = load(z + 2 * C + c) - mean[c], z3 = load(z + 3 * C + c) - mean[c];
+        sum_gz[c] += (g0 * z0 + g1 * z1) + (g2 * z2 + g3 * z3);
       }
       if constexpr (with_residual) {
-        sum_gr[c] += (g0 * load(r + c) + g1 * load(r + C + c)) + (g2 * load(r + 2 * C + c) + g3 * load(r + 3 * C + c));
+        const A r0 = load(r + c) - r_mean[c], r1 = load(r + C + c) - r_mean[c];
+        const A r2 = load(r + 2 * C + c) - r_mean[c], r3 = load(r + 3 * C + c) - r_mean[c];
+        sum_gr[c] += (g0 * r0 + g1 * r1) + (g2 * r2 + g3 * r3);
       }
     }
   }
@@ -100,8 +111,8 @@ RESNET_FUSED_CLONES void sum_rows(const Partial<A>& sums, const T* __restrict g,
     for (int64_t c = 0; c < C; ++c) {
       const A value = load(g + c);
       sum_g[c] += value;
-      if constexpr (with_z) sum_gz[c] += value * load(z + c);
-      if constexpr (with_residual) sum_gr[c] += value * load(r + c);
+      if constexpr (with_z) sum_gz[c] += value * (load(z + c) - mean[c]);
+      if constexpr (with_residual) sum_gr[c] += value * (load(r + c) - r_mean[c]);
     }
   }
 }
@@ -148,6 +159,7 @@ struct ChunkSums {
   const Arguments& a;
   const Shape shape;
   const int64_t C = shape.channels, step = std::max<int64_t>(4, 4096 / C / 4 * 4);  // rows in the first-level cache
+  const Means<A> means{data<A>(a.mean), data<A>(a.residual_mean)};
   std::vector<A> sums = std::vector<A>(6 * C);
   std::vector<T> scratch = std::vector<T>(a.emit_grad ? 0 : step * C);
 
@@ -164,7 +176,7 @@ struct ChunkSums {
       const T* z = with_z ? data<T>(a.z) + row * C : nullptr;
       const T* residual = with_residual ? data<T>(a.residual) + row * C : nullptr;
       const Partial<A>& sum = row == begin ? block : piece;
-      sum_rows<T, with_z, with_residual>(sum, g, z, residual, stop - row, C);
+      sum_rows<T, with_z, with_residual>(sum, g, z, residual, means, stop - row, C);
       if (row == begin) continue;
       for (int64_t i = 0; i < 3 * C; ++i) sums[i] += sums[3 * C + i];
     }
@@ -204,11 +216,13 @@ void run(const Arguments& a) {
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results norm_add_relu_backward(const Tensor& grad_out, const std::optional<Tensor>& z,
-                               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                               const std::optional<Tensor>& mask, const std::optional<Tensor>& residual,
+                               const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                               const std::optional<Tensor>& shift, const std::optional<Tensor>& mask,
+                               const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_mean,
                                const std::optional<Tensor>& sample_factor, bool relu, bool emit_grad) {
-  Arguments a{grad_out, z, scale, shift, mask, residual, sample_factor, relu, emit_grad, {}, {}, {}, {}, {}};
-  check_norm_add_relu_backward(grad_out, z, scale, shift, mask, residual, sample_factor, relu);
+  check_norm_add_relu_backward(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu);
+  Arguments a{grad_out,      z,    mean,      scale, shift, mask, residual, residual_mean,
+              sample_factor, relu, emit_grad, {},    {},    {},   {},       {}};
   a.g = emit_grad ? empty_channels_last(grad_out) : empty_vector(0, grad_out.scalar_type());
   a.sum_g = empty_stats(grad_out);
   a.sum_gz = empty_stats(grad_out, z.has_value());

@@ -14,14 +14,14 @@ namespace {
 
 template <class A>
 struct Vectors {
-  const A *scale, *shift;  // [C] each
+  const A *mean, *scale, *shift;  // [C] each
 };
 
-// Adds rows of g, masked where scale*z + shift <= 0, and of g*z to sum_g and sum_gz.
+// Adds rows of g, masked where scale*z + shift <= 0, and of g * (z - mean) to sum_g and sum_gz.
 template <class T, class A = acc_t<T>>
 RESNET_FUSED_CLONES void sum_rows(A* __restrict sum_g, A* __restrict sum_gz, const A* __restrict g,
                                   const T* __restrict z, const Vectors<A>& v, int64_t rows, int64_t C) {
-  const A* __restrict scale = v.scale, * __restrict shift = v.shift;
+  const A* __restrict mean = v.mean, * __restrict scale = v.scale, * __restrict shift = v.shift;
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4, g += 4 * C, z += 4 * C) {
     for (int64_t c = 0; c < C; ++c) {
@@ -30,25 +30,25 @@ RESNET_FUSED_CLONES void sum_rows(A* __restrict sum_g, A* __restrict sum_gz, con
       const A g0 = z0 * scale[c] + shift[c] <= 0 ? A(0) : r0, g1 = z1 * scale[c] + shift[c] <= 0 ? A(0) : r1;
       const A g2 = z2 * scale[c] + shift[c] <= 0 ? A(0) : r2, g3 = z3 * scale[c] + shift[c] <= 0 ? A(0) : r3;
       sum_g[c] += (g0 + g1) + (g2 + g3);
-      sum_gz[c] += (g0 * z0 + g1 * z1) + (g2 * z2 + g3 * z3);
+      sum_gz[c] += (g0 * (z0 - mean[c]) + g1 * (z1 - mean[c])) + (g2 * (z2 - mean[c]) + g3 * (z3 - mean[c]));
     }
   }
   for (; m < rows; ++m, g += C, z += C) {
     for (int64_t c = 0; c < C; ++c) {
       const A value = load(z + c), raw = g[c], masked = value * scale[c] + shift[c] <= 0 ? A(0) : raw;
       sum_g[c] += masked;
-      sum_gz[c] += masked * value;
+      sum_gz[c] += masked * (value - mean[c]);
     }
   }
 }
 
 template <class T>
-void run(const PoolShape& shape, const Tensor& grad_out, const Tensor& index, const Tensor& z, const Tensor& scale,
-         const Tensor& shift, const Tensor& sum_g, const Tensor& sum_gz) {
+void run(const PoolShape& shape, const Tensor& grad_out, const Tensor& index, const Tensor& z, const Tensor& mean,
+         const Tensor& scale, const Tensor& shift, const Tensor& sum_g, const Tensor& sum_gz) {
   using A = acc_t<T>;
   const Partition part{Shape(z)};
   const int64_t C = shape.channels;
-  const Vectors<A> v{data<A>(scale), data<A>(shift)};
+  const Vectors<A> v{data<A>(mean), data<A>(scale), data<A>(shift)};
   std::vector<double> totals(std::max<int64_t>(part.chunks, 1) * 2 * C);  // [chunks, 2, C]
   torch::stable::parallel_for(0, part.chunks, 1, [&](int64_t begin, int64_t end) {
     PoolGather<T> gather(shape, grad_out, index, z);
@@ -73,15 +73,15 @@ void run(const PoolShape& shape, const Tensor& grad_out, const Tensor& index, co
 }
 
 std::tuple<Tensor, Tensor> norm_relu_pool_backward(const Tensor& grad_out, const Tensor& index, const Tensor& z,
-                                                   const Tensor& scale, const Tensor& shift,
+                                                   const Tensor& mean, const Tensor& scale, const Tensor& shift,
                                                    const std::vector<int64_t>& kernel,
                                                    const std::vector<int64_t>& stride,
                                                    const std::vector<int64_t>& padding) {
-  check_norm_relu_pool_backward(grad_out, index, z, scale, shift, kernel, stride, padding);
+  check_norm_relu_pool_backward(grad_out, index, z, mean, scale, shift, kernel, stride, padding);
   const Tensor sum_g = empty_stats(z), sum_gz = empty_stats(z);
   for_element_type(z.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    run<T>(PoolShape(z, kernel, stride, padding), grad_out, index, z, scale, shift, sum_g, sum_gz);
+    run<T>(PoolShape(z, kernel, stride, padding), grad_out, index, z, mean, scale, shift, sum_g, sum_gz);
   });
   return {sum_g, sum_gz};
 }

@@ -8,10 +8,11 @@ namespace {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Results norm_add_relu_backward(const Tensor& grad_out, const OptionalTensor& z, const OptionalTensor& scale,
-                               const OptionalTensor& shift, const OptionalTensor& mask, const OptionalTensor& residual,
+Results norm_add_relu_backward(const Tensor& grad_out, const OptionalTensor& z, const OptionalTensor& mean,
+                               const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mask,
+                               const OptionalTensor& residual, const OptionalTensor& residual_mean,
                                const OptionalTensor& sample_factor, bool relu, bool emit_grad) {
-  check_norm_add_relu_backward(grad_out, z, scale, shift, mask, residual, sample_factor, relu);
+  check_norm_add_relu_backward(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu);
   const DeviceGuard guard(grad_out.get_device_index());
   const Extent extent = extent_of(grad_out);
   Tensor g = emit_grad ? empty_channels_last(grad_out) : empty_like(grad_out, {0}, grad_out.scalar_type());
@@ -30,11 +31,13 @@ Results norm_add_relu_backward(const Tensor& grad_out, const OptionalTensor& z, 
       extent,
       grad_out.const_data_ptr(),
       pointer<void>(z),
+      pointer<float>(mean),
       recompute ? pointer<float>(scale) : nullptr,
       recompute ? pointer<float>(shift) : nullptr,
       relu && bits ? pointer<uint8_t>(mask) : nullptr,
       relu && !bits ? pointer<void>(mask) : nullptr,
       pointer<void>(residual),
+      pointer<float>(residual_mean),
       pointer<float>(sample_factor),
       output<void>(g),
       output<float>(scratch),

@@ -36,14 +36,16 @@ def _norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
 
 def _norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
     odd, tail = Draw(ODD), Draw(TAIL)
-    recompute = {"z": odd.data(), "scale": odd.vector(), "shift": odd.vector()}
+    recompute = {"z": odd.data(), "mean": odd.vector(), "scale": odd.vector(), "shift": odd.vector()}
     yield Case("recomputed sign, odd channels", (odd.data(),), recompute)
     output = odd.data().clamp_min(0)
     grad_out = torch.where(output <= 0, torch.nan, odd.data())  # a NaN gradient that the mask must drop
-    yield Case("output, sums only", (grad_out,), {"z": odd.data(), "mask": output, "emit_grad": False})
-    bits = {"z": tail.data(), "mask": pack_mask(tail.data() > 0), "residual": tail.data()}
+    options = {"z": odd.data(), "mean": odd.vector(), "mask": output, "emit_grad": False}
+    yield Case("output, sums only", (grad_out,), options)
+    bits = {"z": tail.data(), "mean": tail.vector(), "mask": pack_mask(tail.data() > 0)}
+    bits |= {"residual": tail.data(), "residual_mean": tail.vector()}
     yield Case("bits, projection shortcut, factor", (tail.data(),), {**bits, "sample_factor": tail.factor()})
-    yield Case("no relu", (odd.data(),), {"z": odd.data(), "relu": False})
+    yield Case("no relu", (odd.data(),), {"z": odd.data(), "mean": odd.vector(), "relu": False})
 
 
 def _lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:

@@ -69,7 +69,7 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("masked residual", (tail.data(wide), _weight(tail, 40)), bits)
     half = _weight(tail, 40, 40)
     coupling = {"coupling": half + half.transpose(0, 1), "constant": tail.vector()}
-    lazy = {"x": tail.data(), "x_scale": tail.vector(), "x_shift": tail.vector()}
+    lazy = {"x": tail.data(), "x_scale": tail.vector(), "x_shift": tail.vector(), "x_mean": tail.vector()}
     masked = {"mask": pack_mask(tail.data(wide) > 0), "a": tail.vector(OUTPUTS), "sample_factor": tail.factor()}
     yield Case("Gram join: bits, coupling, sums", (tail.data(wide), _weight(tail, 40)), masked | coupling | lazy)
     small = (3, OUTPUTS, 5, 4)
@@ -91,10 +91,11 @@ def conv1x1_backward(dtype: torch.dtype) -> Iterator[Case]:
     odd, tail, wide = Draw(ODD), Draw(TAIL), (3, OUTPUTS, 9, 7)
     yield Case("plain, odd channels", (odd.data((2, 5, 5, 3)), _weight(odd, 7, 5), odd.data((2, 7, 5, 3))), {})
     lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
-    gram = {"mask": pack_mask(tail.data(wide) > 0), "weight_scale": tail.vector(OUTPUTS), "through": False}
+    gram = {"mask": pack_mask(tail.data(wide) > 0), "weight_scale": tail.vector(OUTPUTS)}
     arguments = (tail.data(wide), _weight(tail, 40), tail.data())
     yield Case("Gram join: bits", arguments, gram | lazy)
-    yield Case("lazy gradient, sums", arguments, lazy_gradient(tail, wide) | lazy | {"sample_factor": tail.factor()})
+    sums = lazy | {"x_mean": tail.vector(), "sample_factor": tail.factor()}
+    yield Case("lazy gradient, sums", arguments, lazy_gradient(tail, wide) | sums)
     bits = {"residual": tail.data(), "residual_mask": pack_mask(tail.data() > 0)}
     yield Case("lazy gradient, masked residual", arguments, lazy_gradient(tail, wide) | bits)
     half = _weight(tail, 40, 40)
@@ -172,15 +173,15 @@ class PoolDraw(Draw):
 
     def backward(self, z: Tensor | None = None, nan_where_masked: bool = False) -> tuple:
         """Arguments of `norm_relu_pool_backward`; a gradient may be NaN where the winner is no positive value."""
-        z, scale, shift, *window = self.forward(z)
-        out, index = OPS["norm_relu_pool"].reference(z, scale, shift, *window)
+        z, *affine = self.forward(z)
+        out, index = OPS["norm_relu_pool"].reference(z, *affine)
         grad_out = self.data(out.shape)
         grad_out = torch.where(out <= 0, torch.nan, grad_out) if nan_where_masked else grad_out
-        return grad_out, index, z, scale, shift, *window
+        return grad_out, index, z, self.vector(), *affine
 
     def apply(self, z: Tensor | None = None, affine: bool = True, nan_where_masked: bool = False) -> tuple:
         """Arguments of `norm_relu_pool_apply`."""
-        grad_out, index, z, *rest = self.backward(z, nan_where_masked)
+        grad_out, index, z, _, *rest = self.backward(z, nan_where_masked)
         b, d = (self.vector(), self.vector()) if affine else (None, None)
         return grad_out, index, z, self.vector(), b, d, *rest
 

@@ -5,21 +5,21 @@ Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0, an 
     grad_weight[k, c] = sum_m dz[m, k] * x^[m, c]
     sum_dz[k]         = sum_m dz[m, k]
     y                 = (weight_scale[k]*dz) W  +  x^ coupling  +  constant[c]
-    grad_x            = keep ? y : 0,  keep = not (x_scale*x + x_shift <= 0)    x_scale given and `through`
+    grad_x            = keep ? y : 0,  keep = not (x_scale*x + x_shift <= 0)    x_mean given
                       | y + keep * residual                                     else; keep = bit of residual_mask
-    sum_g[c]          = sum_m grad_x                 x_scale given and `through`, of grad_x as rounded; else empty
-    sum_gx[c]         = sum_m grad_x * x
+    sum_g[c]          = sum_m grad_x                         x_mean given, of grad_x as rounded; else empty
+    sum_gx[c]         = sum_m grad_x * (x - x_mean)
 
 They are :mod:`.conv1x1_wgrad` and :mod:`.conv1x1_dgrad` of the same dz, whose docstrings say what the terms are for;
 `weight_scale` is batch norm's scale of a Gram join, whose weight gradient wants the gradient without it. What such a
-join adds to the gradient of its input follows from grad_weight: with ``through=False`` grad_x stops before the ReLU of
-a lazy x, for a `conv1x1_dgrad` without a weight to go on from.
+join adds to the gradient of its input follows from grad_weight: without `x_mean`, grad_x stops before the ReLU of a lazy
+x, for a `conv1x1_dgrad` without a weight to go on from.
 
 `g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
 bfloat16 and float16 (float32 and float64 by the reference alone: of float32 registers would hold half), channels_last;
 `weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32 (float64 for
-float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift and constant, ``[N]`` for
-sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at every call.
+float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift, x_mean and constant,
+``[N]`` for sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at every call.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MOST_COUPLED = 64, 128  # inputs, which a program then has to have all too, and 
 SCHEMA = (
     "(Tensor g, Tensor weight, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
     "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? weight_scale=None, "
-    "Tensor? x_scale=None, Tensor? x_shift=None, Tensor? coupling=None, Tensor? constant=None, "
-    "Tensor? residual=None, Tensor? residual_mask=None, int[2] residual_stride=1, bool through=True) "
+    "Tensor? x_scale=None, Tensor? x_shift=None, Tensor? x_mean=None, Tensor? coupling=None, Tensor? constant=None, "
+    "Tensor? residual=None, Tensor? residual_mask=None, int[2] residual_stride=1) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor sum_dz, Tensor sum_g, Tensor sum_gx)"
 )
 
@@ -71,19 +71,19 @@ def reference(
     weight_scale: Tensor | None = None,
     x_scale: Tensor | None = None,
     x_shift: Tensor | None = None,
+    x_mean: Tensor | None = None,
     coupling: Tensor | None = None,
     constant: Tensor | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
-    through: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dz = lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor)
     grad_weight, sum_dz = conv1x1_wgrad.reference(dz, x, x_scale=x_scale, x_shift=x_shift)
     added = {"coupling": coupling, "constant": constant, "residual": residual}
     added |= {"residual_mask": residual_mask, "residual_stride": residual_stride, "a": weight_scale}
-    if through:
-        added |= {"x": x, "x_scale": x_scale, "x_shift": x_shift}
+    if x_mean is not None:
+        added |= {"x": x, "x_scale": x_scale, "x_shift": x_shift, "x_mean": x_mean}
     else:
         added |= {"x": lazy.activation(x, x_scale, x_shift)}
     grad_x, sum_g, sum_gx = conv1x1_dgrad.reference(dz, weight, **added)
@@ -97,7 +97,7 @@ arguments = takes_arguments_of(reference)(lambda t: t)
 @takes_arguments_of(reference)
 def fake(t):
     g, (k, c), dtype = t.g, t.weight.shape[:2], stat_dtype(t.g.dtype)
-    summed = c if t.x_scale is not None and t.through else 0
+    summed = 0 if t.x_mean is None else c
     sums = [g.new_empty(size, dtype=dtype) for size in (k, summed, summed)]
     return g.new_empty_strided(t.x.shape, channels_last_strides(t.x.shape)), g.new_empty((k, c), dtype=dtype), *sums
 

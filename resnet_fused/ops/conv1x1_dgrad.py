@@ -8,7 +8,7 @@ Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0)::
            | y + keep * residual                             not given; keep = bit of residual_mask, absent: 1
                                                            (x_scale and residual exclude each other)
     sum_g[c]  = sum_m grad_x                                 x_scale given, of grad_x as rounded; else empty
-    sum_gx[c] = sum_m grad_x * x                             the two sums that batch norm's backward needs
+    sum_gx[c] = sum_m grad_x * (x - x_mean)                  the two sums that batch norm's backward needs
 
 `residual` is the gradient of another path into the same tensor: the identity path's, still to be masked by the bits
 that its forward wrote, or a strided projection's, which belongs to the pixels
@@ -20,8 +20,8 @@ from, ``[::x_stride, ::x_stride]``.
 `g`, `z`: ``[N, K, H, W]``, `grad_x`: ``[N, C, H, W]``, `x`: ``[N, C, H', W']`` with ``H = ceil(H'/x_stride)`` and W
 alike, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of float32, bfloat16, float16 (float64 by the reference),
 channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32
-(float64 for float64): ``[K]`` for a, b, d, scale and shift, ``[C]`` for x_scale, x_shift and constant, ``[N]`` for
-sample_factor. Source of the correction: ``steps.folded_join``.
+(float64 for float64): ``[K]`` for a, b, d, scale and shift, ``[C]`` for x_scale, x_shift, x_mean and constant,
+``[N]`` for sample_factor. Source of the correction: ``steps.folded_join``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .contract import (
 SCHEMA = (
     "(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
     "Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, Tensor? x_scale=None, "
-    "Tensor? x_shift=None, Tensor? coupling=None, Tensor? constant=None, Tensor? residual=None, "
+    "Tensor? x_shift=None, Tensor? x_mean=None, Tensor? coupling=None, Tensor? constant=None, Tensor? residual=None, "
     "Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1) "
     "-> (Tensor grad_x, Tensor sum_g, Tensor sum_gx)"
 )
@@ -64,6 +64,7 @@ def reference(
     x: Tensor | None = None,
     x_scale: Tensor | None = None,
     x_shift: Tensor | None = None,
+    x_mean: Tensor | None = None,
     coupling: Tensor | None = None,
     constant: Tensor | None = None,
     residual: Tensor | None = None,
@@ -85,7 +86,7 @@ def reference(
     keep = ~(x.to(dtype) * per_channel(x_scale) + per_channel(x_shift) <= 0)
     grad_x = channels_last(torch.where(keep, y, torch.zeros_like(y)).to(g.dtype))
     wide = grad_x.double() if g.device.type == "cpu" else grad_x.to(dtype)
-    return grad_x, wide.sum((0, 2, 3)).to(dtype), (wide * x).sum((0, 2, 3)).to(dtype)
+    return grad_x, wide.sum((0, 2, 3)).to(dtype), (wide * (x - per_channel(x_mean))).sum((0, 2, 3)).to(dtype)
 
 
 def _add_residual(y: Tensor, residual: Tensor, mask: Tensor | None, stride) -> Tensor:

@@ -7,13 +7,15 @@ Formula (f = sample_factor[n], absent: 1)::
                    | 1                         if not relu
     g              = keep ? grad_out : 0       (a select: a NaN gradient where keep is false becomes 0, as in stock)
     sum_g[c]          = sum_m f * g
-    sum_gz[c]         = sum_m f * g * z           (empty if z is None)
+    sum_gz[c]         = sum_m f * g * (z - mean)  (empty if z is None)
     residual_sum_g[c] = sum_m g                   (empty if residual is None)
-    residual_sum_gz[c]= sum_m g * residual        (empty if residual is None)
+    residual_sum_gz[c]= sum_m g * (residual - residual_mean)    (empty if residual is None)
 
 `grad_out`, `z`, `residual`: ``[N, C, H, W]``, one dtype, channels_last; vectors ``[C]`` float32 (float64 for float64).
-`residual` is the raw convolution output of a projection shortcut, whose own batch norm needs its two sums. `g` is like
-grad_out, or empty without ``emit_grad`` (when the reader masks on load, see `lazy_grad_apply`).
+`residual` is the raw convolution output of a projection shortcut, whose own batch norm needs its two sums. `mean` and
+`residual_mean` are what those batch norms subtract, of the batch or running, and come with `z` and `residual`: sums of
+g*z would lose their digits where a mean is large beside the deviation. `g` is like grad_out, or empty without
+``emit_grad`` (when the reader masks on load, see `lazy_grad_apply`).
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from .contract import (
     per_channel,
     per_sample,
     stat_dtype,
+    takes_arguments_of,
 )
 
 SCHEMA = (
-    "(Tensor grad_out, Tensor? z=None, Tensor? scale=None, Tensor? shift=None, Tensor? mask=None, "
-    "Tensor? residual=None, Tensor? sample_factor=None, bool relu=True, bool emit_grad=True) "
+    "(Tensor grad_out, Tensor? z=None, Tensor? mean=None, Tensor? scale=None, Tensor? shift=None, "
+    "Tensor? mask=None, Tensor? residual=None, Tensor? residual_mean=None, Tensor? sample_factor=None, "
+    "bool relu=True, bool emit_grad=True) "
     "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)"
 )
 
@@ -42,10 +46,12 @@ SCHEMA = (
 def reference(
     grad_out: Tensor,
     z: Tensor | None = None,
+    mean: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_mean: Tensor | None = None,
     sample_factor: Tensor | None = None,
     relu: bool = True,
     emit_grad: bool = True,
@@ -66,19 +72,21 @@ def reference(
     return (
         channels_last(g.to(grad_out.dtype)) if emit_grad else grad_out.new_empty(0),
         total(factored),
-        none if z is None else total(factored * z),
+        none if z is None else total(factored * (z - per_channel(mean))),
         none.clone() if residual is None else total(wide),
-        none.clone() if residual is None else total(wide * residual),
+        none.clone() if residual is None else total(wide * (residual - per_channel(residual_mean))),
     )
 
 
 def fake(
     grad_out: Tensor,
     z: Tensor | None = None,
+    mean: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_mean: Tensor | None = None,
     sample_factor: Tensor | None = None,
     relu: bool = True,
     emit_grad: bool = True,
@@ -92,20 +100,18 @@ def fake(
     return g, vector(True), vector(z is not None), vector(residual is not None), vector(residual is not None)
 
 
-def bytes(
-    grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, relu=True, emit_grad=True
-):
+@takes_arguments_of(reference)
+def bytes(t):
     """One read of everything given, one write of `g` where it is emitted."""
-    used_mask = mask if relu else None
-    return nbytes(grad_out, z, used_mask, residual) + (nbytes(grad_out) if emit_grad else 0)
+    read = nbytes(t.grad_out, t.z, t.mask if t.relu else None, t.residual)
+    return read + (nbytes(t.grad_out) if t.emit_grad else 0)
 
 
-def flops(
-    grad_out, z=None, scale=None, shift=None, mask=None, residual=None, sample_factor=None, relu=True, emit_grad=True
-):
-    """One add for each sum, a multiply-add for each product, the recomputed sign where there is no mask."""
-    recompute = 2 if relu and mask is None else 0
-    return grad_out.numel() * (1 + 2 * (z is not None) + 3 * (residual is not None) + recompute)
+@takes_arguments_of(reference)
+def flops(t):
+    """One add for each sum, a subtraction and a multiply-add for each product, the sign where there is no mask."""
+    recompute = 2 if t.relu and t.mask is None else 0
+    return t.grad_out.numel() * (1 + 3 * (t.z is not None) + 4 * (t.residual is not None) + recompute)
 
 
 OP = define("norm_add_relu_backward", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

@@ -5,7 +5,7 @@ Formula, over the pixels m of z::
     keep       = not (scale[c]*z + shift[c] <= 0)
     g          = keep ? (sum of grad_out over the windows whose index points at the pixel) : 0
     sum_g[c]   = sum_m g
-    sum_gz[c]  = sum_m g * z
+    sum_gz[c]  = sum_m g * (z - mean[c])        (centred, as in `norm_add_relu_backward`)
 
 `grad_out`: ``[N, C, Ho, Wo]``, `z`: ``[N, C, H, W]``, one dtype; `index`: uint8, as `norm_relu_pool` gave it; all
 channels_last. Vectors ``[C]`` float32 (float64 for float64), the dtype of g, which is not rounded. Each pixel gathers
@@ -21,8 +21,8 @@ from .contract import Tensor, define, nbytes, per_channel, stat_dtype
 from .norm_relu_pool import pooled_shape
 
 SCHEMA = (
-    "(Tensor grad_out, Tensor index, Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, "
-    "int[2] padding=1) -> (Tensor sum_g, Tensor sum_gz)"
+    "(Tensor grad_out, Tensor index, Tensor z, Tensor mean, Tensor scale, Tensor shift, int[2] kernel=3, "
+    "int[2] stride=2, int[2] padding=1) -> (Tensor sum_g, Tensor sum_gz)"
 )
 
 
@@ -55,6 +55,7 @@ def reference(
     grad_out: Tensor,
     index: Tensor,
     z: Tensor,
+    mean: Tensor,
     scale: Tensor,
     shift: Tensor,
     kernel=(3, 3),
@@ -64,13 +65,14 @@ def reference(
     check_shapes("norm_relu_pool_backward", grad_out, index, z, kernel, stride, padding)
     g = gradient(grad_out, index, z, scale, shift, kernel, stride, padding)
     wide = g.double() if g.device.type == "cpu" else g  # float64 sums where they are free
-    return tuple(total.sum((0, 2, 3)).to(g.dtype) for total in (wide, wide * z))
+    return tuple(total.sum((0, 2, 3)).to(g.dtype) for total in (wide, wide * (z - per_channel(mean))))
 
 
 def fake(
     grad_out: Tensor,
     index: Tensor,
     z: Tensor,
+    mean: Tensor,
     scale: Tensor,
     shift: Tensor,
     kernel=(3, 3),
@@ -82,7 +84,7 @@ def fake(
     return z.new_empty(c, dtype=dtype), z.new_empty(c, dtype=dtype)
 
 
-def bytes(grad_out, index, z, scale, shift, kernel=(3, 3), stride=(2, 2), padding=(1, 1)):
+def bytes(grad_out, index, z, mean, scale, shift, kernel=(3, 3), stride=(2, 2), padding=(1, 1)):
     """One read of `grad_out`, `index` and `z`."""
     return nbytes(grad_out, index, z)
 
@@ -92,9 +94,9 @@ def gather_flops(grad_out, z, kernel):
     return grad_out.numel() * (kernel[0] * kernel[1] + 1) + 2 * z.numel()
 
 
-def flops(grad_out, index, z, scale, shift, kernel=(3, 3), stride=(2, 2), padding=(1, 1)):
-    """The gathered gradient, an addition and a multiply-add for each element of `z`."""
-    return gather_flops(grad_out, z, kernel) + 3 * z.numel()
+def flops(grad_out, index, z, mean, scale, shift, kernel=(3, 3), stride=(2, 2), padding=(1, 1)):
+    """The gathered gradient, two additions and a multiply-add for each element of `z`."""
+    return gather_flops(grad_out, z, kernel) + 4 * z.numel()
 
 
 OP = define("norm_relu_pool_backward", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)

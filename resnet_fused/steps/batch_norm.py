@@ -8,11 +8,12 @@ Forward (Ioffe and Szegedy 2015)::
 Backward, with g the gradient at batch norm's output and M the values per channel::
 
     grad_beta  = sum g
-    grad_gamma = rstd * (sum g*z - mean * sum g)
+    grad_gamma = rstd * sum g*(z - mean)
     dz = a*g + b*z + d,  a = scale,  b = -scale * rstd * grad_gamma / M,
-                         d = scale * (mean * rstd * grad_gamma - grad_beta) / M
+                         d = -b*mean - scale * grad_beta / M
 
-With running statistics nothing depends on the batch: b = d = 0.
+The kernels that write g subtract the mean before they sum: sum g*z - mean * sum g would lose as many digits as the mean
+has more than the deviation. With running statistics nothing depends on the batch: b = d = 0.
 """
 
 from __future__ import annotations
@@ -81,8 +82,7 @@ def running_affine(tensors: StepTensors, norm: Norm, dtype: torch.dtype) -> Affi
 def coefficients(bn: Affine, sum_g: Tensor, sum_gz: Tensor, z: Tensor, norm: Norm, backend: str) -> Coefficients:
     """The backward's affine map from the two sums that the kernel which wrote `g` emitted. `z`: for its pixels."""
     if not norm.batch_stats:
-        grad_gamma = bn.rstd * torch.addcmul(sum_gz, bn.mean, sum_g, value=-1)
-        return Coefficients(bn.scale, None, None, grad_gamma, sum_g)
+        return Coefficients(bn.scale, None, None, bn.rstd * sum_gz, sum_g)
     b, d, grad_gamma = run("bn_coefficients", sum_g, sum_gz, bn.mean, bn.rstd, bn.scale, z, backend=backend)
     return Coefficients(bn.scale, b, d, grad_gamma, sum_g)
 

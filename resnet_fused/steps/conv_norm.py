@@ -29,7 +29,7 @@ def forward(x: Tensor, tensors: StepTensors, step: Step, backend: str) -> tuple[
 
 def mask_and_sum(grad: Tensor, z: Tensor, bn: Affine, step: Step, backend: str) -> LazyGrad:
     """The gradient before ``relu(bn(z))``, from the gradient behind it, as a value: two reads, no write."""
-    sums = run("norm_add_relu_backward", grad, z, bn.scale, bn.shift, emit_grad=False, backend=backend)
+    sums = run("norm_add_relu_backward", grad, z, bn.mean, bn.scale, bn.shift, emit_grad=False, backend=backend)
     return LazyGrad(grad, z, coefficients(bn, sums[1], sums[2], z, step.norm, backend), bn, relu=True)
 
 

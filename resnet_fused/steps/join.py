@@ -153,10 +153,11 @@ def backward(
     step, main = chain.steps[-1], tensors[n - 1]
     bn = state.main.bn if chain.gram else state.main
     recompute = chain.relu and not has_residual and not chain.gram
+    options = raw(state) | ({"scale": bn.scale, "shift": bn.shift} if recompute else {"mask": out})
+    options |= {"sample_factor": sample_factor, "relu": chain.relu, "emit_grad": chain.relu}
     g, sum_g, sum_gz, shortcut_sum_g, shortcut_sum_gz = run(
-        "norm_add_relu_backward", grad_out, state.z, bn.scale if recompute else None, bn.shift if recompute else None,
-        None if recompute else out, state.shortcut_z, sample_factor, chain.relu, chain.relu, backend=backend,
-    )  # fmt: skip
+        "norm_add_relu_backward", grad_out, **options, backend=backend
+    )
     g = g if chain.relu else grad_out
     if chain.gram:
         grad_h, main_grads = folded_join.backward(
@@ -177,11 +178,19 @@ def backward(
     return JoinGrads(grad_h, main_grads, shortcut_grads, grad_x)
 
 
+def raw(state) -> dict[str, Tensor]:
+    """What a join (also that of `lazy_join`) wrote raw and the means to sum it about, for `norm_add_relu_backward`."""
+    found = {} if state.z is None else {"z": state.z, "mean": state.main.mean}
+    if state.shortcut_z is not None:
+        found |= {"residual": state.shortcut_z, "residual_mean": state.shortcut.mean}
+    return found
+
+
 def _pooled_backward(chain, grad_out, h, tensors, state, needs, needs_h) -> JoinGrads:
     """Of a stem: the gradient reaches its convolution from the pool's output, through nothing of the size between."""
     step, own, bn, backend = chain.steps[-1], tensors[-1], state.main, chain.backend
     read = (grad_out, state.index, state.z)
-    sums = run("norm_relu_pool_backward", *read, bn.scale, bn.shift, *chain.pool.args, backend=backend)
+    sums = run("norm_relu_pool_backward", *read, bn.mean, bn.scale, bn.shift, *chain.pool.args, backend=backend)
     c = coefficients(bn, *sums, state.z, step.norm, backend)
     vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
     dz = run("norm_relu_pool_apply", *read, *vectors, *chain.pool.args, backend=backend)

@@ -18,6 +18,7 @@ from ..backends import run
 from . import folded_join, pointwise
 from .batch_norm import Affine, Coefficients, Statistics, coefficients
 from .folded_join import Folded, FoldedGrads
+from .join import raw
 from .lazy import Lazy, LazyGrad
 from .pointwise import PathGrad, Value, parts
 from .spec import Chain, Step, StepGrads, StepTensors
@@ -123,11 +124,8 @@ def backward(
     step, own = chain.steps[-1], tensors[n - 1]
     sums = None
     if not (chain.gram and (chain.shortcut is None or chain.gram_shortcut)):
-        # `sum g z` of whatever was written raw; all branches in one pass.
-        sums = run(
-            "norm_add_relu_backward", grad_out, state.z, mask=state.mask, residual=state.shortcut_z,
-            sample_factor=sample_factor, relu=chain.relu, emit_grad=False, backend=backend,
-        )  # fmt: skip
+        options = raw(state) | {"mask": state.mask, "sample_factor": sample_factor, "relu": chain.relu}
+        sums = run("norm_add_relu_backward", grad_out, **options, emit_grad=False, backend=backend)
     shortcut_grads, other = None, None
     if chain.shortcut is not None:
         grad = _at_conv(chain, grad_out, state, chain.shortcut, state.shortcut, state.shortcut_z, sums and sums[3:])

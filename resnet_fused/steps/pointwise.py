@@ -99,7 +99,7 @@ def input_grad(
     if correction is not None or scale is not None:
         options |= {"x": x, "x_stride": step.conv.stride}
     if isinstance(value, Lazy):
-        options |= {"x_scale": scale, "x_shift": shift}
+        options |= {"x_scale": scale, "x_shift": shift, "x_mean": value.bn.mean}
         grad_x, *sums = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
         if step.conv.stride != (1, 1):  # of the pixels that nobody read it is 0, and adds nothing to the sums
             grad_x = spread(grad_x, x, step.conv.stride, None, backend)
@@ -134,13 +134,12 @@ def both_grads(
     """
     x, scale, shift = parts(value)
     options: dict = grad.on_load() | {"x_scale": scale, "x_shift": shift, "weight_scale": weight_scale}
+    options |= {"x_mean": value.bn.mean} if isinstance(value, Lazy) and through_relu else {}
     if other is not None:
         options |= {"residual": other.grad, "residual_mask": other.mask, "residual_stride": other.stride}
         coupling, constant = other.correction or (None, None)
         options |= {"coupling": coupling, "constant": constant}
-    grad_x, product, sum_dz, *sums = run(
-        "conv1x1_backward", grad.g, weight.contiguous(), x, **options, through=through_relu, backend=backend
-    )
+    grad_x, product, sum_dz, *sums = run("conv1x1_backward", grad.g, weight.contiguous(), x, **options, backend=backend)
     if not through_relu:
         grad_x = LazyGrad(grad_x, None, Coefficients(None, None, None, None, None), grad.bn)
     elif isinstance(value, Lazy):

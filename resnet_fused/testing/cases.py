@@ -100,12 +100,18 @@ def norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"not finite, relu {relu}", (_specials(draw), ones, zeros), options)
 
 
+def _about_mean(draw: Draw, *names: str) -> dict:
+    """Activations, and what the kernel subtracts from each before it sums them."""
+    means = {"z": "mean", "residual": "residual_mean"}
+    return {name: draw.data() for name in names} | {means[name]: draw.vector() for name in names}
+
+
 def _keep(draw: Draw, kind: str) -> dict:
     """The options that say where the gradient passes."""
     if kind == "none":
         return {"relu": False}
     if kind == "recompute":
-        return {"z": draw.data(), "scale": draw.vector(), "shift": draw.vector()}
+        return _about_mean(draw, "z") | {"scale": draw.vector(), "shift": draw.vector()}
     output = draw.data().clamp_min(0)
     return {"mask": output if kind == "output" else pack_mask(output > 0)}
 
@@ -114,20 +120,24 @@ def norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
     keeps = ("none", "bits", "output", "recompute")
     for keep, z, residual, factor, emit in itertools.product(keeps, *[(False, True)] * 4):
         draw = NormalDraw(ODD)
-        options = (
-            _keep(draw, keep) | ({"z": draw.data()} if z else {}) | ({"residual": draw.data()} if residual else {})
-        )
+        given = [name for name, there in (("z", z), ("residual", residual)) if there]
+        options = _keep(draw, keep) | _about_mean(draw, *given)
         options |= ({"sample_factor": draw.factor()} if factor else {}) | {"emit_grad": emit}
         name = f"keep {keep}, z {z}, residual {residual}, factor {factor}, emit {emit}"
         yield Case(name, (draw.data(),), options)
     for (name, draw), keep in itertools.product(_shapes(), keeps[1:]):
-        options = {"z": draw.data(), "residual": draw.data(), "sample_factor": _factor(draw)} | _keep(draw, keep)
+        options = _about_mean(draw, "z", "residual") | {"sample_factor": _factor(draw)} | _keep(draw, keep)
         yield Case(f"{name}, keep {keep}", (draw.data(),), options)
     draw = NormalDraw((2, 24, 3, 5))
     output = _specials(draw).clamp_min(0)
-    yield Case("NaN output", (draw.data(),), {"z": draw.data(), "mask": output})
+    yield Case("NaN output", (draw.data(),), _about_mean(draw, "z") | {"mask": output})
     grad_out = torch.where(output <= 0, torch.nan, draw.data())
-    yield Case("NaN gradient where masked", (grad_out,), {"z": draw.data(), "mask": pack_mask(~(output <= 0))})
+    options = _about_mean(draw, "z") | {"mask": pack_mask(~(output <= 0))}
+    yield Case("NaN gradient where masked", (grad_out,), options)
+    far = NormalDraw((2, 24, 20, 20))
+    options = {"z": far.far_from_zero(dtype), "residual": far.far_from_zero(dtype), "relu": False}
+    options |= {"mean": torch.full((24,), 64.0).double(), "residual_mean": torch.full((24,), 64.0).double()}
+    yield Case("means far from zero", (far.data(),), options)
 
 
 def lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:

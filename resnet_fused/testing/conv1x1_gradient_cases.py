@@ -18,14 +18,19 @@ COEFFICIENTS = ("none", "a", "abd")
 # conv1x1_dgrad --------------------------------------------------------------------------------------------------
 
 
+def _summed(draw: Pointwise) -> dict:
+    """Of a lazy input, whose sums are asked for."""
+    return draw.lazy() | {"x_mean": draw.vector()}
+
+
 def _asked(draw: Pointwise, kind: str) -> dict:
     """What is added to the product and asked of it; by name."""
     if kind in ("nothing", "sums"):
-        return {} if kind == "nothing" else {"x": draw.data()} | draw.lazy()
+        return {} if kind == "nothing" else {"x": draw.data()} | _summed(draw)
     if kind == "constant":
         return {"constant": draw.vector()}
     if kind.startswith("coupling"):  # of a Gram join; the input is a tensor if a join wrote it, lazy otherwise
-        lazy = draw.lazy() if "sums" in kind else {}
+        lazy = _summed(draw) if "sums" in kind else {}
         options = {"x": draw.data(), "coupling": draw.symmetric(), "constant": draw.vector()} | lazy
         return options | (_asked(draw, "residual, bits") if "residual" in kind else {})
     stride = next((s for s in STRIDES if str(s) in kind), (1, 1))
@@ -68,6 +73,10 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
         draw = Pointwise(shape, outputs)
         options = draw.gradient("bits", "a", False) | _asked(draw, "residual, bits, (2, 1)")
         yield Case(f"{name}, strided residual", (draw.data(draw.wide), draw.weight()), options)
+    draw = Pointwise((2, 24, 20, 20), 16)
+    far = {"x": draw.far_from_zero(dtype), "x_mean": torch.full((24,), 64.0).double()}  # all positive: nothing masked
+    far |= {"x_scale": torch.ones(24).double(), "x_shift": torch.ones(24).double()}
+    yield Case("sums, mean far from zero", (draw.data(draw.wide), draw.weight()), far)
     yield from _dgrad_not_finite()
 
 
@@ -160,12 +169,11 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
 
 #: Beside `conv1x1_cases.SHAPES`: as narrow as the op takes.
 NARROW = {"many channels": ((1, 200, 5, 4), 120), "many outputs": ((1, 72, 5, 4), 248)}
-BEHIND = {"through": False}
 
 
 def _both(draw: Pointwise, name: str, gradient: dict, asked: str, lazy: bool = False, **options) -> Case:
     """A case of `conv1x1_backward`. `lazy`: x is, where `asked` does not say so already."""
-    options = gradient | (draw.lazy() | BEHIND if lazy else {}) | _asked(draw, asked) | options
+    options = gradient | (draw.lazy() if lazy else {}) | _asked(draw, asked) | options
     x = options.pop("x", None)
     return Case(name, (draw.data(draw.wide), draw.weight(), draw.data() if x is None else x), options)
 
@@ -182,7 +190,7 @@ def conv1x1_backward(dtype: torch.dtype) -> Iterator[Case]:
         gradient = draw.gradient("bits", "none", False)
         yield _both(draw, f"asked {asked}, lazy {lazy}, scaled {scaled}", gradient, asked, lazy, **scale)
     yield from _both_shapes()
-    yield from _both_not_finite()
+    yield from _both_not_finite(dtype)
 
 
 def _both_shapes() -> Iterator[Case]:
@@ -199,19 +207,23 @@ def _both_shapes() -> Iterator[Case]:
         yield _both(draw, f"{name}, strided residual", draw.gradient("bits", "a", False), "residual, bits, (2, 1)")
 
 
-def _both_not_finite() -> Iterator[Case]:
+def _both_not_finite(dtype: torch.dtype) -> Iterator[Case]:
     draw = Pointwise((2, 24, 3, 5), 16)
     keep = draw.data(draw.wide) > 0
     g = torch.where(keep, draw.data(draw.wide), torch.nan)
     masked = {"mask": pack_mask(keep), "weight_scale": draw.vector(16)} | draw.lazy()
-    yield Case("NaN gradient where masked", (g, draw.weight(), draw.data()), masked | BEHIND)
+    yield Case("NaN gradient where masked", (g, draw.weight(), draw.data()), masked)
     options = draw.lazy()
     options["x_shift"][3] = torch.inf  # times a gradient of 0, of a row that does not exist, it would be NaN
     g = draw.data(draw.wide).abs() + 0.5
-    yield Case("infinite shift", (g, draw.weight(), draw.data()), options | BEHIND)
-    yield Case("x not finite", (draw.data(draw.wide), draw.weight(), specials(draw.data())), draw.lazy())
+    yield Case("infinite shift", (g, draw.weight(), draw.data()), options)
+    yield Case("x not finite", (draw.data(draw.wide), draw.weight(), specials(draw.data())), _summed(draw))
     g = specials(draw.data(draw.wide))
     yield Case("gradient not finite", (g, draw.weight(), draw.data()), _asked(draw, "residual, bits"))
+    draw = Pointwise((2, 24, 20, 20), 16)
+    far = {"x_mean": torch.full((24,), 64.0).double()}  # all positive: nothing masked
+    far |= {"x_scale": torch.ones(24).double(), "x_shift": torch.ones(24).double()}
+    yield Case("sums, mean far from zero", (draw.data(draw.wide), draw.weight(), draw.far_from_zero(dtype)), far)
 
 
 CASES = {"conv1x1_dgrad": conv1x1_dgrad, "conv1x1_wgrad": conv1x1_wgrad, "conv1x1_backward": conv1x1_backward}

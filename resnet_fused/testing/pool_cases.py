@@ -69,6 +69,9 @@ def norm_relu_pool_backward(dtype: torch.dtype) -> Iterator[Case]:
     draw = PoolDraw((2, 24, 6, 7), *window(*STEM))
     yield Case("not finite", draw.backward(_specials(draw)), {})
     yield Case("NaN gradient where masked", draw.backward(nan_where_masked=True), {})
+    grad_out, index, z, mean, scale, shift, *where = draw.backward(draw.data() / 16 + 64)
+    far = (grad_out, index, z, torch.full_like(mean, 64.0), scale, shift, *where)
+    yield Case("mean far from zero", far, {})
 
 
 def norm_relu_pool_apply(dtype: torch.dtype) -> Iterator[Case]:

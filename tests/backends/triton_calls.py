@@ -73,7 +73,7 @@ def backward_calls(at):
     """Their gradients."""
     c, k = at.narrow, at.wide
     joined = {"mask": at.bits(k), "a": at.vector(k)} | at.factor()
-    lazy = {"x": at.data(c)} | at.vectors(c, "x_scale", "x_shift")
+    lazy = {"x": at.data(c)} | at.vectors(c, "x_scale", "x_shift", "x_mean")
     coupling = {"coupling": at.weight(c, c), "constant": at.vector(c)}
     arguments = (at.data(k), at.weight(k, c))
     yield "conv1x1_dgrad", "Gram join: bits, factor, coupling, sums", arguments, joined | lazy | coupling
@@ -113,15 +113,16 @@ def narrow_calls(at):
     if c <= 64:
         coupled = {"coupling": at.weight(c, c), "constant": at.vector(c), "residual": at.data(c)}
         yield "conv1x1_backward", "lazy gradient, coupling, residual", arguments, through | coupled
-    yield "conv1x1_backward", "lazy gradient, factor, sums", arguments, through | lazy | at.factor()
+    sums = lazy | at.vectors(c, "x_mean") | at.factor()
+    yield "conv1x1_backward", "lazy gradient, factor, sums", arguments, through | sums
     if k > 256:
         return
     arguments = (at.data(k), at.weight(k, c), at.data(c))
     join = {"mask": at.bits(k)} | at.vectors(k, "weight_scale")
-    yield "conv1x1_backward", "Gram join: bits, lazy", arguments, join | lazy | {"through": False}
+    yield "conv1x1_backward", "Gram join: bits, lazy", arguments, join | lazy
     yield "conv1x1_backward", "Gram projection: bits", arguments, join
-    plain = {"mask": at.bits(k), "z": at.data(k)} | at.vectors(k, "a", "b", "d") | at.factor()
-    yield "conv1x1_backward", "plain join: bits, factor, sums", arguments, plain | lazy
+    plain = {"mask": at.bits(k), "z": at.data(k)} | at.vectors(k, "a", "b", "d")
+    yield "conv1x1_backward", "plain join: bits, factor, sums", arguments, plain | sums
 
 
 def small_calls(at):
@@ -144,9 +145,9 @@ def pixelwise_calls(at):
     shortcut = {"residual": at.data(k)} | at.vectors(k, "residual_scale", "residual_shift")
     options = shortcut | at.factor() | {"emit_mask": True}
     yield "norm_add_relu", "affine residual, factor, mask", (z, v, at.vector(k)), options
-    recompute = {"z": at.data(k)} | at.vectors(k, "scale", "shift")
+    recompute = {"z": at.data(k)} | at.vectors(k, "mean", "scale", "shift")
     yield "norm_add_relu_backward", "recompute, sums only", (z,), recompute | {"emit_grad": False}
-    bits = {"z": at.data(k), "mask": at.bits(k), "residual": at.data(k)}
+    bits = {"z": at.data(k), "mask": at.bits(k), "residual": at.data(k)} | at.vectors(k, "mean", "residual_mean")
     yield "norm_add_relu_backward", "bits, residual, factor", (z,), bits | at.factor()
     yield "lazy_grad_apply", "frozen", (z, None, v), {}
     affine = at.vectors(k, "b", "d", "scale", "shift")
@@ -159,7 +160,7 @@ def pool_calls(at):
     z, vectors = at.data(c), (at.vector(c), at.vector(c))
     yield "norm_relu_pool", "", (z, *vectors), {}
     gathered = (at.data(c, pooled), at.data(c, pooled, torch.uint8), z)
-    yield "norm_relu_pool_backward", "", (*gathered, *vectors), {}
+    yield "norm_relu_pool_backward", "", (*gathered, at.vector(c), *vectors), {}
     yield "norm_relu_pool_apply", "affine", (*gathered, at.vector(c), at.vector(c), at.vector(c), *vectors), {}
 
 

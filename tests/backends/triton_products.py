@@ -127,10 +127,12 @@ def test_statistics_and_sums_are_of_results_as_rounded():
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(m2.double() / 243, wide.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
     x, g, weight = narrow(draw.normal()), narrow(draw.normal(draw.wide)), narrow(draw.normal_weight())
-    grad_x, sum_g, sum_gx = OPS.conv1x1_dgrad(g, weight, x=x, **lazy)
+    x_mean = place(draw.vector())
+    grad_x, sum_g, sum_gx = OPS.conv1x1_dgrad(g, weight, x=x, **lazy, x_mean=x_mean)
     wide = grad_x.double()
     torch.testing.assert_close(sum_g.double(), wide.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(sum_gx.double(), (wide * x.double()).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+    about_mean = x.double() - x_mean.double().view(1, -1, 1, 1)
+    torch.testing.assert_close(sum_gx.double(), (wide * about_mean).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
 
 
 def in_doubt():
@@ -151,7 +153,8 @@ def test_every_kernel_takes_the_sign_that_forward_clamped():
     keep = unpack_mask(mask, z)
     assert torch.equal(OPS.conv1x1(z, identity, scale, shift)[0], out)
     assert torch.equal(OPS.conv1x1_dgrad(ones, identity, z=z, scale=scale, shift=shift)[0].bool(), keep)
-    assert torch.equal(OPS.conv1x1_dgrad(ones, identity, x=z, x_scale=scale, x_shift=shift)[0].bool(), keep)
+    lazy = {"x": z, "x_scale": scale, "x_shift": shift, "x_mean": shift}
+    assert torch.equal(OPS.conv1x1_dgrad(ones, identity, **lazy)[0].bool(), keep)
     sum_g = OPS.conv1x1_wgrad(ones, z, z=z, scale=scale, shift=shift)[1]
     assert torch.equal(sum_g, keep.sum((0, 2, 3)).float())
     one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
@@ -181,6 +184,8 @@ def wrong_products():
         "conv1x1_dgrad: got coupling without x",
         lambda: OPS.conv1x1_dgrad(g, w, coupling=torch.ones(7, 7, 1, 1, device=DEVICE)),
     )
+    lazy = {"x": x, "x_scale": v, "x_shift": v}
+    yield "conv1x1_dgrad: got x_scale without x_mean", lambda: OPS.conv1x1_dgrad(g, w, **lazy)
     yield "conv1x1_dgrad: residual has shape", lambda: OPS.conv1x1_dgrad(g, w, residual=x, residual_stride=[2, 2])
     yield (
         r"conv1x1_dgrad: x has shape \[2, 7, 3, 2\] at a stride of \[2, 2\] but grad_x has \[2, 7, 5, 3\]",

@@ -53,13 +53,13 @@ def forward_options(draw, residual, affine, factor):
 
 def backward_options(draw, keep, z, residual, factor):
     """Options by the way the mask comes: recomputed, as the forward's output, as bits, or not at all."""
-    options = {"z": draw.data()} if z or keep == "recompute" else {}
+    options = {"z": draw.data(), "mean": draw.vector()} if z or keep == "recompute" else {}
     if keep == "recompute":
         options |= {"scale": draw.vector(), "shift": draw.vector()}
     elif keep != "none":
         output = draw.data().clamp_min(0)
         options["mask"] = output if keep == "output" else pack_mask(output > 0)
-    options |= {"residual": draw.data()} if residual else {}
+    options |= {"residual": draw.data(), "residual_mean": draw.vector()} if residual else {}
     return options | ({"sample_factor": draw.factor()} if factor else {}) | {"relu": keep != "none"}
 
 
@@ -117,7 +117,8 @@ def test_empty_batch_launches_nothing(monkeypatch):
     empty, v = draw.data(), draw.vector()
     check("bn_stats", (empty,))
     check("norm_add_relu", (empty, v, v), {"residual": empty, "emit_mask": True})
-    check("norm_add_relu_backward", (empty,), {"z": empty, "scale": v, "shift": v, "residual": empty})
+    options = {"z": empty, "mean": v, "scale": v, "shift": v, "residual": empty, "residual_mean": v}
+    check("norm_add_relu_backward", (empty,), options)
     check("lazy_grad_apply", (empty, empty, v, v, v))
 
 
@@ -176,7 +177,7 @@ def test_backward_recomputes_the_sign_that_forward_clamped():
     ops = torch.ops.resnet_fused_triton
     _, mask = ops.norm_add_relu(z, scale, shift, emit_mask=True)
     ones = on_device(torch.ones(z.shape))
-    g = ops.norm_add_relu_backward(ones, z, scale, shift)[0]
+    g = ops.norm_add_relu_backward(ones, z, scale, scale, shift)[0]
     dz = ops.lazy_grad_apply(ones, z, torch.ones(8, device=DEVICE), scale=scale, shift=shift)
     assert torch.equal(g.bool(), unpack_mask(mask, z))
     assert torch.equal(dz, g)
@@ -188,7 +189,7 @@ def test_same_bits_every_time():
     runs = [
         (
             *torch.ops.resnet_fused_triton.bn_stats(z),
-            *torch.ops.resnet_fused_triton.norm_add_relu_backward(grad, z, mask=z),
+            *torch.ops.resnet_fused_triton.norm_add_relu_backward(grad, z, z[0, :, 0, 0].contiguous(), mask=z),
         )
         for _ in range(2)
     ]
@@ -223,7 +224,7 @@ def test_writes_stay_inside(monkeypatch):
         draw = Draw(shape)
         z, v = on_device(draw.data()), on_device(draw.vector())
         norm_add_relu.run(z, v, v, emit_mask=True)
-        norm_add_relu_backward.run(z, z, v, v)
+        norm_add_relu_backward.run(z, z, v, v, v)
         lazy_grad_apply.run(z, None, v)
     assert len(allocated) == 6
     for out in allocated:
@@ -258,7 +259,7 @@ def bad_calls():
     yield "residual_scale without residual;", lambda: ops.norm_add_relu(z, v, v, None, v, v)
     yield "residual_scale without residual_shift", lambda: ops.norm_add_relu(z, v, v, z, v)
     yield "have 2 samples; pass a \\[2\\] vector", lambda: ops.norm_add_relu(z, v, v, sample_factor=v)
-    yield "pass mask, or z, scale and shift", lambda: ops.norm_add_relu_backward(z, z)
+    yield "pass mask, or z, scale and shift", lambda: ops.norm_add_relu_backward(z, z, v)
     wrong_mask = torch.zeros(30, 2, dtype=torch.uint8, device=DEVICE)
     yield "pass the contiguous \\[30, 1\\] mask", lambda: ops.norm_add_relu_backward(z, mask=wrong_mask)
     yield "got b without z", lambda: ops.lazy_grad_apply(z, None, v, v, v)

@@ -44,17 +44,20 @@ int64_t partial_floats(int64_t rows, int64_t channels, bool residual) {
 }
 
 int norm_add_relu_backward(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sample, const void* grad_out,
-                           const void* z, const float* scale, const float* shift, const uint8_t* mask_bits,
-                           const void* mask_output, const void* residual, const float* sample_factor, void* g,
-                           float* partial, float* sum_g, float* sum_gz, float* residual_sum_g, float* residual_sum_gz) {
+                           const void* z, const float* mean, const float* scale, const float* shift,
+                           const uint8_t* mask_bits, const void* mask_output, const void* residual,
+                           const float* residual_mean, const float* sample_factor, void* g, float* partial,
+                           float* sum_g, float* sum_gz, float* residual_sum_g, float* residual_sum_gz) {
   const NormAddReluBackwardParams p{{rows, channels, rows_per_sample},
                                     grad_out,
                                     z,
+                                    mean,
                                     scale,
                                     shift,
                                     mask_bits,
                                     mask_output,
                                     residual,
+                                    residual_mean,
                                     sample_factor,
                                     g,
                                     partial,

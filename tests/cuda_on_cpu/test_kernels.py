@@ -73,7 +73,7 @@ def forward(kernels, z, scale, shift, residual=None, r_scale=None, r_shift=None,
     return out.value(), mask.value(), launches
 
 
-def backward(kernels, grad, z, scale, shift, bits, output, residual, factor, emit_grad):
+def backward(kernels, grad, z, mean, scale, shift, bits, output, residual, residual_mean, factor, emit_grad):
     n, c, h, w = grad.shape
     g = Guarded(grad.shape, grad.dtype)
     size = kernels.partial_floats(ctypes.c_int64(n * h * w), ctypes.c_int64(c), ctypes.c_bool(residual is not None))
@@ -82,7 +82,7 @@ def backward(kernels, grad, z, scale, shift, bits, output, residual, factor, emi
     present = [True, z is not None, residual is not None, residual is not None]
     kernels.norm_add_relu_backward(
         *geometry(grad),
-        *map(pointer, (grad, z, scale, shift, bits, output, residual, factor)),
+        *map(pointer, (grad, z, mean, scale, shift, bits, output, residual, residual_mean, factor)),
         g.pointer() if emit_grad else pointer(None),
         partial.pointer(),
         *[s.pointer() if there else pointer(None) for s, there in zip(sums, present, strict=True)],
@@ -149,7 +149,7 @@ def test_backward(kernels, dtype, shape, keep):
     grad, z, out, residual = (activation(shape, dtype, generator) for _ in range(4))
     grad[-1, -1, -1, -1] = float("nan")  # where it is masked it must not reach the sums
     out[-1, -1, -1, -1] = 0.0
-    scale, shift = torch.randn(2, shape[1], generator=generator)
+    mean, scale, shift = torch.randn(3, shape[1], generator=generator)
     scale[-1], shift[-1] = 0.0, -1.0
     if keep == "all":
         grad[-1, -1, -1, -1] = 0.5
@@ -163,11 +163,12 @@ def test_backward(kernels, dtype, shape, keep):
         (residual, factor, True),
         (None, factor, False),
     ):
-        args = (grad, z, *recompute, bits, output, r, f)
+        r_mean = None if r is None else shift
+        args = (grad, z, mean, *recompute, bits, output, r, r_mean, f)
         g, sums = backward(kernels, *args, emit_grad)
         mask = bits if bits is not None else out.double() if keep == "output" else None
         expected = norm_add_relu_backward.reference(
-            *double(grad, z, scale, shift), mask, *double(r, f), relu=keep != "all"
+            *double(grad, z, mean, scale, shift), mask, *double(r, r_mean, f), relu=keep != "all"
         )
         if emit_grad:
             assert torch.equal(g.contiguous(), expected[0].to(dtype).contiguous())
@@ -178,8 +179,8 @@ def test_backward(kernels, dtype, shape, keep):
 def test_backward_without_z_and_twice_alike(kernels):
     generator = torch.Generator().manual_seed(4)
     grad = activation((2, 24, 9, 9), torch.float32, generator)
-    first = backward(kernels, grad, None, None, None, None, None, None, None, True)
-    second = backward(kernels, grad, None, None, None, None, None, None, None, True)
+    first = backward(kernels, grad, *[None] * 9, True)
+    second = backward(kernels, grad, *[None] * 9, True)
     assert len(first[1]) == 1
     assert torch.equal(first[0], grad) and torch.equal(second[0], grad)
     assert torch.equal(first[1][0], second[1][0]), "the order of summation must not depend on scheduling"

@@ -87,6 +87,8 @@ def test_forward_refuses(backend, arguments, message):
         ),
         ({"mask": activation().half()}, "mask is Half but grad_out is Float"),
         ({"relu": False, "z": activation(8)}, r"z has shape \[2, 8, 3, 3\]"),
+        ({"relu": False, "z": activation()}, "got z without mean; pass both or neither"),
+        ({"relu": False, "residual_mean": torch.ones(4)}, "got residual_mean without residual"),
     ],
 )
 def test_backward_refuses(backend, options, message):

@@ -40,7 +40,7 @@ def test_results_do_not_depend_on_the_thread_count(shape):
     weight, square, product = (torch.randn(*size) for size in ((100, shape[1], 1, 1), 2 * shape[1:2], (100, shape[1])))
     calls = [
         ("bn_stats", z),
-        ("norm_add_relu_backward", g, z, vector, vector, None, residual),
+        ("norm_add_relu_backward", g, z, vector, vector, vector, None, residual, vector),
         ("gram", z, vector),
         ("gram_norm", weight, square, vector, vector, z),
         ("gram_grad", weight, product, square, vector, vector, rows, rows, rows, z),
@@ -101,6 +101,7 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
         ("norm_add_relu", lambda z, v: (z, v, v, z[:1]), r"residual has shape \[1, 8, 4, 4\] but z has \[2, 8, 4, 4\]"),
         ("norm_add_relu", lambda z, v: (z, v, v, z.half()), "residual is Half but z is Float; pass one dtype"),
         ("norm_add_relu_backward", lambda z, v: (z,), "with relu, pass mask, or z, scale and shift"),
+        ("norm_add_relu_backward", lambda z, v: (z, z, None, v, v), "got z without mean; pass both or neither"),
         ("lazy_grad_apply", lambda z, v: (z, None, v, v, v), "got b without z; pass z too"),
         ("gram", lambda z, v: (z, v[:3]), r"centre has shape \[3\] but the activations have 8 channels"),
         ("gram", lambda z, v: (z, v, None, None, [0, 1]), r"stride is \[0, 1\]; pass two positive numbers"),

@@ -1,4 +1,5 @@
-// g = keep ? grad_out : 0, and per channel the sums of f*g, f*g*z, g and g*residual that batch norm's backward needs.
+// g = keep ? grad_out : 0, and per channel the sums of f*g, f*g*(z - mean), g and
+// g*(residual - residual_mean) that batch norm's backward needs.
 //
 // Bytes per element of b bytes: reads grad_out (b), z (b), the mask (1/8; or b for the forward's output; or nothing,
 // when the sign is recomputed) and residual (b), writes g (b). bf16 with z, bit mask and g: 6.125 bytes/element.
@@ -67,6 +68,9 @@ __global__ void __launch_bounds__(kThreads) norm_add_relu_backward_kernel(const 
     load_coefficients(scale, p.scale, c, 0.f);
     load_coefficients(shift, p.shift, c, 0.f);
   }
+  float mean[kGroup], residual_mean[kGroup];
+  load_coefficients(mean, p.mean, c, 0.f);
+  if constexpr (kResidual) load_coefficients(residual_mean, p.residual_mean, c, 0.f);
   constexpr int kSums = kResidual ? 4 : 2;
   float sum[kSums][kGroup] = {};
   // A thread beyond the last channel has no row to visit, but must take part in the fold.
@@ -83,10 +87,10 @@ __global__ void __launch_bounds__(kThreads) norm_add_relu_backward_kernel(const 
       if (!(keep >> i & 1u)) grad.v[i] = from_float<T>(0.f);  // a select: a masked NaN becomes 0
       const float g = to_float(grad.v[i]), factored = factor * g;
       sum[0][i] += factored;
-      if (kRecompute || p.z) sum[1][i] = fmaf(factored, to_float(z.v[i]), sum[1][i]);
+      if (kRecompute || p.z) sum[1][i] = fmaf(factored, to_float(z.v[i]) - mean[i], sum[1][i]);
       if constexpr (kResidual) {
         sum[2][i] += g;
-        sum[3][i] = fmaf(g, to_float(residual.v[i]), sum[3][i]);
+        sum[3][i] = fmaf(g, to_float(residual.v[i]) - residual_mean[i], sum[3][i]);
       }
     }
     if (p.g) store<kVectors, T>(p.g, row, p.extent.channels, c, grad);

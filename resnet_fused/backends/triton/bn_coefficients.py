@@ -32,11 +32,11 @@ def bn_coefficients_kernel(
     mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)
     rstd = tl.load(rstd_ptr + cols, mask=in_cols, other=0.0)
     scale = tl.load(scale_ptr + cols, mask=in_cols, other=0.0)
-    grad_gamma = rstd * tl.fma(-mean, sum_g, sum_gz)
-    slope = rstd * grad_gamma
+    grad_gamma = rstd * sum_gz
     unit = tl.div_rn(scale, tl.maximum(M, 1).to(tl.float32))
-    tl.store(b_ptr + cols, tl.where(M > 0, -unit * slope, 0.0), mask=in_cols)
-    tl.store(d_ptr + cols, tl.where(M > 0, unit * tl.fma(mean, slope, -sum_g), 0.0), mask=in_cols)
+    b = -unit * (rstd * grad_gamma)
+    tl.store(b_ptr + cols, tl.where(M > 0, b, 0.0), mask=in_cols)
+    tl.store(d_ptr + cols, tl.where(M > 0, tl.fma(-b, mean, -unit * sum_g), 0.0), mask=in_cols)
     tl.store(grad_gamma_ptr + cols, grad_gamma, mask=in_cols)
 
 

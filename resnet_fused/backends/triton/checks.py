@@ -79,6 +79,15 @@ def pair(op: str, name: str, t: Tensor | None, other_name: str, other: Tensor | 
     vector(op, other_name, other, like)
 
 
+def centred(op: str, name: str, t: Tensor | None, mean_name: str, mean: Tensor | None, like: Tensor) -> None:
+    """An optional activation tensor and the vector that is subtracted from it in its sum."""
+    same(op, name, t, "grad_out", like)
+    if (t is None) != (mean is None):
+        got, lacks = (name, mean_name) if mean is None else (mean_name, name)
+        fail(op, f"got {got} without {lacks}; pass both or neither")
+    vector(op, mean_name, mean, like)
+
+
 def mask(op: str, t: Tensor | None, like: Tensor) -> None:
     """The forward's packed bits, or its output."""
     if t is None:

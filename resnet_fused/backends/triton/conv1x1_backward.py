@@ -37,11 +37,11 @@ def conv1x1_backward_kernel(
     z_ptr, mask_ptr,  # [M, K] or None, [M, ceil(K / 8)] uint8 or None
     a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr,  # [K], each or None
     factor_ptr, weight_scale_ptr,  # [N], [K], each or None
-    x_scale_ptr, x_shift_ptr,  # [C], both or None
+    x_scale_ptr, x_shift_ptr, x_mean_ptr,  # [C], the first two together or None, the last with partial_ptr
     coupling_ptr, constant_ptr,  # [C, C] symmetric or None, [C] or None
     residual_ptr, residual_mask_ptr,  # [rows, C] and [rows, ceil(C / 8)] uint8, or None
     grad_ptr, grad_weight_ptr, sum_dz_ptr,  # [M, C], [splits, K, C], [splits, K]
-    partial_ptr,  # [2, splits, C] or None: sums of grad_x and of grad_x * x
+    partial_ptr,  # [2, splits, C] or None: sums of grad_x and of grad_x * (x - x_mean)
     splits, M, UNITS_K, UNITS_C, TILES, W, HW,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,  # of the residual
     DIV_K: tl.constexpr, DIV_C: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -108,7 +108,7 @@ def conv1x1_backward_kernel(
         if partial_ptr is not None:
             grad = tl.where(in_rows[:, None], widen(grad), 0.0)
             sum_g += tl.sum(grad, axis=0)
-            sum_gx += tl.sum(grad * widen(x), axis=0)
+            sum_gx += tl.sum(grad * (widen(x) - load_row(x_mean_ptr, column, C, BLOCK_C)), axis=0)
     K = UNITS_K * DIV_K
     C = UNITS_C * DIV_C
     column = column_tile * BLOCK_C
@@ -139,7 +139,7 @@ def chosen(g: Tensor, c: int, sums: bool) -> tuple[configs.Config, bool]:
 def start(g, weight, x, gradient, weight_scale, additions, residual, stride, results, sums) -> None:
     """Launch the product and what adds its splits up. `results`: grad_x, grad_weight, sum_dz; `sums`: None, or two."""
     (n, k, h, w), c = g.shape, x.shape[1]
-    coupled = additions[2] is not None
+    coupled = additions[3] is not None
     config, transposed = chosen(g, c, bool(sums))
     column_tiles, rows = common.cdiv(c, config.block_n), n * h * w
     assert not coupled or column_tiles == 1, "under a coupling a program needs all channels of x"
@@ -179,12 +179,12 @@ def run(
     weight_scale: Tensor | None = None,
     x_scale: Tensor | None = None,
     x_shift: Tensor | None = None,
+    x_mean: Tensor | None = None,
     coupling: Tensor | None = None,
     constant: Tensor | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
-    through: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.conv1x1_backward`. Raises RuntimeError on arguments that do not fit."""
     checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
@@ -192,22 +192,26 @@ def run(
     checks.vector(NAME, "weight_scale", weight_scale, g)
     (k, c), shape = weight.shape[:2], (g.shape[0], weight.shape[1], *g.shape[2:])
     grad_x = g.new_empty_strided(shape, channels_last_strides(shape))
-    through = through and x_scale is not None
+    summed = x_mean is not None
     added = (residual, residual_mask, residual_stride)
-    check_additions(NAME, grad_x, x, (1, 1), x_scale, x_shift, coupling, constant, *added, through)
+    check_additions(NAME, grad_x, x, (1, 1), x_scale, x_shift, coupling, constant, *added, summed)
+    checks.vector(NAME, "x_mean", x_mean, grad_x)
+    if summed and x_scale is None:
+        checks.fail(NAME, "got x_mean without x_scale; pass x_scale and x_shift too")
     for reason in op.obstacles(k, c, coupling is not None):
         checks.fail(NAME, reason)
     vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
     grad_weight, sum_dz = vector((k, c), dtype=torch.float32), vector(k, dtype=torch.float32)
-    sums = [vector(c if through else 0, dtype=torch.float32) for _ in range(2)]
+    sums = [vector(c if summed else 0, dtype=torch.float32) for _ in range(2)]
     if grad_x.numel() and k:
         if mask is not None:  # the bits decide
             scale = shift = None
         used_z = z if b is not None or scale is not None else None
         gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
-        additions, stride = (x_scale, x_shift, coupling, constant), (1, 1) if residual is None else residual_stride
+        additions = (x_scale, x_shift, x_mean, coupling, constant)
+        stride = (1, 1) if residual is None else residual_stride
         start(g, weight, x, gradient, weight_scale, additions, (residual, residual_mask), stride,
-              (grad_x, grad_weight, sum_dz), sums if through else None)  # fmt: skip
+              (grad_x, grad_weight, sum_dz), sums if summed else None)  # fmt: skip
     return grad_x, grad_weight, sum_dz, *sums
 
 

@@ -43,10 +43,10 @@ def conv1x1_dgrad_kernel(
     z_ptr, mask_ptr,  # [M, K] or None, [M, ceil(K / 8)] uint8 or None
     a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr,  # [K], each or None
     factor_ptr,  # [N] or None
-    x_ptr, x_scale_ptr, x_shift_ptr,  # [N*X_H*X_W, C] or None, [C] and [C], both or None
+    x_ptr, x_scale_ptr, x_shift_ptr, x_mean_ptr,  # [N*X_H*X_W, C] or None, [C] each, all or None
     coupling_ptr, constant_ptr,  # [C, C] symmetric or None, [C] or None
     residual_ptr, residual_mask_ptr,  # [rows, C] and [rows, ceil(C / 8)] uint8, or None
-    grad_ptr, partial_ptr,  # [M, C], [2, chunks, C] with x_scale: sums of grad_x and of grad_x * x
+    grad_ptr, partial_ptr,  # [M, C], [2, chunks, C] with x_scale: sums of grad_x and of grad_x * (x - x_mean)
     chunks, M, UNITS_K, UNITS_C, TILES, W, HW, X_H, X_W,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,  # of the residual
     X_STRIDE_H: tl.constexpr, X_STRIDE_W: tl.constexpr,
@@ -119,7 +119,7 @@ def conv1x1_dgrad_kernel(
         if partial_ptr is not None:
             grad = tl.where(in_rows[:, None], widen(grad), 0.0)  # rows that do not exist hold relu(x_shift) coupling
             sum_g += tl.sum(grad, axis=0)
-            sum_gx += tl.sum(grad * x, axis=0)
+            sum_gx += tl.sum(grad * (x - load_row(x_mean_ptr, column, C, BLOCK_N)), axis=0)
     if partial_ptr is not None:
         cols = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         C = UNITS_C * DIV_C
@@ -191,6 +191,7 @@ def run(
     x: Tensor | None = None,
     x_scale: Tensor | None = None,
     x_shift: Tensor | None = None,
+    x_mean: Tensor | None = None,
     coupling: Tensor | None = None,
     constant: Tensor | None = None,
     residual: Tensor | None = None,
@@ -207,6 +208,7 @@ def run(
     summed = x_scale is not None
     added = (residual, residual_mask, residual_stride)
     check_additions(NAME, grad_x, x, x_stride, x_scale, x_shift, coupling, constant, *added, summed)
+    checks.pair(NAME, "x_scale", x_scale, "x_mean", x_mean, grad_x)
     vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
     sums = [vector(shape[1] if summed else 0, dtype=torch.float32) for _ in range(2)]
     if grad_x.numel():
@@ -215,7 +217,7 @@ def run(
         used_z = z if b is not None or scale is not None else None
         used_x = x if summed or coupling is not None else None
         gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
-        additions = (used_x, x_scale, x_shift, coupling, constant)
+        additions = (used_x, x_scale, x_shift, x_mean, coupling, constant)
         strides = (1, 1) if residual is None else residual_stride, (1, 1) if used_x is None else x_stride
         start(grad_x, g, weight, gradient, additions, (residual, residual_mask), strides, sums if summed else None)
     return grad_x, *sums

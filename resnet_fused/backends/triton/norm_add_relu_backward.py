@@ -33,9 +33,10 @@ def load_bits(mask_ptr, row, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C:
 @triton.jit(do_not_specialize=["chunks", "M", "UNITS", "TILES", "HW"])
 def norm_add_relu_backward_kernel(
     grad_ptr, z_ptr,  # [M, C], [M, C] or None
+    mean_ptr,  # [C] with z
     scale_ptr, shift_ptr,  # [C], both or None
     mask_ptr,  # BITS: [M, ceil(C / 8)] uint8; else the output [M, C], or None
-    residual_ptr, factor_ptr,  # [M, C] or None, [N] or None
+    residual_ptr, residual_mean_ptr, factor_ptr,  # [M, C] and [C], or None; [N] or None
     g_ptr,  # [M, C] or None
     partial_ptr,  # [sums, chunks, C]: sum_g, sum_gz if z, residual_sum_g and residual_sum_gz if residual
     chunks, M, UNITS, TILES, HW,
@@ -54,8 +55,10 @@ def norm_add_relu_backward_kernel(
     offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
     sum_g = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if z_ptr is not None:
+        mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)[None, :]
         sum_gz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if residual_ptr is not None:
+        residual_mean = tl.load(residual_mean_ptr + cols, mask=in_cols, other=0.0)[None, :]
         residual_sum_gz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         if factor_ptr is not None:
             residual_sum_g = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -79,10 +82,10 @@ def norm_add_relu_backward_kernel(
             factored = g * load_factor(factor_ptr, row, in_rows, HW, BLOCK_M)
         sum_g += factored
         if z_ptr is not None:
-            sum_gz = tl.fma(factored, z, sum_gz)
+            sum_gz = tl.fma(factored, z - mean, sum_gz)
         if residual_ptr is not None:
             residual = widen(tl.load(residual_ptr + row * C + offsets, mask=inside, other=0.0))
-            residual_sum_gz = tl.fma(g, residual, residual_sum_gz)
+            residual_sum_gz = tl.fma(g, residual - residual_mean, residual_sum_gz)
             if factor_ptr is not None:
                 residual_sum_g += g
     where = partial_ptr + chunk.to(tl.int64) * C + cols
@@ -126,32 +129,34 @@ def sum_chunks_kernel(
         tl.store(fourth_ptr + cols, sums, mask=in_cols)
 
 
-def check(grad_out, z, scale, shift, mask, residual, sample_factor, relu) -> None:
+def check(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu) -> None:
     """Raise RuntimeError on wrong shapes, dtypes, devices, layouts, or too few arguments."""
     name = "norm_add_relu_backward"
     checks.data(name, "grad_out", grad_out)
-    checks.same(name, "z", z, "grad_out", grad_out)
+    checks.centred(name, "z", z, "mean", mean, grad_out)
     checks.pair(name, "scale", scale, "shift", shift, grad_out)
     checks.mask(name, mask, grad_out)
     if relu and mask is None and (z is None or scale is None):
         checks.fail(name, "with relu, pass mask, or z, scale and shift to recompute it from")
-    checks.same(name, "residual", residual, "grad_out", grad_out)
+    checks.centred(name, "residual", residual, "residual_mean", residual_mean, grad_out)
     checks.vector(name, "sample_factor", sample_factor, grad_out, dim=0)
 
 
 def run(
     grad_out: Tensor,
     z: Tensor | None = None,
+    mean: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_mean: Tensor | None = None,
     sample_factor: Tensor | None = None,
     relu: bool = True,
     emit_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.norm_add_relu_backward`. Raises RuntimeError on arguments that do not fit."""
-    check(grad_out, z, scale, shift, mask, residual, sample_factor, relu)
+    check(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu)
     c = grad_out.shape[1]
     present = (True, z is not None, residual is not None, residual is not None)
     vector = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros  # sums over nothing are zero
@@ -163,11 +168,11 @@ def run(
         plan = common.tiling(grad_out, TILE, CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
         partial = grad_out.new_empty((sum(present), plan.chunks, c), dtype=torch.float32)
         vectors = (scale, shift) if recompute else (None, None)
-        rest = (mask, residual, sample_factor, g if emit_grad else None, partial, plan.chunks)
+        rest = (mask, residual, residual_mean, sample_factor, g if emit_grad else None, partial, plan.chunks)
         bits = mask is not None and mask.dtype == torch.uint8
         hw = grad_out.shape[2] * grad_out.shape[3]
         kernel = norm_add_relu_backward_kernel
-        common.launch(kernel, plan, grad_out, z, *vectors, *rest, HW=hw, RELU=relu, BITS=bits)
+        common.launch(kernel, plan, grad_out, z, mean, *vectors, *rest, HW=hw, RELU=relu, BITS=bits)
         targets = [s for s, p in zip(sums, present, strict=True) if p]
         targets += [partial] * (4 - len(targets))  # never written
         tiles = common.cdiv(c, MERGE_CHANNELS)

@@ -77,7 +77,7 @@ def gather(
 @triton.jit(do_not_specialize=["chunks", "M", "UNITS", "TILES", "H", "W", "H_OUT", "W_OUT"])
 def norm_relu_pool_backward_kernel(
     grad_ptr, index_ptr, z_ptr,  # [N * H_OUT * W_OUT, C] twice, [M, C]
-    scale_ptr, shift_ptr,  # [C] each
+    mean_ptr, scale_ptr, shift_ptr,  # [C] each
     partial_ptr,  # [2, chunks, C]: sum_g, sum_gz
     chunks, M, UNITS, TILES, H, W, H_OUT, W_OUT,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -89,6 +89,7 @@ def norm_relu_pool_backward_kernel(
     chunk = tl.program_id(0) // column_tiles
     cols = (tl.program_id(0) % column_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_cols = cols < C
+    mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)[None, :]
     scale = tl.load(scale_ptr + cols, mask=in_cols, other=0.0)[None, :]
     shift = tl.load(shift_ptr + cols, mask=in_cols, other=0.0)[None, :]
     there = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
@@ -104,7 +105,7 @@ def norm_relu_pool_backward_kernel(
         )  # fmt: skip
         g = tl.where(tl.fma(z, scale, shift) <= 0, 0.0, g)
         sum_g += g
-        sum_gz = tl.fma(g, z, sum_gz)
+        sum_gz = tl.fma(g, z - mean, sum_gz)
     where = partial_ptr + chunk.to(tl.int64) * C + cols
     tl.store(where, tl.sum(sum_g, axis=0), mask=in_cols)
     tl.store(where + chunks.to(tl.int64) * C, tl.sum(sum_gz, axis=0), mask=in_cols)
@@ -134,6 +135,7 @@ def run(
     grad_out: Tensor,
     index: Tensor,
     z: Tensor,
+    mean: Tensor,
     scale: Tensor,
     shift: Tensor,
     kernel=(3, 3),
@@ -143,6 +145,7 @@ def run(
     """See :mod:`resnet_fused.ops.norm_relu_pool_backward`. Raises RuntimeError on arguments that do not fit."""
     name, c = "norm_relu_pool_backward", z.shape[1]
     check(name, grad_out, index, z, kernel, stride, padding)
+    checks.vector(name, "mean", mean, z)
     checks.pair(name, "scale", scale, "shift", shift, z)
     vector = z.new_empty if z.numel() else z.new_zeros  # sums over nothing are zero
     sum_g, sum_gz = (vector(c, dtype=torch.float32) for _ in range(2))
@@ -150,7 +153,8 @@ def run(
         plan = common.tiling(z, TILE_BYTES // z.element_size(), CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
         partial = z.new_empty((2, plan.chunks, c), dtype=torch.float32)
         meta = sizes(grad_out, z, kernel, stride, padding) | {"chunks": plan.chunks}
-        common.launch(norm_relu_pool_backward_kernel, plan, grad_out, index, z, scale, shift, partial, **meta)
+        vectors = (mean, scale, shift)
+        common.launch(norm_relu_pool_backward_kernel, plan, grad_out, index, z, *vectors, partial, **meta)
         tiles = common.cdiv(c, MERGE_CHANNELS)
         merged = {"chunks": plan.chunks, "C": c, "channel_tiles": tiles}
         blocks = {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}

@@ -115,9 +115,11 @@ def parameter_grads(
         weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=backend)
         return FoldedGrads(weight.view(tensors.weight.shape), gamma, coupling, constant)
     offset = bn.mean if tensors.bias is None else bn.mean - tensors.bias.to(bn.scale.dtype)
-    own = (tensors.weight.flatten(1).to(product.dtype) * product).sum(1)
+    wide = torch.float64 if product.device.type == "cpu" else product.dtype  # as in gram_grad: digits cancel
+    own = (tensors.weight.flatten(1).to(product.dtype) * product).sum(1, dtype=wide)
+    centred = torch.addcmul(own, offset.to(wide), sum_g.to(wide), value=-1).to(product.dtype)
     weight = (bn.scale.unsqueeze(1) * product).view(tensors.weight.shape)
-    return FoldedGrads(weight, bn.rstd * torch.addcmul(own, offset, sum_g, value=-1), None, None)
+    return FoldedGrads(weight, bn.rstd * centred, None, None)
 
 
 def backward(

@@ -193,6 +193,15 @@ def wrong_products():
     )
     yield "conv1x1_dgrad: x_stride is", lambda: OPS.conv1x1_dgrad(g, w, x=x, x_stride=[0, 1])
     yield "conv1x1_dgrad: mask has shape", lambda: OPS.conv1x1_dgrad(g, w, mask=torch.zeros_like(g, dtype=torch.uint8))
+    both = (g.half(), w.half(), x.half())
+    yield "conv1x1_backward: x has shape", lambda: OPS.conv1x1_backward(*both[:2], both[0])
+    yield "conv1x1_backward: got x_mean without x_scale", lambda: OPS.conv1x1_backward(*both, x_mean=v)
+    yield "conv1x1_backward: weight_scale has shape", lambda: OPS.conv1x1_backward(*both, weight_scale=v)
+    wide = place(draw.data((2, 300, 5, 3))).half()
+    yield (
+        "conv1x1_backward: takes up to 256 output channels, not 300",
+        lambda: OPS.conv1x1_backward(wide, torch.ones(300, 7, 1, 1, device=DEVICE).half(), both[2]),
+    )
     yield "conv1x1_wgrad: a 1x1 convolution of x", lambda: OPS.conv1x1_wgrad(g, x, stride=[2, 2])
     yield "gram: centre has shape", lambda: OPS.gram(x, five)
     yield "gram: got scale without shift", lambda: OPS.gram(x, v, v)

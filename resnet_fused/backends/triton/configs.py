@@ -146,8 +146,8 @@ def both_gradients_and_sums(arch: int, element_size: int, columns: int, depth: i
     chosen = both_gradients(arch, element_size, columns, depth)
     if depth <= 128:
         return dataclasses.replace(chosen, block_n=min(chosen.block_n, 64 if arch // 10 in (9, 10) else 32))
-    block_k, block_n = (64, 64) if arch // 10 == 9 else (128, 32)
-    return dataclasses.replace(chosen, block_m=32, block_k=block_k, block_n=min(chosen.block_n, block_n))
+    rows, block_k, block_n = {9: (32, 64, 64), 10: (32, 128, 32)}.get(arch // 10, (16, 256, 64))
+    return dataclasses.replace(chosen, block_m=rows, block_k=block_k, block_n=min(chosen.block_n, block_n))
 
 
 def symmetric(arch: int, element_size: int, columns: int, depth: int) -> Config:

@@ -2,9 +2,21 @@
 
 from . import cpu, cuda, reference, triton
 from .declaration import Backend, Kernel
-from .dispatch import backends, check_all, check_name, choose, current, register, run, use
+from .dispatch import backends, check_all, check_name, choose, current, objection, register, run, use
 
 for _module in (triton, cuda, cpu, reference):
     register(_module.BACKEND)
 
-__all__ = ["Backend", "Kernel", "backends", "check_all", "check_name", "choose", "current", "register", "run", "use"]
+__all__ = [
+    "Backend",
+    "Kernel",
+    "backends",
+    "check_all",
+    "check_name",
+    "choose",
+    "current",
+    "objection",
+    "register",
+    "run",
+    "use",
+]

@@ -62,8 +62,8 @@ def use(name: str) -> Iterator[None]:
         _settings.backend = before
 
 
-def _objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Why the kernel may not be trusted there."""
+def objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernel of `op` on the backend `name` may not be trusted there; empty if it has proved itself."""
     return selfcheck.objection(_backends[name], op, dtype, device)
 
 
@@ -87,8 +87,8 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
             continue  # the common case, worth no text
         reasons = backend.reasons(op, args, kwargs)
         if not reasons and backend.kernels[op].needs_selfcheck:
-            objection = _objection(backend.name, op, args[0].dtype, args[0].device)
-            reasons = [objection] if objection else []
+            doubt = objection(backend.name, op, args[0].dtype, args[0].device)
+            reasons = [doubt] if doubt else []
         if not reasons:
             return backend
         refused.append(f"  {backend.name}: {'; '.join(reasons)}")

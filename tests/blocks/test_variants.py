@@ -50,6 +50,27 @@ def test_variants_on_values():
         assert kinds(*bottleneck(kernel=3)) == joins((0, 0))
 
 
+def one_pass(x):
+    chain, tensors = bottleneck()
+    shapes = [torch.Size((2, channels, 4, 4)) for channels in (4, 4, 10)]
+    chosen = plan.modelled(chain, x, tensors, shapes, None)
+    measured = {variant.one_pass for variant in plan.variants(chain, x, tensors, None)}
+    assert chosen.lazy and measured == {False, chosen.one_pass}
+    return chosen.one_pass
+
+
+def test_narrow_gradients_take_one_pass_in_16_bit_where_its_kernel_is_trusted(monkeypatch):
+    x = torch.randn(2, 6, 4, 4)
+    with plan.planning_for(DEVICES["h100"]):
+        assert one_pass(x.bfloat16()) and one_pass(x.half()) and not one_pass(x)
+    monkeypatch.setattr(plan, "_lazy_device", lambda chain, x: DEVICES["h100"])
+    doubt = {"conv1x1_backward": ""}
+    monkeypatch.setattr(plan, "objection", lambda backend, op, *where: doubt[op])
+    assert one_pass(x.bfloat16())
+    doubt["conv1x1_backward"] = "failed its self-check"
+    assert not one_pass(x.bfloat16())
+
+
 @pytest.mark.parametrize("device", [None, *DEVICES])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kwargs", [{}, {"kernel": 3}, {"bias": True}, {"batch_stats": False}, {"projected": False}])

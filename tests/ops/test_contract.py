@@ -28,6 +28,12 @@ def poisoned():
         yield
 
 
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    """On a GPU too: bounds are those of float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def test_fresh_memory_is_poisoned(poisoned):
     with poisoned_allocations() as active:
         if not active:

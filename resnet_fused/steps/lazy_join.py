@@ -26,7 +26,7 @@ from .spec import Chain, Step, StepGrads, StepTensors
 Tensor = torch.Tensor
 
 #: Outputs for each input from which one pass and a correction move less than two: 4C against 2K + K/8 bytes a pixel in
-#: 16 bits. At 2 they would move 1% less (Wide ResNet's layer1), with one more kernel.
+#: 16 bits. At 2 they would move 2% less (Wide ResNet's layer1), with one more kernel.
 CORRECTION_PAYS = 3
 
 

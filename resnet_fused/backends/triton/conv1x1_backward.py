@@ -24,7 +24,7 @@ from .common import first_row, load_factor, narrow, rows_in, widen
 from .conv1x1_wgrad import fold_rows
 from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
 from .gemm import apply_activation, dot, tile_of
-from .lazy_tiles import load_gradient, load_row, load_tile, store_tile
+from .lazy_tiles import load_row, load_tile, read_gradient, store_tile
 
 NAME = op.OP.name
 FOLD = 8  # rows that a sum over rows keeps apart in registers
@@ -77,12 +77,7 @@ def conv1x1_backward_kernel(
         added, sums = (), ()
         for part in tl.static_range(PARTS):
             k = part * BLOCK_K
-            a = load_row(a_ptr, k, K, BLOCK_K) if a_ptr is not None else None
-            b = load_row(b_ptr, k, K, BLOCK_K) if b_ptr is not None else None
-            d = load_row(d_ptr, k, K, BLOCK_K) if d_ptr is not None else None
-            scale = load_row(scale_ptr, k, K, BLOCK_K) if scale_ptr is not None else None
-            shift = load_row(shift_ptr, k, K, BLOCK_K) if shift_ptr is not None else None
-            dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+            dz = read_gradient(g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
                                row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
             added = added + (dot(tl.trans(dz), activation, grad_weight[part], PRECISION),)  # noqa: RUF005
             sums = sums + (sum_dz[part] + fold_rows(widen(dz), FOLDED, BLOCK_M, BLOCK_K),)  # noqa: RUF005
@@ -130,7 +125,10 @@ def conv1x1_backward_kernel(
 
 
 def chosen(g: Tensor, c: int, sums: bool) -> tuple[configs.Config, bool]:
-    """How to tile, and whether to compute the transpose of grad_x, see `conv1x1_dgrad.chosen`."""
+    """How to tile, and whether to compute the transpose of grad_x, see `conv1x1_dgrad.chosen`.
+
+    Not with parts of K beyond 64, with which the transpose spilled.
+    """
     arch, k = configs.capability(g.device), g.shape[1]
     config = configs.config(f"{NAME} sums" if sums else NAME, arch, g.element_size(), c, k)
     return config, arch // 10 in (9, 10) and config.block_n >= 64 and config.block_k <= 64

@@ -26,7 +26,7 @@ from . import checks, common, configs, gemm
 from .common import first_row, load_factor, narrow, rows_in, widen
 from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
 from .gemm import read_rows, tile_of
-from .lazy_tiles import load_activation, load_gradient, load_pixels, load_row, store_tile
+from .lazy_tiles import load_activation, load_pixels, load_row, read_gradient, store_tile
 
 NAME = "conv1x1_dgrad"
 CHUNKS = 1024  # at most so many partial sums per channel
@@ -73,12 +73,7 @@ def conv1x1_dgrad_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
         if weight_ptr is not None:
             for k in tl.range(0, K, BLOCK_K):
-                a = load_row(a_ptr, k, K, BLOCK_K) if a_ptr is not None else None
-                b = load_row(b_ptr, k, K, BLOCK_K) if b_ptr is not None else None
-                d = load_row(d_ptr, k, K, BLOCK_K) if d_ptr is not None else None
-                scale = load_row(scale_ptr, k, K, BLOCK_K) if scale_ptr is not None else None
-                shift = load_row(shift_ptr, k, K, BLOCK_K) if shift_ptr is not None else None
-                dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+                dz = read_gradient(g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
                                    row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
                 weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
                 acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
@@ -96,12 +91,7 @@ def conv1x1_dgrad_kernel(
         if TRANSPOSED:
             y = tl.trans(acc)
         if weight_ptr is None:
-            a = load_row(a_ptr, column, C, BLOCK_N) if a_ptr is not None else None
-            b = load_row(b_ptr, column, C, BLOCK_N) if b_ptr is not None else None
-            d = load_row(d_ptr, column, C, BLOCK_N) if d_ptr is not None else None
-            scale = load_row(scale_ptr, column, C, BLOCK_N) if scale_ptr is not None else None
-            shift = load_row(shift_ptr, column, C, BLOCK_N) if shift_ptr is not None else None
-            dz = load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+            dz = read_gradient(g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
                                row, column, in_rows, C, BLOCK_M, BLOCK_N)  # fmt: skip
             y += widen(dz)
         if constant_ptr is not None:

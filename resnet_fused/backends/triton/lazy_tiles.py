@@ -75,6 +75,22 @@ def load_gradient(
 
 
 @triton.jit
+def read_gradient(
+    g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
+    row, column, in_rows, K,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As `load_gradient`, and its vectors ([K] each, or None) with it: where a loop over columns needs others."""
+    a = load_row(a_ptr, column, K, BLOCK_K) if a_ptr is not None else None
+    b = load_row(b_ptr, column, K, BLOCK_K) if b_ptr is not None else None
+    d = load_row(d_ptr, column, K, BLOCK_K) if d_ptr is not None else None
+    scale = load_row(scale_ptr, column, K, BLOCK_K) if scale_ptr is not None else None
+    shift = load_row(shift_ptr, column, K, BLOCK_K) if shift_ptr is not None else None
+    return load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
+                         row, column, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
+
+
+@triton.jit
 def load_pixels(ptr, row, rows, column, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """As `load_tile`; of the `rows` of `read_rows` under a stride, else None."""
     if rows is None:

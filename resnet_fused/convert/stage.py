@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from .. import library
 from ..backends import bounds
 from ..blocks import norms
-from ..blocks.runtime import Site, conv_geometry, input_obstacle
+from ..blocks.site import Site, conv_geometry, input_obstacle
 from ..ops.conv_add_relu import output_shape
 from .fused_module import STATE, FusedModule, getstate, is_stock_forced, obstacle, sites_of
 

@@ -18,7 +18,8 @@ import types
 from torch import nn
 
 from ..blocks import norms
-from ..blocks.runtime import Site, input_obstacle, module_obstacle, pool_geometry, run_site, why_not_conv
+from ..blocks.runtime import run_site
+from ..blocks.site import Site, input_obstacle, module_obstacle, pool_geometry, why_not_conv
 from .fused_module import STATE, getstate, is_stock_forced
 
 Triple = tuple[str, str, str]  # names of convolution (or a Sequential that ends in one), norm and ReLU

@@ -12,10 +12,22 @@ from ..backends import check_name
 from ..blocks import norms
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from . import program as programs
-from .fused_module import STATE, FusedModule, FusedState, fused_class, is_fused, obstacle, site_of
+from .fused_module import (
+    STATE,
+    FusedModule,
+    FusedState,
+    find,
+    fused_class,
+    is_fused,
+    note_forward,
+    obstacle,
+    sites_of,
+    stock_class,
+    stock_forward,
+)  # fmt: skip
 from .stage import fuse_stage, unfuse_stage
 from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
-from .trace import Untraceable, state_of, trace
+from .trace import Untraceable, names_read, state_of, trace
 
 BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
 FilterFn = Callable[[str, nn.Module], bool]
@@ -83,10 +95,10 @@ def fuse(
             continue
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
-        elif is_fused(module):
+        elif isinstance(module, FusedStem):
             module.__dict__[STATE].backend = backend
             inside |= _taken(module)
-        elif _is_candidate(module):
+        elif is_fused(module) or _is_candidate(module):
             reason = _fuse_one(module, backend)
             if reason and fuse_stem(module, backend):
                 left.append(Row(name, type(module).__name__, "", reason))
@@ -104,17 +116,33 @@ def fuse(
     return model
 
 
+def _program(module: nn.Module) -> tuple[programs.Program, list[str]]:
+    """What the stock forward of `module`, fused or not, is as a program, and why parts of it stay stock.
+
+    Raises:
+        Untraceable: nobody can tell.
+    """
+    with stock_forward():
+        return programs.build(module, trace(module, stock_class(type(module))))
+
+
 def _fuse_one(module: nn.Module, backend: str) -> str:
-    """Swap the class of one module. Returns why not, or an empty text."""
+    """Make one module run its program, also if it did already. Returns why it does not, or an empty text."""
+    cls = stock_class(type(module))
     try:
-        program, reasons = programs.build(module, trace(module))
+        program, reasons = _program(module)
+        if not program.chains:
+            raise Untraceable("; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm")
     except Untraceable as error:
+        if is_fused(module):
+            _unfuse_one(module)
         return str(error)
-    if not program.chains:
-        return "; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm"
-    state = FusedState(program, state_of(module), backend, tuple(dict.fromkeys(reasons)))
-    module.__dict__[STATE] = state
-    module.__class__ = fused_class(type(module))
+    fused = fused_class(cls)
+    note_forward(fused)
+    traced, code = state_of(module, names_read(module, cls)), fused._resnet_fused_code
+    module.__dict__[STATE] = FusedState(program, traced, code, backend, tuple(dict.fromkeys(reasons)))
+    if not isinstance(module, FusedModule):
+        module.__class__ = fused
     return ""
 
 
@@ -122,28 +150,29 @@ def _taken(module: nn.Module) -> set[int]:
     """Modules below a fused one that its chains run; the others may be fused themselves."""
     if isinstance(module, FusedStem):
         return {id(inner) for inner in stem_modules(module)}
-    if not isinstance(module, FusedModule):
+    if not isinstance(module, FusedModule) or not is_fused(module):
         return set()
-    names = {name for call in module.__dict__[STATE].program.chains for name in _names(call)}
-    names |= {name for name, _ in module.__dict__[STATE].program.containers}
-    return {id(module.get_submodule(name)) for name in names}
-
-
-def _names(call: programs.ChainCall) -> list[str]:
-    pairs = (*call.steps, *(() if call.shortcut is None else (call.shortcut,)))
-    return [name for pair in pairs for name in pair] + list(call.bypassed)
+    program = module.__dict__[STATE].program
+    names = {name for call in program.chains for name in programs.modules_of(call)}
+    names |= {name for name, _ in program.containers}
+    return {id(found) for found in (find(module, name) for name in names) if found is not None}
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse` on `model` and everything in it, in place; returns `model`. A stock model is left as it is."""
     for module in model.modules():
         unfuse_stage(module)
-        if isinstance(module, FusedModule):
-            del module.__dict__[STATE]
-            module.__class__ = type(module).__mro__[2]
-        else:
-            unfuse_stem(module)
+        unfuse_stem(module)
+        if is_fused(module):
+            _unfuse_one(module)
     return model
+
+
+def _unfuse_one(module: FusedModule) -> None:
+    """Run the stock forward again; somebody else's subclass of a fused class stays, and does so without a program."""
+    del module.__dict__[STATE]
+    if type(module) is fused_class(stock_class(type(module))):
+        module.__class__ = stock_class(type(module))
 
 
 def report(model: nn.Module) -> Report:
@@ -156,12 +185,11 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
             fused.append(Row(name, kind, "built fused", ""))
-        elif isinstance(module, FusedModule):
+        elif isinstance(module, FusedModule) and is_fused(module):
             inside |= _taken(module)
             state: FusedState = module.__dict__[STATE]
-            sites = [site_of(module, call, state.backend) for call in state.program.chains]
-            reason = obstacle(module, state, sites)
-            kind = type(module).__mro__[2].__name__
+            reason = obstacle(module, state, sites_of(module, state))
+            kind = stock_class(type(module)).__name__
             if reason:
                 left.append(Row(name, kind, "", reason))
             else:
@@ -171,7 +199,7 @@ def report(model: nn.Module) -> Report:
             fused.append(Row(name, type(module).__mro__[2].__name__, module.__dict__[STATE].describe(), ""))
         elif _is_candidate(module):
             try:
-                program, reasons = programs.build(module, trace(module))
+                program, reasons = _program(module)
                 reason = "fuse() was not called on it" if program.chains else "; ".join(dict.fromkeys(reasons))
             except Untraceable as error:
                 reason = str(error)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import dataclasses
+import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from ..blocks.runtime import Site, input_obstacle, module_obstacle, run_site
-from .program import ChainCall, Program, Ref, StockCall, is_drop_path
-from .trace import state_of
+from ..blocks.runtime import run_site
+from ..blocks.site import Site, hooked, input_obstacle, module_obstacle, why_not_passed
+from .order import module_effect
+from .program import ChainCall, Program, Ref, StockCall
+from .trace import fingerprint, value_of
 
 Tensor = torch.Tensor
 STATE = "_resnet_fused"
@@ -53,7 +56,8 @@ class FusedState:
     """What a fused module carries; plain data, so that it copies and pickles."""
 
     program: Program
-    traced: tuple  # see trace.state_of
+    traced: tuple  # what the forward reads of the block, see trace.state_of
+    code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
@@ -67,7 +71,7 @@ def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
         relu=call.relu,
         inplace_add=call.inplace_add,
         pool=None if call.pool is None else find(call.pool),
-        bypassed=tuple(find(name) for name in call.bypassed),
+        bypassed=tuple(find(name) for name, _ in call.bypassed),
         backend=backend,
     )
 
@@ -76,40 +80,79 @@ _sites: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, list[Site]]] = weakref
 
 
 def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
-    """The sites of every chain of `block`; looked up by name again only when a child was replaced."""
+    """The sites of every chain of `block`; looked up by name again only when a child was replaced.
+
+    Empty where a child is missing, which :func:`obstacle` reports.
+    """
     if torch.compiler.is_compiling():
-        return [site_of(block, call, state.backend) for call in state.program.chains]
-    children = [*block._modules.values()]
-    for name, _ in state.program.containers:
-        children += block.get_submodule(name)._modules.values()
-    key = (state.backend, *map(id, children))
+        return _find_sites(block, state)
+    key = (state.backend, *map(id, block._modules.values()))
+    for name in state.program.parents:
+        holder = find(block, name)
+        key += () if holder is None else (*map(id, holder._modules.values()),)
     known = _sites.get(block)
     if known is None or known[0] != key:
-        known = key, [site_of(block, call, state.backend) for call in state.program.chains]
+        known = key, _find_sites(block, state)
         _sites[block] = known
     return known[1]
 
 
+def _find_sites(block: nn.Module, state: FusedState) -> list[Site]:
+    if _missing(block, state.program):
+        return []
+    return [site_of(block, call, state.backend) for call in state.program.chains]
+
+
+def find(block: nn.Module, name: str) -> nn.Module | None:
+    """The module of that dotted name; None where there is none."""
+    found: nn.Module | None = block
+    for atom in name.split("."):
+        found = None if found is None else found._modules.get(atom)
+    return found
+
+
+def _missing(block: nn.Module, program: Program) -> str:
+    """The name of a module that the program calls or stands in for and `block` no longer has; empty if it has all."""
+    for name in program.modules:
+        if find(block, name) is None:
+            return name
+    return ""
+
+
 def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
     """Why the modules of a fused block must be called one by one now; empty if they need not."""
-    if state_of(block) != state.traced:
-        return "the block was changed after fuse(); call fuse() again"
+    if not runs_as_traced(block, state):
+        return "its forward, or what it reads of the block, was changed after fuse(); call fuse() again"
+    if not sites:
+        return f"{_missing(block, state.program)} was removed after fuse(); call fuse() again"
     for name, length in state.program.containers:
-        container = block.get_submodule(name)
-        if type(container) is not nn.Sequential or len(container) != length:
+        container = find(block, name)
+        if type(container) is not nn.Sequential or len(container) != length or why_not_passed(container):
             return f"{name} was changed after fuse(); call fuse() again"
-        if container._forward_hooks or container._forward_pre_hooks or container._backward_hooks:
+        if hooked(container):
             return f"hooks on {name}"
-    for site in sites:
-        if any(type(module) not in _BYPASSABLE and not is_drop_path(module) for module in site.bypassed):
-            return "an activation was changed after fuse(); call fuse() again"
+    for name, kind, effect in state.program.between:
+        module = find(block, name)
+        if type(module).__name__ != kind or module_effect(module) != effect:
+            return f"{name} was changed after fuse(); call fuse() again"
+        if hooked(module):
+            return f"hooks on {name}, which is called within a chain"
+    for call, site in zip(state.program.chains, sites, strict=True):
+        for (name, kind), module in zip(call.bypassed, site.bypassed, strict=True):
+            if type(module).__name__ != kind:
+                return f"{name} was changed after fuse(); call fuse() again"
         reason = module_obstacle(site)
         if reason:
             return reason
     return ""
 
 
-_BYPASSABLE = (nn.ReLU, nn.Identity)
+def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
+    """Whether the stock forward is the one that was traced, and finds in the block what it found then."""
+    cls = type(block)
+    if state.code != cls._resnet_fused_code or stock_class(cls).forward is not cls._resnet_fused_forward:
+        return False
+    return all(value_of(block, name) == value for name, value in state.traced)
 
 
 def _drop_factor(block: nn.Module, call: ChainCall, x: Tensor, site: Site) -> Tensor | None:
@@ -157,20 +200,28 @@ def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tenso
     return values[state.program.result]
 
 
+def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
+    """A fused block's output: its program's, or that of its stock forward."""
+    state: FusedState | None = block.__dict__.get(STATE)
+    if state is None or _settings.stock:
+        return stock(x)
+    sites = sites_of(block, state)
+    if obstacle(block, state, sites) or input_obstacle(x, sites[0]):
+        return stock(x)
+    return run_program(block, state, sites, x)
+
+
 class FusedModule:
     """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
 
     def forward(self, x):
-        if _settings.stock:
-            return super().forward(x)
-        state: FusedState = self.__dict__[STATE]
-        sites = sites_of(self, state)
-        if obstacle(self, state, sites) or input_obstacle(x, sites[0]):
-            return super().forward(x)
-        return run_program(self, state, sites, x)
+        return run_block(self, x, super().forward)
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self).__mro__[2],), getstate(self)
+        cls = stock_class(type(self))
+        if type(self) is not fused_class(cls):  # somebody's subclass
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (cls,), getstate(self)
 
 
 def getstate(module: nn.Module) -> dict:
@@ -189,12 +240,29 @@ _classes: dict[type, type] = {}
 def fused_class(stock_class: type) -> type:
     """The fused subclass of `stock_class`, made once; carries its name, so that ``repr`` and logs stay readable."""
     if stock_class not in _classes:
-        _classes[stock_class] = type(
-            f"Fused{stock_class.__name__}",
-            (FusedModule, stock_class),
-            {"__module__": __name__, "__doc__": stock_class.__doc__},
-        )
+        body = {"__module__": __name__, "__doc__": stock_class.__doc__, "forward": _forward_like(stock_class.forward)}
+        _classes[stock_class] = type(f"Fused{stock_class.__name__}", (FusedModule, stock_class), body)
+        note_forward(_classes[stock_class])
     return _classes[stock_class]
+
+
+def _forward_like(stock: types.FunctionType) -> types.FunctionType:
+    """:meth:`FusedModule.forward` with the argument's name and default that the stock forward has."""
+    own = FusedModule.forward
+    names = (*stock.__code__.co_varnames[:2], *own.__code__.co_varnames[2:])
+    code = own.__code__.replace(co_varnames=names)
+    return types.FunctionType(code, own.__globals__, "forward", stock.__defaults__, own.__closure__)
+
+
+def stock_class(cls: type) -> type:
+    """The class whose forward a fused class, or a subclass of one, stands in front of; of any other, the class."""
+    return cls.__mro__[cls.__mro__.index(FusedModule) + 1] if issubclass(cls, FusedModule) else cls
+
+
+def note_forward(cls: type) -> None:
+    """Note on a fused class which forward of its stock class is the one that programs are made from."""
+    forward = stock_class(cls).forward
+    cls._resnet_fused_forward, cls._resnet_fused_code = forward, fingerprint(forward)
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -76,7 +76,7 @@ def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
     )
 
 
-_sites: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, list[Site]]] = weakref.WeakKeyDictionary()
+_sites: weakref.WeakKeyDictionary[nn.Module, tuple[Program, tuple, list[Site]]] = weakref.WeakKeyDictionary()
 
 
 def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
@@ -91,10 +91,10 @@ def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
         holder = find(block, name)
         key += () if holder is None else (*map(id, holder._modules.values()),)
     known = _sites.get(block)
-    if known is None or known[0] != key:
-        known = key, _find_sites(block, state)
+    if known is None or known[0] is not state.program or known[1] != key:
+        known = state.program, key, _find_sites(block, state)
         _sites[block] = known
-    return known[1]
+    return known[2]
 
 
 def _find_sites(block: nn.Module, state: FusedState) -> list[Site]:

@@ -40,7 +40,8 @@ def obstacle(module: nn.Module) -> str:
     """Why the settings that a batch norm has now are better left to stock, whose errors they may raise."""
     if not module.eps > 0:
         return "a batch norm whose eps is not positive"
-    if (module.running_mean is None) != (module.running_var is None):
+    _, _, running_mean, running_var = vectors(module)
+    if (running_mean is None) != (running_var is None):
         return "a batch norm with one running statistic alone"
     if is_frozen_class(module):
         return ""
@@ -54,6 +55,10 @@ def obstacle(module: nn.Module) -> str:
 
 def vectors(module: nn.Module) -> tuple[Tensor | None, ...]:
     """``gamma, beta, running_mean, running_var``, whichever this call may read."""
+    if not torch.compiler.is_compiling():  # a module's __getattr__ is Python: four calls of it take 3 us
+        parameters, buffers = module.__dict__["_parameters"], module.__dict__["_buffers"]
+        if "weight" in parameters and "bias" in parameters and "running_mean" in buffers and "running_var" in buffers:
+            return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
     return module.weight, module.bias, module.running_mean, module.running_var
 
 

@@ -19,8 +19,6 @@ from ..steps import Conv, Pool
 from . import norms, proven
 
 Tensor = torch.Tensor
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip  # noqa: E501
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
 
 
@@ -63,9 +61,10 @@ def conv_geometry(conv: nn.Conv2d) -> Conv | None:
 def why_not_conv(conv: nn.Module) -> str:
     """Why `conv` is not a convolution this package can fuse; empty if it is one."""
     reason = proven.why_changed(conv, nn.Conv2d)
-    if not reason and conv_geometry(conv) is None:
-        reason = f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
-    return reason
+    if reason:
+        return reason
+    usual = conv.padding_mode == "zeros" and type(conv.padding) is not str
+    return "" if usual or conv_geometry(conv) is not None else f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
 
 
 def why_not_passed(module: nn.Module) -> str:
@@ -90,12 +89,20 @@ def pool_geometry(pool: nn.Module) -> Pool | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call of `module` would run hooks."""
-    return any(getattr(module, name) for name in _HOOKS)
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def globally_hooked() -> bool:
     """Whether a call of any module would run hooks."""
-    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def module_obstacle(site: Site) -> str:
@@ -109,7 +116,7 @@ def module_obstacle(site: Site) -> str:
         if reason:
             return reason
         act = norms.activation_of(norm)
-        if act is not None and not any(act is module for module in site.bypassed):
+        if act is not None and all(act is not module for module in site.bypassed):
             return "a norm with an activation of its own"
         if hooked(conv) or hooked(norm):
             return "hooks on a convolution or batch norm"
@@ -123,33 +130,42 @@ def module_obstacle(site: Site) -> str:
 
 
 def _tensor_obstacle(site: Site) -> str:
-    """Why the parameters of `site` are not those of a chain: another class, device or shape than the next one takes."""
-    device, channels = site.steps[0][0].weight.device, site.steps[0][0].weight.shape[1] * site.steps[0][0].groups
-    entering = channels
+    """Why the parameters of `site` are not those of a chain: another class, device, dtype or shape than fit together.
+
+    Batch norm takes float32 vectors with 16-bit convolutions, and no other mixture.
+    """
+    first = site.steps[0][0]
+    device, dtype, channels = first.weight.device, first.weight.dtype, first.weight.shape[1] * first.groups
+    wide, entering = torch.float32 if dtype.itemsize == 2 else dtype, channels
     for conv, norm in site.pairs:
-        weight, bias = conv.weight, conv.bias
+        weight, bias, vectors = conv.weight, conv.bias, norms.vectors(norm)
         if site.shortcut is not None and conv is site.shortcut[0]:
             entering = channels
-        if weight.dim() != 4 or weight.shape[1] * conv.groups != entering:
+        if weight.dim() != 4 or weight.size(1) * conv.groups != entering:
             return "a convolution that does not take what comes before it"
-        entering, vectors = weight.shape[0], [t for t in (bias, *norms.vectors(norm)) if t is not None]
-        if norms.channels(norm) != entering or any(t.dim() != 1 or t.shape[0] != entering for t in vectors):
+        if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+            return "convolutions of different dtypes"
+        entering = weight.size(0)
+        if norms.channels(norm) != entering:
             return "a norm and a convolution of different widths"
-        if bias is not None and bias.dtype != weight.dtype:
-            return "a bias and a weight of different dtypes"
-        for t in (weight, *vectors):
+        for t in (weight, bias, *vectors):
+            if t is None:
+                continue
             if t.device != device:
                 return "parameters on several devices"
             if not _is_plain(t):
                 return f"a parameter of class {type(t).__name__}"
+            if t is not weight and (t.dim() != 1 or t.numel() != entering):
+                return "a norm and a convolution of different widths"
+        if any(t is not None and t.dtype != dtype and t.dtype != wide for t in vectors):
+            return "a batch norm of a dtype that its convolution's result has not"
     return ""
 
 
 def _is_plain(t: Tensor) -> bool:
     """Whether `t` is a tensor whose operations are PyTorch's own; in a graph, which knows no others, every one is."""
-    if torch.compiler.is_compiling():
-        return True
-    return type(t) in (torch.Tensor, nn.Parameter) or _is_tracing_tensor(t)
+    cls = type(t)
+    return cls is nn.Parameter or cls is torch.Tensor or torch.compiler.is_compiling() or _is_tracing_tensor(t)
 
 
 def input_obstacle(x: object, site: Site) -> str:
@@ -163,8 +179,8 @@ def input_obstacle(x: object, site: Site) -> str:
         return "channels that the convolution does not take"
     if x.device != weight.device or not x.is_floating_point():
         return "device or dtype of another kind"
-    if not torch.is_autocast_enabled(x.device.type) and _mixes_dtypes(x.dtype, site):
-        return "input and parameters of different dtypes"
+    if not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype:
+        return "input and weight of different dtypes"
     if torch.compiler.is_compiling():
         return ""
     if not _is_plain(x):
@@ -172,17 +188,6 @@ def input_obstacle(x: object, site: Site) -> str:
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return "a function transform or forward-mode differentiation"
     return _mode_obstacle()
-
-
-def _mixes_dtypes(dtype: torch.dtype, site: Site) -> bool:
-    """Whether stock would refuse the dtypes: batch norm takes float32 vectors with 16-bit input, no other mixture."""
-    for conv, norm in site.pairs:
-        if conv.weight.dtype != dtype:
-            return True
-        for t in norms.vectors(norm):
-            if t is not None and t.dtype != dtype and (t.dtype != torch.float32 or dtype == torch.float64):
-                return True
-    return False
 
 
 def _mode_obstacle() -> str:

@@ -12,6 +12,7 @@ function of ``torch.nn.functional`` exchanged. So a module is bypassed only whil
 
 from __future__ import annotations
 
+import os
 import types
 
 import torch
@@ -30,6 +31,18 @@ _HARMLESS = frozenset(
     "__annotations_cache__ __slots__ __abstractmethods__ _abc_impl _version".split()
 )
 
+
+_BUILT_IN = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
+
+
+def _is_torchs(function: object) -> bool:
+    """Whether a function was written in PyTorch: others may have exchanged it before this package was imported."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return isinstance(function, _BUILT_IN)
+    return code.co_filename.startswith(os.path.dirname(torch.__file__))
+
+
 #: Functions that the stock classes call; where one was exchanged, stock's own code runs.
 _FUNCTIONS = tuple(
     (place, name, getattr(place, name))
@@ -38,6 +51,8 @@ _FUNCTIONS = tuple(
         (torch, "batch_norm"),
     )
 )  # fmt: skip
+
+_EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
 
 #: Classes elsewhere that are known by name, so that nothing is imported for them.
 FROZEN_NORMS = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
@@ -51,16 +66,15 @@ class _Known:
 
     def __init__(self, cls: type, *own: str) -> None:
         self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *_CALL, *own))
+        self.exchanged = tuple(name for name, method in self.methods if name != "forward" and not _is_torchs(method))
         self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
 
 
+_OWN = {nn.Conv2d: ("_conv_forward",), nn.BatchNorm2d: ("_check_input_dim",)}
 _KNOWN = {
-    nn.Conv2d: _Known(nn.Conv2d, "_conv_forward"),
-    nn.BatchNorm2d: _Known(nn.BatchNorm2d, "_check_input_dim"),
-    nn.ReLU: _Known(nn.ReLU),
-    nn.Identity: _Known(nn.Identity),
-    nn.MaxPool2d: _Known(nn.MaxPool2d),
-    nn.Sequential: _Known(nn.Sequential),
+    cls: _Known(cls, *_OWN.get(cls, ()))
+    for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential)
+    if _is_torchs(cls.forward)
 }
 _samples = (nn.Conv2d(1, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta"), nn.ReLU(), nn.Identity())
 #: Of each class that may be subclassed, all names that a call could look up on the instance or its class.
@@ -77,6 +91,8 @@ def kind(module: nn.Module) -> tuple[str, str]:
 
 def functions_exchanged() -> bool:
     """Whether somebody replaced a function of PyTorch that the stock modules call."""
+    if _EXCHANGED_BEFORE:
+        return True
     for place, name, known in _FUNCTIONS:  # noqa: SIM110  a loop is half the time of any()
         if getattr(place, name) is not known:
             return True
@@ -112,6 +128,8 @@ def why_changed(module: nn.Module, base: type | None = None) -> str:
     cls = type(module)
     known = _KNOWN.get(cls) if base is cls else _looked_at.get(cls)
     if known is None:
+        if base is not None and base not in _KNOWN:
+            return f"{base.__name__}.forward was not PyTorch's own at import"
         if (base is None and kind(module) not in _FOREIGN) or (base is not None and base not in _PROTECTED):
             return f"{cls.__name__} is not {'known' if base is None else base.__name__}"
         if base is not None and not issubclass(cls, base):
@@ -120,6 +138,8 @@ def why_changed(module: nn.Module, base: type | None = None) -> str:
         if reason:
             return reason
         known = _looked_at[cls]
+    if known.exchanged:
+        return f"{cls.__name__}.{known.exchanged[0]} was not PyTorch's own at import"
     for name, method in known.methods:
         if getattr(cls, name) is not method:
             return f"{cls.__name__}.{name} was replaced"

@@ -174,6 +174,8 @@ def input_obstacle(x: object, site: Site) -> str:
         return "traced for a graph of stock operations"
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
         return "not a batch of images"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"a tensor on {x.device.type}"
     weight = site.steps[0][0].weight
     if x.shape[1] != weight.shape[1] * site.steps[0][0].groups:
         return "channels that the convolution does not take"

@@ -1,5 +1,7 @@
 """A module is bypassed only while it is what its class was."""
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -105,3 +107,34 @@ def test_looking_draws_no_random_numbers():
     conv, before = Unseen(3, 4, 3), torch.get_rng_state()
     assert why_not_conv(conv) == ""
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    ["nn.Conv2d.forward = other(nn.Conv2d.forward)", "nn.Module._call_impl = other(nn.Module._call_impl)",
+     "F.batch_norm = other(F.batch_norm)"],
+)  # fmt: skip
+def test_what_was_exchanged_before_import_is_not_taken_for_stock(patch):
+    script = f"""
+import functools, torch
+from torch import nn
+from torch.nn import functional as F
+
+def other(f):
+    @functools.wraps(f)
+    def g(*args, **kwargs):
+        return 2 * f(*args, **kwargs)
+    return g
+
+{patch}
+import warnings
+warnings.simplefilter("ignore")
+import resnet_fused
+from resnet_fused.models.resnet import BasicBlock
+
+torch.manual_seed(0)
+stock, x = BasicBlock(4, 4).eval(), torch.randn(2, 4, 8, 8)
+want = stock(x)
+assert torch.equal(resnet_fused.fuse(stock)(x), want)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -8,55 +8,17 @@ back from per-channel vectors.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 
 from ..ops import stat_dtype
-from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, lazy_join, regroup
+from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, regroup
 from ..steps.conv import channels_last
 from ..steps.running import update_running_all
-from . import lazy_program, stock
+from . import lazy_program, replay, stock
+from .saved import Kept, Recorder, Saved, counter_of, keep
 
 Tensor = torch.Tensor
-
-
-class Saved(NamedTuple):
-    """What a chain's backward reads."""
-
-    x: Tensor
-    residual: Tensor | None  # kept for the double backward alone: the identity path's own storage
-    sample_factor: Tensor | None
-    out: Tensor | None  # the ReLU's mask; None where it can be recomputed
-    tensors: list[StepTensors]
-    inner: list[Lazy]  # one for each step but the last
-    join: join.JoinState | lazy_join.LazyJoinState
-
-
-class _Recorder:
-    """Turns nested named tuples into the flat list that ``save_for_backward`` takes, and back."""
-
-    def __init__(self, structure: object) -> None:
-        self.flat: list[Tensor | None] = []
-        self.shape = self._walk(structure)
-
-    def _walk(self, item: object) -> object:
-        if item is None or isinstance(item, torch.Tensor):
-            self.flat.append(item)
-            return None
-        if isinstance(item, list):
-            return [self._walk(child) for child in item]
-        return type(item), [self._walk(child) for child in item]
-
-    @staticmethod
-    def rebuild(shape: object, flat: list[Tensor | None]) -> object:
-        """The structure again; consumes `flat` from its front."""
-        if shape is None:
-            return flat.pop(0)
-        if isinstance(shape, list):
-            return [_Recorder.rebuild(child, flat) for child in shape]
-        kind, children = shape
-        return kind(*(_Recorder.rebuild(child, flat) for child in children))
 
 
 def _forward(chain, x, residual, sample_factor, tensors):
@@ -78,7 +40,9 @@ class FusedChain(torch.autograd.Function):
     """Autograd node of a :class:`~resnet_fused.steps.Chain`; use :func:`run_chain`."""
 
     @staticmethod
-    def forward(ctx, chain: Chain, x: Tensor, residual: Tensor | None, sample_factor: Tensor | None, *flat):
+    def forward(
+        ctx, chain: Chain, given: Tensor | None, x: Tensor, residual: Tensor | None, sample_factor: Tensor | None, *flat
+    ):
         tensors = regroup(flat)
         out, inner, state, statistics = _forward(chain, x, residual, sample_factor, tensors)
         seen = zip(chain.all_steps, tensors, statistics, strict=True)
@@ -86,29 +50,27 @@ class FusedChain(torch.autograd.Function):
         update_running_all([(own, step.norm, *stats) for step, own, stats in seen if stats is not None])
         has_residual = residual is not None or chain.from_input
         mask = out if chain.relu and (has_residual or chain.gram) and not chain.lazy else None
-        lean = [
-            own._replace(
-                running_mean=None if step.norm.batch_stats else own.running_mean,
-                running_var=None if step.norm.batch_stats else own.running_var,
-                num_batches_tracked=None,
-            )
-            for step, own in zip(chain.all_steps, tensors, strict=True)
-        ]
-        recorder = _Recorder(Saved(x, residual, sample_factor, mask, lean, inner, state))
+        if torch.compiler.is_compiling():
+            kept, ctx.counters = _keep_all(chain, x, tensors), ()
+        else:
+            needs = [tuple(group[:4]) for group in regroup(ctx.needs_input_grad[5:])]
+            kept = keep(chain, x, given, tensors, needs, ctx.needs_input_grad[2])
+            ctx.counters = replay.counters(chain, tensors)
+        recorder = Recorder(Saved(kept.x, kept.given, sample_factor, mask, kept.tensors, inner, state))
         ctx.save_for_backward(*recorder.flat)
-        ctx.shape, ctx.chain = recorder.shape, chain
+        ctx.shape, ctx.chain, ctx.aliased, ctx.has_residual = recorder.shape, chain, kept.aliased, residual is not None
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        saved: Saved = _Recorder.rebuild(ctx.shape, list(ctx.saved_tensors))
-        if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grad_out, saved)
+        saved: Saved = Recorder.rebuild(ctx.shape, list(ctx.saved_tensors))
+        if replay.is_needed(ctx, grad_out):
+            return None, None, *replay.gradients(ctx, grad_out, saved)
         chain, n = ctx.chain, len(ctx.chain.steps)
         grad_out = channels_last(grad_out.to(saved.x.dtype))
-        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
-        needs_x, needs_residual = ctx.needs_input_grad[1:3]
-        has_residual = saved.residual is not None or chain.from_input
+        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[5:])]
+        needs_x, needs_residual = ctx.needs_input_grad[2:4]
+        has_residual = ctx.has_residual or chain.from_input
         reach = [needs_x]  # reach[i]: whether anything before step i wants a gradient
         for need in needs[: n - 1]:
             reach.append(reach[-1] or any(need))
@@ -117,7 +79,7 @@ class FusedChain(torch.autograd.Function):
                 chain, grad_out, saved.x, saved.inner, saved.tensors, saved.join, saved.sample_factor, needs, reach,
                 needs_residual,
             )  # fmt: skip
-            return None, grad_x, residual, None, *_flat_grads(grads, saved.tensors)
+            return None, None, grad_x, residual, None, *_flat_grads(grads, saved.tensors)
         h = saved.inner[-1].materialise(chain.backend) if n > 1 else saved.x
         out = join.backward(
             chain, grad_out, saved.out, h, saved.x, saved.tensors, saved.join, has_residual, saved.sample_factor,
@@ -145,7 +107,7 @@ class FusedChain(torch.autograd.Function):
         if chain.shortcut is not None:
             grads.append(out.shortcut)
         residual = out.residual if needs_residual else None
-        return None, grad_h if needs_x else None, residual, None, *_flat_grads(grads, saved.tensors)
+        return None, None, grad_h if needs_x else None, residual, None, *_flat_grads(grads, saved.tensors)
 
 
 def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tensor | None]:
@@ -159,27 +121,29 @@ def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tens
 
 
 def _laid_out_as(grad: Tensor, tensor: Tensor) -> Tensor:
-    """`grad` with the strides of `tensor` where that moves nothing: autograd then keeps it, instead of a copy.
+    """`grad` with the strides of `tensor`: autograd then keeps it instead of a copy, and DDP's buckets take it.
 
-    Of a 1x1 weight; in channels_last it has other strides than a matrix, for the same elements in the same order.
+    A 1x1 weight in channels_last has other strides than a matrix, for the same elements in the same order.
     """
-    if grad.dim() != 4 or grad.stride() == tensor.stride() or tuple(grad.shape[2:]) != (1, 1):
+    if grad.dim() != 4 or grad.stride() == tensor.stride():
         return grad
-    same = grad.is_contiguous() and tensor.is_contiguous()
-    return grad.as_strided(tensor.shape, tensor.stride()) if same else grad
+    if tuple(grad.shape[2:]) == (1, 1) and grad.is_contiguous() and tensor.is_contiguous():
+        return grad.as_strided(tensor.shape, tensor.stride())
+    return torch.empty_like(tensor).copy_(grad)
 
 
-def _differentiable_backward(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
-    """Backward under ``create_graph=True``: by stock operations, so that it can be differentiated again."""
-    inputs = [saved.x, saved.residual, None, *flatten(saved.tensors)]
-    wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-    residual = saved.x if ctx.chain.identity else saved.residual
-    out = stock.chain_output(ctx.chain, saved.x, residual, saved.sample_factor, saved.tensors)
-    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=True, allow_unused=True)
-    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for i, grad in zip(wanted, grads, strict=True):
-        result[i + 1] = grad
-    return tuple(result)
+def _keep_all(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> Kept:
+    """While a graph is traced: its compiler decides what lives until backward, and what writes to it."""
+    frozen = [not step.norm.batch_stats for step in chain.all_steps]
+    kept = [
+        own._replace(
+            running_mean=own.running_mean if used else None,
+            running_var=own.running_var if used else None,
+            num_batches_tracked=None,
+        )
+        for own, used in zip(tensors, frozen, strict=True)
+    ]
+    return Kept(x, None, kept, ())
 
 
 def run_chain(
@@ -202,9 +166,12 @@ def run_chain(
         return stock.chain_output(chain, x, residual, sample_factor, tensors, moves=True)
     if residual is x:  # one argument, whose gradient has two parts
         chain, residual = dataclasses.replace(chain, identity=True), None
-    x = channels_last(x)
+    given, x = x, channels_last(x)
+    counter = None  # stock saves what it was given, and notices writes to it
+    if given is not x and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        counter = counter_of(given)
     if residual is not None:
         residual = channels_last(residual)
     if sample_factor is not None:
         sample_factor = sample_factor.to(stat_dtype(x.dtype))
-    return FusedChain.apply(chain, x, residual, sample_factor, *flatten(tensors))
+    return FusedChain.apply(chain, counter, x, residual, sample_factor, *flatten(tensors))

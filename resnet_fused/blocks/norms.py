@@ -71,14 +71,16 @@ def settings(module: nn.Module) -> Norm:
 
 
 def tensors(module: nn.Module) -> tuple[Tensor | None, ...]:
-    """``gamma, beta, running_mean, running_var, num_batches_tracked`` that this call reads or moves."""
+    """``gamma, beta, running_mean, running_var, num_batches_tracked`` that this call reads or moves.
+
+    In evaluation the counter tells, in backward, whether the statistics have been moved since.
+    """
     gamma, beta = module.weight, module.bias
     if is_frozen_class(module):
         return gamma, beta, module.running_mean, module.running_var, None
-    moves = module.training and module.track_running_stats
-    if module.training and not moves:
+    if module.training and not module.track_running_stats:
         return gamma, beta, None, None, None
-    return gamma, beta, module.running_mean, module.running_var, module.num_batches_tracked if moves else None
+    return gamma, beta, module.running_mean, module.running_var, module.num_batches_tracked
 
 
 def channels(module: nn.Module) -> int:

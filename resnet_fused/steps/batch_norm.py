@@ -87,19 +87,30 @@ def coefficients(bn: Affine, sum_g: Tensor, sum_gz: Tensor, z: Tensor, norm: Nor
     return Coefficients(bn.scale, b, d, grad_gamma, sum_g)
 
 
+def silent(t: Tensor) -> Tensor:
+    """`t` for a write that autograd does not see, as stock's batch norm writes its running statistics.
+
+    An alias with a version counter of its own: a graph that has saved `t` (two forwards and one backward) goes on to
+    backward. Traced code and subclasses see the write as one to `t`.
+    """
+    return t if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter) else t.data
+
+
 def update_running(tensors: StepTensors, norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
     """Move the running statistics as stock does: unbiased variance, ``momentum=None`` a cumulative average."""
     if tensors.num_batches_tracked is not None:
         tensors.num_batches_tracked.add_(1)
     if tensors.running_mean is None or count == 0:
         return
-    if norm.momentum is None:
-        weight = 1.0 / tensors.num_batches_tracked.to(mean.dtype)
+    if norm.momentum is not None:
+        weight = float(norm.momentum)
+    elif tensors.num_batches_tracked is None:
+        return  # stock weighs the batch with 0
     else:
-        weight = norm.momentum
+        weight = 1.0 / tensors.num_batches_tracked.to(mean.dtype)
     unbiased = var * (count / max(count - 1, 1))
     for running, batch in ((tensors.running_mean, mean), (tensors.running_var, unbiased)):
         if isinstance(weight, float):
-            running.mul_(1 - weight).add_(batch.to(running.dtype), alpha=weight)
+            silent(running).mul_(1 - weight).add_(batch.to(running.dtype), alpha=weight)
         else:
-            running.add_(weight * (batch - running))
+            silent(running).mul_(1 - weight).add_(batch * weight)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .batch_norm import update_running
+from .batch_norm import silent, update_running
 from .spec import Norm, StepTensors
 
 Tensor = torch.Tensor
@@ -48,7 +48,7 @@ def _move(group: list[Update], momentum: float) -> None:
     factors = [count / max(count - 1, 1) for *_, count in group]
     unbiased = torch._foreach_mul([var for *_, var, _ in group], factors)
     batch = [mean for _, _, mean, _, _ in group] + list(unbiased)
-    running = [own.running_mean for own, *_ in group] + [own.running_var for own, *_ in group]
+    running = [silent(own.running_mean) for own, *_ in group] + [silent(own.running_var) for own, *_ in group]
     if any(b.dtype != r.dtype for b, r in zip(batch, running, strict=True)):
         wide, batch = batch, [torch.empty_like(r) for r in running]
         torch._foreach_copy_(batch, wide)
@@ -65,7 +65,10 @@ def _goes_alone(tensors: StepTensors, norm: Norm) -> bool:
 
 
 def _share_buffers(items: Sequence[Update]) -> bool:
-    """Whether any buffer is to be moved twice."""
+    """Whether any memory is to be moved twice: one buffer of two norms, or views of the same storage."""
     buffers = [b for own, *_ in items for b in (own.running_mean, own.running_var, own.num_batches_tracked)]
     found = [b for b in buffers if b is not None]
-    return any(a is b for i, a in enumerate(found) for b in found[:i])
+    if torch.compiler.is_compiling() or any(type(b) is not torch.Tensor for b in found):  # without addresses
+        return any(a is b for i, a in enumerate(found) for b in found[:i])
+    spans = sorted((b.data_ptr(), b.numel() * b.element_size()) for b in found)
+    return any(start + size > following for (start, size), (following, _) in zip(spans, spans[1:], strict=False))

@@ -188,3 +188,78 @@ def test_export():
     dynamic = {"x": {0: torch.export.Dim("samples")}}
     exported = torch.export.export(copy.deepcopy(model), (torch.randn(4, 3, 5),), dynamic_shapes=dynamic).module()
     agree(exported, exported, model)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 0, 1, 0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("counted", [True, False])
+def test_moves_like_stock_without_a_new_version(momentum, dtype, counted):
+    """A graph that has saved the statistics can still go back: stock's batch norm does not mark its writes either."""
+    torch.manual_seed(0)
+    norms = [torch.nn.BatchNorm2d(5, momentum=momentum) for _ in range(2)]
+    for norm in norms:
+        norm.running_mean = torch.randn(5, dtype=torch.float32).to(dtype)
+        norm.running_var = torch.rand(5, dtype=torch.float32).to(dtype)
+        norm.num_batches_tracked = torch.tensor(0) if counted else None
+    stock = copy.deepcopy(norms)
+    for _ in range(3):
+        items = []
+        for norm, other in zip(norms, stock, strict=True):
+            x = 1e3 + torch.randn(4, 5, 3, 3, dtype=torch.float64)
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            own = StepTensors(x, None, None, None, norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            items.append((own, Norm(momentum=momentum), mean.float(), var.float(), 36))
+            weight, momentum_now = 0.0, other.momentum
+            if counted:
+                other.num_batches_tracked.add_(1)
+                weight = 1 / float(other.num_batches_tracked)
+            weight = weight if momentum_now is None else momentum_now
+            for name, batch in (("running_mean", mean), ("running_var", var * 36 / 35)):
+                running = getattr(other, name)
+                setattr(other, name, ((1 - weight) * running.double() + weight * batch).to(dtype))
+        update_running_all(items)
+    for norm, other in zip(norms, stock, strict=True):
+        assert norm.running_mean._version == norm.running_var._version == 0
+        for name, buffer in other.named_buffers():
+            rounding = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-5}[dtype]
+            torch.testing.assert_close(norm.get_buffer(name), buffer, rtol=rounding, atol=rounding)
+            assert norm.get_buffer(name).dtype == buffer.dtype
+        assert not counted or norm.num_batches_tracked == 3
+
+
+def test_the_first_cumulative_average_is_the_batch():
+    first = item(8, 9, None)
+    first[0].num_batches_tracked.zero_()
+    first[0].running_mean.fill_(1e8)
+    update_running_all([first])
+    assert torch.equal(first[0].running_mean, first[2])
+
+
+def test_views_of_one_storage_move_in_order():
+    """As norms do whose buffers were flattened into one; where they overlap, each moves on what the one before left."""
+    shared = torch.rand(12)
+
+    def items(memory):
+        torch.manual_seed(0)
+        made = [item(8, 9, 0.5), item(8, 9, 0.25)]
+        views = [memory[:8], memory[4:]]
+        return [(own._replace(running_mean=v), *rest) for (own, *rest), v in zip(made, views, strict=True)]
+
+    got, want = shared.clone(), shared.clone()
+    update_running_all(items(got))
+    for one in items(want):
+        update_running(*one)
+    assert torch.equal(got, want)
+
+
+def test_inference_tensors_move_where_stock_moves_them():
+    with torch.inference_mode():
+        created = item(8, 9)
+        update_running_all([created])
+    made = [copy.deepcopy(one) for one in created[2:4]]
+    own = created[0]._replace(num_batches_tracked=None)
+    before = own.running_mean.clone()
+    update_running_all([(own, created[1], *made, 9)])  # outside of inference mode, as by native batch norm
+    assert not torch.equal(own.running_mean, before)
+    with pytest.raises(RuntimeError, match="inference"):  # stock's module counts first, and fails there
+        update_running_all([created])

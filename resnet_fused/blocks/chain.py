@@ -16,6 +16,7 @@ from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, joi
 from ..steps.conv import channels_last
 from ..steps.running import update_running_all
 from . import lazy_program, replay, stock
+from .layout import restrided
 from .saved import Kept, Recorder, Saved, counter_of, keep
 
 Tensor = torch.Tensor
@@ -115,21 +116,9 @@ def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tens
     flat: list[Tensor | None] = []
     for grad, own in zip(grads, tensors, strict=True):
         for value, tensor in zip(grad, own[:4], strict=True):
-            flat.append(None if value is None or tensor is None else _laid_out_as(value.to(tensor.dtype), tensor))
+            flat.append(None if value is None or tensor is None else restrided(value.to(tensor.dtype), tensor))
         flat += [None] * (len(own) - 4)
     return flat
-
-
-def _laid_out_as(grad: Tensor, tensor: Tensor) -> Tensor:
-    """`grad` with the strides of `tensor`: autograd then keeps it instead of a copy, and DDP's buckets take it.
-
-    A 1x1 weight in channels_last has other strides than a matrix, for the same elements in the same order.
-    """
-    if grad.dim() != 4 or grad.stride() == tensor.stride():
-        return grad
-    if tuple(grad.shape[2:]) == (1, 1) and grad.is_contiguous() and tensor.is_contiguous():
-        return grad.as_strided(tensor.shape, tensor.stride())
-    return torch.empty_like(tensor).copy_(grad)
 
 
 def _keep_all(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> Kept:

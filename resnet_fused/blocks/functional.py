@@ -7,6 +7,7 @@ import torch
 from ..backends import current
 from ..steps import Chain, Conv, Norm, Step, StepTensors
 from .chain import run_chain
+from .layout import as_stock
 from .plan import choose_variant
 from .runtime import output_shapes
 
@@ -62,8 +63,9 @@ def conv_bn_add_relu(
         sample_factor: ``[N]`` or None.
 
     Returns:
-        ``[N, K, H', W']``, dtype of x, channels_last. Differentiable (twice) in x, weight, bias, bn_weight, bn_bias
-        and residual.
+        ``[N, K, H', W']``, dtype of x. In stock's layout: channels_last if x or weight is; else contiguous, by a copy
+        of what was computed in channels_last. Differentiable (twice) in x, weight, bias, bn_weight, bn_bias and
+        residual.
 
     Raises:
         ValueError: x is not 4-dimensional; one value per channel in training; running statistics missing without
@@ -90,7 +92,7 @@ def conv_bn_add_relu(
             f"pass [{x.shape[0]}], one for each sample"
         )
     chain = choose_variant(chain, x, [tensors], [shape], sample_factor, residual)
-    return run_chain(chain, x, [tensors], residual, sample_factor)
+    return as_stock(run_chain(chain, x, [tensors], residual, sample_factor), x, [weight])
 
 
 def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias, training) -> None:

@@ -108,7 +108,8 @@ def folded_output(
     residual: Tensor | None,
 ) -> Tensor:
     """The chain's output with running statistics and without autograd."""
-    x, residual = channels_last(x), None if residual is None else channels_last(residual)
+    given, x = x, channels_last(x)
+    residual = x if residual is given else None if residual is None else channels_last(residual)
     steps = chain.all_steps
     if not _can_pack(x, chain.backend):
         return _run(chain, [fold(own, step, x.dtype) for own, step in zip(tensors, steps, strict=True)], x, residual)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .runtime import run_site
+from .runtime import run_as_stock
 from .site import Site, obstacle
 
 Tensor = torch.Tensor
@@ -24,7 +24,8 @@ class FusedConvBNReLU(nn.Module):
         relu: clamp the result.
 
     Shapes: x ``[N, in_channels, H, W]``, residual and result ``[N, out_channels, H', W']``; float32, bfloat16, float16
-    or float64. Errors are stock's. Paper: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167.
+    or float64. The result has stock's layout: channels_last if x or the weight is, else contiguous.
+    Errors are stock's. Paper: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167.
     """
 
     def __init__(
@@ -50,13 +51,16 @@ class FusedConvBNReLU(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         site = Site(((self.conv, self.bn),), relu=isinstance(self.relu, nn.ReLU), bypassed=(self.relu,))
         if not obstacle(x, site):
-            return run_site(site, x, residual)
+            return run_as_stock(site, x, residual)
         y = self.bn(self.conv(x))
         return self.relu(y if residual is None else y + residual)
 
 
 class FusedResidualBlock(nn.Module):
-    """What the two residual blocks share: run their steps and shortcut as one chain, or one by one as stock does."""
+    """What the two residual blocks share: run their steps and shortcut as one chain, or one by one as stock does.
+
+    The result has stock's layout: channels_last if x or a weight of the main branch is, else contiguous.
+    """
 
     downsample: nn.Module | None
     relu: nn.ReLU
@@ -74,7 +78,7 @@ class FusedResidualBlock(nn.Module):
         )
         if not obstacle(x, site):
             residual = None if paired else x if projection is None else projection(x)
-            return run_site(site, x, residual)
+            return run_as_stock(site, x, residual)
         identity = x if projection is None else projection(x)
         steps, h = self._steps(), x
         for conv, norm in steps[:-1]:

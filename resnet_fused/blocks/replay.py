@@ -10,6 +10,7 @@ from ..backends import run
 from ..steps import Chain, StepTensors, regroup
 from ..steps.batch_norm import Affine
 from . import stock
+from .layout import is_transformed
 from .saved import Saved, originals, version
 
 Tensor = torch.Tensor
@@ -25,14 +26,7 @@ def counters(chain: Chain, tensors: list[StepTensors]) -> tuple[tuple[Tensor, in
 
 def is_needed(ctx, grad_out: Tensor) -> bool:
     """Whether this backward must be made of stock operations."""
-    if torch.is_grad_enabled():
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    if functorch.is_legacy_batchedtensor(grad_out) or functorch.peek_interpreter_stack() is not None:
-        return True
-    return _moved(ctx)
+    return torch.is_grad_enabled() or is_transformed(grad_out) or _moved(ctx)
 
 
 def _moved(ctx) -> bool:

@@ -12,6 +12,7 @@ from ..steps import Chain, Step, StepTensors
 from . import norms
 from .chain import run_chain
 from .inference import folded_output
+from .layout import Placed, arrived, behind, left
 from .plan import choose_variant, pools
 from .site import Site, conv_geometry, pool_geometry
 
@@ -91,3 +92,14 @@ def needs_grad(x: Tensor, residual: Tensor | None, tensors: list[StepTensors]) -
         return False
     candidates = [x, residual, *(t for own in tensors for t in own[:4])]
     return any(t is not None and t.requires_grad for t in candidates)
+
+
+def run_placed(site: Site, x: Placed, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Placed:
+    """:func:`run_site` between fused modules: the result in whatever layout the chain gives it."""
+    out = run_site(site, x.value, residual, sample_factor)
+    return behind(out, x, [conv.weight for conv, _ in site.steps])
+
+
+def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Tensor:
+    """:func:`run_site` where its result leaves fused modules: in stock's layout."""
+    return left(run_placed(site, arrived(x), residual, sample_factor))

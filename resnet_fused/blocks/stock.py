@@ -6,13 +6,16 @@ import torch
 from torch.nn import functional as F
 
 from ..steps import Chain, Norm, Step, StepTensors
+from . import layout
 
 Tensor = torch.Tensor
 
 
 def conv_norm(x: Tensor, tensors: StepTensors, step: Step, moves: bool = False) -> Tensor:
     """``bn(conv(x))``; running statistics are read where the step uses them, and moved if `moves`, as stock does."""
-    z = F.conv2d(x, tensors.weight, tensors.bias, *step.conv.args)
+    in_channels_last = layout.suggests_channels_last(x) or layout.suggests_channels_last(tensors.weight)
+    weight = layout.with_grad_strides(tensors.weight, in_channels_last) if moves else tensors.weight
+    z = F.conv2d(x, weight, tensors.bias, *step.conv.args)
     norm, running, momentum = step.norm, (tensors.running_mean, tensors.running_var), 0.0
     if norm.batch_stats and not moves:
         running = (None, None)

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ..blocks.runtime import run_site
+from ..blocks.layout import Placed, arrived, left
+from ..blocks.runtime import run_placed
 from ..blocks.site import Site, hooked, input_obstacle, module_obstacle, why_not_passed
 from .order import module_effect
 from .program import ChainCall, Program, Ref, StockCall
@@ -171,9 +172,10 @@ def _drop_factor(block: nn.Module, call: ChainCall, x: Tensor, site: Site) -> Te
     return factor.view(-1)
 
 
-def _run_stock(block: nn.Module, call: StockCall, values: dict[str, Tensor]) -> object:
+def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> object:
     def value(arg: object) -> object:
         if isinstance(arg, Ref):
+            values[arg.name] = left(values[arg.name])
             return values[arg.name]
         if isinstance(arg, tuple | list):
             return type(arg)([value(item) for item in arg])
@@ -187,28 +189,39 @@ def _run_stock(block: nn.Module, call: StockCall, values: dict[str, Tensor]) -> 
     return call.target(*args, **kwargs)
 
 
-def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tensor) -> Tensor:
-    """The block's output: chains fused, everything between them stock."""
+def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tensor | Placed) -> object:
+    """The block's output: chains fused, everything between them stock, and called with values in stock's layout."""
     values, remaining = {state.program.input: x}, iter(sites)
     for call in state.program.calls:
         if isinstance(call, StockCall):
             values[call.output] = _run_stock(block, call, values)
             continue
-        site, h = next(remaining), values[call.input]
-        residual = None if call.residual is None else values[call.residual]
-        values[call.output] = run_site(site, h, residual, _drop_factor(block, call, h, site))
+        site, h = next(remaining), placed(values[call.input])
+        residual = None if call.residual is None else placed(values[call.residual]).value
+        values[call.output] = run_placed(site, h, residual, _drop_factor(block, call, h.value, site))
     return values[state.program.result]
+
+
+def placed(value: Tensor | Placed) -> Placed:
+    """A value as chains take it."""
+    return value if isinstance(value, Placed) else arrived(value)
+
+
+def runnable(block: nn.Module) -> tuple[FusedState, list[Site]] | None:
+    """What `block` runs fused now, if its input allows; None where it runs its stock forward."""
+    state: FusedState | None = block.__dict__.get(STATE)
+    if state is None or _settings.stock:
+        return None
+    sites = sites_of(block, state)
+    return None if obstacle(block, state, sites) else (state, sites)
 
 
 def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
     """A fused block's output: its program's, or that of its stock forward."""
-    state: FusedState | None = block.__dict__.get(STATE)
-    if state is None or _settings.stock:
+    found = runnable(block)
+    if found is None or input_obstacle(x, found[1][0]):
         return stock(x)
-    sites = sites_of(block, state)
-    if obstacle(block, state, sites) or input_obstacle(x, sites[0]):
-        return stock(x)
-    return run_program(block, state, sites, x)
+    return left(run_program(block, *found, x))
 
 
 class FusedModule:

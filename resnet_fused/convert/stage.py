@@ -1,31 +1,47 @@
-"""Stages in evaluation: a Sequential of fused blocks runs a large batch in pieces of a few images.
+"""Stages: a Sequential of fused blocks passes values on in channels_last, and a large batch in pieces of a few images.
 
-Images do not meet in a folded block, so a stage gives the same result piece by piece. It is worth it on the CPU, where
-the C library maps every result of 32 MiB or more anew and its pages are faulted in again: more than half of a stock
-training step of layer1.1 is system time (benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md). Smaller
-results can reuse memory that is there. Only the stage's own output is large, and lies in huge pages.
+Between the blocks values are nobody else's: they stay in channels_last whatever stock's layout is, and bounds of them
+(:mod:`..backends.bounds`) can be trusted. What leaves the stage is in stock's layout again.
+
+In evaluation images do not meet in a folded block, so a stage gives the same result piece by piece. It is worth it on
+the CPU, where the C library maps every result of 32 MiB or more anew and its pages are faulted in again: more than half
+of a stock training step of layer1.1 is system time
+(benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md). Smaller results can reuse memory that is there.
+Only the stage's own output is large, and lies in huge pages.
 """
 
 from __future__ import annotations
 
 import copyreg
-import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from .. import library
 from ..backends import bounds
 from ..blocks import norms
-from ..blocks.site import Site, conv_geometry, input_obstacle
+from ..blocks.layout import Placed, left
+from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_obstacle
 from ..ops.conv_add_relu import output_shape
-from .fused_module import STATE, FusedModule, getstate, is_stock_forced, obstacle, sites_of
+from .fused_module import FusedModule, FusedState, getstate, is_stock_forced, placed, run_program, runnable
+from .program import ChainCall
 
 Tensor = torch.Tensor
 #: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have.
 MAPPED, PIECE = 32 << 20, 25 << 20
+
+
+#: Methods through which a call of a module goes.
+_CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+
+
+class Entry(NamedTuple):
+    """A block that a stage runs without calling it."""
+
+    block: nn.Module
+    state: FusedState
+    sites: list[Site]
 
 
 class Extent(NamedTuple):
@@ -47,59 +63,130 @@ def _extent(site: Site, shape: tuple[int, ...]) -> Extent | None:
     return Extent(largest, h)
 
 
-def _stage_extent(stage: nn.Sequential, shape: tuple[int, ...]) -> Extent | None:
-    """The extent of a whole stage; None unless each block is one chain, would run it now, and has no hooks."""
-    largest = 0
+def _is_entered(block: nn.Module) -> bool:
+    """Whether calling `block` is nothing but running its fused forward, so that a stage may do that itself."""
+    if not isinstance(block, FusedModule) or hooked(block) or block._compiled_call_impl is not None:
+        return False
+    if any(name in block.__dict__ for name in _CALLED):
+        return False
+    cls = type(block)
+    if torch.compiler.is_compiling():
+        return True
+    own = cls.forward.__globals__ is FusedModule.forward.__globals__
+    return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in _CALLED[1:])
+
+
+def _entries(stage: nn.Sequential) -> list[Entry] | None:
+    """What each block runs, where nothing but fused chains would run in the whole stage; else None."""
+    entries = []
     for block in stage:
-        if not isinstance(block, FusedModule) or block._forward_hooks or block._forward_pre_hooks:
+        found = runnable(block) if _is_entered(block) else None
+        if found is None or not all(isinstance(call, ChainCall) for call in found[0].program.calls):
             return None
-        state = block.__dict__[STATE]
-        sites = sites_of(block, state)
-        if len(state.program.calls) != 1 or len(sites) != 1 or obstacle(block, state, sites):
+        entries.append(Entry(block, *found))
+    return entries
+
+
+def _run(entry: Entry, x: object) -> object:
+    """A block's output for the next one; of a call like any other where its input is unusual."""
+    value = x.value if isinstance(x, Placed) else x
+    if input_obstacle(value, entry.sites[0]):
+        return entry.block(left(x))
+    return run_program(*entry, x)
+
+
+def _one_by_one(stage: nn.Sequential, x: object) -> object:
+    """The stage's output where somebody else's code runs in some of its blocks, and may change others."""
+    for block in stage:
+        found = runnable(block) if _is_entered(block) else None
+        x = block(left(x)) if found is None else _run(Entry(block, *found), x)
+    return left(x)
+
+
+def _all_images(entries: list[Entry], x: Tensor) -> object:
+    value: object = x
+    for entry in entries:
+        value = _run(entry, value)
+    return value
+
+
+def _stage_extent(entries: list[Entry], shape: tuple[int, ...]) -> Extent | None:
+    """The extent of a whole stage; None unless each block is one chain."""
+    largest = 0
+    for entry in entries:
+        if len(entry.sites) != 1:
             return None
-        extent = _extent(sites[0], shape)
+        extent = _extent(entry.sites[0], shape)
         if extent is None:
             return None
         largest, shape = max(largest, extent.largest), extent.shape
     return Extent(largest, shape)
 
 
-def images_in_piece(stage: nn.Sequential, x: object) -> int:
+def images_in_piece(entries: list[Entry], x: Tensor) -> int:
     """How many images to run at a time; 0: all at once, as stock."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor or is_stock_forced():
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not entries:
         return 0
     if x.device.type != "cpu" or x.dim() != 4 or x.shape[0] < 2 or not library.status().cpu.loaded:
         return 0
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in stage.parameters())):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for e in entries for p in e.block.parameters())
+    ):
         return 0
-    if any(getattr(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")):
-        return 0
-    extent = _stage_extent(stage, tuple(x.shape)) if len(stage) else None
+    extent = _stage_extent(entries, tuple(x.shape))
     if extent is None or extent.largest * x.element_size() * x.shape[0] < MAPPED:
         return 0
-    first = stage[0]
-    if input_obstacle(x, sites_of(first, first.__dict__[STATE])[0]):
+    if input_obstacle(x, entries[0].sites[0]):
         return 0
     return max(1, PIECE // (extent.largest * x.element_size()))
 
 
-class FusedStage(nn.Sequential):
-    """``nn.Sequential`` that runs a large batch in pieces where that changes nothing but the time."""
+def _in_pieces(entries: list[Entry], x: Tensor, images: int) -> Tensor:
+    out = None
+    for begin in range(0, x.shape[0], images):
+        piece = placed(_all_images(entries, x[begin : begin + images]))
+        if out is None:
+            out = _new_batch(piece, x.shape[0])
+        out[begin : begin + images].copy_(piece.value)
+    return out
 
-    def forward(self, x):
-        images = images_in_piece(self, x)
-        if not 0 < images < x.shape[0]:
-            return super().forward(x)
-        out, bound = None, 0.0
-        for begin in range(0, x.shape[0], images):
-            piece = super().forward(x[begin : begin + images])
-            if out is None:
-                out = torch.ops.resnet_fused.new_batch(piece, x.shape[0])
-            out[begin : begin + images].copy_(piece)
-            bound = max(bound, bounds.of(piece) if bounds.is_known(piece) else math.inf)
-        return bounds.remember(out, bound) if bound < bounds.SAFE else out
+
+def _new_batch(piece: Placed, images: int) -> Tensor:
+    """Memory for the results of all pieces, in stock's layout: channels_last, or the same with its sides renamed."""
+    if piece.channels_last:
+        return torch.ops.resnet_fused.new_batch(piece.value, images)
+    return torch.ops.resnet_fused.new_batch(piece.value.permute(0, 3, 1, 2), images).permute(0, 2, 3, 1)
+
+
+def run_stage(stage: nn.Sequential, x: Tensor) -> object:
+    """The output of a stage of fused blocks, in stock's layout."""
+    entries = _entries(stage)
+    if entries is None:
+        return _one_by_one(stage, x)
+    if torch.compiler.is_compiling():
+        return left(_all_images(entries, x))
+    with bounds.private():
+        images = images_in_piece(entries, x)
+        if 0 < images < x.shape[0]:
+            return _in_pieces(entries, x, images)
+        return left(_all_images(entries, x))
+
+
+def _is_traced(x: object) -> bool:
+    return not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+class FusedStage(nn.Sequential):
+    """``nn.Sequential`` that keeps what passes between its fused blocks to itself."""
+
+    def forward(self, input):
+        if type(self) is not FusedStage or is_stock_forced() or globally_hooked() or _is_traced(input):
+            return super().forward(input)
+        return run_stage(self, input)
 
     def __reduce_ex__(self, protocol):
+        if type(self) is not FusedStage:  # somebody's subclass
+            return super().__reduce_ex__(protocol)
         return _rebuild, (), getstate(self)
 
 

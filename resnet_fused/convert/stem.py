@@ -18,7 +18,7 @@ import types
 from torch import nn
 
 from ..blocks import norms
-from ..blocks.runtime import run_site
+from ..blocks.runtime import run_as_stock
 from ..blocks.site import Site, input_obstacle, module_obstacle, pool_geometry, why_not_conv
 from .fused_module import STATE, getstate, is_stock_forced
 
@@ -66,8 +66,8 @@ class FusedStem:
         if site is None or module_obstacle(site) or input_obstacle(x, site):
             return last(getattr(self, act)(getattr(self, norm)(getattr(self, conv)(x))))
         if pool and pool_geometry(last) is not None:
-            return run_site(dataclasses.replace(site, pool=last), x)
-        return last(run_site(site, x))
+            return run_as_stock(dataclasses.replace(site, pool=last), x)
+        return last(run_as_stock(site, x))
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (type(self).__mro__[2], self.__dict__[STATE].stems), getstate(self)

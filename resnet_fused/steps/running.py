@@ -6,6 +6,7 @@ four: the counters, the unbiased variances, and a product and a sum for every me
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -71,4 +72,4 @@ def _share_buffers(items: Sequence[Update]) -> bool:
     if torch.compiler.is_compiling() or any(type(b) is not torch.Tensor for b in found):  # without addresses
         return any(a is b for i, a in enumerate(found) for b in found[:i])
     spans = sorted((b.data_ptr(), b.numel() * b.element_size()) for b in found)
-    return any(start + size > following for (start, size), (following, _) in zip(spans, spans[1:], strict=False))
+    return any(start + size > following for (start, size), (following, _) in itertools.pairwise(spans))

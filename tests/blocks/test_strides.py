@@ -7,7 +7,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.blocks import run_chain
-from resnet_fused.blocks.chain import _laid_out_as
+from resnet_fused.blocks.layout import restrided
 from resnet_fused.models.resnet import BasicBlock, Bottleneck, ResNet
 from resnet_fused.steps import Chain
 
@@ -54,10 +54,10 @@ def test_values_stay(variant, kernel, groups):
 
 def test_nothing_is_copied_where_nothing_moves():
     matrix = torch.randn(6, 4, 1, 1)
-    view = _laid_out_as(matrix, torch.empty(6, 4, 1, 1).as_strided((6, 4, 1, 1), (4, 1, 4, 4)))
+    view = restrided(matrix, torch.empty(6, 4, 1, 1).as_strided((6, 4, 1, 1), (4, 1, 4, 4)))
     assert view.data_ptr() == matrix.data_ptr() and view.stride() == (4, 1, 4, 4)
     grad = torch.randn(6, 4, 3, 3).contiguous(memory_format=CL)
-    assert _laid_out_as(grad, torch.empty_like(grad)) is grad
+    assert restrided(grad, torch.empty_like(grad)) is grad
 
 
 @pytest.mark.filterwarnings("error:Grad strides do not match bucket view strides")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.convert import stage, stock_forward
+from resnet_fused.convert import fused_module, stage, stock_forward
 from resnet_fused.models import resnet18, resnet50
 
 
@@ -30,15 +30,19 @@ def images(n=5):
 
 
 def pieces_seen(model, x):
-    """Batch sizes that the first block of layer1 is called with."""
+    """Batch sizes that the first block of layer1 runs fused with, called or not."""
     seen, block = [], model.layer1[0]
-    original = type(block).forward
-    block.forward = lambda h: seen.append(h.shape[0]) or original(block, h)
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        del block.forward
+    original = fused_module.run_program
+
+    def noted(which, state, sites, h):
+        if which is block:
+            seen.append((h if isinstance(h, torch.Tensor) else h.value).shape[0])
+        return original(which, state, sites, h)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for module in (fused_module, stage):
+            patch.setattr(module, "run_program", noted)
+        model(x)
     return seen
 
 
@@ -74,7 +78,7 @@ def test_whole_where_images_meet_or_somebody_watches(model):
     assert pieces_seen(model, x) == [5]
     handle.remove()
     with stock_forward():
-        assert pieces_seen(model, x) == [5]
+        assert pieces_seen(model, x) == []
     assert pieces_seen(model, images(1)) == [1]
     assert pieces_seen(model, x) == [2, 2, 1]
 
@@ -89,6 +93,64 @@ def test_gradients_run_whole(model):
 def test_changed_stages_run_as_they_are_now(model):
     model.layer1[1] = nn.Identity()
     assert pieces_seen(model, images()) == [5]
+    model.layer1[0] = nn.Flatten(0, 1)  # not a batch of images any more
+    assert model.layer1(torch.randn(2, 3, 4, 5)).shape == (6, 4, 5)
+    model.layer1.append(TwoResults())
+    assert len(model.layer1(torch.randn(2, 3, 4, 5))) == 2
+
+
+class TwoResults(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@torch.no_grad()
+def test_the_argument_has_stocks_name(model):
+    x = torch.randn(1, 64, 16, 16)
+    assert torch.equal(model.layer1(input=x), model.layer1(x))
+
+
+class Doubling(stage.FusedStage):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@torch.no_grad()
+def test_replaced_forwards_and_classes_run(model):
+    x, stock = torch.randn(5, 64, 16, 16), resnet_fused.unfuse(copy.deepcopy(model))
+    block = model.layer1[1]
+    block.forward = lambda h: type(block).forward(block, h) * 3
+    torch.testing.assert_close(model.layer1(x), 3 * stock.layer1(x), rtol=1e-3, atol=1e-3)
+    del block.forward
+    model.layer1.__class__ = Doubling
+    for each in (model.layer1, copy.deepcopy(model.layer1)):
+        assert type(each) is Doubling
+        torch.testing.assert_close(each(x), 2 * stock.layer1(x), rtol=1e-3, atol=1e-3)
+    model.layer1.__class__ = stage.FusedStage
+    model.layer1.forward = lambda input: input + 1
+    assert torch.equal(model.layer1(x), x + 1)
+
+
+def test_a_block_that_is_called_in_its_own_way_is_called(model):
+    x, calls = torch.randn(2, 64, 16, 16), []
+    block = model.layer1[0]
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        register = {
+            "_forward_hooks": block.register_forward_hook,
+            "_forward_pre_hooks": block.register_forward_pre_hook,
+            "_backward_hooks": block.register_full_backward_hook,
+        }[name]
+        handle = register(lambda *args: calls.append(1))
+        model.layer1(x).sum().backward()
+        handle.remove()
+    assert len(calls) == 3
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: calls.append(module))
+    model.layer1(x)
+    handle.remove()
+    assert block in calls
+    block._compiled_call_impl = lambda h: calls.append("compiled") or type(block).forward(block, h)  # block.compile()
+    model.layer1(x)
+    assert calls[-1] == "compiled"
 
 
 def test_wrong_input_gets_stocks_error(model):

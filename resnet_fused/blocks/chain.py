@@ -16,7 +16,7 @@ from ..steps import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, joi
 from ..steps.conv import channels_last
 from ..steps.running import update_running_all
 from . import lazy_program, replay, stock
-from .layout import restrided
+from .layout import is_channels_last, restrided, worked_on
 from .saved import Kept, Recorder, Saved, counter_of, keep
 
 Tensor = torch.Tensor
@@ -155,12 +155,14 @@ def run_chain(
         return stock.chain_output(chain, x, residual, sample_factor, tensors, moves=True)
     if residual is x:  # one argument, whose gradient has two parts
         chain, residual = dataclasses.replace(chain, identity=True), None
-    given, x = x, channels_last(x)
+    main = [own.weight for own in tensors[: len(chain.steps)]]
+    in_channels_last = is_channels_last(x, main)
+    given, x = x, worked_on(x, in_channels_last)
     counter = None  # stock saves what it was given, and notices writes to it
     if given is not x and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         counter = counter_of(given)
     if residual is not None:
-        residual = channels_last(residual)
+        residual = worked_on(residual, in_channels_last)
     if sample_factor is not None:
         sample_factor = sample_factor.to(stat_dtype(x.dtype))
     return FusedChain.apply(chain, counter, x, residual, sample_factor, *flatten(tensors))

@@ -47,6 +47,11 @@ def left(value: object) -> object:
     return value.value if value.channels_last else value.value.contiguous()
 
 
+def is_channels_last(x: Tensor, weights: Iterable[Tensor]) -> bool:
+    """Whether stock's end of a chain is channels_last. `weights`: of the convolutions on its main branch."""
+    return suggests_channels_last(x) or any(map(suggests_channels_last, weights))
+
+
 def behind(value: Tensor, before: Placed, weights: Iterable[Tensor]) -> Placed:
     """The end of a chain of convolutions with `weights` on its main branch, from the value `before` it."""
     return Placed(value, before.channels_last or any(map(suggests_channels_last, weights)))
@@ -54,7 +59,26 @@ def behind(value: Tensor, before: Placed, weights: Iterable[Tensor]) -> Placed:
 
 def as_stock(out: Tensor, x: Tensor, weights: Iterable[Tensor]) -> Tensor:
     """The end of a chain in stock's layout. `x`: its input. `weights`: of the convolutions on its main branch."""
-    return left(behind(out, arrived(x), weights))
+    return out if is_channels_last(x, weights) else out.contiguous()
+
+
+class _Converted(torch.autograd.Function):
+    """A contiguous value in channels_last; its gradient, which leaves fused modules as well, is contiguous again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def worked_on(x: Tensor, in_channels_last: bool) -> Tensor:
+    """`x` in channels_last; its gradient has the layout that stock's has, where `in_channels_last` tells which."""
+    if in_channels_last or not x.requires_grad or x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous(memory_format=torch.channels_last)
+    return _Converted.apply(x)
 
 
 def restrided(grad: Tensor, like: Tensor) -> Tensor:

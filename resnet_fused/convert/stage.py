@@ -155,7 +155,8 @@ def _new_batch(piece: Placed, images: int) -> Tensor:
     """Memory for the results of all pieces, in stock's layout: channels_last, or the same with its sides renamed."""
     if piece.channels_last:
         return torch.ops.resnet_fused.new_batch(piece.value, images)
-    return torch.ops.resnet_fused.new_batch(piece.value.permute(0, 3, 1, 2), images).permute(0, 2, 3, 1)
+    like = piece.value.new_empty(1, *piece.value.shape[1:]).permute(0, 3, 1, 2)
+    return torch.ops.resnet_fused.new_batch(like, images).permute(0, 2, 3, 1)
 
 
 def run_stage(stage: nn.Sequential, x: Tensor) -> object:

@@ -52,9 +52,13 @@ def test_functions(x_format, weight_format, training, kernel, dtype):
     if dtype is torch.float64:
         mean, var = mean.double(), var.double()
     y = F.batch_norm(torch.conv2d(x, weight, None, 1, kernel // 2), mean, var, training=training)
-    for added in (None, residual):
+    for added in (None, residual.contiguous().requires_grad_(), residual):
         out = conv_bn_add_relu(x, weight, mean, var, None, None, added, padding=kernel // 2, training=training)
-        assert out.stride() == torch.relu(y if added is None else y + added).stride()
+        expected = torch.relu(y if added is None else y + added)
+        assert out.stride() == expected.stride()
+        leaves = [x, added] if added is not None and added.requires_grad else [x]
+        got, want = (torch.autograd.grad(o.sum(), leaves, retain_graph=True) for o in (out, expected))
+        assert [g.stride() for g in got] == [g.stride() for g in want]
 
 
 @pytest.mark.parametrize(("x_format", "weight_format"), BOTH)

@@ -141,7 +141,7 @@ def test_a_block_that_is_called_in_its_own_way_is_called(model):
             "_backward_hooks": block.register_full_backward_hook,
         }[name]
         handle = register(lambda *args: calls.append(1))
-        model.layer1(x).sum().backward()
+        model.layer1(x.clone().requires_grad_()).sum().backward()
         handle.remove()
     assert len(calls) == 3
     handle = nn.modules.module.register_module_forward_hook(lambda module, *args: calls.append(module))

@@ -66,10 +66,17 @@ def _goes_alone(tensors: StepTensors, norm: Norm) -> bool:
 
 
 def _share_buffers(items: Sequence[Update]) -> bool:
-    """Whether any memory is to be moved twice: one buffer of two norms, or views of the same storage."""
+    """Whether anything is to be moved twice: a buffer of two norms, or memory of two views."""
     buffers = [b for own, *_ in items for b in (own.running_mean, own.running_var, own.num_batches_tracked)]
     found = [b for b in buffers if b is not None]
-    if torch.compiler.is_compiling() or any(type(b) is not torch.Tensor for b in found):  # without addresses
-        return any(a is b for i, a in enumerate(found) for b in found[:i])
-    spans = sorted((b.data_ptr(), b.numel() * b.element_size()) for b in found)
+    if len(set(map(id, found))) < len(found):
+        return True
+    if torch.compiler.is_compiling():  # without addresses
+        return False
+    spans = []
+    for own, *_ in items:
+        if type(own.running_mean) is torch.Tensor and own.running_var is not None:
+            size = own.running_mean.nbytes
+            spans += (own.running_mean.data_ptr(), size), (own.running_var.data_ptr(), size)
+    spans.sort()
     return any(start + size > following for (start, size), (following, _) in itertools.pairwise(spans))

@@ -122,6 +122,28 @@ def parameter_grads(
     return FoldedGrads(weight, bn.rstd * centred, None, None)
 
 
+def _centres(a: Tensor) -> bool:
+    """Whether the gradients are taken of the centred input: not in 16 bits, where it would be rounded once more."""
+    return a.element_size() > 2
+
+
+def _centred(a: Tensor, folded: Folded, conv: Conv, owned: bool) -> tuple[Tensor, Folded]:
+    """The pixels that `conv` reads less the centre, and the branch as one that reads those: its own centre is 0.
+
+    Otherwise ``g' a - sum_g centre'`` and ``a S - centre S`` would cancel as many digits as the mean has more than the
+    deviation, after products have been rounded to float32.
+    """
+    gram, total, centre = folded.gram
+    own, along = strided(a, conv), centre.to(a.dtype).view(1, -1, 1, 1)
+    d = own.sub_(along) if owned or own is not a else own - along
+    return d, folded._replace(gram=Gram(gram, total, torch.zeros_like(centre)))
+
+
+def _product(g: Tensor, a: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
+    """``g' a``, in short sums where oneDNN's would be long beside their number."""
+    return weight_grad(g, a, weight, conv, backend)
+
+
 def backward(
     g: Tensor,
     sum_g: Tensor,
@@ -133,28 +155,25 @@ def backward(
     needs: StepGrads,
     needs_a: bool,
     conv: Conv,
-    add_to: Tensor | None = None,
+    owned: bool = False,
 ) -> tuple[Tensor | None, StepGrads]:
     """Gradients of the branch's input and parameters from the masked gradient `g` and its sum.
 
-    `conv`: the geometry from `a` to the output (`a` may be strided already). `add_to`: see :func:`conv.input_grad`.
+    `conv`: the geometry from `a` to the output (`a` may be strided already). `owned`: `a` may be overwritten.
     """
     scale, coupled, found = folded.bn.scale, step.norm.batch_stats, None
+    if coupled and _centres(a):
+        a, folded = _centred(a, folded, conv, owned)
+        conv = POINTWISE
     if coupled or needs.weight or needs.gamma:
-        product = weight_grad(g, a, tensors.weight, conv, backend)
+        product = _product(g, a, tensors.weight, conv, backend)
         found = parameter_grads(product, sum_g, g, tensors, step, folded, backend)
     bias = torch.zeros_like(sum_g) if coupled else scale * sum_g
     values = (None if found is None else found.weight, bias, None if found is None else found.gamma, sum_g)
     grads = StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
     if not needs_a:
         return None, grads
-    folded_weight = scaled(tensors.weight, scale)
-    if not coupled:
-        return input_grad(g, a, folded_weight, conv, backend, add_to), grads
-    if add_to is None:
-        grad_a = run("conv_add_relu", a, found.coupling, found.constant, backend=backend)
-    else:
-        run("conv_add_relu_", add_to, a, found.coupling, found.constant, backend=backend)
-        grad_a = add_to
-    run("conv_add_relu_", grad_a, g, transposed(folded_weight), backend=backend)
+    grad_a = input_grad(g, a, scaled(tensors.weight, scale), conv, backend)
+    if coupled:
+        run("conv_add_relu_", grad_a, a, found.coupling, found.constant, backend=backend)
     return grad_a, grads

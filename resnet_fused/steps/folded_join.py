@@ -26,6 +26,7 @@ from .spec import Conv, Step, StepGrads, StepTensors
 Tensor = torch.Tensor
 POINTWISE = Conv()
 CENTRE_IMAGES = 4
+FEW_CHANNELS = 16  # below, oneDNN's weight gradients of 8192 pixels were up to 7 times less exact than those of ours
 
 
 class Gram(NamedTuple):
@@ -102,22 +103,35 @@ class FoldedGrads(NamedTuple):
 
 
 def parameter_grads(
-    product: Tensor, sum_g: Tensor, g: Tensor, tensors: StepTensors, step: Step, folded: Folded, backend: str
+    product: Tensor,
+    sum_g: Tensor,
+    g: Tensor,
+    tensors: StepTensors,
+    step: Step,
+    folded: Folded,
+    backend: str,
+    wide: bool = False,
 ) -> FoldedGrads:
     """Gradients of the branch's weight and gamma, and what corrects its input's. `product` is not shifted.
 
-    `g`: any tensor of as many pixels as the output.
+    `g`: any tensor of as many pixels as the output. `wide`: in float64, results too, but for the coupling: an error
+    there is the same at every pixel, and what lies before the branch sums over pixels.
     """
     bn, gram = folded
+    weight = tensors.weight.contiguous()
+    if wide:
+        bn, gram = bn._replace(rstd=bn.rstd.double(), scale=bn.scale.double()), Gram(*(t.double() for t in gram))
+        weight, sum_g = weight.double(), sum_g.double()
     product = product.flatten(1).to(bn.scale.dtype)
     if step.norm.batch_stats:
-        arguments = (tensors.weight.contiguous(), product, *gram, sum_g, bn.scale, bn.rstd)
+        arguments = (weight, product, *gram, sum_g, bn.scale, bn.rstd)
         weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=backend)
+        coupling = coupling.to(tensors.weight.dtype)
         return FoldedGrads(weight.view(tensors.weight.shape), gamma, coupling, constant)
     offset = bn.mean if tensors.bias is None else bn.mean - tensors.bias.to(bn.scale.dtype)
-    wide = torch.float64 if product.device.type == "cpu" else product.dtype  # as in gram_grad: digits cancel
-    own = (tensors.weight.flatten(1).to(product.dtype) * product).sum(1, dtype=wide)
-    centred = torch.addcmul(own, offset.to(wide), sum_g.to(wide), value=-1).to(product.dtype)
+    sums = torch.float64 if product.device.type == "cpu" else product.dtype  # as in gram_grad: digits cancel
+    own = (tensors.weight.flatten(1).to(product.dtype) * product).sum(1, dtype=sums)
+    centred = torch.addcmul(own, offset.to(sums), sum_g.to(sums), value=-1).to(product.dtype)
     weight = (bn.scale.unsqueeze(1) * product).view(tensors.weight.shape)
     return FoldedGrads(weight, bn.rstd * centred, None, None)
 
@@ -140,8 +154,21 @@ def _centred(a: Tensor, folded: Folded, conv: Conv, owned: bool) -> tuple[Tensor
 
 
 def _product(g: Tensor, a: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
-    """``g' a``, in short sums where oneDNN's would be long beside their number."""
+    """``g' a``. Of few channels oneDNN sums all pixels one after the other; there in short sums."""
+    if weight.shape[1] < FEW_CHANNELS and a.dtype == torch.float32 and conv == POINTWISE:
+        return run("conv_weight_grad", g, a, weight, *conv.args[:3], backend=backend)
     return weight_grad(g, a, weight, conv, backend)
+
+
+def _balance(g: Tensor, sum_g: Tensor, folded_weight: Tensor, gram: Gram, coupling: Tensor) -> Tensor:
+    """The constant for which the input's gradient sums to 0 over the pixels, as behind any batch norm it does.
+
+    Of the two matrices as they were rounded: their rounding is the same at every pixel, and what lies before the branch
+    sums over pixels.
+    """
+    pixels = g.shape[0] * g.shape[2] * g.shape[3]
+    sums = sum_g.double() @ folded_weight.flatten(1).double() + gram.total.double() @ coupling.flatten(1).double()
+    return (sums / -max(pixels, 1)).to(gram.total.dtype)
 
 
 def backward(
@@ -167,13 +194,16 @@ def backward(
         conv = POINTWISE
     if coupled or needs.weight or needs.gamma:
         product = _product(g, a, tensors.weight, conv, backend)
-        found = parameter_grads(product, sum_g, g, tensors, step, folded, backend)
+        found = parameter_grads(product, sum_g, g, tensors, step, folded, backend, wide=coupled and _centres(a))
     bias = torch.zeros_like(sum_g) if coupled else scale * sum_g
     values = (None if found is None else found.weight, bias, None if found is None else found.gamma, sum_g)
     grads = StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
     if not needs_a:
         return None, grads
-    grad_a = input_grad(g, a, scaled(tensors.weight, scale), conv, backend)
+    folded_weight = scaled(tensors.weight, scale)
+    grad_a = input_grad(g, a, folded_weight, conv, backend)
     if coupled:
-        run("conv_add_relu_", grad_a, a, found.coupling, found.constant, backend=backend)
+        centred = _centres(a)
+        constant = _balance(g, sum_g, folded_weight, folded.gram, found.coupling) if centred else found.constant
+        run("conv_add_relu_", grad_a, a, found.coupling, constant, backend=backend)
     return grad_a, grads

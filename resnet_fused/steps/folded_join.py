@@ -19,7 +19,7 @@ import torch
 
 from ..backends import run
 from .batch_norm import Affine, Statistics, batch_affine, running_affine
-from .conv import input_grad, strided, transposed, weight_grad
+from .conv import input_grad, strided, weight_grad
 from .lazy import Lazy
 from .spec import Conv, Step, StepGrads, StepTensors
 

@@ -7,8 +7,9 @@ convolution's input (1x1 convolutions only): for ``z = W a`` over M pixels, ``d 
     m = sum(d)/M;  Cov = d'd/M - m m';   mean = W (m + centre);   var_k = w_k' Cov w_k
 
 Backward, with g the masked gradient: ``grad_beta = sum g``, ``grad_a = g (scale*W) + a S + constant``; `gram_grad` says
-how S, the constant and the gradients of W and gamma follow from ``g' a`` and ``sum g``, everything in the shifted
-input d, so that a large mean cancels nowhere. With running statistics S and the constant are 0.
+how S, the constant and the gradients of W and gamma follow from ``g' a`` and ``sum g``. But in 16 bits, all of it is
+done with d itself in the place of a, so that a large mean cancels nowhere. With running statistics S and the constant
+are 0.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 //
 // The upper triangle is cut into macro tiles of kMacro x kMacro channels and the rows into chunks; a (chunk, macro
 // tile) is one unit of work. It packs up to kDepth rows of its channels at a time into panels of one cache line per
-// row as d, multiplies them in registers (short float32 sums) and adds those to a float64 tile in cache.
+// row as d, multiplies kSumRows of them at a time in registers (short float32 sums) and adds those to a float64 tile in
+// cache.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -18,6 +19,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr int64_t kRegisterRows = 4;
+constexpr int64_t kSumRows = 52;      // of a float32 sum: half the error of kDepth's, which gradients would show
 constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merged
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
@@ -111,7 +113,7 @@ RESNET_FUSED_CLONES void add_totals(double* __restrict total, const A* __restric
   constexpr int64_t P = kPanel<A>;
   for (int64_t c = 0; c < width; c += P) {
     const A* panel = packed + c * kDepth;
-    A sum[P] = {};
+    double sum[P] = {};
     for (int64_t m = 0; m < rows; ++m) {
       for (int64_t i = 0; i < P; ++i) sum[i] += panel[m * P + i];
     }
@@ -119,7 +121,7 @@ RESNET_FUSED_CLONES void add_totals(double* __restrict total, const A* __restric
   }
 }
 
-// g += a' b over `rows` packed rows; on the diagonal (a == b) only tiles that reach the upper triangle.
+// g += a' b over at most kSumRows packed rows; on the diagonal (a == b) only tiles that reach the upper triangle.
 template <class A>
 RESNET_FUSED_CLONES void multiply(double* g, const A* a, const A* b, int64_t rows, int64_t a_width, int64_t b_width) {
   constexpr int64_t P = kPanel<A>;
@@ -165,7 +167,10 @@ void macro_tile(Buffers<A>& buffers, const Input<T>& input, const Pixels& pixels
     pack(buffers.a.get(), input, pixels, row, rows, i, a_width, C);
     if (i == j) add_totals(total + i, left, rows, a_width);
     if (i != j) pack(buffers.b.get(), input, pixels, row, rows, j, b_width, C);
-    multiply(tile, left, right, rows, a_width, b_width);
+    for (int64_t first = 0; first < rows; first += kSumRows) {
+      const int64_t from = first * kPanel<A>;
+      multiply(tile, left + from, right + from, std::min(kSumRows, rows - first), a_width, b_width);
+    }
   }
   for (int64_t r = 0; r < a_width; ++r) std::copy_n(tile + r * kMacro, b_width, g + (i + r) * C + j);
 }

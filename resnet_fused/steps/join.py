@@ -161,7 +161,7 @@ def backward(
     g = g if chain.relu else grad_out
     if chain.gram:
         grad_h, main_grads = folded_join.backward(
-            g, sum_g, h, main, step, state.main, backend, needs[n - 1], needs_h, step.conv
+            g, sum_g, h, main, step, state.main, backend, needs[n - 1], needs_h, step.conv, owned=n > 1
         )
     else:
         c = coefficients(bn, sum_g, sum_gz, g, step.norm, backend)

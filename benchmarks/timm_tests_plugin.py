@@ -153,25 +153,28 @@ def exact_operands(node: ast.AST) -> list[ast.expr] | None:
     return None
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Kept here, in the process that hears of all tests, also of those that end a worker."""
-    if report.when == "call" or not report.passed:
-        _reports.append(report)
-
-
-_reports: list[pytest.TestReport] = []
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Write the log from the process that hears of all tests, also of those that end a worker, as they end."""
     path = session.config.getoption("--fused-log")
-    if not path or hasattr(session.config, "workerinput"):
-        return
-    with open(path, "w") as file:
-        for report in _reports:
-            test, side = test_and_side(report.nodeid)
-            found = dict(report.user_properties)
-            row = {"test": test, "side": side, "outcome": report.outcome, "reason": reason_of(report)}
-            row |= {"bitwise": found.get("bitwise", ""), "fused": found.get("fused")}
+    if path and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Log(path))
+
+
+class Log:
+    """One line for every outcome."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        test, side = test_and_side(report.nodeid)
+        found = dict(report.user_properties)
+        row = {"test": test, "side": side, "outcome": report.outcome, "reason": reason_of(report)}
+        row |= {"bitwise": found.get("bitwise", ""), "fused": found.get("fused")}
+        with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 

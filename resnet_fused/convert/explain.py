@@ -147,7 +147,7 @@ def explain(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model with nothing to fuse is explained all the same
         fused = fuse(copy.deepcopy(model)).train(training)
-    left = tuple(f"{row.name or '(model)'} ({row.kind}): {row.reason}" for row in report(fused).left)
+    left = tuple(report(fused).reasons())
     mode = FakeTensorMode()
     fake = _make_fake(fused, mode, dtype)
     with mode:

@@ -31,7 +31,8 @@ DOWNLOADS = "not pretrained and not test_model_inference"
 class Outcome:
     """What became of one test, on one side."""
 
-    outcome: str = "missing"  # passed, failed, skipped, or missing: its process died before it could say
+    #: passed, failed, skipped, left out (by an option), or missing: its process died before it could say.
+    outcome: str = "missing"
     reason: str = ""
     bitwise: str = ""  # of a failure: it asked for equal bits, and saw this difference
     fused: int | None = None  # modules that fuse() fused in its models; None: it made none
@@ -48,26 +49,32 @@ class Pair:
     @property
     def verdict(self) -> str:
         """Where fused and stock differ, in one word; empty where they agree."""
-        if self.fused.outcome in (self.stock.outcome, "passed"):
-            return "better" if self.stock.outcome == "failed" and self.fused.outcome == "passed" else ""
-        if self.stock.outcome != "passed":
+        if self.stock.outcome == "failed" and self.fused.outcome == "passed":
+            return "better"
+        if self.stock.outcome != "passed" or self.fused.outcome in ("passed", "left out"):
             return ""
         return "bitwise" if self.fused.bitwise else "worse"
 
 
-def run_tests(options: argparse.Namespace, log: pathlib.Path) -> int:
-    """Run pytest, which writes a line for every test into `log`; returns its exit code."""
+def run_tests(options: argparse.Namespace, side: str, log: pathlib.Path, only: list[str] | None = None) -> int:
+    """Run pytest, which adds a line for every test to `log`; returns its exit code."""
     command = [sys.executable, "-m", "pytest", str(options.tests / "test_models.py")]
     command += ["-p", "timm_tests_plugin", "-p", "no:cacheprovider", "-q", "--import-mode=importlib", "-o", "addopts="]
-    command += ["-n", str(options.workers), "--dist", "loadgroup", "--tb=short", "--no-header", "-W", "ignore"]
-    command += ["--fused-log", str(log), *(word for name in options.filter for word in ("--fused-filter", name))]
+    command += ["-n", str(options.workers), "--tb=short", "--no-header", "-W", "ignore"]
+    command += ["--fused-side", side, "--fused-log", str(log)]
+    command += [word for name in options.filter for word in ("--fused-filter", name)]
     command += [f"--fused-max-parameters={options.max_parameters}"]
     command += ["--fused-quick"] if options.quick else []
     command += ["-k", DOWNLOADS] if "-k" not in options.pytest else []
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.workers)), **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return subprocess.run([*command, *options.pytest], env=environment, check=False).returncode
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        if only is not None:
+            file.write("\n".join(only))
+            file.flush()
+            command += ["--fused-only", file.name]
+        return subprocess.run([*command, *options.pytest], env=environment, check=False).returncode
 
 
 def read(log: pathlib.Path) -> list[Pair]:
@@ -86,7 +93,8 @@ def table(pairs: list[Pair]) -> str:
     for pair in pairs:
         groups[pair.test.partition("[")[0].rpartition("::")[2]].append(pair)
     groups["all"] = pairs
-    head = ["test", "models", "with fused modules", "stock passed", "fused passed", "skipped", "bitwise", "worse"]
+    head = ["test", "models", "with fused modules", "stock passed", "fused passed", "skipped", "left out"]
+    head += ["bitwise", "worse"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, group in groups.items():
         counts = (
@@ -95,6 +103,7 @@ def table(pairs: list[Pair]) -> str:
             sum(pair.stock.outcome == "passed" for pair in group),
             sum(pair.fused.outcome == "passed" for pair in group),
             sum(pair.fused.outcome == "skipped" for pair in group),
+            sum(pair.fused.outcome == "left out" for pair in group),
             sum(pair.verdict == "bitwise" for pair in group),
             sum(pair.verdict == "worse" for pair in group),
         )
@@ -144,10 +153,14 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         log = (options.log or pathlib.Path(folder) / "outcomes.jsonl").resolve()
         log.write_text("")
-        code = run_tests(options, log)
-        if code not in (0, 1):  # 1: some failed, which is for the comparison to judge
-            print(f"pytest did not finish (exit code {code}); no verdict", file=sys.stderr)
-            return 2
+        for side in ("fused", "stock"):
+            only = [pair.test for pair in read(log) if pair.fused.outcome in ("failed", "skipped")]
+            if side == "stock" and options.quick and not only:
+                continue
+            code = run_tests(options, side, log, only if side == "stock" and options.quick else None)
+            if code not in (0, 1):  # 1: some failed, which is for the comparison to judge
+                print(f"pytest did not finish on the {side} side (exit code {code})", file=sys.stderr)
+                return 2
         pairs = read(log)
     print("\n" + table(pairs) + "\n" + differences(pairs))
     worse = sum(pair.verdict == "worse" for pair in pairs)

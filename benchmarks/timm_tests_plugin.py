@@ -1,15 +1,14 @@
-"""The pytest plugin of ``timm_tests.py``: each test runs twice, with models as timm makes them and fused.
-
-In quick runs the fused side comes first, and the stock side runs only where the fused one did not pass.
-"""
+"""The pytest plugin of ``timm_tests.py``: timm's tests, with models as timm makes them or fused, and a log."""
 
 from __future__ import annotations
 
 import ast
 import fnmatch
 import json
-import re
+import pathlib
 import warnings
+from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 import torch
@@ -20,16 +19,17 @@ from resnet_fused.testing.vision import import_torchvision
 
 import_torchvision()  # before timm's tests import it
 
-SIDE = re.compile(r"-?side:(stock|fused)-?")
 #: Tensors that differ by less, relative to the largest value, differ in rounding.
 ROUNDING = 1e-3
 REASON = 300  # characters of a reason
-_passed_fused: set[str] = set()  # tests of this process
+_sizes: dict[str, float] = {}  # millions of parameters, by the arguments of create_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fused")
-    group.addoption("--fused-log", default="")
+    group.addoption("--fused-side", choices=("stock", "fused"), required=True)
+    group.addoption("--fused-log", required=True, help="a JSON object a test is added to this file")
+    group.addoption("--fused-only", help="a file of test ids, one a line: run no others")
     group.addoption("--fused-filter", action="append", default=[])
     group.addoption("--fused-max-parameters", type=float, default=0.0)
     group.addoption("--fused-quick", action="store_true")
@@ -40,79 +40,74 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: timm's")
 
 
-def test_and_side(node_id: str) -> tuple[str, str]:
-    """The name of a test without what this plugin and pytest-xdist add to it, and the side it runs."""
-    name = node_id.partition("]@")[0] + "]" if "]@" in node_id else node_id
-    found = SIDE.search(name)
-    if found is None:
-        raise ValueError(f"{node_id} names no side")
-    inner = "-" if found[0].startswith("-") and found[0].endswith("-") else ""
-    return SIDE.sub(inner, name).replace("[]", ""), found[1]
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the models asked for; the two sides of a test run one after the other in the same process."""
-    wanted, kept = config.getoption("--fused-filter"), []
-    for item in items:
-        name = item.callspec.params.get("model_name", "")
-        if not wanted or any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
-            kept.append(item)
-            item.add_marker(pytest.mark.xdist_group(test_and_side(item.nodeid)[0]))
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = sorted(kept, key=lambda item: test_and_side(item.nodeid))  # fused comes before stock
+    """Keep the models and the tests asked for."""
+    patterns, only = config.getoption("--fused-filter"), config.getoption("--fused-only")
+    chosen = None if only is None else set(pathlib.Path(only).read_text().splitlines())
+
+    def wanted(item: pytest.Item) -> bool:
+        name = item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
+        named = not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        return named and (chosen is None or item.nodeid in chosen)
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
 
 
-@pytest.fixture(autouse=True, params=["fused", "stock"], ids="side:{}".format)
-def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True)
+def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Put our ``create_model`` in the place of timm's, in the test's module and in timm."""
     import timm
 
-    name, quick = test_and_side(request.node.nodeid)[0], request.config.getoption("--fused-quick")
-    if request.param == "stock" and quick and name in _passed_fused:
-        pytest.skip("passed fused")
-    limit = request.config.getoption("--fused-max-parameters")
-    original, properties = timm.create_model, request.node.user_properties
+    option, original = request.config.getoption, timm.create_model
+    limit, quick = option("--fused-max-parameters"), option("--fused-quick")
 
     def create_model(*args, **kwargs):
-        if limit and (millions := parameters(original, args, kwargs) / 1e6) > limit:
-            pytest.skip(f"{millions:.0f} M parameters")
+        if limit and (millions := size(original, args, kwargs)) > limit:
+            leave_out(request.node, f"{millions:.0f} M parameters")
         model = original(*args, **kwargs)
-        if request.param == "stock":
+        if option("--fused-side") == "stock":
             return model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of models with little or nothing to fuse
             resnet_fused.fuse(model)
         fused = len(resnet_fused.report(model).fused)
-        properties.append(("fused", fused))
+        request.node.user_properties.append(("fused", fused))
         if quick and not fused:
-            pytest.skip("nothing is fused")
+            leave_out(request.node, "nothing is fused")
         return model
 
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(request.module, "create_model", create_model)
     torch.manual_seed(0)
     with plan.fusing_all():  # small as the images are
-        yield request.param
+        yield
 
 
-def parameters(create, args: tuple, kwargs: dict) -> int:
-    """Parameters of a model that is made without its values, where that can be done."""
-    try:
-        with torch.device("meta"):
-            return sum(p.numel() for p in create(*args, **kwargs).parameters())
-    except (RuntimeError, NotImplementedError):  # reads a value while it is made
-        return sum(p.numel() for p in create(*args, **kwargs).parameters())
+def leave_out(item: pytest.Item, why: str) -> NoReturn:
+    """End a test that was not asked for: no outcome of its own."""
+    item.user_properties.append(("left_out", why))
+    pytest.skip(why)
+
+
+def size(create: Callable[..., torch.nn.Module], args: tuple, kwargs: dict) -> float:
+    """Millions of parameters of a model, made without values where that can be done."""
+    key = repr((args, kwargs))
+    if key not in _sizes:
+        try:
+            with torch.device("meta"):
+                model = create(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):  # reads a value while it is made
+            model = create(*args, **kwargs)
+        _sizes[key] = sum(p.numel() for p in model.parameters()) / 1e6
+    return _sizes[key]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     if call.excinfo is not None and call.excinfo.errisinstance(AssertionError):
         item.user_properties.append(("bitwise", bitwise(call.excinfo.traceback[-1])))
-    report = yield
-    name, side = test_and_side(item.nodeid)
-    if side == "fused" and report.when == "call" and report.passed:
-        _passed_fused.add(name)
-    return report
+    return (yield)
 
 
 def bitwise(entry) -> str:
@@ -153,27 +148,26 @@ def exact_operands(node: ast.AST) -> list[ast.expr] | None:
     return None
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Write the log from the process that hears of all tests, also of those that end a worker, as they end."""
-    path = session.config.getoption("--fused-log")
-    if path and not hasattr(session.config, "workerinput"):
-        session.config.pluginmanager.register(Log(path))
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Log(session.config))
 
 
 class Log:
     """One line for every outcome."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, config: pytest.Config) -> None:
+        self.path, self.side = config.getoption("--fused-log"), config.getoption("--fused-side")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        test, side = test_and_side(report.nodeid)
         found = dict(report.user_properties)
-        row = {"test": test, "side": side, "outcome": report.outcome, "reason": reason_of(report)}
+        row = {"test": report.nodeid, "side": self.side, "outcome": report.outcome, "reason": reason_of(report)}
         row |= {"bitwise": found.get("bitwise", ""), "fused": found.get("fused")}
+        if "left_out" in found:
+            row |= {"outcome": "left out", "reason": found["left_out"]}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 

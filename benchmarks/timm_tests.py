@@ -65,6 +65,7 @@ def run_tests(options: argparse.Namespace, side: str, log: pathlib.Path, only: l
     command += [word for name in options.filter for word in ("--fused-filter", name)]
     command += [f"--fused-max-parameters={options.max_parameters}"]
     command += ["--fused-quick"] if options.quick else []
+    command += ["--fused-as-planned"] if options.as_planned else []
     command += ["-k", DOWNLOADS] if "-k" not in options.pytest else []
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.workers)), **os.environ}
@@ -138,6 +139,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="leave out models in which nothing is fused, and run stock only where fused does not pass",
+    )
+    parser.add_argument(
+        "--as-planned",
+        action="store_true",
+        help="leave to stock what the plan leaves to it at the tests' small sizes (default: run all that is fused)",
     )
     parser.add_argument("--log", type=pathlib.Path, help="keep the outcomes in this file, a JSON object a line")
     parser.add_argument("pytest", nargs="*", help="words for pytest, behind --")

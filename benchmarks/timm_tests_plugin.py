@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import fnmatch
 import json
 import pathlib
@@ -33,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fused-filter", action="append", default=[])
     group.addoption("--fused-max-parameters", type=float, default=0.0)
     group.addoption("--fused-quick", action="store_true")
+    group.addoption("--fused-as-planned", action="store_true")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,7 +82,7 @@ def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(request.module, "create_model", create_model)
     torch.manual_seed(0)
-    with plan.fusing_all():  # small as the images are
+    with contextlib.nullcontext() if option("--fused-as-planned") else plan.fusing_all():
         yield
 
 
@@ -106,46 +108,48 @@ def size(create: Callable[..., torch.nn.Module], args: tuple, kwargs: dict) -> f
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     if call.excinfo is not None and call.excinfo.errisinstance(AssertionError):
-        item.user_properties.append(("bitwise", bitwise(call.excinfo.traceback[-1])))
+        item.user_properties.append(comparison(call.excinfo.traceback[-1]))
     return (yield)
 
 
-def bitwise(entry) -> str:
-    """What differs if the assertion that failed at `entry` compares floating point bit by bit; empty if it does not.
+def comparison(entry) -> tuple[str, str]:
+    """What the assertion that failed at `entry` compares and by how much it differs, and under which name to log it.
 
-    Compared are ``a == b``, ``torch.equal(a, b)`` and any ``allclose`` without tolerance; and only tensors that agree
-    to rounding count: a wrong value is no matter of bits.
+    "bitwise" where floating point is compared without tolerance and agrees to rounding, "difference" where it is
+    compared otherwise, or is another value; the text is empty where no tensors of one shape are compared.
     """
     try:
         tree = ast.parse(str(entry.statement).strip())
     except SyntaxError:
-        return ""
+        return "difference", ""
     for node in ast.walk(tree):
-        operands = exact_operands(node)
-        if operands is None:
+        found = operands(node)
+        values = [entry.frame.eval(ast.unparse(operand)) for operand in found[0]] if found else []
+        if not values or not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
             continue
-        values = [entry.frame.eval(ast.unparse(operand)) for operand in operands]
-        if all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
-            a, b = (value.detach().double() for value in values)
-            if a.shape == b.shape and a.numel():
-                error, largest = float((a - b).abs().max()), float(b.abs().max())
-                if 0 < error <= ROUNDING * largest:
-                    return f"{ast.unparse(node)}: largest difference {error:.1e} of {largest:.1e}"
-    return ""
+        a, b = (value.detach().double() for value in values)
+        if a.shape == b.shape and a.numel() and not torch.equal(a, b):
+            error, largest = float((a - b).abs().max()), float(b.abs().max())
+            rounding = found[1] and error <= ROUNDING * largest
+            text = f"{ast.unparse(node)}: largest difference {error:.1e} of {largest:.1e}"
+            return ("bitwise" if rounding else "difference"), text
+    return "difference", ""
 
 
-def exact_operands(node: ast.AST) -> list[ast.expr] | None:
-    """The two expressions that `node` compares without tolerance."""
+def operands(node: ast.AST) -> tuple[list[ast.expr], bool] | None:
+    """The two expressions that `node` compares, and whether it does so without tolerance."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq):
-        return [node.left, node.comparators[0]]
+        return [node.left, node.comparators[0]], True
     if not isinstance(node, ast.Call) or len(node.args) < 2:
         return None
     function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    tolerances = [ast.unparse(k.value) for k in node.keywords if k.arg in ("rtol", "atol")]
-    exact = len(tolerances) == 2 and all(float(text) == 0 for text in tolerances)
-    if function == "equal" or (function in ("allclose", "assert_close") and exact):
-        return node.args[:2]
-    return None
+    if function == "equal":
+        return node.args[:2], True
+    if function not in ("allclose", "assert_close"):
+        return None
+    given = [*node.args[2:4], *(keyword.value for keyword in node.keywords if keyword.arg in ("rtol", "atol"))]
+    exact = len(given) == 2 and all(isinstance(value, ast.Constant) and value.value == 0 for value in given)
+    return node.args[:2], exact
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -164,7 +168,8 @@ class Log:
         if report.when != "call" and report.passed:
             return
         found = dict(report.user_properties)
-        row = {"test": report.nodeid, "side": self.side, "outcome": report.outcome, "reason": reason_of(report)}
+        row = {"test": report.nodeid, "side": self.side, "outcome": report.outcome}
+        row |= {"reason": found.get("difference") or reason_of(report)}
         row |= {"bitwise": found.get("bitwise", ""), "fused": found.get("fused")}
         if "left_out" in found:
             row |= {"outcome": "left out", "reason": found["left_out"]}

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from resnet_fused.cli import parser
+
 TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
 
 
@@ -35,6 +37,39 @@ def test_explain():
     assert ran.returncode == 0, ran.stderr
     assert "| layer1.0    | 64x16x16 |" in ran.stdout
     assert "| whole model |" in ran.stdout
+
+
+def test_explain_takes_what_bench_and_tune_take(tmp_path):
+    old = resnet_fused("explain", "resnet18", "--input", "2,3,64,64", "--device", "h100")
+    file = tmp_path / "figures.json"
+    options = ("--model", "resnet18", "--batch", "2", "--size", "64", "--device", "h100", "--json", str(file))
+    new = resnet_fused("explain", *options)
+    assert (new.returncode, new.stdout) == (0, old.stdout), new.stderr
+    found = json.loads(file.read_text())
+    assert found["device"] == "H100 SXM" and found["predicted_seconds"]["H100 SXM"]["fused"] > 0
+    assert found["model"]["input"] == [2, 3, 64, 64] and len(found["blocks"]) == 8
+
+
+def test_commands_share_their_arguments():
+    commands = parser()._subparsers._group_actions[0].choices
+    own = {
+        "bench": {"--quick", "--peers", "--json", "--plot"},
+        "tune": set(),
+        "explain": {"--input", "--eval", "--json"},
+    }  # fmt: skip
+    found = {}
+    for name, more in own.items():
+        actions = {(*action.option_strings, action.metavar): action for action in commands[name]._actions}
+        shared = {key: (a.dest, a.default, a.type, a.choices) for key, a in actions.items() if key[0] not in more}
+        found[name] = shared
+        assert {"--model", "--batch", "--size", "--dtype", "--device", "MODEL"} <= {key[0] for key in shared}
+    assert found["bench"] == found["tune"] == found["explain"]
+
+
+def test_a_model_may_be_named_without_its_option():
+    options = ("--batch", "2", "--size", "32", "--device", "cpu")
+    ran = resnet_fused("resnet18", *options, code=TUNE_WITH_A_FAKE_CLOCK)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.slow
@@ -145,6 +180,13 @@ MISTAKES = {
     "unknown device": (["bench", "--device", "tpu"], "unknown device 'tpu'; pass cpu, cuda or cuda:N"),
     "unknown peer": (["bench", "--peers", "tvm"], "unknown peer 'tvm'; accepted are compile"),
     "no input size": (["explain", "resnet18", "--input", "224"], "pass N,C,H,W, e.g. 16,3,224,224"),
+    "unknown device to plan for": (
+        ["explain", "--device", "tpu"],
+        "unknown device 'tpu'; pass cpu, cuda, cuda:N, a100, h100, h200, b200 or rtx4090",
+    ),
+    "two models": (["explain", "resnet18", "--model", "resnet34"], "two models, 'resnet18' and 'resnet34'; pass one"),
+    "size given twice": (["explain", "--input", "2,3,64,64", "--size", "32"], "pass it, or --batch and --size"),
+    "no batch to plan": (["explain", "--batch", "0"], "'0' is not a positive number"),
     "no batch": (["bench", "--batch", "-3"], "not a positive number"),
     "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
     "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),

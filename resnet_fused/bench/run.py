@@ -251,8 +251,8 @@ def run(options: Options) -> records.Report:
     return report
 
 
-def device_of(name: str) -> torch.device:
-    """The device called `name`, or the default: a GPU if there is one.
+def device_of(name: str, others: tuple[str, ...] = ()) -> torch.device:
+    """The device called `name`, or the default: a GPU if there is one. `others` are accepted by the caller.
 
     Raises:
         Refused: it does not exist here.
@@ -264,7 +264,8 @@ def device_of(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise Refused(f"unknown device {name!r}; pass cpu, cuda or cuda:N")
+        *accepted, last = ("cpu", "cuda", "cuda:N", *others)
+        raise Refused(f"unknown device {name!r}; pass {', '.join(accepted)} or {last}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Refused(f"device {name} asked for, but torch {torch.__version__} sees no GPU; pass --device cpu")
     return device

@@ -17,6 +17,7 @@ from ..bench.errors import Refused
 from ..blocks.devices import DEVICES
 
 DTYPES = ("f32", "bf16")
+MODEL, BATCH = "resnet50", 16  # where none is named
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,18 +70,13 @@ def parser() -> Parser:
     verify.add_argument("--json", type=output_file, metavar="FILE", help="write every kernel's verdict to FILE")
 
     explain = commands.add_parser("explain", help="the plan of each block, its traffic and memory; runs nothing")
-    explain.add_argument("model", help="resnet50 and its like, timm:NAME or torchvision:NAME")
-    explain.add_argument("--input", type=image_size, default=None, metavar="N,C,H,W", help="default 16,3,224,224")
-    explain.add_argument("--dtype", choices=DTYPES, default="f32", help="of the activations (default f32)")
-    explain.add_argument("--device", choices=DEVICES, help="plan for this GPU and predict its time (default: the CPU)")
+    add_run_arguments(explain, planned=True)
+    explain.add_argument("--input", type=image_size, metavar="N,C,H,W", help="in the place of --batch and --size")
     explain.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
+    explain.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
 
     bench = commands.add_parser("bench", help="prove that fused equals stock on photographs, then time both in turn")
-    bench.add_argument("--model", default="resnet50", help="resnet50 and its like, timm:NAME or torchvision:NAME")
-    bench.add_argument("--batch", type=count, default=0, help="of the training step and the blocks (default 16)")
-    bench.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
-    bench.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
-    bench.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_run_arguments(bench)
     bench.add_argument("--quick", action="store_true", help="small batches and images, few repeats")
     bench.add_argument(
         "--fresh",
@@ -94,17 +90,29 @@ def parser() -> Parser:
     bench.add_argument("--plot", type=picture_file, metavar="FILE", help="draw every figure to FILE (.png, .svg, .pdf)")
 
     tune = commands.add_parser("tune", help="measure the variants of each block here, and keep the fastest for later")
-    tune.add_argument("--model", default="resnet50", help="resnet50 and its like, timm:NAME or torchvision:NAME")
-    tune.add_argument("--batch", type=count, default=16, help="of the training step (default 16)")
-    tune.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
-    tune.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
-    tune.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_run_arguments(tune)
     return top
+
+
+def add_run_arguments(command: argparse.ArgumentParser, planned: bool = False) -> None:
+    """What every command takes that runs a model, or plans (`planned`) one for a device that need not be there."""
+    about = "resnet50 and its like, timm:NAME or torchvision:NAME"
+    command.add_argument("named", nargs="?", metavar="MODEL", help=f"{about} (default {MODEL})")
+    command.add_argument("--model", help="the same, as an option")
+    command.add_argument("--batch", type=count, default=0, help=f"images of a step (default {BATCH})")
+    command.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
+    command.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
+    known = f", or one of {', '.join(DEVICES)}, which need not be there" if planned else ""
+    command.add_argument("--device", default="", help=f"cpu, cuda or cuda:N{known} (default: a GPU if there is one)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = parser().parse_args(arguments)
+    if "named" in options:
+        if options.named and options.model:
+            parser().error(f"two models, {options.named!r} and {options.model!r}; pass one")
+        options.model = options.named or options.model or MODEL
     command = importlib.import_module(f".{options.command}", __name__)
     try:
         return command.run(options)

@@ -13,6 +13,7 @@ from ..bench import named, records
 from ..bench.peers import fused
 from ..bench.run import DTYPES, device_of
 from ..blocks import plan
+from . import BATCH
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     model = fused.prepare(named.build(options.model)).to(device, memory_format=torch.channels_last)
     size = options.size or named.input_size(model)
-    x = torch.randn(options.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(options.batch or BATCH, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     if records.busy():
         _say(records.busy())
     dtype = DTYPES[options.dtype]

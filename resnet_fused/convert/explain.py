@@ -121,7 +121,7 @@ def explain(
     *,
     dtype: torch.dtype = torch.float32,
     training: bool = True,
-    device: str | None = None,
+    device: str | Device | None = None,
 ) -> Explanation:
     """The plan of every fused block of `model`: bytes, FLOPs, saved bytes, kernels and expected time, beside stock's.
 
@@ -135,19 +135,20 @@ def explain(
         training: count a training step (forward and backward, without the optimizer); else an evaluation. The gradient
             of the model's input is not counted, that of a block's is; a model with no fused blocks in it is taken for
             one.
-        device: plan for and predict the time on a GPU, one of "a100", "h100", "h200", "b200", "rtx4090"; None plans for
-            the CPU and, in 16-bit, adds a prediction for each of them.
+        device: plan for and predict the time on a GPU, one of "a100", "h100", "h200", "b200", "rtx4090", or a
+            :class:`~resnet_fused.blocks.devices.Device` that describes another; None plans for the CPU and, in 16-bit,
+            adds a prediction for each of them.
 
     Raises:
         ValueError: `input_size` does not have four positive entries, or `device` is unknown.
     """
     if len(input_size) != 4 or min(input_size) < 1:
         raise ValueError(f"explain: input_size is {tuple(input_size)}; pass (N, C, H, W), e.g. (16, 3, 224, 224)")
-    target = None if device is None else devices.find(device)
+    target = devices.find(device) if isinstance(device, str) else device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model with nothing to fuse is explained all the same
         fused = fuse(copy.deepcopy(model)).train(training)
-    left = tuple(f"{row.name or '(model)'} ({row.kind}): {row.reason}" for row in report(fused).left)
+    left = tuple(report(fused).reasons())
     mode = FakeTensorMode()
     fake = _make_fake(fused, mode, dtype)
     with mode:

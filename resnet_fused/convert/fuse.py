@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 
@@ -10,7 +9,6 @@ from torch import nn
 
 from ..backends import check_name
 from ..blocks import norms
-from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from . import program as programs
 from .fused_module import (
     STATE,
@@ -20,42 +18,15 @@ from .fused_module import (
     fused_class,
     is_fused,
     note_forward,
-    obstacle,
-    sites_of,
     stock_class,
     stock_forward,
 )  # fmt: skip
+from .report import BUILT_FUSED, Report, complaint, survey
 from .stage import fuse_stage, unfuse_stage
 from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
 from .trace import Untraceable, names_read, state_of, trace
 
-BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
 FilterFn = Callable[[str, nn.Module], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One module in a :class:`Report`."""
-
-    name: str
-    kind: str  # class of the module
-    what: str  # what is fused in it; empty if nothing is
-    reason: str  # why it, or the rest of it, is stock; empty if nothing is left
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was fused and what was left, each with its reason; ``str()`` is a table."""
-
-    fused: tuple[Row, ...]
-    left: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.fused)} modules fused, {len(self.left)} left stock"]
-        for row in (*self.fused, *self.left):
-            what = f"fused: {row.what}" if row.what else "stock"
-            lines.append(f"  {row.name or '(model)'} ({row.kind}): {what}" + (f"; {row.reason}" if row.reason else ""))
-        return "\n".join(lines)
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -70,7 +41,8 @@ def fuse(
     Parameters, their names and the ``state_dict`` stay as they are, and so do hooks, ``isinstance`` and everything
     else; only the class of each fused module becomes a subclass that runs the same mathematics with fewer passes over
     memory. Blocks are recognised by their structure, not by their class: torchvision's, timm's and your own. What
-    cannot be fused stays stock, see :func:`report`. Calling it again fuses what is new and changes nothing else.
+    cannot be fused stays stock, see :func:`report`; one warning says so where that is more than half of the model's
+    convolutions. Calling it again fuses what is new and changes nothing else.
 
     Args:
         model: any module; also a single block.
@@ -89,9 +61,13 @@ def fuse(
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     inside: set[int] = set()  # modules that a fused chain has taken over
-    left: list[Row] = []
+    left: dict[int, str] = {}  # module -> why nothing of it was fused
+    left_out: set[str] = set()
     for name, module in list(model.named_modules()):
-        if id(module) in inside or (filter_fn is not None and not filter_fn(name, module)):
+        if id(module) in inside:
+            continue
+        if filter_fn is not None and not filter_fn(name, module):
+            left_out.add(name)
             continue
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
@@ -101,17 +77,15 @@ def fuse(
         elif is_fused(module) or _is_candidate(module):
             reason = _fuse_one(module, backend)
             if reason and fuse_stem(module, backend):
-                left.append(Row(name, type(module).__name__, "", reason))
+                left[id(module)] = reason
             inside |= _taken(module)
     for module in list(model.modules()):
         fuse_stage(module)
-    if not any(is_fused(module) or isinstance(module, BUILT_FUSED) for module in model.modules()):
-        reasons = (
-            "; ".join(f"{row.name or '(model)'}: {row.reason}" for row in left) or "it has no convolution in a block"
-        )
-        text = f"fuse: nothing to fuse in {type(model).__name__} ({reasons})"
-        if strict:
-            raise ValueError(text)
+    nothing = not any(is_fused(module) or isinstance(module, BUILT_FUSED) for module in model.modules())
+    text = complaint(model, survey(model, lambda module: left.get(id(module)), left_out), nothing)
+    if text and nothing and strict:
+        raise ValueError(text)
+    if text:
         warnings.warn(text, stacklevel=2)
     return model
 
@@ -177,47 +151,17 @@ def _unfuse_one(module: FusedModule) -> None:
 
 def report(model: nn.Module) -> Report:
     """What is fused in `model` now and what is stock, with reasons; for both, as the next call would run it."""
-    fused, left, inside = [], [], set()
-    for name, module in model.named_modules():
-        if id(module) in inside:
-            continue
-        kind = type(module).__name__
-        if isinstance(module, BUILT_FUSED):
-            inside |= {id(inner) for inner in module.modules()}
-            fused.append(Row(name, kind, "built fused", ""))
-        elif isinstance(module, FusedModule) and is_fused(module):
-            inside |= _taken(module)
-            state: FusedState = module.__dict__[STATE]
-            reason = obstacle(module, state, sites_of(module, state))
-            kind = stock_class(type(module)).__name__
-            if reason:
-                left.append(Row(name, kind, "", reason))
-            else:
-                fused.append(Row(name, kind, describe(state.program), "; ".join(state.reasons)))
-        elif isinstance(module, FusedStem):
-            inside |= _taken(module)
-            fused.append(Row(name, type(module).__mro__[2].__name__, module.__dict__[STATE].describe(), ""))
-        elif _is_candidate(module):
-            try:
-                program, reasons = _program(module)
-                reason = "fuse() was not called on it" if program.chains else "; ".join(dict.fromkeys(reasons))
-            except Untraceable as error:
-                reason = str(error)
-            left.append(Row(name, kind, "", reason or "no convolution followed by batch norm"))
-    return Report(tuple(fused), tuple(left))
+    return survey(model, _why_left)
 
 
-def describe(program: programs.Program) -> str:
-    """A program in words, e.g. ``conv1-bn1-relu-conv2-bn2 + downsample -> relu``."""
-    parts = []
-    for call in program.calls:
-        if isinstance(call, programs.StockCall):
-            parts.append(f"[{call.target if isinstance(call.target, str) else call.target.__name__}]")
-            continue
-        text = "-relu-".join("-".join(step) for step in call.steps)
-        text += f" * {call.drop_path}" if call.drop_path else ""
-        text += f" + {call.shortcut[0].rpartition('.')[0] or call.shortcut[0]}" if call.shortcut else ""
-        text += f" + {call.residual}" if call.residual else ""
-        text += " -> relu" if call.relu else ""
-        parts.append(text + (f"-{call.pool}" if call.pool else ""))
-    return ", ".join(parts)
+def _why_left(module: nn.Module) -> str | None:
+    """Why a module is not fused; None if it is no block."""
+    if not _is_candidate(module):
+        return None
+    try:
+        program, reasons = _program(module)
+    except Untraceable as error:
+        return str(error)
+    if program.chains:
+        return "fuse() was not called on it"
+    return "; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm"

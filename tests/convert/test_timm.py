@@ -1,6 +1,10 @@
 """A sample of timm's ResNets, one for each of its options; `benchmarks/all_models.py` runs them all."""
 
 import copy
+import pathlib
+import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -100,3 +104,64 @@ def test_torchvision_models_and_feature_extraction():
     got = create_feature_extractor(model, names)(x)
     for name in names:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
+
+
+TESTS = """
+import os
+import pytest
+import torch
+from timm import create_model
+from timm.models import create_model as stock_model  # which nobody replaces
+
+def fused(model):
+    return type(model).__name__.startswith("Fused")
+
+models = pytest.mark.parametrize("model_name", ["test_resnet", "test_vit"])
+
+@models
+def test_agrees(model_name):
+    assert create_model(model_name).eval()(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
+
+@models
+def test_asks_for_equal_bits(model_name):
+    models = []
+    for create in (create_model, stock_model):
+        torch.manual_seed(0)
+        models.append(create(model_name).eval())
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        a, b = (model(x) for model in models)
+    assert a.shape == b.shape and torch.equal(a, b)
+
+@models
+def test_asks_for_a_class(model_name):
+    assert not fused(create_model(model_name))
+
+@models
+def test_ends_its_process(model_name):
+    if fused(create_model(model_name)):
+        os._exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_timms_own_tests_are_compared(tmp_path):
+    (tmp_path / "test_models.py").write_text(TESTS)
+    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "timm_tests.py"
+    command = [sys.executable, script, "--tests", tmp_path, "--workers", "1"]
+    ran = subprocess.run([*command, "--quick"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    rows = dict(re.findall(r"^\| (test_\w+|all) \| (.*) \|$", ran.stdout, flags=re.MULTILINE))
+    # models, with fused modules, stock passed, fused passed, skipped, left out, bitwise, worse
+    assert {name: [int(cell) for cell in row.split(" | ")] for name, row in rows.items()} == {
+        "test_agrees": [2, 1, 0, 1, 0, 1, 0, 0],
+        "test_asks_for_equal_bits": [2, 1, 1, 0, 0, 1, 1, 0],
+        "test_asks_for_a_class": [2, 1, 1, 0, 0, 1, 0, 1],
+        "test_ends_its_process": [2, 0, 1, 0, 0, 1, 0, 1],
+        "all": [8, 3, 3, 1, 0, 4, 1, 2],
+    }
+    assert "test_asks_for_equal_bits[test_resnet]: failed; torch.equal(a, b): largest difference" in ran.stdout
+    assert ran.stdout.endswith("8 tests: 2 fail fused where stock passes\n")
+    ran = subprocess.run([*command, "--filter", "*vit"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "| all | 4 | 0 | 4 | 4 | 0 | 0 | 0 | 0 |" in ran.stdout

@@ -1,0 +1,187 @@
+"""The pytest plugin of ``timm_tests.py``: timm's tests, with models as timm makes them or fused, and a log."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fnmatch
+import json
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+import torch
+
+import resnet_fused
+from resnet_fused.blocks import plan
+from resnet_fused.testing.vision import import_torchvision
+
+import_torchvision()  # before timm's tests import it
+
+#: Tensors that differ by less, relative to the largest value, differ in rounding.
+ROUNDING = 1e-3
+REASON = 300  # characters of a reason
+_sizes: dict[str, float] = {}  # millions of parameters, by the arguments of create_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("resnet_fused")
+    group.addoption("--fused-side", choices=("stock", "fused"), required=True)
+    group.addoption("--fused-log", required=True, help="a JSON object a test is added to this file")
+    group.addoption("--fused-only", help="a file of test ids, one a line: run no others")
+    group.addoption("--fused-filter", action="append", default=[])
+    group.addoption("--fused-max-parameters", type=float, default=0.0)
+    group.addoption("--fused-quick", action="store_true")
+    group.addoption("--fused-as-planned", action="store_true")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in ("base", "cfg", "torchscript", "features", "fxforward", "fxbackward", "timeout"):
+        config.addinivalue_line("markers", f"{name}: timm's")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the models and the tests asked for."""
+    patterns, only = config.getoption("--fused-filter"), config.getoption("--fused-only")
+    chosen = None if only is None else set(pathlib.Path(only).read_text().splitlines())
+
+    def wanted(item: pytest.Item) -> bool:
+        name = item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
+        named = not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        return named and (chosen is None or item.nodeid in chosen)
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
+
+
+@pytest.fixture(autouse=True)
+def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Put our ``create_model`` in the place of timm's, in the test's module and in timm."""
+    import timm
+
+    option, original = request.config.getoption, timm.create_model
+    limit, quick = option("--fused-max-parameters"), option("--fused-quick")
+
+    def create_model(*args, **kwargs):
+        if limit and (millions := size(original, args, kwargs)) > limit:
+            leave_out(request.node, f"{millions:.0f} M parameters")
+        model = original(*args, **kwargs)
+        if option("--fused-side") == "stock":
+            return model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models with little or nothing to fuse
+            resnet_fused.fuse(model)
+        fused = len(resnet_fused.report(model).fused)
+        request.node.user_properties.append(("fused", fused))
+        if quick and not fused:
+            leave_out(request.node, "nothing is fused")
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(request.module, "create_model", create_model)
+    torch.manual_seed(0)
+    with contextlib.nullcontext() if option("--fused-as-planned") else plan.fusing_all():
+        yield
+
+
+def leave_out(item: pytest.Item, why: str) -> NoReturn:
+    """End a test that was not asked for: no outcome of its own."""
+    item.user_properties.append(("left_out", why))
+    pytest.skip(why)
+
+
+def size(create: Callable[..., torch.nn.Module], args: tuple, kwargs: dict) -> float:
+    """Millions of parameters of a model, made without values where that can be done."""
+    key = repr((args, kwargs))
+    if key not in _sizes:
+        try:
+            with torch.device("meta"):
+                model = create(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):  # reads a value while it is made
+            model = create(*args, **kwargs)
+        _sizes[key] = sum(p.numel() for p in model.parameters()) / 1e6
+    return _sizes[key]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    if call.excinfo is not None and call.excinfo.errisinstance(AssertionError):
+        item.user_properties.append(comparison(call.excinfo.traceback[-1]))
+    return (yield)
+
+
+def comparison(entry) -> tuple[str, str]:
+    """What the assertion that failed at `entry` compares and by how much it differs, and under which name to log it.
+
+    "bitwise" where floating point is compared without tolerance and agrees to rounding, "difference" where it is
+    compared otherwise, or is another value; the text is empty where no tensors of one shape are compared.
+    """
+    try:
+        tree = ast.parse(str(entry.statement).strip())
+    except SyntaxError:
+        return "difference", ""
+    for node in ast.walk(tree):
+        found = operands(node)
+        values = [entry.frame.eval(ast.unparse(operand)) for operand in found[0]] if found else []
+        if not values or not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
+            continue
+        a, b = (value.detach().double() for value in values)
+        if a.shape == b.shape and a.numel() and not torch.equal(a, b):
+            error, largest = float((a - b).abs().max()), float(b.abs().max())
+            rounding = found[1] and error <= ROUNDING * largest
+            text = f"{ast.unparse(node)}: largest difference {error:.1e} of {largest:.1e}"
+            return ("bitwise" if rounding else "difference"), text
+    return "difference", ""
+
+
+def operands(node: ast.AST) -> tuple[list[ast.expr], bool] | None:
+    """The two expressions that `node` compares, and whether it does so without tolerance."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq):
+        return [node.left, node.comparators[0]], True
+    if not isinstance(node, ast.Call) or len(node.args) < 2:
+        return None
+    function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if function == "equal":
+        return node.args[:2], True
+    if function not in ("allclose", "assert_close"):
+        return None
+    given = [*node.args[2:4], *(keyword.value for keyword in node.keywords if keyword.arg in ("rtol", "atol"))]
+    exact = len(given) == 2 and all(isinstance(value, ast.Constant) and value.value == 0 for value in given)
+    return node.args[:2], exact
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Write the log from the process that hears of all tests, also of those that end a worker, as they end."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Log(session.config))
+
+
+class Log:
+    """One line for every outcome."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.path, self.side = config.getoption("--fused-log"), config.getoption("--fused-side")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        found = dict(report.user_properties)
+        row = {"test": report.nodeid, "side": self.side, "outcome": report.outcome}
+        row |= {"reason": found.get("difference") or reason_of(report)}
+        row |= {"bitwise": found.get("bitwise", ""), "fused": found.get("fused")}
+        if "left_out" in found:
+            row |= {"outcome": "left out", "reason": found["left_out"]}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def reason_of(report: pytest.TestReport) -> str:
+    """Why a test did not pass, in one line."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return report.longrepr[2]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is None:
+        return " ".join(str(report.longrepr or "").split())[:REASON]
+    return f"line {crash.lineno}: " + " ".join(crash.message.split())[:REASON]

@@ -1,0 +1,219 @@
+"""What is fused in a model and what is not, in rows, shares and reasons.
+
+Everything here is read from modules and programs by name: no forward is called, and a child that was replaced or
+removed since ``fuse`` is a reason, not an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+
+from torch import nn
+
+from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
+from ..blocks.site import module_obstacle
+from .fused_module import STATE, FusedModule, obstacle, sites_of, stock_class
+from .program import modules_of
+from .shares import Own, Share, describe, join, of_program, unpaired
+from .stem import FusedStem, stem_site
+
+BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
+CHANGED = "was changed after fuse(); call fuse() again"
+#: How many names stand for a group of modules; how many reasons a warning gives, and the length of each.
+NAMES, REASONS, LENGTH = 2, 3, 240
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One module in a :class:`Report`; what has a row of its own counts there and not here."""
+
+    name: str
+    kind: str  # class of the module
+    what: str  # what is fused in it; empty if nothing is
+    reason: str  # why it, or the rest of it, is stock; empty if nothing is left
+    convolutions: Share
+    passes: Share  # norms, activations and, where the forward was read, additions
+
+    def __str__(self) -> str:
+        text = f"{self.name or '(model)'} ({self.kind}): " + (f"fused: {self.what}" if self.what else "stock")
+        return f"{text}; {self.convolutions} convolutions, {self.passes} passes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was fused and what was left, with reasons; ``str()`` is a line a fused module and a line a reason."""
+
+    fused: tuple[Row, ...]
+    left: tuple[Row, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (*self.fused, *self.left)
+
+    @property
+    def convolutions(self) -> Share:
+        """Of the whole model."""
+        return Share.sum(row.convolutions for row in self.rows)
+
+    @property
+    def passes(self) -> Share:
+        """Of the whole model."""
+        return Share.sum(row.passes for row in self.rows)
+
+    def reasons(self) -> list[str]:
+        """Every reason once, with the modules that it holds for; first what leaves most convolutions stock."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.reason:
+                groups.setdefault(row.reason, []).append(row)
+
+        def weight(rows: list[Row]) -> tuple[int, int]:
+            convolutions, passes = Share.sum(r.convolutions for r in rows), Share.sum(r.passes for r in rows)
+            return convolutions.total - convolutions.fused, passes.total - passes.fused
+
+        ordered = sorted(groups.items(), key=lambda group: weight(group[1]), reverse=True)
+        return [f"{_names(rows)}: {reason}" for reason, rows in ordered]
+
+    def __str__(self) -> str:
+        head = f"{len(self.fused)} modules fused, {len(self.left)} left stock"
+        lines = [f"{head}; {self.convolutions} convolutions, {self.passes} passes (norms, activations, additions)"]
+        lines += [f"  {row}" for row in self.fused]
+        reasons = self.reasons()
+        return "\n".join(lines + (["Stock, and why:", *(f"  {reason}" for reason in reasons)] if reasons else []))
+
+
+def _names(rows: list[Row]) -> str:
+    """The first few names of many, and their class if they share one."""
+    names = [row.name or "(model)" for row in rows]
+    text = ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
+    kinds = {row.kind for row in rows}
+    return text + (f" ({kinds.pop()})" if len(kinds) == 1 else "")
+
+
+def complaint(model: nn.Module, report: Report, nothing: bool) -> str:
+    """What `fuse` warns of: that it fused `nothing`, or less than half of the convolutions; empty if it need not."""
+    convolutions = report.convolutions
+    kind = next((row.kind for row in report.rows if not row.name), type(model).__name__)
+    if nothing:
+        text = f"fuse: nothing to fuse in {kind}"
+        if not report.left:
+            return f"{text}: it has no convolution in a block"
+    elif 2 * convolutions.fused >= convolutions.total:
+        return ""
+    else:
+        text = f"fuse: only {convolutions} convolutions and {report.passes} passes of {kind} are fused"
+    reasons = report.reasons()
+    shown = [reason if len(reason) <= LENGTH else reason[:LENGTH] + " ..." for reason in reasons[:REASONS]]
+    more = [f"and {len(reasons) - REASONS} more reasons"] if len(reasons) > REASONS else []
+    lines = "\n  ".join([f"{text}. What stays stock:", *shown, *more])
+    return f"{lines}\nprint(resnet_fused.report(model)) lists every module"
+
+
+def survey(
+    model: nn.Module,
+    why_left: Callable[[nn.Module], str | None],
+    left_out: Collection[str] = (),
+) -> Report:
+    """The rows of `model`.
+
+    Args:
+        model: fused or not.
+        why_left: of a module that is not fused, why not; None if it is no block.
+        left_out: names of modules that get no row, and count in nobody's.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}  # name -> module, why it was left
+    inside: set[str] = set()  # modules that a fused one runs
+    for name, module in model.named_modules():
+        if name in inside:
+            continue
+        if isinstance(module, BUILT_FUSED) or _carries_state(module):
+            found[name] = module, ""
+            inside |= {join(name, inner) for inner in _inside(module)}
+        else:
+            reason = "" if name in left_out else why_left(module)
+            if reason is not None:
+                found[name] = module, reason
+    fused, left = [], []
+    for name, (module, reason) in found.items():
+        own = Own(module, {other[len(name) + 1 if name else 0 :] for other in found if _is_below(other, name)})
+        row = _row(name, module, reason, own)
+        if name not in left_out:
+            (fused if row.what else left).append(row)
+    return Report(tuple(fused), tuple(left))
+
+
+def _is_below(other: str, name: str) -> bool:
+    return other != name and (not name or other.startswith(f"{name}."))
+
+
+def _carries_state(module: nn.Module) -> bool:
+    """Whether `fuse` made something of it; classes of ours without a state run as stock."""
+    return isinstance(module, FusedModule | FusedStem) and STATE in module.__dict__
+
+
+def _inside(module: nn.Module) -> Iterator[str]:
+    """Names of what a fused module runs itself."""
+    if isinstance(module, BUILT_FUSED):
+        yield from (name for name, _ in module.named_modules() if name)
+        return
+    state = module.__dict__[STATE]
+    if isinstance(module, FusedStem):
+        yield from (name for stem in state.stems for name in stem[:3])
+    else:
+        yield from (name for call in state.program.chains for name in modules_of(call))
+        yield from (name for name, _ in state.program.containers)
+
+
+def _row(name: str, module: nn.Module, reason: str, own: Own) -> Row:
+    """The row of one module, as its next call would run it."""
+    if isinstance(module, BUILT_FUSED):
+        return _built_row(name, module, own)
+    if _carries_state(module):
+        return _stem_row(name, module, own) if isinstance(module, FusedStem) else _program_row(name, module, own)
+    kind = stock_class(type(module)).__name__
+    return Row(name, kind, "", reason, Share(0, own.convolutions()), Share(0, own.passes()))
+
+
+def _built_row(name: str, module: nn.Module, own: Own) -> Row:
+    convolutions = own.convolutions()
+    if isinstance(module, FusedConvBNReLU):
+        passes = own.passes()
+    else:  # one ReLU module is called behind every step, and there is an addition
+        steps = len(module._steps())
+        passes = own.passes() + steps
+    return Row(name, type(module).__name__, "built fused", "", Share(convolutions, convolutions), Share(passes, passes))
+
+
+def _program_row(name: str, module: FusedModule, own: Own) -> Row:
+    kind, state = stock_class(type(module)).__name__, module.__dict__[STATE]
+    convolutions, passes = of_program(own, state.program)
+    try:
+        reason = obstacle(module, state, sites_of(module, state))
+    except Exception as error:  # users put anything in the place of a child; its next call fails as this does
+        reason = f"a child {CHANGED} ({type(error).__name__}: {error})"
+    if reason:
+        return Row(name, kind, "", reason, Share(0, convolutions.total), Share(0, passes.total))
+    reasons = dict.fromkeys(filter(None, (*state.reasons, unpaired(module, state.program))))
+    return Row(name, kind, describe(state.program), "; ".join(reasons), convolutions, passes)
+
+
+def _stem_row(name: str, module: FusedStem, own: Own) -> Row:
+    classes, state = type(module).__mro__, module.__dict__[STATE]
+    kind = classes[classes.index(FusedStem) + 1].__name__  # behind what others have put in front since
+    convolutions, passes = own.convolutions(), own.passes()
+    fused: dict[int, int] = {}  # convolution -> passes behind it: one stem may be called by several methods
+    reasons = []
+    for stem in state.stems:
+        try:
+            site = stem_site(module, stem[:3], state.backend)
+            reason = f"{'-'.join(filter(None, stem))} {CHANGED}" if site is None else module_obstacle(site)
+        except Exception as error:  # as above
+            reason = f"{'-'.join(filter(None, stem))} {CHANGED} ({type(error).__name__}: {error})"
+        if reason:
+            reasons.append(reason)
+        else:
+            fused |= {id(conv): 2 for conv, _ in site.steps}
+    what = state.describe() if fused else ""
+    shares = Share(len(fused), convolutions), Share(sum(fused.values()), passes)
+    return Row(name, kind, what, "; ".join(dict.fromkeys(reasons)), *shares)

@@ -24,6 +24,9 @@ class Kernel:
     unsupported: Callable = no_reasons  # the op's arguments -> reasons against this case, beyond device and dtype
     needs_selfcheck: bool = False  # compare with the reference on first use on a device architecture
     build: str = ""  # identity of the code that runs, e.g. a hash; without it a verdict is not kept beyond the process
+    #: ``(args, kwargs, card) -> launches``, see :mod:`.triton.trace`: for a kernel that comes in many binaries, each of
+    #: which is judged by itself. None: one verdict for all cases.
+    launches: Callable | None = None
 
 
 @dataclasses.dataclass

@@ -60,3 +60,12 @@ def of(device: torch.device) -> Card:
 def _card(index: int) -> Card:
     told = torch.cuda.get_device_properties(index)
     return Card(10 * told.major + told.minor, told.multi_processor_count)
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Whether a pointer to `t` is a multiple of 16 bytes, for which Triton compiles another binary than for others.
+
+    A meta tensor's is where it begins in its storage.
+    """
+    at = t.storage_offset() * t.element_size() if t.device.type == "meta" else t.data_ptr()
+    return at % 16 == 0

@@ -15,6 +15,10 @@ def no_reasons(*args, **kwargs) -> list[str]:
     return []
 
 
+def no_mode(dtype: torch.dtype) -> None:
+    """The default of :attr:`Kernel.mode`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One op on one backend."""
@@ -27,6 +31,7 @@ class Kernel:
     #: ``(args, kwargs, card) -> launches``, see :mod:`.triton.trace`: for a kernel that comes in many binaries, each of
     #: which is judged by itself. None: one verdict for all cases.
     launches: Callable | None = None
+    mode: Callable = no_mode  # dtype of the activations -> what else than a call's arguments decides its binaries
 
 
 @dataclasses.dataclass

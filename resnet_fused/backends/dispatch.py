@@ -87,7 +87,7 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
             continue  # the common case, worth no text
         reasons = backend.reasons(op, args, kwargs)
         if not reasons and backend.kernels[op].needs_selfcheck:
-            doubt = objection(backend.name, op, args[0].dtype, args[0].device)
+            doubt = selfcheck.doubt(backend, op, args, kwargs)
             reasons = [doubt] if doubt else []
         if not reasons:
             return backend

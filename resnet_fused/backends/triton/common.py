@@ -127,6 +127,13 @@ def build_identity() -> str:
     return digest.hexdigest()[:16]
 
 
+def mode(dtype: torch.dtype) -> str:
+    """What a setting of PyTorch's makes of float32 products; nothing for other dtypes."""
+    from .gemm import precision  # which needs this module
+
+    return precision(dtype) if dtype == torch.float32 else ""
+
+
 def register(
     op: Op, run: Callable, dtypes: tuple[torch.dtype, ...] = DATA_DTYPES, unsupported=checks.unsupported
 ) -> Kernel:
@@ -142,7 +149,9 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
     launches = functools.partial(trace.launches, run)
-    return Kernel(overload, dtypes, unsupported, needs_selfcheck=True, build=build_identity(), launches=launches)
+    return Kernel(
+        overload, dtypes, unsupported, needs_selfcheck=True, build=build_identity(), launches=launches, mode=mode
+    )
 
 
 # Device side ----------------------------------------------------------------------------------------------------

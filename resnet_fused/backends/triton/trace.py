@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..cards import Card, assuming
+from ..cards import Card, aligned, assuming
 
 Tensor = torch.Tensor
-ALIGNED = 16  # bytes; Triton compiles another binary for a pointer that is not
 
 _notes: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("resnet_fused launches", default=None)
 
@@ -27,12 +26,6 @@ def parameters(kernel) -> tuple[tuple[str, bool], ...]:
     """Name of each parameter of a kernel, and whether it is a compile-time constant; also of an interpreted kernel."""
     found = inspect.signature(kernel.fn).parameters.values()
     return tuple((p.name, "constexpr" in str(p.annotation)) for p in found)
-
-
-def aligned(t: Tensor) -> bool:
-    """Whether a pointer to `t` is a multiple of 16; of a meta tensor, by where it begins in its storage."""
-    at = t.storage_offset() * t.element_size() if t.device.type == "meta" else t.data_ptr()
-    return at % ALIGNED == 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -192,6 +192,16 @@ def problem(op: str, args: tuple, kwargs: dict) -> Problem:
 # Values -----------------------------------------------------------------------------------------------------------
 
 
+class _Draw(Draw):
+    """Tensors of a problem."""
+
+    def affine(self, size: int) -> tuple[Tensor, Tensor]:
+        """A scale and a shift that make activations exact in bfloat16: the signs of outputs are then the same however
+        their terms are added.
+        """
+        return self.vector(size).sign() * torch.exp2(self._grid((size,), 1, 1.0)), self._grid((size,), 16, 0.125)
+
+
 def _values(p: Problem, names: set[str]) -> dict[str, Tensor]:
     """A tensor for each name, on the CPU."""
     n, h, w = p.grid
@@ -202,7 +212,7 @@ def _values(p: Problem, names: set[str]) -> dict[str, Tensor]:
         return dict(zip((name for name, _ in _arguments(p.op)), drawn, strict=True))
     if p.op.startswith("norm_relu_pool"):
         return _pool_values(p, shape)
-    draw, table = Draw(shape), forms(p.op)
+    draw, table = _Draw(shape), forms(p.op)
     values = {name: _value(p, draw, name, table[name]) for name in p.given if name in names}
     if p.op == "bn_stats":  # where the order of sums matters
         values["z"] = draw.far_from_zero(p.given["z"].dtype)
@@ -211,11 +221,13 @@ def _values(p: Problem, names: set[str]) -> dict[str, Tensor]:
     return values
 
 
-def _value(p: Problem, draw: Draw, name: str, form: Form) -> Tensor:
+def _value(p: Problem, draw: _Draw, name: str, form: Form) -> Tensor:
     shape = p.shape(form)
     if form.kind == "samples":
         return draw.factor()
     if form.kind == "vector":
+        if name in ("x_scale", "x_shift"):
+            return draw.affine(shape[0])[name == "x_shift"]
         vector = draw.vector(shape[0])
         return vector.abs() + 0.0625 if name in ("m2", "rstd") else vector
     if form.kind == "weight":

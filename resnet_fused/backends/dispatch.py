@@ -72,6 +72,20 @@ def check_all(device: torch.device | str) -> list[selfcheck.Verdict]:
     return selfcheck.check_all(device, backends().values())
 
 
+def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list[selfcheck.Verdict]:
+    """Check what the first backend that serves a call would start for it: the rows of ``verify --model``.
+
+    `args` may be meta tensors. Empty where that backend's kernels are not judged by configuration.
+    """
+    for backend in _backends.values():
+        kernel = backend.kernels.get(op)
+        if kernel is None or backend.unavailable or device.type not in backend.devices:
+            continue
+        if args[0].dtype in kernel.dtypes and not kernel.unsupported(*args, **kwargs):
+            return [] if kernel.launches is None else selfcheck.check_call(backend, op, args, kwargs, device)[1]
+    return []
+
+
 def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     """The backend that runs `op` on these arguments.
 

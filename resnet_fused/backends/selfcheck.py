@@ -28,11 +28,24 @@ import torch
 
 from . import cards, selfcheck_cases, selfcheck_configurations
 from .declaration import Backend
-from .selfcheck_compare import Verdict, check, check_case, name_of
+from .selfcheck_compare import Verdict, check, check_case, difference, name_of, results
 from .selfcheck_memory import cache_dir, identity, keep, recall, recall_failure
 
-__all__ = ["Verdict", "cache_dir", "check_all", "check_call", "check_case", "doubt", "forget", "identity", "keep",
-           "objection", "recall"]  # fmt: skip
+__all__ = [
+    "Verdict",
+    "cache_dir",
+    "check_all",
+    "check_call",
+    "check_case",
+    "difference",
+    "doubt",
+    "forget",
+    "identity",
+    "keep",
+    "objection",
+    "recall",
+    "results",
+]
 
 ANY = ""  # in place of a configuration's digest: the op as such, by its small cases
 MOST_CALLS = 8192  # remembered; more come from ever new sizes of images
@@ -153,21 +166,28 @@ def _decide(backend: Backend, op: str, dtype, device, configuration: str, work) 
 def objection(backend: Backend, op: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why `backend` may not run `op` there; empty if its kernel has proved itself, now or earlier.
 
-    The small cases decide, and whether any configuration that was met has failed, in this process or before.
+    Its small cases decide; of a kernel that is judged by configuration one of them, and whether any configuration that
+    was met has failed, in this process or before.
     """
     known = _known.get((backend.name, op, dtype, device, ANY))
     if known is None:
         if device.type == "cuda" and not torch.cuda.is_available():
             return "cannot be checked: there is no GPU"  # a fake tensor
         with _lock:
-            work = lambda: judge(backend, op, dtype, device, check_kernel(backend, op, dtype, device))  # noqa: E731
-            known = _decide(backend, op, dtype, device, ANY, work)
+            known = _decide(backend, op, dtype, device, ANY, lambda: _check_op(backend, op, dtype, device))
     if known or backend.kernels[op].launches is None:
         return known
     failed = _failed.get((backend.name, op, dtype, device))
     if failed is None:
         failed = _failed[backend.name, op, dtype, device] = recall_failure(identity(backend, op, dtype, device))
     return failed
+
+
+def _check_op(backend: Backend, op: str, dtype: torch.dtype, device: torch.device) -> str:
+    make = functools.partial(selfcheck_cases.cases, op, dtype)
+    if backend.kernels[op].launches is not None:
+        make = lambda: [selfcheck_cases.one(op, dtype)]  # noqa: E731
+    return judge(backend, op, dtype, device, check(backend, op, dtype, device, make))
 
 
 def doubt(backend: Backend, op: str, args: tuple, kwargs: dict) -> str:

@@ -54,10 +54,10 @@ def off_diagonal_tile_wrong(run):
 def later_steps_dropped(run):
     """A product whose loop over channels ends after the first 64."""
 
-    def faulty(x, matrix, *args, **kwargs):
-        matrix = matrix.clone()
-        matrix[:, 64:] = 0
-        return run(x, matrix, *args, **kwargs)
+    def faulty(x, weight, *args, **kwargs):
+        weight = weight.clone(memory_format=torch.contiguous_format)
+        weight[:, 64:] = 0
+        return run(x, weight, *args, **kwargs)
 
     return faulty
 
@@ -74,22 +74,11 @@ def wide_tile_wrong(run):
     return faulty
 
 
-def later_row_tiles_wrong(run):
-    """A program with more than one row tile: `conv1x1` has those on large tensors, or as on a small card."""
-
-    def faulty(*args, **kwargs):
-        z, mean, m2 = run(*args, **kwargs)
-        return (z, mean * 1.25, m2) if z.shape[0] * z.shape[2] * z.shape[3] > 1000 else (z, mean, m2)
-
-    return faulty
-
-
 FAULTS = {
     "splits": ("conv1x1_wgrad", last_split_dropped, lambda: ((data(32), data(48)), {})),
     "off-diagonal tiles": ("gram", off_diagonal_tile_wrong, lambda: ((data(160), torch.zeros(160)), {})),
     "several steps": ("conv1x1", later_steps_dropped, lambda: ((data(80), weight(16, 80)), {})),
     "a wide tile": ("conv1x1_dgrad", wide_tile_wrong, lambda: ((data(32), weight(32, 144)), {})),
-    "several row tiles": ("conv1x1", later_row_tiles_wrong, lambda: ((data(16, 60, 80), weight(16, 16)), {})),
 }
 
 
@@ -115,6 +104,7 @@ def test_a_fault_of_some_sizes_is_found_before_its_first_use(fresh, monkeypatch,
     with pytest.warns(RuntimeWarning, match=f"switched off triton {op}") as caught:
         chosen = backends.choose(op, args, kwargs)
         again = backends.choose(op, args, kwargs)
+    assert "raised" not in str(caught[0].message), caught[0].message
     assert chosen.name == again.name != "triton" and len(caught) == 1
     assert "configuration" in backends.objection("triton", op, BF16, CPU), "planners are not told"
     selfcheck.forget()  # as in another process
@@ -123,7 +113,7 @@ def test_a_fault_of_some_sizes_is_found_before_its_first_use(fresh, monkeypatch,
         assert backends.choose(op, args, kwargs).name != "triton"
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ["splits", "several steps"])
 def test_without_the_fault_it_is_trusted_once_and_for_all(fresh, monkeypatch, name):
     op, _, call = FAULTS[name]
     args, kwargs = call()

@@ -21,6 +21,7 @@ CHEAP = 0.02  # partial sums up to this share of the reads
 BUSY = 0.8  # of the multiprocessors are enough where that keeps partial sums cheap
 L2_BYTES = 24 << 20  # of partial sums, where they are not cheap; the smallest L2 of these cards has 40 MB
 MIN_ROWS = 256
+ALONE = 0.95  # of the rate at which several programs load, a multiprocessor's only one does; assumed
 FULL = 0.85  # of a wave's places are taken, where neither bytes nor rows stand against it
 
 
@@ -61,8 +62,8 @@ def choose(
 ) -> Split:
     """Split a sum over `rows`.
 
-    Of the splits that fill their waves, the one that is expected to move the least: what is read, in proportion to the
-    places left empty, and partial sums. Waves of `per_sm` programs a multiprocessor come before waves of one.
+    Of the splits that fill waves of one program a multiprocessor or of `per_sm`, the one that is expected to move the
+    least: what is read, in proportion to the places left empty, and partial sums.
 
     Args:
         tiles: programs per split.
@@ -83,15 +84,18 @@ def choose(
         by_bytes = 2 * L2_BYTES // partial_bytes
         found = _splits(row_tiles, least, min(by_rows, by_bytes))
 
+    def filled(split: tuple[int, int], places: int) -> float:
+        return utilisation(split[0] * tiles, sms, places)
+
     def cost(split: tuple[int, int]) -> float:
         splits, size = split
-        filled = utilisation(splits * tiles, sms, per_sm) * row_tiles / (splits * size)
-        return rows * row_bytes / filled + splits * partial_bytes
+        share = filled(split, per_sm) if filled(split, per_sm) >= FULL else ALONE * filled(split, 1)
+        return rows * row_bytes * splits * size / (share * row_tiles) + splits * partial_bytes
 
-    whole = [split for split in found if utilisation(split[0] * tiles, sms, per_sm) >= FULL]
-    alone = [split for split in found if utilisation(split[0] * tiles, sms, 1) >= FULL]
-    bound = "" if whole else "bytes" if by_bytes < by_rows else "rows"
-    return Split(*min(whole or alone or found, key=cost), bound)
+    whole = [split for split in found if max(filled(split, per_sm), filled(split, 1)) >= FULL]
+    best = min(whole or found, key=cost)
+    bound = "" if filled(best, per_sm) >= FULL else "bytes" if by_bytes < by_rows or best in whole else "rows"
+    return Split(*best, bound)
 
 
 def _splits(row_tiles: int, least: int, most: int) -> list[tuple[int, int]]:

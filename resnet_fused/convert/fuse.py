@@ -12,9 +12,11 @@ from ..backends import check_name
 from ..blocks import norms
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from . import program as programs
-from .fused_module import STATE, FusedModule, FusedState, fused_class, is_fused, obstacle, site_of
-from .stage import fuse_stage, unfuse_stage
-from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
+from . import swap
+from .fused_module import FusedModule, FusedState, fused_class, obstacle, site_of
+from .stage import FusedStage, fuse_stage
+from .stem import FusedStem, describe_stems, fuse_stem, stem_modules
+from .swap import STATE, is_fused
 from .trace import Untraceable, state_of, trace
 
 BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
@@ -84,7 +86,8 @@ def fuse(
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
         elif is_fused(module):
-            module.__dict__[STATE].backend = backend
+            if not isinstance(module, FusedStage):
+                module.__dict__[STATE] = dataclasses.replace(module.__dict__[STATE], backend=backend)
             inside |= _taken(module)
         elif _is_candidate(module):
             reason = _fuse_one(module, backend)
@@ -107,22 +110,21 @@ def fuse(
 def _fuse_one(module: nn.Module, backend: str) -> str:
     """Swap the class of one module. Returns why not, or an empty text."""
     try:
-        program, reasons = programs.build(module, trace(module))
+        with swap.seen_as_stock(module):
+            program, reasons = programs.build(module, trace(module))
     except Untraceable as error:
         return str(error)
     if not program.chains:
         return "; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm"
     state = FusedState(program, state_of(module), backend, tuple(dict.fromkeys(reasons)))
-    module.__dict__[STATE] = state
-    module.__class__ = fused_class(type(module))
-    return ""
+    return swap.put(module, fused_class, state)
 
 
 def _taken(module: nn.Module) -> set[int]:
     """Modules below a fused one that its chains run; the others may be fused themselves."""
-    if isinstance(module, FusedStem):
+    if is_fused(module, FusedStem):
         return {id(inner) for inner in stem_modules(module)}
-    if not isinstance(module, FusedModule):
+    if not is_fused(module, FusedModule):
         return set()
     names = {name for call in module.__dict__[STATE].program.chains for name in _names(call)}
     names |= {name for name, _ in module.__dict__[STATE].program.containers}
@@ -137,12 +139,7 @@ def _names(call: programs.ChainCall) -> list[str]:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse` on `model` and everything in it, in place; returns `model`. A stock model is left as it is."""
     for module in model.modules():
-        unfuse_stage(module)
-        if isinstance(module, FusedModule):
-            del module.__dict__[STATE]
-            module.__class__ = type(module).__mro__[2]
-        else:
-            unfuse_stem(module)
+        swap.remove(module)
     return model
 
 
@@ -152,26 +149,27 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        kind = type(module).__name__
+        kind = swap.stock_class(module).__name__
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
             fused.append(Row(name, kind, "built fused", ""))
-        elif isinstance(module, FusedModule):
+        elif is_fused(module, FusedModule):
             inside |= _taken(module)
             state: FusedState = module.__dict__[STATE]
             sites = [site_of(module, call, state.backend) for call in state.program.chains]
             reason = obstacle(module, state, sites)
-            kind = type(module).__mro__[2].__name__
             if reason:
                 left.append(Row(name, kind, "", reason))
             else:
                 fused.append(Row(name, kind, describe(state.program), "; ".join(state.reasons)))
-        elif isinstance(module, FusedStem):
+        elif is_fused(module, FusedStem):
             inside |= _taken(module)
-            fused.append(Row(name, type(module).__mro__[2].__name__, module.__dict__[STATE].describe(), ""))
+            what, reason = describe_stems(module)
+            (fused if what else left).append(Row(name, kind, what, reason))
         elif _is_candidate(module):
             try:
-                program, reasons = programs.build(module, trace(module))
+                with swap.seen_as_stock(module):
+                    program, reasons = programs.build(module, trace(module))
                 reason = "fuse() was not called on it" if program.chains else "; ".join(dict.fromkeys(reasons))
             except Untraceable as error:
                 reason = str(error)

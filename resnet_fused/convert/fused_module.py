@@ -8,7 +8,6 @@ be fused.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import dataclasses
 import weakref
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ import torch
 from torch import nn
 
 from ..blocks.runtime import Site, input_obstacle, module_obstacle, run_site
+from . import swap
 from .program import ChainCall, Program, Ref, StockCall, is_drop_path
+from .swap import STATE
 from .trace import state_of
 
 Tensor = torch.Tensor
-STATE = "_resnet_fused"
 
 
 class _Settings:
@@ -92,6 +92,8 @@ def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
 
 def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
     """Why the modules of a fused block must be called one by one now; empty if they need not."""
+    if block._resnet_fused_replaced("forward"):
+        return "its class was given another forward after fuse()"
     if state_of(block) != state.traced:
         return "the block was changed after fuse(); call fuse() again"
     for name, length in state.program.containers:
@@ -157,46 +159,21 @@ def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tenso
     return values[state.program.result]
 
 
-class FusedModule:
+class FusedModule(swap.Swapped):
     """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
 
     def forward(self, x):
         if _settings.stock:
             return super().forward(x)
-        state: FusedState = self.__dict__[STATE]
+        state: FusedState | None = self.__dict__.get(STATE)
+        if state is None:
+            return super().forward(x)
         sites = sites_of(self, state)
         if obstacle(self, state, sites) or input_obstacle(x, sites[0]):
             return super().forward(x)
         return run_program(self, state, sites, x)
 
-    def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self).__mro__[2],), getstate(self)
-
-
-def getstate(module: nn.Module) -> dict:
-    """The state that pickle and deepcopy carry over: what they would take from a plain module."""
-    getter = getattr(module, "__getstate__", None)
-    return module.__dict__ if getter is None else getter()
-
-
-def _rebuild(stock_class: type) -> nn.Module:
-    return copyreg.__newobj__(fused_class(stock_class))
-
-
-_classes: dict[type, type] = {}
-
 
 def fused_class(stock_class: type) -> type:
-    """The fused subclass of `stock_class`, made once; carries its name, so that ``repr`` and logs stay readable."""
-    if stock_class not in _classes:
-        _classes[stock_class] = type(
-            f"Fused{stock_class.__name__}",
-            (FusedModule, stock_class),
-            {"__module__": __name__, "__doc__": stock_class.__doc__},
-        )
-    return _classes[stock_class]
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether this module's class was swapped by :func:`~resnet_fused.fuse`."""
-    return STATE in module.__dict__
+    """The fused subclass of `stock_class`; carries its name, so that ``repr`` and logs stay readable."""
+    return swap.subclass(FusedModule, stock_class, (fused_class, (stock_class,)))

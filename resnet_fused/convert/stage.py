@@ -8,7 +8,6 @@ results can reuse memory that is there. Only the stage's own output is large, an
 
 from __future__ import annotations
 
-import copyreg
 import math
 from typing import NamedTuple
 
@@ -21,7 +20,9 @@ from ..backends import bounds
 from ..blocks import norms
 from ..blocks.runtime import Site, conv_geometry, input_obstacle
 from ..ops.conv_add_relu import output_shape
-from .fused_module import STATE, FusedModule, getstate, is_stock_forced, obstacle, sites_of
+from . import swap
+from .fused_module import FusedModule, is_stock_forced, obstacle, sites_of
+from .swap import STATE, is_fused
 
 Tensor = torch.Tensor
 #: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have.
@@ -51,7 +52,7 @@ def _stage_extent(stage: nn.Sequential, shape: tuple[int, ...]) -> Extent | None
     """The extent of a whole stage; None unless each block is one chain, would run it now, and has no hooks."""
     largest = 0
     for block in stage:
-        if not isinstance(block, FusedModule) or block._forward_hooks or block._forward_pre_hooks:
+        if not is_fused(block, FusedModule) or block._forward_hooks or block._forward_pre_hooks:
             return None
         state = block.__dict__[STATE]
         sites = sites_of(block, state)
@@ -83,11 +84,11 @@ def images_in_piece(stage: nn.Sequential, x: object) -> int:
     return max(1, PIECE // (extent.largest * x.element_size()))
 
 
-class FusedStage(nn.Sequential):
-    """``nn.Sequential`` that runs a large batch in pieces where that changes nothing but the time."""
+class _Stage(swap.Swapped):
+    """Mixin of ``nn.Sequential`` that runs a large batch in pieces where that changes nothing but the time."""
 
     def forward(self, x):
-        images = images_in_piece(self, x)
+        images = images_in_piece(self, x) if is_fused(self) and not self._resnet_fused_replaced("forward") else 0
         if not 0 < images < x.shape[0]:
             return super().forward(x)
         out, bound = None, 0.0
@@ -99,23 +100,18 @@ class FusedStage(nn.Sequential):
             bound = max(bound, bounds.of(piece) if bounds.is_known(piece) else math.inf)
         return bounds.remember(out, bound) if bound < bounds.SAFE else out
 
-    def __reduce_ex__(self, protocol):
-        return _rebuild, (), getstate(self)
+
+def _stage_class(stock: type = nn.Sequential) -> type:
+    return swap.subclass(_Stage, stock, (_stage_class, ()))
 
 
-def _rebuild() -> nn.Module:
-    return copyreg.__newobj__(FusedStage)
+FusedStage = _stage_class()
 
 
 def fuse_stage(module: nn.Module) -> bool:
     """Make a stage of `module` if it is a plain Sequential of fused blocks; whether it was."""
-    if type(module) is not nn.Sequential or not len(module) or not all(isinstance(b, FusedModule) for b in module):
+    if swap.stock_class(module) is not nn.Sequential or is_fused(module):
         return False
-    module.__class__ = FusedStage
-    return True
-
-
-def unfuse_stage(module: nn.Module) -> None:
-    """Undo :func:`fuse_stage`."""
-    if type(module) is FusedStage:
-        module.__class__ = nn.Sequential
+    if not len(module) or not all(is_fused(block, FusedModule) for block in module):
+        return False
+    return not swap.put(module, _stage_class, True)

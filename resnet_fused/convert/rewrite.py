@@ -30,17 +30,13 @@ class Rewriter:
         self.locals = set(code.co_varnames) - set(code.co_cellvars)
         self.unusual = bool(code.co_flags & _UNUSUAL) or _is_bound_again(definition.node, self.receiver)
 
-    def rewrite(self, name: str) -> ast.FunctionDef | None:
-        """The changed definition of the method that its class knows as `name`; None if there is nothing to change."""
+    def rewrite(self) -> ast.FunctionDef | None:
+        """The changed definition; None if there is nothing to change."""
         if self.unusual:
             return None
         node = copy.deepcopy(self.definition.node)
-        body = self._statements(node.body)
-        if not self.found:
-            return None
-        has_doc = ast.get_docstring(node, clean=False) is not None
-        node.body = [*body[:has_doc], _at(node, self._guard(name, node.args)), *body[has_doc:]]
-        return node
+        node.body = self._statements(node.body)
+        return node if self.found else None
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, _OWN_SCOPE):
@@ -127,22 +123,6 @@ class Rewriter:
         if name == "run":
             self.found.append(stem)
         return ast.Call(self._method(name), [ast.Constant(stem), ast.Name(argument.id, ast.Load())], [])
-
-    def _guard(self, name: str, parameters: ast.arguments) -> ast.stmt:
-        """``if self._resnet_fused_replaced(name): return self._resnet_fused_current(name)(every argument)``."""
-        replaced = ast.Call(self._method("replaced"), [ast.Constant(name)], [])
-        current = ast.Call(self._method("current"), [ast.Constant(name)], [])
-
-        def load(parameter: ast.arg) -> ast.expr:
-            return ast.Name(parameter.arg, ast.Load())
-
-        positional = [load(parameter) for parameter in (*parameters.posonlyargs, *parameters.args)[1:]]
-        if parameters.vararg:
-            positional.append(ast.Starred(load(parameters.vararg), ast.Load()))
-        keywords = [ast.keyword(parameter.arg, load(parameter)) for parameter in parameters.kwonlyargs]
-        if parameters.kwarg:
-            keywords.append(ast.keyword(None, load(parameters.kwarg)))
-        return ast.If(replaced, [ast.Return(ast.Call(current, positional, keywords))], [])
 
 
 def _is_bound_again(definition: ast.FunctionDef, name: str) -> bool:

@@ -38,8 +38,8 @@ def find(function: types.FunctionType) -> Definition | None:
     """The definition of `function`; None where no source at hand compiles to it, or it has decorators."""
     code = function.__code__
     for source in _sources(function):
-        for index, piece in enumerate(_pieces(source)):
-            path = _path(piece, code.co_name, code.co_firstlineno)
+        for index, (lines, piece) in enumerate(_pieces(source)):
+            path = _path(piece, code.co_name, code.co_firstlineno) if code.co_firstlineno in lines else ()
             if path and _same(_pick(_codes(source, index, code.co_filename), code), code):
                 parent, field, at = path[-1]
                 return Definition(getattr(parent, field)[at], code.co_filename, path)
@@ -87,20 +87,32 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _pieces(source: str) -> tuple[ast.Module, ...]:
-    """Each statement of a module as a module of its own: a function's code depends on no other but future imports."""
+def _pieces(source: str) -> tuple[tuple[range, ast.Module], ...]:
+    """Each statement of a module, as its lines and a module of it and all imports: no others change a function's code.
+
+    (A method call on a name that the module imports is compiled in another way than on a variable.)
+    """
     try:
         with _quiet():
             body = ast.parse(source).body
     except (SyntaxError, ValueError):
         return ()
-    futures = [s for s in body if isinstance(s, ast.ImportFrom) and s.module == "__future__"]
-    return tuple(ast.Module([*futures, statement], []) for statement in body)
+    own_scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    imports = {
+        statement
+        for statement in body
+        if not isinstance(statement, own_scope)
+        and any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(statement))
+    }
+    return tuple(
+        (range(own.lineno, own.end_lineno + 1), ast.Module([s for s in body if s in imports or s is own], []))
+        for own in body
+    )
 
 
 @functools.lru_cache(maxsize=32)
 def _codes(source: str, index: int, filename: str) -> tuple[types.CodeType, ...]:
-    return _compiled(_pieces(source)[index], filename)
+    return _compiled(_pieces(source)[index][1], filename)
 
 
 def _compiled(module: ast.Module, filename: str) -> tuple[types.CodeType, ...]:

@@ -86,6 +86,28 @@ class FusedStem(swap.Swapped):
         return pool(run_site(site, x))
 
 
+class _Rewritten:
+    """A rewritten method in its class, as long as the stock class has the one that was read; then what that has.
+
+    An attribute, not a function around both: the arguments are for the other to judge, and nobody sees a frame more.
+    """
+
+    def __init__(self, name: str, function: types.FunctionType) -> None:
+        self.name, self.function = name, function
+
+    @property
+    def key(self) -> str:
+        """Where the function itself is in the class."""
+        return f"_resnet_fused_method_{self.name}"
+
+    def __get__(self, module: FusedStem | None, cls: type):
+        if module is None:
+            return self.function
+        if module._resnet_fused_replaced(self.name):
+            return module._resnet_fused_current(self.name)
+        return getattr(module, self.key)
+
+
 def _methods(cls: type, names: Iterable[str]) -> dict[str, types.FunctionType]:
     """The methods that read at least three of `names`, as the class knows them."""
     names, found = set(names), {}
@@ -97,14 +119,14 @@ def _methods(cls: type, names: Iterable[str]) -> dict[str, types.FunctionType]:
 
 
 def _rewritten(
-    name: str, function: types.FunctionType, accept: Callable[[Stem], bool]
+    function: types.FunctionType, accept: Callable[[Stem], bool]
 ) -> tuple[types.FunctionType | None, list[Stem]]:
-    """`function`, a method called `name`, with its stems rewritten, and which they are."""
+    """`function` with its stems rewritten, and these; None where there are none or its source is not proven."""
     definition = source.find(function)
     if definition is None:
         return None, []
     rewriter = Rewriter(definition, function.__code__, accept)
-    node = rewriter.rewrite(name)
+    node = rewriter.rewrite()
     rewritten = None if node is None else source.recompile(function, definition, node)
     return rewritten, [] if rewritten is None else rewriter.found
 
@@ -113,10 +135,11 @@ def _stem_class(stock: type, stems: tuple[Stem, ...]) -> type:
     """The subclass of `stock` whose methods run `stems`."""
     body = {}
     for name, function in _methods(stock, {child for stem in stems for child in stem}).items():
-        rewritten, _ = _rewritten(name, function, stems.__contains__)
+        rewritten, _ = _rewritten(function, stems.__contains__)
         if rewritten is not None:
-            body[name] = rewritten
-    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body)
+            body[name] = _Rewritten(name, rewritten)
+    functions = {entry.key: entry.function for entry in body.values()}
+    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body, functions)
 
 
 def fuse_stem(model: nn.Module, backend: str) -> str:
@@ -134,8 +157,8 @@ def fuse_stem(model: nn.Module, backend: str) -> str:
         cls = None
         found = [
             stem
-            for name, method in _methods(swap.stock_class(model), model._modules).items()
-            for stem in _rewritten(name, method, accept)[1]
+            for method in _methods(swap.stock_class(model), model._modules).values()
+            for stem in _rewritten(method, accept)[1]
         ]
         stems = tuple(dict.fromkeys(found))
     if not stems:

@@ -87,10 +87,16 @@ def _rebuild(recipe: Recipe, state: object, function: Callable, arguments: tuple
     return module
 
 
-def subclass(mixin: type, stock: type, recipe: Recipe, body: dict[str, types.FunctionType] | None = None) -> type:
+def subclass(
+    mixin: type,
+    stock: type,
+    recipe: Recipe,
+    methods: dict[str, object] | None = None,
+    more: dict[str, object] | None = None,
+) -> type:
     """The class with `mixin` in front of `stock`; one for each recipe, as long as anybody has it.
 
-    `body`: functions that stand in for methods of `stock` of the same names.
+    `methods`: what stands in for methods of `stock`, under the same names. `more`: attributes of other names.
 
     Raises:
         TypeError: the forward of `stock` is not a plain function.
@@ -99,8 +105,8 @@ def subclass(mixin: type, stock: type, recipe: Recipe, body: dict[str, types.Fun
     for known in type.__subclasses__(stock):
         if vars(known).get(_RECIPE) == recipe:
             return known
-    body = dict(body or {})
-    read = {name: method_of(stock, name) for name in body}
+    body = {**(methods or {}), **(more or {})}
+    read = {name: method_of(stock, name) for name in methods or ()}
     if "forward" in vars(mixin):
         read["forward"] = method_of(stock, "forward")
         if read["forward"] is None:

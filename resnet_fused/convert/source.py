@@ -1,10 +1,10 @@
 """The definition of a function in its file, proven by its code, and the function made again from a changed one.
 
-Nothing is believed about a source file but what compiles to the very code that runs: the statement of the module that
-holds the definition is compiled as it stands, and its code object must equal the function's, with its constants, names,
-free variables, flags and lines. A file edited since, a function somebody generated, or one compiled in another
-way is thus not recognised. A changed definition is then compiled where the first one stood, so that private names,
-``__class__``, closures and ``from __future__`` mean what they meant.
+Nothing is believed about a source file but what compiles to the very code that runs: the file is compiled as it stands,
+and the code object in the function's place must equal the function's, with its constants, names, free variables, flags
+and lines. A file edited since, a function somebody generated, or one compiled in another way is thus not recognised. A
+changed definition is then compiled where the first one stood, so that private names, ``__class__``, closures and
+``from __future__`` mean what they meant.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ def find(function: types.FunctionType) -> Definition | None:
     """The definition of `function`; None where no source at hand compiles to it, or it has decorators."""
     code = function.__code__
     for source in _sources(function):
-        for index, (lines, piece) in enumerate(_pieces(source)):
-            path = _path(piece, code.co_name, code.co_firstlineno) if code.co_firstlineno in lines else ()
-            if path and _same(_pick(_codes(source, index, code.co_filename), code), code):
-                parent, field, at = path[-1]
-                return Definition(getattr(parent, field)[at], code.co_filename, path)
+        read = _read(source, code.co_filename)
+        if read is None:
+            continue
+        tree, codes = read
+        path = _path(tree, code.co_name, code.co_firstlineno)
+        if path and _same(_pick(codes, code), code):
+            parent, field, index = path[-1]
+            return Definition(getattr(parent, field)[index], code.co_filename, path)
     return None
 
 
@@ -87,32 +90,14 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _pieces(source: str) -> tuple[tuple[range, ast.Module], ...]:
-    """Each statement of a module, as its lines and a module of it and all imports: no others change a function's code.
-
-    (A method call on a name that the module imports is compiled in another way than on a variable.)
-    """
+def _read(source: str, filename: str) -> tuple[ast.Module, tuple[types.CodeType, ...]] | None:
+    """The tree of a module and its code objects; None where it is not Python."""
     try:
         with _quiet():
-            body = ast.parse(source).body
-    except (SyntaxError, ValueError):
-        return ()
-    own_scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    imports = {
-        statement
-        for statement in body
-        if not isinstance(statement, own_scope)
-        and any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(statement))
-    }
-    return tuple(
-        (range(own.lineno, own.end_lineno + 1), ast.Module([s for s in body if s in imports or s is own], []))
-        for own in body
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def _codes(source: str, index: int, filename: str) -> tuple[types.CodeType, ...]:
-    return _compiled(_pieces(source)[index][1], filename)
+            tree = ast.parse(source)
+        return tree, _compiled(tree, filename)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
 
 
 def _compiled(module: ast.Module, filename: str) -> tuple[types.CodeType, ...]:
@@ -142,9 +127,8 @@ def _path(node: ast.AST, name: str, line: int) -> tuple[tuple[ast.AST, str, int]
     """The way from `node` to the ``def`` of `name` in `line`; empty where there is none."""
     for field, value in ast.iter_fields(node):
         for index, child in enumerate(value if isinstance(value, list) else ()):
-            if not isinstance(child, ast.AST) or not getattr(child, "lineno", 0) <= line <= getattr(
-                child, "end_lineno", line
-            ):
+            first, last = getattr(child, "lineno", line), getattr(child, "end_lineno", line)
+            if not isinstance(child, ast.AST) or not first <= line <= last:
                 continue
             if isinstance(child, ast.FunctionDef) and child.name == name and child.lineno == line:
                 return ((node, field, index),)

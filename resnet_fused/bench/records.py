@@ -31,7 +31,8 @@ LEGEND = (
     "Medians of interleaved runs with their 10% and 90% quantiles; speedups with the 90% interval of the ratio "
     "of medians (bootstrap). A training step is forward and backward, without an optimizer. MB: kept by autograd "
     "from forward to backward, each storage once, parameters not counted; or the peak above what was allocated before, "
-    "where the line says so."
+    "where the line says so. In fresh processes: the median over processes of each one's median, with the smallest and "
+    "the largest; speedups with the smallest and the largest of pairs."
 )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import resnet_fused
 from resnet_fused.blocks import plan
 
-from . import equality, memory, named, peers, photos, records
+from . import equality, fresh, memory, named, peers, photos, records
 from .blocks import Block, distinct_blocks
 from .errors import Refused
 from .progress import Bar
@@ -36,6 +36,7 @@ class Options:
     device: str = ""
     quick: bool = False
     peers: tuple[str, ...] = ()
+    fresh: int = 0  # pairs of processes to time stock and ours in as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +155,19 @@ class Bench:
     def evaluation(self, batch: int, progress: Callable[[float], None]) -> None:
         """A forward of every peer in evaluation mode, without gradients."""
         x = photos.batches(1, batch, self.plan.size)[0].to(self.device)
-
-        def runner(model: nn.Module) -> Callable:
-            def run(lap: Callable[[str], None]) -> None:
-                with torch.no_grad(), self.autocast():
-                    model(x)
-                lap("forward")
-
-            return run
-
-        runs = {peer: runner(model.eval()) for peer, model in self.models.items()}
+        runs = {peer: self.evaluate(model.eval(), x) for peer, model in self.models.items()}
         timed = interleave(runs, self.plan.evaluation, clock_for(self.device), progress)
         self.add_times(f"evaluation, batch {batch}", timed)
+
+    def evaluate(self, model: nn.Module, x: torch.Tensor) -> Callable:
+        """One forward without gradients, as :func:`interleave` calls it."""
+
+        def run(lap: Callable[[str], None]) -> None:
+            with torch.no_grad(), self.autocast():
+                model(x)
+            lap("forward")
+
+        return run
 
     def blocks(self, progress: Callable[[float], None]) -> None:
         """Forward and backward of every distinct fused block on its activations, stock against fused."""
@@ -222,6 +224,7 @@ def run(options: Options) -> records.Report:
     report = records.Report(records.provenance(device, **settings))
     parts = {"equality on photographs": 25.0, "training step": 50.0}
     parts |= {f"evaluation at batch {b}": 3.0 + b / 2 for b in decided.eval_batches} | {"blocks": 30.0}
+    parts |= {"fresh processes": 160.0 * options.fresh} if options.fresh else {}
     with Bar(parts) as bar:
         if records.busy():
             bar.say(records.busy())
@@ -241,6 +244,10 @@ def run(options: Options) -> records.Report:
                 bench.evaluation(batch, progress)
         with bar.part("blocks") as progress:
             bench.blocks(progress)
+        if options.fresh:
+            bench.models.clear()
+            with bar.part("fresh processes") as progress:
+                report.rows += fresh.measure(options, decided, device, options.fresh, progress)
     return report
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .runtime import Site, obstacle, run_site
+from .runtime import run_site
+from .site import Site, obstacle
 
 Tensor = torch.Tensor
 NormLayer = Callable[[int], nn.Module]

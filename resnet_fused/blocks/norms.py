@@ -6,38 +6,60 @@ import torch
 from torch import nn
 
 from ..steps import Norm
+from . import proven
 
 Tensor = torch.Tensor
-
-#: Classes elsewhere that mean batch norm with buffers for parameters; by name, so that nothing is imported for them.
-_FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d")}
-_WITH_ACTIVATION = {("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d")}
-
-
-def _kind(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__name__
 
 
 def is_frozen_class(module: nn.Module) -> bool:
     """A batch norm whose parameters are buffers: it never uses the batch's statistics."""
-    return _kind(module) in _FROZEN
+    return proven.kind(module) in proven.FROZEN_NORMS
 
 
 def activation_of(module: nn.Module) -> nn.Module | None:
     """The activation inside a batch norm of timm's combined class, else None."""
-    return module.act if _kind(module) in _WITH_ACTIVATION else None
+    return module.act if proven.kind(module) in proven.ACTIVATED_NORMS else None
 
 
 def why_not(module: nn.Module) -> str:
     """Why `module` is not a batch norm this package can fuse; empty if it is one."""
     if isinstance(module, nn.SyncBatchNorm):
         return "SyncBatchNorm needs the statistics of other processes"
-    if is_frozen_class(module) or _kind(module) in _WITH_ACTIVATION:
+    kind = proven.kind(module)
+    if kind in proven.FROZEN_NORMS or kind in proven.ACTIVATED_NORMS:
         drop = getattr(module, "drop", None)
-        return "" if drop is None or isinstance(drop, nn.Identity) else f"its norm drops with {type(drop).__name__}"
-    if isinstance(module, nn.BatchNorm2d) and type(module).forward is nn.BatchNorm2d.forward:
-        return ""
+        if drop is not None and proven.why_changed(drop, nn.Identity):
+            return f"its norm drops with {type(drop).__name__}"
+        return proven.why_changed(module)
+    if isinstance(module, nn.BatchNorm2d):
+        return proven.why_changed(module, nn.BatchNorm2d)
     return f"{type(module).__name__} is not batch norm"
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why the settings that a batch norm has now are better left to stock, whose errors they may raise."""
+    if not module.eps > 0:
+        return "a batch norm whose eps is not positive"
+    _, _, running_mean, running_var = vectors(module)
+    if (running_mean is None) != (running_var is None):
+        return "a batch norm with one running statistic alone"
+    if is_frozen_class(module):
+        return ""
+    if module.momentum is None:
+        if module.training and module.track_running_stats and module.num_batches_tracked is None:
+            return "a cumulative average that is not counted"
+    elif not isinstance(module.momentum, float | int):
+        return f"a momentum of class {type(module.momentum).__name__}"
+    return ""
+
+
+def vectors(module: nn.Module) -> tuple[Tensor | None, ...]:
+    """``gamma, beta, running_mean, running_var``, whichever this call may read."""
+    if not torch.compiler.is_compiling():  # a module's __getattr__ is Python: four calls of it take 3 us
+        parameters, buffers = module.__dict__["_parameters"], module.__dict__["_buffers"]
+        if "weight" in parameters and "bias" in parameters and "running_mean" in buffers and "running_var" in buffers:
+            return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    return module.weight, module.bias, module.running_mean, module.running_var
 
 
 def settings(module: nn.Module) -> Norm:

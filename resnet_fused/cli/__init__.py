@@ -82,6 +82,13 @@ def parser() -> Parser:
     bench.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
     bench.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     bench.add_argument("--quick", action="store_true", help="small batches and images, few repeats")
+    bench.add_argument(
+        "--fresh",
+        type=count,
+        default=0,
+        metavar="N",
+        help="time both in N fresh processes each as well, with two allocator settings",
+    )
     bench.add_argument("--peers", nargs="+", default=[], metavar="PEER", help="time these too, e.g. compile")
     bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     bench.add_argument("--plot", type=picture_file, metavar="FILE", help="draw every figure to FILE (.png, .svg, .pdf)")

@@ -12,7 +12,7 @@ from ..bench.run import run as run_bench
 
 def run(options: argparse.Namespace) -> int:
     """Print the table, write the files asked for; 1 where fused and stock disagree."""
-    names = ("model", "batch", "size", "dtype", "device", "quick")
+    names = ("model", "batch", "size", "dtype", "device", "quick", "fresh")
     try:
         report = run_bench(Options(peers=tuple(options.peers), **{name: getattr(options, name) for name in names}))
     except Disagreement as error:

@@ -13,11 +13,11 @@ from ..blocks import norms
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from . import program as programs
 from . import swap
-from .fused_module import FusedModule, FusedState, fused_class, obstacle, site_of
+from .fused_module import FusedModule, FusedState, find, fused_class, obstacle, sites_of
 from .stage import FusedStage, fuse_stage
 from .stem import FusedStem, describe_stems, fuse_stem, stem_modules
 from .swap import STATE, is_fused
-from .trace import Untraceable, state_of, trace
+from .trace import Untraceable, fingerprint, names_read, state_of, trace
 
 BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
 FilterFn = Callable[[str, nn.Module], bool]
@@ -85,11 +85,7 @@ def fuse(
             continue
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
-        elif is_fused(module):
-            if not isinstance(module, FusedStage):
-                module.__dict__[STATE] = dataclasses.replace(module.__dict__[STATE], backend=backend)
-            inside |= _taken(module)
-        elif _is_candidate(module):
+        elif (is_fused(module) and not isinstance(module, FusedStage)) or _is_candidate(module):
             reason = _fuse_one(module, backend)
             if reason and fuse_stem(module, backend):
                 left.append(Row(name, type(module).__name__, "", reason))
@@ -107,17 +103,28 @@ def fuse(
     return model
 
 
+def _program(module: nn.Module) -> tuple[programs.Program, list[str]]:
+    """What the stock forward of `module`, fused or not, is as a program, and why parts of it stay stock.
+
+    Raises:
+        Untraceable: nobody can tell.
+    """
+    with swap.seen_as_stock(module):
+        return programs.build(module, trace(module, swap.stock_class(module)))
+
+
 def _fuse_one(module: nn.Module, backend: str) -> str:
-    """Swap the class of one module. Returns why not, or an empty text."""
+    """Make one module run its program, also if it did already. Returns why it does not, or an empty text."""
+    cls = swap.stock_class(module)
     try:
-        with swap.seen_as_stock(module):
-            program, reasons = programs.build(module, trace(module))
+        program, reasons = _program(module)
+        if not program.chains:
+            raise Untraceable("; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm")
     except Untraceable as error:
+        swap.remove(module)
         return str(error)
-    if not program.chains:
-        return "; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm"
-    state = FusedState(program, state_of(module), backend, tuple(dict.fromkeys(reasons)))
-    return swap.put(module, fused_class, state)
+    traced, code = state_of(module, names_read(module, cls)), fingerprint(cls.forward)
+    return swap.put(module, fused_class, FusedState(program, traced, code, backend, tuple(dict.fromkeys(reasons))))
 
 
 def _taken(module: nn.Module) -> set[int]:
@@ -126,14 +133,10 @@ def _taken(module: nn.Module) -> set[int]:
         return {id(inner) for inner in stem_modules(module)}
     if not is_fused(module, FusedModule):
         return set()
-    names = {name for call in module.__dict__[STATE].program.chains for name in _names(call)}
-    names |= {name for name, _ in module.__dict__[STATE].program.containers}
-    return {id(module.get_submodule(name)) for name in names}
-
-
-def _names(call: programs.ChainCall) -> list[str]:
-    pairs = (*call.steps, *(() if call.shortcut is None else (call.shortcut,)))
-    return [name for pair in pairs for name in pair] + list(call.bypassed)
+    program = module.__dict__[STATE].program
+    names = {name for call in program.chains for name in programs.modules_of(call)}
+    names |= {name for name, _ in program.containers}
+    return {id(found) for found in (find(module, name) for name in names) if found is not None}
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -156,8 +159,7 @@ def report(model: nn.Module) -> Report:
         elif is_fused(module, FusedModule):
             inside |= _taken(module)
             state: FusedState = module.__dict__[STATE]
-            sites = [site_of(module, call, state.backend) for call in state.program.chains]
-            reason = obstacle(module, state, sites)
+            reason = obstacle(module, state, sites_of(module, state))
             if reason:
                 left.append(Row(name, kind, "", reason))
             else:
@@ -168,8 +170,7 @@ def report(model: nn.Module) -> Report:
             (fused if what else left).append(Row(name, kind, what, reason))
         elif _is_candidate(module):
             try:
-                with swap.seen_as_stock(module):
-                    program, reasons = programs.build(module, trace(module))
+                program, reasons = _program(module)
                 reason = "fuse() was not called on it" if program.chains else "; ".join(dict.fromkeys(reasons))
             except Untraceable as error:
                 reason = str(error)

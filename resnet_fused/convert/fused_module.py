@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from ..blocks.runtime import Site, input_obstacle, module_obstacle, run_site
+from ..blocks.runtime import run_site
+from ..blocks.site import Site, hooked, input_obstacle, module_obstacle, why_not_passed
 from . import swap
-from .program import ChainCall, Program, Ref, StockCall, is_drop_path
+from .order import module_effect
+from .program import ChainCall, Program, Ref, StockCall
 from .swap import STATE
-from .trace import state_of
+from .trace import fingerprint, value_of
 
 Tensor = torch.Tensor
 
@@ -53,7 +55,8 @@ class FusedState:
     """What a fused module carries; plain data, so that it copies and pickles."""
 
     program: Program
-    traced: tuple  # see trace.state_of
+    traced: tuple  # what the forward reads of the block, see trace.state_of
+    code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
@@ -67,51 +70,87 @@ def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
         relu=call.relu,
         inplace_add=call.inplace_add,
         pool=None if call.pool is None else find(call.pool),
-        bypassed=tuple(find(name) for name in call.bypassed),
+        bypassed=tuple(find(name) for name, _ in call.bypassed),
         backend=backend,
     )
 
 
-_sites: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, list[Site]]] = weakref.WeakKeyDictionary()
+_sites: weakref.WeakKeyDictionary[nn.Module, tuple[Program, tuple, list[Site]]] = weakref.WeakKeyDictionary()
 
 
 def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
-    """The sites of every chain of `block`; looked up by name again only when a child was replaced."""
+    """The sites of every chain of `block`; looked up by name again only when a child was replaced.
+
+    Empty where a child is missing, which :func:`obstacle` reports.
+    """
     if torch.compiler.is_compiling():
-        return [site_of(block, call, state.backend) for call in state.program.chains]
-    children = [*block._modules.values()]
-    for name, _ in state.program.containers:
-        children += block.get_submodule(name)._modules.values()
-    key = (state.backend, *map(id, children))
+        return _find_sites(block, state)
+    key = (state.backend, *map(id, block._modules.values()))
+    for name in state.program.parents:
+        holder = find(block, name)
+        key += () if holder is None else (*map(id, holder._modules.values()),)
     known = _sites.get(block)
-    if known is None or known[0] != key:
-        known = key, [site_of(block, call, state.backend) for call in state.program.chains]
+    if known is None or known[0] is not state.program or known[1] != key:
+        known = state.program, key, _find_sites(block, state)
         _sites[block] = known
-    return known[1]
+    return known[2]
+
+
+def _find_sites(block: nn.Module, state: FusedState) -> list[Site]:
+    if _missing(block, state.program):
+        return []
+    return [site_of(block, call, state.backend) for call in state.program.chains]
+
+
+def find(block: nn.Module, name: str) -> nn.Module | None:
+    """The module of that dotted name; None where there is none."""
+    found: nn.Module | None = block
+    for atom in name.split("."):
+        found = None if found is None else found._modules.get(atom)
+    return found
+
+
+def _missing(block: nn.Module, program: Program) -> str:
+    """The name of a module that the program calls or stands in for and `block` no longer has; empty if it has all."""
+    for name in program.modules:
+        if find(block, name) is None:
+            return name
+    return ""
 
 
 def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
     """Why the modules of a fused block must be called one by one now; empty if they need not."""
-    if block._resnet_fused_replaced("forward"):
-        return "its class was given another forward after fuse()"
-    if state_of(block) != state.traced:
-        return "the block was changed after fuse(); call fuse() again"
+    if not runs_as_traced(block, state):
+        return "its forward, or what it reads of the block, was changed after fuse(); call fuse() again"
+    if not sites:
+        return f"{_missing(block, state.program)} was removed after fuse(); call fuse() again"
     for name, length in state.program.containers:
-        container = block.get_submodule(name)
-        if type(container) is not nn.Sequential or len(container) != length:
+        container = find(block, name)
+        if type(container) is not nn.Sequential or len(container) != length or why_not_passed(container):
             return f"{name} was changed after fuse(); call fuse() again"
-        if container._forward_hooks or container._forward_pre_hooks or container._backward_hooks:
+        if hooked(container):
             return f"hooks on {name}"
-    for site in sites:
-        if any(type(module) not in _BYPASSABLE and not is_drop_path(module) for module in site.bypassed):
-            return "an activation was changed after fuse(); call fuse() again"
+    for name, kind, effect in state.program.between:
+        module = find(block, name)
+        if type(module).__name__ != kind or module_effect(module) != effect:
+            return f"{name} was changed after fuse(); call fuse() again"
+        if hooked(module):
+            return f"hooks on {name}, which is called within a chain"
+    for call, site in zip(state.program.chains, sites, strict=True):
+        for (name, kind), module in zip(call.bypassed, site.bypassed, strict=True):
+            if type(module).__name__ != kind:
+                return f"{name} was changed after fuse(); call fuse() again"
         reason = module_obstacle(site)
         if reason:
             return reason
     return ""
 
 
-_BYPASSABLE = (nn.ReLU, nn.Identity)
+def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
+    """Whether the stock forward is the one that was traced, and finds in the block what it found then."""
+    if state.code != block._resnet_fused_code or block._resnet_fused_replaced("forward"):
+        return False
+    return all(value_of(block, name) == value for name, value in state.traced)
 
 
 def _drop_factor(block: nn.Module, call: ChainCall, x: Tensor, site: Site) -> Tensor | None:
@@ -159,21 +198,28 @@ def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tenso
     return values[state.program.result]
 
 
+def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
+    """A fused block's output: its program's, or that of its stock forward."""
+    state: FusedState | None = block.__dict__.get(STATE)
+    if state is None or _settings.stock:
+        return stock(x)
+    sites = sites_of(block, state)
+    if obstacle(block, state, sites) or input_obstacle(x, sites[0]):
+        return stock(x)
+    return run_program(block, state, sites, x)
+
+
 class FusedModule(swap.Swapped):
     """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
 
+    _resnet_fused_code: str  # fingerprint of the stock forward
+
     def forward(self, x):
-        if _settings.stock:
-            return super().forward(x)
-        state: FusedState | None = self.__dict__.get(STATE)
-        if state is None:
-            return super().forward(x)
-        sites = sites_of(self, state)
-        if obstacle(self, state, sites) or input_obstacle(x, sites[0]):
-            return super().forward(x)
-        return run_program(self, state, sites, x)
+        return run_block(self, x, super().forward)
 
 
 def fused_class(stock_class: type) -> type:
     """The fused subclass of `stock_class`; carries its name, so that ``repr`` and logs stay readable."""
-    return swap.subclass(FusedModule, stock_class, (fused_class, (stock_class,)))
+    cls = swap.subclass(FusedModule, stock_class, (fused_class, (stock_class,)))
+    cls._resnet_fused_code = fingerprint(stock_class.forward)
+    return cls

@@ -2,23 +2,26 @@
 
 Greedy, from the front: a convolution whose only reader is a batch norm starts a chain; ReLU and the next such pair
 extend it; an addition and the ReLU behind it close it. Squeeze-excite, anti-aliasing, drop block or an unknown
-activation end a chain early and stay stock calls, so that a block is fused around them.
+activation end a chain early and stay stock calls, so that a block is fused around them. A chain that may not run where
+its last node stands (:mod:`.order`) is made shorter, or not at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from ..blocks import norms
-from ..blocks.runtime import why_not_conv
-from .trace import adds_in_place
+from ..blocks.site import why_not_conv
+from .order import Effect, Order, module_effect
 
-_ADD = {operator.add, torch.add, "add", "add_"}
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE = {operator.iadd, "add_"}
 _RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 
 
@@ -35,7 +38,7 @@ class ChainCall:
     shortcut: tuple[str, str] | None = None
     drop_path: str | None = None
     pool: str | None = None  # the max pool behind the last ReLU
-    bypassed: tuple[str, ...] = ()
+    bypassed: tuple[tuple[str, str], ...] = ()  # modules that are not called either: name and class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Program:
     input: str
     result: str
     containers: tuple[tuple[str, int], ...]  # Sequentials whose children are called in their place, and their lengths
+    between: tuple[
+        tuple[str, str, Effect], ...
+    ] = ()  # modules called before a chain that they stood in: name and class
+    modules: tuple[str, ...] = ()  # names of all that are called or stood in for
+    parents: tuple[str, ...] = ()  # names of all that hold these, the block itself left out
 
     @property
     def chains(self) -> list[ChainCall]:
@@ -77,6 +85,8 @@ class _Builder:
         self.block, self.graph = block, graph
         self.taken: dict[fx.Node, ChainCall | None] = {}  # nodes inside chains; the call is at the chain's last node
         self.reasons: list[str] = []
+        self.order = Order(block, graph)
+        self.between: dict[str, None] = {}  # names of modules that stand inside a chain and are none of its own
 
     def module(self, node: fx.Node | None) -> nn.Module | None:
         if node is None or node.op != "call_module" or node.kwargs or len(node.args) != 1:
@@ -163,27 +173,45 @@ class _Builder:
         reader = self.skip_identities(end, [])
         return (reader, True) if self.is_relu(reader) else (end, True)
 
-    def _close(self, pairs, bypassed, end, relu) -> ChainCall:
-        call = ChainCall(
+    def _close(self, pairs, bypassed, end, relu) -> ChainCall | None:
+        """The chain of `pairs`, with what closes it where that may be; None where even the pairs may not be moved."""
+        bare = ChainCall(
             steps=tuple((conv.target, norm.target) for conv, norm in pairs),
             input=pairs[0][0].args[0].name,
             output=end.name,
             relu=relu,
         )
-        inside = [node for pair in pairs for node in pair] + bypassed
+        own = [node for pair in pairs for node in pair] + bypassed
+        candidates = [(bare, end, [])]
         if not relu:
-            call, end, more = self._join(call, pairs, end)
-            inside += more
+            candidates.insert(0, self._join(bare, pairs, end))
         elif type(self.module(self.only_reader(end))) is nn.MaxPool2d:
-            end = self.only_reader(end)
-            call = dataclasses.replace(call, pool=end.target)
-            inside.append(end)
-        modules = [node.target for node in inside if node.op == "call_module"]
-        paired = {name for step in (*call.steps, call.shortcut or ()) for name in step} | {call.pool}
-        call = dataclasses.replace(call, output=end.name, bypassed=tuple(sorted(set(modules) - paired)))
+            pool = self.only_reader(end)
+            candidates.insert(0, (dataclasses.replace(bare, pool=pool.target), pool, [pool]))
+        for call, last, more in candidates:
+            reason = self.order.obstacle(own + more, pairs[0][0].args[0], call.drop_path is not None)
+            if not reason:
+                return self._take(call, last, own + more)
+            self.reasons.append(reason)
+        return None
+
+    def _take(self, call: ChainCall, end: fx.Node, inside: list[fx.Node]) -> ChainCall:
+        """Mark the nodes of a chain, and note the modules that must stay what they are."""
+        modules = {node.target for node in inside if node.op == "call_module"}
+        paired = {name for step in (*call.steps, call.shortcut or ()) for name in step}
+        modules = modules - paired - {call.pool}
+        for norm in (step[1] for step in (*call.steps, *((call.shortcut,) if call.shortcut else ()))):
+            if norms.activation_of(self.block.get_submodule(norm)) is not None:
+                modules |= {f"{norm}.{name}" for name, _ in self.block.get_submodule(norm).named_children()}
+        call = dataclasses.replace(call, output=end.name, bypassed=self.kinds(modules))
+        self.between |= dict.fromkeys(n.target for n in self.order.between(inside) if n.op == "call_module")
         self.taken.update(dict.fromkeys(inside))
         self.taken[end] = call
         return call
+
+    def kinds(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """Modules by name, with the names of their classes."""
+        return tuple((name, type(self.block.get_submodule(name)).__name__) for name in sorted(names))
 
     def _join(self, call: ChainCall, pairs, norm_node) -> tuple[ChainCall, fx.Node, list[fx.Node]]:
         """Extend a chain that ends in a batch norm over drop path, addition and ReLU, as far as they are there."""
@@ -207,7 +235,7 @@ class _Builder:
         residual = node.args[1] if node.args[0] is branch else node.args[0]
         if not isinstance(residual, fx.Node) or residual is branch:
             return call, norm_node, []
-        inplace = node.target == "add_" or (node.target is operator.add and adds_in_place(self.block))
+        inplace = node.target in _IN_PLACE
         if inplace and node.args[0] is not branch:
             return call, norm_node, []
         end, inside = node, [*passed, node]
@@ -260,7 +288,23 @@ def build(block: nn.Module, graph: fx.Graph) -> tuple[Program, list[str]]:
     targets = [node.target for node in graph.nodes if node.op == "call_module"]
     names = sorted({target.rpartition(".")[0] for target in targets} - {""})
     containers = tuple((name, len(block.get_submodule(name))) for name in names)
-    return Program(tuple(calls), source, result.name, containers), builder.reasons
+    taken = {name for call in builder.taken.values() if call for name in modules_of(call)}
+    between = [
+        (name, kind, module_effect(block.get_submodule(name)))
+        for name, kind in builder.kinds(set(builder.between) - taken)
+    ]
+    modules = tuple(sorted(taken.union(targets)))
+    parents = sorted({name.rpartition(".")[0] for name in modules} - {""})
+    return Program(
+        tuple(calls), source, result.name, containers, tuple(between), modules, tuple(parents)
+    ), builder.reasons
+
+
+def modules_of(call: ChainCall) -> list[str]:
+    """Names of all modules that a chain stands in for."""
+    pairs = (*call.steps, *(() if call.shortcut is None else (call.shortcut,)))
+    names = [name for pair in pairs for name in pair] + [name for name, _ in call.bypassed]
+    return names if call.pool is None else [*names, call.pool]
 
 
 def _main_first(graph: fx.Graph, builder: _Builder) -> list[fx.Node]:

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from .. import library
 from ..backends import bounds
 from ..blocks import norms
-from ..blocks.runtime import Site, conv_geometry, input_obstacle
+from ..blocks.site import Site, conv_geometry, input_obstacle
 from ..ops.conv_add_relu import output_shape
 from . import swap
 from .fused_module import FusedModule, is_stock_forced, obstacle, sites_of

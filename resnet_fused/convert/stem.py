@@ -24,10 +24,12 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..blocks import norms
-from ..blocks.runtime import Site, input_obstacle, module_obstacle, pool_geometry, run_site, why_not_conv
+from ..blocks.runtime import run_site
+from ..blocks.site import Site, input_obstacle, module_obstacle, pool_geometry, why_not_conv
 from . import source, swap
-from .fused_module import STATE, is_stock_forced
+from .fused_module import is_stock_forced
 from .rewrite import Rewriter, Stem
+from .swap import STATE
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 
@@ -99,39 +100,47 @@ def subclass(
     `methods`: what stands in for methods of `stock`, under the same names. `more`: attributes of other names.
 
     Raises:
-        TypeError: the forward of `stock` is not a plain function.
+        TypeError: the forward of `stock` is no function of one argument.
         Exception: whatever the metaclass of `stock` raises.
     """
-    for known in type.__subclasses__(stock):
-        if vars(known).get(_RECIPE) == recipe:
-            return known
     body = {**(methods or {}), **(more or {})}
     read = {name: method_of(stock, name) for name in methods or ()}
     if "forward" in vars(mixin):
         read["forward"] = method_of(stock, "forward")
-        if read["forward"] is None:
-            raise TypeError(f"forward of {stock.__name__} is not a plain function")
         body["forward"] = _disguised(vars(mixin)["forward"], read["forward"])
+    read = {name: (function, function.__code__, function.__defaults__) for name, function in read.items()}
+    for known in type.__subclasses__(stock):
+        if vars(known).get(_RECIPE) == recipe and known._resnet_fused_read == read:
+            return known
     body |= {
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,
         _STOCK: stock,
         _RECIPE: recipe,
-        "_resnet_fused_read": {name: (f, f.__code__, f.__defaults__) for name, f in read.items()},
+        "_resnet_fused_read": read,
     }
     cls = types.new_class(f"Fused{stock.__name__}", (mixin, stock), exec_body=lambda namespace: namespace.update(body))
     cls._resnet_fused_class = cls
     return cls
 
 
-def _disguised(run: Callable, stock: types.FunctionType) -> types.FunctionType:
-    """`run` with the name, signature, globals and source of `stock`."""
+def _disguised(run: Callable, stock: types.FunctionType | None) -> types.FunctionType:
+    """`run`, which takes one argument, with the name, signature, globals and source of `stock`.
+
+    Raises:
+        TypeError: `stock` takes others.
+    """
     _resnet_fused_run = run  # under this name TorchScript sees it among the globals of `stock`
 
-    def forward(self, *args, **kwargs):
-        return _resnet_fused_run(self, *args, **kwargs)
+    def forward(self, x):
+        return _resnet_fused_run(self, x)
 
-    method = types.FunctionType(forward.__code__, stock.__globals__, stock.__name__, None, forward.__closure__)
+    unusual = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    code = None if stock is None else stock.__code__
+    if code is None or code.co_argcount != 2 or code.co_kwonlyargcount or code.co_flags & unusual:
+        raise TypeError("its forward is no function of one argument")
+    own = forward.__code__.replace(co_varnames=code.co_varnames[:2], co_posonlyargcount=code.co_posonlyargcount)
+    method = types.FunctionType(own, stock.__globals__, stock.__name__, stock.__defaults__, forward.__closure__)
     return functools.update_wrapper(method, stock)
 
 
@@ -161,8 +170,7 @@ def stock_class(module: nn.Module) -> type:
 
 def put(module: nn.Module, make: Callable[[type], type], state: object) -> str:
     """Give `module` the class ``make(its stock class)`` and `state`. Returns why not, or an empty text."""
-    if _is_ours(type(module)):
-        remove(module)
+    remove(module)
     if parametrize.is_parametrized(module) and not isinstance(module, Swapped):
         return "it is parametrised itself"  # remove_parametrizations() works on the class that it finds
     try:

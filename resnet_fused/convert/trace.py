@@ -1,24 +1,49 @@
 """Read the forward of somebody's block as a graph of module calls, or say why that cannot be trusted.
 
 ``torch.fx`` evaluates the Python of a forward once, with proxies for tensors. What it cannot see it silently bakes in:
-a random number drawn by Python, a branch on ``self.training``, a global. So a forward is traced only if every name in
-its code is an attribute of the block or one of a few known functions, and only if training and evaluation give the
-same graph.
+a random number drawn by Python, a branch on ``self.training``, a global. So a forward is traced only if its bytecode
+reads nothing but children and constants of the block and a few functions of PyTorch, writes nothing, and gives the same
+graph in training and evaluation.
 """
 
 from __future__ import annotations
 
 import dis
+import hashlib
 import inspect
+import operator
 import types
 
+import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
-#: Names that a traceable forward may use beside attributes of the block.
+#: Attributes of tensors and of PyTorch's namespaces that a traceable forward may use.
 _KNOWN = frozenset(
-    "torch nn F functional Tensor relu relu_ add add_ cat flatten mean size shape view reshape max_pool2d avg_pool2d "
+    "nn functional Tensor relu relu_ add add_ cat flatten mean size shape view reshape max_pool2d avg_pool2d "
     "adaptive_avg_pool2d".split()
 )
+_NAMESPACES = (torch, nn, F)
+_FUNCTIONS = (
+    torch.relu, torch.relu_, torch.add, torch.cat, torch.flatten, torch.mean, F.relu, F.relu_, F.max_pool2d,
+    F.avg_pool2d, F.adaptive_avg_pool2d,
+)  # fmt: skip
+#: Instructions that leave something behind, or run code that nobody looked at.
+_REFUSED = (
+    ("STORE_ATTR", "sets an attribute"),
+    ("DELETE_ATTR", "deletes an attribute"),
+    ("STORE_GLOBAL", "sets a global"),
+    ("DELETE_GLOBAL", "deletes a global"),
+    ("STORE_SUBSCR", "writes into a tensor by index"),
+    ("DELETE_SUBSCR", "deletes an item"),
+    ("IMPORT_NAME", "imports"),
+    ("MAKE_FUNCTION", "uses super() or an inner function"),
+    ("LOAD_SUPER", "uses super() or an inner function"),
+)
+#: What ``torch.fx`` records of an operator, by its sign; of the in-place form it records the same.
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_INPLACE = {operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul, operator.truediv: operator.itruediv}  # fmt: skip  # noqa: E501
+_OLD_NAMES = {"ADD": "+", "SUBTRACT": "-", "MULTIPLY": "*", "TRUE_DIVIDE": "/"}  # of Python 3.10's instructions
 
 
 class Untraceable(Exception):
@@ -32,35 +57,105 @@ class _ShallowTracer(fx.Tracer):
         return type(m) is not nn.Sequential or not any(isinstance(child, nn.Conv2d) for child in m)
 
 
-def check_names(block: nn.Module) -> None:
-    """Raise :class:`Untraceable` if the forward's code uses a name that tracing could bake in."""
-    code = getattr(type(block).forward, "__code__", None)
-    if not isinstance(code, types.CodeType):
-        raise Untraceable("its forward is not a Python function")
+def names_read(block: nn.Module, cls: type) -> list[str]:
+    """The attributes of `block` that the forward of `cls`, its stock class, reads; children among them.
+
+    Raises:
+        Untraceable: the forward's code does what tracing could bake in or leave out.
+    """
+    code = getattr(cls.forward, "__code__", None)
+    if not isinstance(code, types.CodeType) or "forward" in block.__dict__:
+        raise Untraceable("its forward is not a method of its class")
+    if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not object.__getattribute__:
+        raise Untraceable("its class looks attributes up in its own way")
     if code.co_freevars or code.co_cellvars or any(isinstance(c, types.CodeType) for c in code.co_consts):
         raise Untraceable("its forward uses super() or an inner function")
-    if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR):
+    if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         raise Untraceable("its forward takes *args or yields")
-    unknown = [name for name in code.co_names if name not in _KNOWN and not _is_plain_attribute(block, name)]
+    found: dict[str, None] = {}
+    unknown: set[str] = set()
+    owner = ""  # what the last instruction left on the stack: "self", "child", or nothing that is known
+    for step in dis.get_instructions(code):
+        if step.opname in ("CACHE", "PUSH_NULL", "EXTENDED_ARG"):
+            continue
+        for prefix, what in _REFUSED:
+            if step.opname.startswith(prefix):
+                raise Untraceable(f"its forward {what}")
+        before, owner = owner, ""
+        if step.opname.startswith("LOAD_FAST"):
+            last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+            owner = "self" if last == code.co_varnames[0] else ""
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            if not _is_known_global(cls.forward, step.argval):
+                unknown.add(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if before == "child":
+                raise Untraceable(f"its forward reads {step.argval} of a child")
+            if before != "self":
+                unknown |= {step.argval} - _KNOWN
+            elif not _is_plain_attribute(block, step.argval):
+                unknown.add(step.argval)
+            else:
+                found[step.argval] = None
+                owner = "child" if isinstance(block._modules.get(step.argval), nn.Module) else ""
     if unknown:
         raise Untraceable(f"its forward uses {', '.join(sorted(unknown))}, which may change from call to call")
+    return list(found)
+
+
+def _is_known_global(function: types.FunctionType, name: str) -> bool:
+    value = function.__globals__.get(name)
+    return any(value is known for known in (*_NAMESPACES, *_FUNCTIONS))
 
 
 def _is_plain_attribute(block: nn.Module, name: str) -> bool:
     """Modules, None and constants; not methods, whose code nobody looked at."""
-    if name == "training":
-        return True
-    value = getattr(block, name, inspect.Parameter.empty)
-    return value is None or isinstance(value, nn.Module | bool | int | float | str)
+    return name == "training" or value_of(block, name) != _OTHER
 
 
-def trace(block: nn.Module) -> fx.Graph:
-    """The graph of `block`'s forward, the same in training and evaluation.
+_OTHER = ("something else", "")
+
+
+def value_of(block: nn.Module, name: str) -> tuple[str, object]:
+    """What a forward finds in ``self.name``: a constant, that there is a child or None; all other things are alike."""
+    if name in block.__dict__:
+        value = block.__dict__[name]
+    elif hasattr(type(block), name):
+        value = getattr(type(block), name)
+    elif name in block._modules:
+        value = block._modules[name]
+        return ("none", None) if value is None else ("child", "")
+    else:
+        return _OTHER
+    if value is None:
+        return "none", None
+    return (type(value).__name__, value) if isinstance(value, bool | int | float | str) else _OTHER
+
+
+def state_of(block: nn.Module, names: list[str]) -> tuple:
+    """What the traced graph depends on: of all that the forward reads, which children exist, and the constants."""
+    return tuple((name, value_of(block, name)) for name in names if name != "training")
+
+
+def fingerprint(function: object) -> str:
+    """A digest of a function's code: equal where two functions do the same with the same names."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return ""
+    parts = (code.co_code, code.co_names, code.co_varnames, code.co_consts, code.co_flags)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def trace(block: nn.Module, cls: type) -> fx.Graph:
+    """The graph of the forward of `cls`, the stock class of `block`, the same in training and evaluation.
+
+    What `block` runs must be that forward when this is called. In-place operators, which ``torch.fx`` records as the
+    others, are in the graph as what they are.
 
     Raises:
         Untraceable: with the reason.
     """
-    check_names(block)
+    names_read(block, cls)
     was_training, graphs = block.training, []
     try:
         for mode in (True, False):
@@ -77,6 +172,10 @@ def trace(block: nn.Module) -> fx.Graph:
         raise Untraceable("its forward takes more than one argument")
     if any(node.op == "get_attr" for node in graph.nodes):
         raise Untraceable("its forward uses parameters or constants of its own")
+    for node in graph.nodes:
+        if node.op == "call_module" and any(type(parent) is not nn.Sequential for parent in _parents(block, node)):
+            raise Untraceable("its forward runs a method of a child")
+    _restore_inplace(graph, cls.forward.__code__)
     return graph
 
 
@@ -84,24 +183,27 @@ def _signature(node: fx.Node) -> tuple[str, str, str, str]:
     return node.op, str(node.target), str(node.args), str(node.kwargs)
 
 
-def adds_in_place(block: nn.Module) -> bool:
-    """Whether the forward adds with ``+=``, which ``torch.fx`` records as ``+``: the sum then keeps its dtype."""
-    code = type(block).forward.__code__
-    return any(
-        i.opname == "INPLACE_ADD" or (i.opname == "BINARY_OP" and i.argrepr == "+=") for i in dis.get_instructions(code)
-    )
+def _parents(block: nn.Module, node: fx.Node) -> list[nn.Module]:
+    """The modules between `block` and the one that `node` calls."""
+    atoms = node.target.split(".")[:-1]
+    return [block.get_submodule(".".join(atoms[: i + 1])) for i in range(len(atoms))]
 
 
-#: Attributes that say nothing about the forward: ``torch.compile(block)`` leaves the second on the block.
-_NOT_READ = ("training", "_is_torch_compile")
-
-
-def state_of(block: nn.Module) -> tuple:
-    """What the traced graph depends on: which children exist, and the constants a branch could have read."""
-    children = tuple((name, child is None) for name, child in block._modules.items())
-    constants = tuple(
-        (key, value)
-        for key, value in block.__dict__.items()
-        if key not in _NOT_READ and (value is None or isinstance(value, bool | int | float | str))
-    )
-    return children, constants
+def _restore_inplace(graph: fx.Graph, code: types.CodeType) -> None:
+    """Mark the nodes of in-place operators. Of an operator used in both forms, nobody can tell which node is which."""
+    plain, inplace = set(), set()
+    for step in dis.get_instructions(code):
+        kind, _, name = step.opname.partition("_")
+        if step.opname == "BINARY_OP":
+            (inplace if step.argrepr.endswith("=") else plain).add(step.argrepr.rstrip("="))
+        elif kind in ("BINARY", "INPLACE") and name in _OLD_NAMES:
+            (inplace if kind == "INPLACE" else plain).add(_OLD_NAMES[name])
+    if inplace - set(_OPERATORS):
+        raise Untraceable(f"its forward uses {', '.join(sign + '=' for sign in sorted(inplace - set(_OPERATORS)))}")
+    for node in graph.nodes:
+        for sign in inplace:
+            if node.op != "call_function" or node.target is not _OPERATORS.get(sign):
+                continue
+            if sign in plain:
+                raise Untraceable(f"its forward uses both {sign} and {sign}=")
+            node.target = _INPLACE[node.target]

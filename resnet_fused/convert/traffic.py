@@ -73,6 +73,8 @@ class Traffic:
 class Counter(TorchDispatchMode):
     """Notes every operation dispatched while it is on, in `total`."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.total = Traffic()

@@ -41,6 +41,8 @@ PROJECTION = (  # the first convolution, which reads x again, adds its correctio
 class Calls(TorchDispatchMode):
     """Every operation that runs: ours with its arguments, and the names of ATen's."""
 
+    sees_fused_ops = True
+
     def __init__(self):
         super().__init__()
         self.ours, self.others = [], set()

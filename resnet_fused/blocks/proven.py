@@ -1,0 +1,148 @@
+"""Whether a module still is what its class was when this package was imported: the condition for not calling it.
+
+A fused block stands in for the convolutions, norms and activations it owns. Python lets anybody give one of them other
+code: a method set on the instance, a subclass (parametrisations make one), a method replaced on PyTorch's own class, a
+function of ``torch.nn.functional`` exchanged. So a module is bypassed only while all of this holds:
+
+* its class is one that is known here, or a subclass that overrides nothing of what a call reads or runs;
+* no attribute of the instance hides a method;
+* the class's methods, and the functions they call, are the very objects they were at import (of classes in packages
+  that are not imported here: those that the class's own source defines).
+"""
+
+from __future__ import annotations
+
+import os
+import types
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+#: Methods through which a call of a module goes.
+_CALL = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
+
+#: What a subclass may define without changing what a call does.
+_HARMLESS = frozenset(
+    "__init__ __doc__ __module__ __qualname__ __dict__ __weakref__ __annotations__ __repr__ extra_repr __str__ __dir__ "
+    "reset_parameters reset_running_stats __constants__ __static_attributes__ __firstlineno__ __init_subclass__ "
+    "__class_getitem__ __orig_bases__ __parameters__ __hash__ __eq__ __deepcopy__ __copy__ __reduce__ __reduce_ex__ "
+    "__getstate__ __setstate__ __getnewargs__ __getnewargs_ex__ __sizeof__ __annotate__ __annotate_func__ "
+    "__annotations_cache__ __slots__ __abstractmethods__ _abc_impl _version".split()
+)
+
+
+_BUILT_IN = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
+
+
+def _is_torchs(function: object) -> bool:
+    """Whether a function was written in PyTorch: others may have exchanged it before this package was imported."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return isinstance(function, _BUILT_IN)
+    return code.co_filename.startswith(os.path.dirname(torch.__file__))
+
+
+#: Functions that the stock classes call; where one was exchanged, stock's own code runs.
+_FUNCTIONS = tuple(
+    (place, name, getattr(place, name))
+    for place, name in (
+        (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "max_pool2d"), (torch, "relu"), (torch, "relu_"),
+        (torch, "batch_norm"),
+    )
+)  # fmt: skip
+
+_EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
+
+#: Classes elsewhere that are known by name, so that nothing is imported for them.
+FROZEN_NORMS = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
+ACTIVATED_NORMS = (("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
+DROP_PATHS = (("timm.layers.drop", "DropPath"),)
+_FOREIGN = frozenset(FROZEN_NORMS + ACTIVATED_NORMS + DROP_PATHS)
+
+
+class _Known:
+    """What was found of a class: its methods that a call goes through, and every name that is a method's."""
+
+    def __init__(self, cls: type, *own: str) -> None:
+        self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *_CALL, *own))
+        self.exchanged = tuple(name for name, method in self.methods if name != "forward" and not _is_torchs(method))
+        self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
+
+
+_OWN = {nn.Conv2d: ("_conv_forward",), nn.BatchNorm2d: ("_check_input_dim",)}
+_KNOWN = {
+    cls: _Known(cls, *_OWN.get(cls, ()))
+    for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential)
+    if _is_torchs(cls.forward)
+}
+_samples = (nn.Conv2d(1, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta"), nn.ReLU(), nn.Identity())
+#: Of each class that may be subclassed, all names that a call could look up on the instance or its class.
+_PROTECTED = {type(sample): frozenset(dir(sample)) - _HARMLESS for sample in _samples}
+#: Classes that were looked at and change nothing: subclasses, and those known by name.
+_looked_at: dict[type, _Known] = {}
+
+
+def kind(module: nn.Module) -> tuple[str, str]:
+    """The class of `module` by name."""
+    cls = type(module)
+    return cls.__module__, cls.__qualname__
+
+
+def functions_exchanged() -> bool:
+    """Whether somebody replaced a function of PyTorch that the stock modules call."""
+    if _EXCHANGED_BEFORE:
+        return True
+    for place, name, known in _FUNCTIONS:  # noqa: SIM110  a loop is half the time of any()
+        if getattr(place, name) is not known:
+            return True
+    return False
+
+
+def _look_at(cls: type, base: type | None) -> str:
+    """Why instances of `cls`, met for the first time, may not run as `base`, or as the class of that name."""
+    if torch.compiler.is_compiling():
+        return f"{cls.__name__} was not looked at before compiling; run it once, or call fuse()"
+    if base is None:
+        forward = vars(cls).get("forward")
+        own = cls.__module__, f"{cls.__qualname__}.forward"
+        if not isinstance(forward, types.FunctionType) or (forward.__module__, forward.__qualname__) != own:
+            return f"{cls.__name__}.forward was replaced"
+        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in _CALL):
+            return f"{cls.__name__} is called in its own way"
+        _looked_at[cls] = _Known(cls)
+        return ""
+    for derived in cls.__mro__[: cls.__mro__.index(base)]:
+        changed = sorted(_PROTECTED[base].intersection(vars(derived)))
+        if changed:
+            return f"{cls.__name__} changes {', '.join(changed[:3])} of {base.__name__}"
+    _looked_at[cls] = _KNOWN[base]
+    return ""
+
+
+def why_changed(module: nn.Module, base: type | None = None) -> str:
+    """Why `module` may not run as an unchanged `base`, one of PyTorch's classes; empty if it may.
+
+    `base` None: as the class, known by name, that it is of.
+    """
+    cls = type(module)
+    known = _KNOWN.get(cls) if base is cls else _looked_at.get(cls)
+    if known is None:
+        if base is not None and base not in _KNOWN:
+            return f"{base.__name__}.forward was not PyTorch's own at import"
+        if (base is None and kind(module) not in _FOREIGN) or (base is not None and base not in _PROTECTED):
+            return f"{cls.__name__} is not {'known' if base is None else base.__name__}"
+        if base is not None and not issubclass(cls, base):
+            return f"{cls.__name__} is not {base.__name__}"
+        reason = _look_at(cls, base)
+        if reason:
+            return reason
+        known = _looked_at[cls]
+    if known.exchanged:
+        return f"{cls.__name__}.{known.exchanged[0]} was not PyTorch's own at import"
+    for name, method in known.methods:
+        if getattr(cls, name) is not method:
+            return f"{cls.__name__}.{name} was replaced"
+    if known.hidden.isdisjoint(module.__dict__):
+        return ""
+    return f"{', '.join(known.hidden.intersection(module.__dict__))} of its {cls.__name__} was replaced"

@@ -49,7 +49,7 @@ def _child(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def stem_site(model: nn.Module, stem: Stem, backend: str) -> Site | None:
-    """The chain of a stem, a Sequential's members laid out in a row; None if it is not conv-norm-ReLU throughout."""
+    """The chain of a stem, a Sequential's members laid out in a row; None if not every third of them is a ReLU."""
     children = [_child(model, name) for name in stem if name]
     if any(child is None for child in children):
         return None
@@ -58,9 +58,6 @@ def stem_site(model: nn.Module, stem: Stem, backend: str) -> Site | None:
     steps = list(zip(row[0::3], row[1::3], row[2::3], strict=False))
     if len(row) != 3 * len(steps) or any(type(relu) is not nn.ReLU for *_, relu in steps):
         return None
-    for conv, bn, _ in steps:
-        if why_not_conv(conv) or norms.why_not(bn) or norms.activation_of(bn) is not None:
-            return None
     containers = (first,) if type(first) is nn.Sequential else ()
     bypassed = (*(relu for *_, relu in steps), *containers)
     return Site(tuple((conv, bn) for conv, bn, _ in steps), bypassed=bypassed, backend=backend)
@@ -150,7 +147,11 @@ def fuse_stem(model: nn.Module, backend: str) -> str:
     def accept(stem: Stem) -> bool:
         if stem[3] and type(_child(model, stem[3])) is not nn.MaxPool2d:
             return False
-        return stem_site(model, stem, backend) is not None
+        site = stem_site(model, stem, backend)
+        return site is not None and not any(
+            why_not_conv(conv) or norms.why_not(norm) or norms.activation_of(norm) is not None
+            for conv, norm in site.steps
+        )
 
     if swap.is_subclassed(model, FusedStem):  # by somebody: the methods below are rewritten already
         cls = type(model)._resnet_fused_class

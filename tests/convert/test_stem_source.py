@@ -415,6 +415,24 @@ def test_children_changed_after_fuse(load, change, methods):
     assert_same(fused.state_dict(), model.state_dict(), 1e-8, 1e-8)
 
 
+def test_fusing_again_after_a_change_takes_what_is_there(load):
+    model = model_of(load, PLAIN)
+    fused = fused_copy(model)
+    for each in (model, fused):
+        each.maxpool, each.conv1 = (
+            nn.AvgPool2d(2),
+            nn.Sequential(each.conv1, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
+        )
+        each.double()
+        each.conv1[3].load_state_dict(model.conv1[3].state_dict())
+    assert [row.what for row in resnet_fused.report(resnet_fused.fuse(fused)).fused] == ["conv1-bn1-relu"]
+    assert_same(observe(fused, images()), observe(model, images()), 1e-8, 1e-8)
+    fused.relu = nn.GELU()
+    assert "call fuse() again" in resnet_fused.report(fused).left[0].reason
+    resnet_fused.fuse(fused)
+    assert type(fused) is type(model)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_fx_traces_stocks_graph(load, form):
     model = model_of(load, FORMS[form][0]).eval()

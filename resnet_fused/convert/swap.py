@@ -35,7 +35,6 @@ class Swapped:
     _resnet_fused_recipe: Recipe  # what makes the class again, in another process
     #: Methods of the stock class that ours stand in for: the function, its code and its defaults.
     _resnet_fused_read: dict[str, tuple]
-
     _resnet_fused_mixed = False  # whether somebody's subclass has bases between the stock class and its own
 
     def __init_subclass__(cls, **kwargs) -> None:
@@ -66,7 +65,7 @@ class Swapped:
         if self._resnet_fused_mixed:
             return True
         function, code, defaults = self._resnet_fused_read[name]
-        now = getattr(self._resnet_fused_stock, name)
+        now = getattr(self._resnet_fused_stock, name, None)
         return now is not function or now.__code__ is not code or now.__defaults__ is not defaults
 
     def _resnet_fused_current(self, name: str) -> Callable:
@@ -110,7 +109,7 @@ def subclass(
         body["forward"] = _disguised(vars(mixin)["forward"], read["forward"])
     read = {name: (function, function.__code__, function.__defaults__) for name, function in read.items()}
     for known in type.__subclasses__(stock):
-        if vars(known).get(_RECIPE) == recipe and known._resnet_fused_read == read:
+        if vars(known).get(_RECIPE) == recipe and _are_same(known._resnet_fused_read, read):
             return known
     body |= {
         "__module__": stock.__module__,
@@ -122,6 +121,11 @@ def subclass(
     cls = types.new_class(f"Fused{stock.__name__}", (mixin, stock), exec_body=lambda namespace: namespace.update(body))
     cls._resnet_fused_class = cls
     return cls
+
+
+def _are_same(read: dict[str, tuple], now: dict[str, tuple]) -> bool:
+    """Whether two records of methods are of the same objects."""
+    return read.keys() == now.keys() and all(a is b for name in now for a, b in zip(read[name], now[name], strict=True))
 
 
 def _disguised(run: Callable, stock: types.FunctionType | None) -> types.FunctionType:
@@ -199,12 +203,9 @@ def seen_as_stock(module: nn.Module) -> Iterator[None]:
     if not isinstance(module, Swapped):
         yield
         return
-    stock = before._resnet_fused_stock
-    seen = (
-        stock
-        if _is_ours(before)
-        else type(before)(before.__name__, (before,), {"forward": stock.forward, _STOCK: stock})
-    )
+    seen = stock = before._resnet_fused_stock
+    if not _is_ours(before):
+        seen = type(before)(before.__name__, (before,), {"forward": stock.forward, _STOCK: stock})
     object.__setattr__(module, "__class__", seen)
     try:
         yield

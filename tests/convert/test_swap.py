@@ -319,6 +319,39 @@ def test_a_forward_replaced_on_the_stock_class_wins():
     assert type(fused) is Own
 
 
+def test_code_put_in_again_is_read_again():
+    class Own(BasicBlock):
+        def forward(self, x):
+            return torch.relu(self.bn1(self.conv1(x)))
+
+    stock, fused = pair(Own(8, 8))
+    Own.forward.__code__ = Own.forward.__code__.replace()  # as what reloads modules while they are in use does
+    assert not resnet_fused.report(fused).fused
+    assert resnet_fused.report(resnet_fused.fuse(fused)).fused
+    assert_equal(fused, stock, images())
+
+
+def test_a_method_taken_from_the_stock_class():
+    class Own(Stem):
+        def features(self, x):
+            return self.layer1(self.relu(self.bn1(self.conv1(x))))
+
+    stock, fused = pair(Own())
+    del Own.features  # the base has another
+    assert "was given another features" in resnet_fused.report(fused).left[0].reason
+    assert_equal(fused, stock, images(channels=3))
+    features, Stem.features = Stem.features, None
+    try:
+        resnet_fused.report(fused)
+        del Stem.features
+        for model in (stock, fused):
+            with pytest.raises(AttributeError, match="object has no attribute 'features'"):
+                model(images(channels=3))
+        resnet_fused.report(fused)
+    finally:
+        Stem.features = features
+
+
 def test_a_class_lives_as_long_as_somebody_has_it():
     class Own(BasicBlock):
         pass

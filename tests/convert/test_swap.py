@@ -1,71 +1,17 @@
-"""Classes that others swap, subclass, copy or pickle, before and after ours: theirs stay, and ours go whole."""
+"""Classes that others swap or subclass, before and after ours: theirs stay, and ours go whole."""
 
 import copy
-import gc
-import io
 import pickle
-from typing import ClassVar
 
 import pytest
 import torch
-from nets import BasicBlock, assert_near, assert_same, block, images, observe, pair, small_resnet
+from nets import BasicBlock, block, images, pair
+from stems import Stem, assert_equal, classes, stem_model
 from torch import nn
 from torch.nn.utils import parametrize
 
 import resnet_fused
-from resnet_fused.convert import stage, stem, swap
-from resnet_fused.convert.fused_module import FusedModule
-
-
-class Stem(nn.Module):
-    """A model whose method is rewritten, with a stage behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-        self.maxpool = nn.MaxPool2d(2)
-        self.layer1 = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))
-
-    def features(self, x):
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.relu(x)
-        x = self.maxpool(x)
-        return self.layer1(x)
-
-    def forward(self, x):
-        return self.features(x).mean((2, 3))
-
-
-def stem_model():
-    torch.manual_seed(0)
-    return Stem()
-
-
-#: What was swapped, how to find it in a model, and an input of that model.
-KINDS = {
-    "block": (lambda: block(kind=BasicBlock), lambda m: m, FusedModule, images()),
-    "stem": (stem_model, lambda m: m, stem.FusedStem, images(channels=3)),
-    "stage": (stem_model, lambda m: m.layer1, stage.FusedStage, images(channels=3)),
-}
-
-
-@pytest.fixture(params=KINDS)
-def kind(request):
-    make, find, mixin, x = KINDS[request.param]
-    stock, fused = pair(make())
-    assert isinstance(find(fused), mixin) and swap.is_fused(find(fused))
-    return stock, fused, find, x
-
-
-def classes(model):
-    return [type(m) for m in model.modules()]
-
-
-def assert_equal(fused, stock, x, *tolerance):
-    """Of one step from the state of `stock`, which is left as it is."""
-    fused.load_state_dict(stock.state_dict())
-    assert_same(observe(fused, x), observe(copy.deepcopy(stock), x), *tolerance)
+from resnet_fused.convert import swap
 
 
 def test_a_users_subclass_stays_and_ours_goes_out_of_its_way(kind):
@@ -169,115 +115,6 @@ def test_fully_shard(tmp_path, order):
         torch.distributed.destroy_process_group()
 
 
-def plain_new(cls, *args):
-    return cls(*args)
-
-
-class Reduces(BasicBlock):
-    def __reduce__(self):
-        return plain_new, (Reduces, 8, 8), self.__dict__
-
-
-class ReducesEx(BasicBlock):
-    def __reduce_ex__(self, protocol):
-        return plain_new, (type(self), 8, 8), self.__getstate__()
-
-
-class Rebuilt(BasicBlock):
-    """All that a copy keeps is what its constructor makes."""
-
-    def __reduce__(self):
-        torch.manual_seed(0)
-        return plain_new, (type(self), 8, 8)
-
-
-class GetState(BasicBlock):
-    def __getstate__(self):
-        return {**self.__dict__, "seen": True}
-
-    def __setstate__(self, state):
-        assert state.pop("seen")
-        super().__setstate__(state)
-
-
-class DeepCopies(BasicBlock):
-    def __deepcopy__(self, memo):
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-
-class Slots(BasicBlock):
-    __slots__ = ("held",)
-
-    def __init__(self, *args):
-        self.held = 1
-        super().__init__(*args)
-
-
-class Meta(type):
-    def __call__(cls, *args, **kwargs):
-        instance = super().__call__(*args, **kwargs)
-        instance.called = True
-        return instance
-
-
-class WithMeta(BasicBlock, metaclass=Meta):
-    pass
-
-
-class Registers(BasicBlock):
-    known: ClassVar = []
-
-    def __init_subclass__(cls, *, name, **kwargs):
-        super().__init_subclass__(**kwargs)
-        Registers.known.append(name)
-
-
-class Strict(BasicBlock):
-    def __setattr__(self, name, value):
-        if name == "__class__":
-            raise AttributeError("the class is what it is")
-        super().__setattr__(name, value)
-
-
-@pytest.mark.parametrize(
-    "kind", [Reduces, ReducesEx, Rebuilt, GetState, DeepCopies, Slots, WithMeta, Registers, Strict]
-)
-def test_classes_with_ways_of_their_own(kind):
-    torch.manual_seed(0)
-    stock = kind(8, 8)
-    fused = resnet_fused.fuse(copy.deepcopy(stock))
-    assert swap.is_fused(fused)
-    x = images()
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        if kind is Slots and protocol < 2:
-            continue  # neither can stock
-        for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused, protocol))):
-            assert type(other) is type(fused) and swap.is_fused(other)
-            assert_equal(other, stock, x)
-            assert type(resnet_fused.unfuse(other)) is kind
-            assert vars(other).keys() == vars(copy.deepcopy(stock)).keys()
-    if kind is Registers:
-        type("Mine", (type(fused),), {}, name="mine")
-        assert Registers.known == ["mine"]
-
-
-def test_a_class_that_cannot_be_subclassed_stays_stock():
-    class Final(type):
-        def __new__(mcs, name, bases, body):
-            if name != "Last":
-                raise TypeError("Last is final")
-            return super().__new__(mcs, name, bases, body)
-
-    class Last(BasicBlock, metaclass=Final):
-        pass
-
-    with pytest.warns(UserWarning, match=r"cannot be subclassed \(TypeError: Last is final\)"):
-        assert type(resnet_fused.fuse(Last(8, 8))) is Last
-
-
 def test_a_subclass_with_another_base_behind_ours_runs_that():
     class Louder(BasicBlock):
         def forward(self, x):
@@ -352,81 +189,8 @@ def test_a_method_taken_from_the_stock_class():
         Stem.features = features
 
 
-def test_a_class_lives_as_long_as_somebody_has_it():
-    class Own(BasicBlock):
-        pass
-
-    model = resnet_fused.fuse(Own(8, 8))
-    ours = type(model)
-    assert type(resnet_fused.fuse(Own(8, 8))) is ours
-    del model, ours
-    gc.collect()
-    assert not Own.__subclasses__()
-
-
-class Once(Stem):
-    """For one test alone: what shards a class keeps it."""
-
-
-def test_a_pickle_makes_the_class_again():
-    model = resnet_fused.fuse(Once())
-    before, data = repr(model), pickle.dumps(model)
-    del model
-    gc.collect()
-    assert not Once.__subclasses__()
-    assert repr(pickle.loads(data)) == before
-    assert len(resnet_fused.report(pickle.loads(data)).fused) == 3
-
-
 def test_what_torch_asks_of_a_class_is_answered_as_by_the_stock_one(kind):
     stock, fused, find, _ = kind
     assert type(find(fused)).__module__ == type(find(stock)).__module__
     assert type(find(fused)).__name__ == f"Fused{type(find(stock)).__name__}"
     assert torch.fx.symbolic_trace(fused.eval()).code == torch.fx.symbolic_trace(stock.eval()).code
-
-
-SCRIPTED = {
-    "block": (block, 8),
-    "model": (small_resnet, 3),
-    "stem": (stem_model, 3),
-    "stage in a model that is not ours": (lambda: nn.Sequential(nn.Sequential(block(), block(32)), nn.ReLU()), 8),
-    "stem in a model that is not ours": (lambda: nn.Sequential(stem_model(), nn.ReLU()), 3),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("name", SCRIPTED)
-def test_scripts_like_stock_and_is_left_as_it_was(name):
-    make, channels = SCRIPTED[name]
-    x = images(channels=channels, size=32)
-    stock, fused = pair(make())
-    before = [(id(m), type(m)) for m in fused.modules()]
-    scripted = torch.jit.script(fused)
-    buffer = io.BytesIO()
-    torch.jit.save(scripted, buffer)
-    buffer.seek(0)
-    want = observe(torch.jit.script(copy.deepcopy(stock)), x)
-    for model in (scripted, torch.jit.load(buffer)):
-        model.load_state_dict(stock.state_dict())
-        assert_same(observe(model, x), want, 1e-5, 1e-5)
-    assert [(id(m), type(m)) for m in fused.modules()] == before
-    fused.load_state_dict(stock.state_dict())
-    assert_near(observe(fused, x), observe(stock, x))
-
-
-class Unscriptable(Stem):
-    def forward(self, x):
-        return self.features(x).mean(tuple({2, 3}))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_what_cannot_be_scripted_raises_stocks_error():
-    stock, fused = pair(Unscriptable())
-    assert swap.is_fused(fused)
-    errors = []
-    for model in (stock, fused):
-        with pytest.raises(Exception) as raised:
-            torch.jit.script(model)
-        errors.append(raised.value)
-    assert type(errors[1]) is type(errors[0])
-    assert str(errors[1]).replace("Fused", "") == str(errors[0])

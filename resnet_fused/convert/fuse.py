@@ -10,21 +10,13 @@ from torch import nn
 from ..backends import check_name
 from ..blocks import norms
 from . import program as programs
-from .fused_module import (
-    STATE,
-    FusedModule,
-    FusedState,
-    find,
-    fused_class,
-    is_fused,
-    note_forward,
-    stock_class,
-    stock_forward,
-)  # fmt: skip
+from . import swap
+from .fused_module import FusedModule, FusedState, find, fused_class
 from .report import BUILT_FUSED, Report, complaint, survey
-from .stage import fuse_stage, unfuse_stage
-from .stem import FusedStem, fuse_stem, stem_modules, unfuse_stem
-from .trace import Untraceable, names_read, state_of, trace
+from .stage import FusedStage, fuse_stage
+from .stem import FusedStem, fuse_stem, stem_modules
+from .swap import STATE, is_fused
+from .trace import Untraceable, fingerprint, names_read, state_of, trace
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -71,10 +63,7 @@ def fuse(
             continue
         if isinstance(module, BUILT_FUSED):
             inside |= {id(inner) for inner in module.modules()}
-        elif isinstance(module, FusedStem):
-            module.__dict__[STATE].backend = backend
-            inside |= _taken(module)
-        elif is_fused(module) or _is_candidate(module):
+        elif (is_fused(module) and not isinstance(module, FusedStage)) or _is_candidate(module):
             reason = _fuse_one(module, backend)
             if reason and fuse_stem(module, backend):
                 left[id(module)] = reason
@@ -96,35 +85,29 @@ def _program(module: nn.Module) -> tuple[programs.Program, list[str]]:
     Raises:
         Untraceable: nobody can tell.
     """
-    with stock_forward():
-        return programs.build(module, trace(module, stock_class(type(module))))
+    with swap.seen_as_stock(module):
+        return programs.build(module, trace(module, swap.stock_class(module)))
 
 
 def _fuse_one(module: nn.Module, backend: str) -> str:
     """Make one module run its program, also if it did already. Returns why it does not, or an empty text."""
-    cls = stock_class(type(module))
+    cls = swap.stock_class(module)
     try:
         program, reasons = _program(module)
         if not program.chains:
             raise Untraceable("; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm")
     except Untraceable as error:
-        if is_fused(module):
-            _unfuse_one(module)
+        swap.remove(module)
         return str(error)
-    fused = fused_class(cls)
-    note_forward(fused)
-    traced, code = state_of(module, names_read(module, cls)), fused._resnet_fused_code
-    module.__dict__[STATE] = FusedState(program, traced, code, backend, tuple(dict.fromkeys(reasons)))
-    if not isinstance(module, FusedModule):
-        module.__class__ = fused
-    return ""
+    traced, code = state_of(module, names_read(module, cls)), fingerprint(cls.forward)
+    return swap.put(module, fused_class, FusedState(program, traced, code, backend, tuple(dict.fromkeys(reasons))))
 
 
 def _taken(module: nn.Module) -> set[int]:
     """Modules below a fused one that its chains run; the others may be fused themselves."""
-    if isinstance(module, FusedStem):
+    if is_fused(module, FusedStem):
         return {id(inner) for inner in stem_modules(module)}
-    if not isinstance(module, FusedModule) or not is_fused(module):
+    if not is_fused(module, FusedModule):
         return set()
     program = module.__dict__[STATE].program
     names = {name for call in program.chains for name in programs.modules_of(call)}
@@ -135,18 +118,8 @@ def _taken(module: nn.Module) -> set[int]:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse` on `model` and everything in it, in place; returns `model`. A stock model is left as it is."""
     for module in model.modules():
-        unfuse_stage(module)
-        unfuse_stem(module)
-        if is_fused(module):
-            _unfuse_one(module)
+        swap.remove(module)
     return model
-
-
-def _unfuse_one(module: FusedModule) -> None:
-    """Run the stock forward again; somebody else's subclass of a fused class stays, and does so without a program."""
-    del module.__dict__[STATE]
-    if type(module) is fused_class(stock_class(type(module))):
-        module.__class__ = stock_class(type(module))
 
 
 def report(model: nn.Module) -> Report:

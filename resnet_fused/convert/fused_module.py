@@ -8,9 +8,7 @@ be fused.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import dataclasses
-import types
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -20,12 +18,13 @@ from torch import nn
 from ..blocks.layout import Placed, arrived, left
 from ..blocks.runtime import run_placed
 from ..blocks.site import Site, hooked, input_obstacle, module_obstacle, why_not_passed
+from . import swap
 from .order import module_effect
 from .program import ChainCall, Program, Ref, StockCall
+from .swap import STATE
 from .trace import fingerprint, value_of
 
 Tensor = torch.Tensor
-STATE = "_resnet_fused"
 
 
 class _Settings:
@@ -150,8 +149,7 @@ def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
 
 def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
     """Whether the stock forward is the one that was traced, and finds in the block what it found then."""
-    cls = type(block)
-    if state.code != cls._resnet_fused_code or stock_class(cls).forward is not cls._resnet_fused_forward:
+    if state.code != block._resnet_fused_code or block._resnet_fused_replaced("forward"):
         return False
     return all(value_of(block, name) == value for name, value in state.traced)
 
@@ -224,60 +222,17 @@ def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) ->
     return left(run_program(block, *found, x))
 
 
-class FusedModule:
+class FusedModule(swap.Swapped):
     """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
+
+    _resnet_fused_code: str  # fingerprint of the stock forward
 
     def forward(self, x):
         return run_block(self, x, super().forward)
 
-    def __reduce_ex__(self, protocol):
-        cls = stock_class(type(self))
-        if type(self) is not fused_class(cls):  # somebody's subclass
-            return super().__reduce_ex__(protocol)
-        return _rebuild, (cls,), getstate(self)
-
-
-def getstate(module: nn.Module) -> dict:
-    """The state that pickle and deepcopy carry over: what they would take from a plain module."""
-    getter = getattr(module, "__getstate__", None)
-    return module.__dict__ if getter is None else getter()
-
-
-def _rebuild(stock_class: type) -> nn.Module:
-    return copyreg.__newobj__(fused_class(stock_class))
-
-
-_classes: dict[type, type] = {}
-
 
 def fused_class(stock_class: type) -> type:
-    """The fused subclass of `stock_class`, made once; carries its name, so that ``repr`` and logs stay readable."""
-    if stock_class not in _classes:
-        body = {"__module__": __name__, "__doc__": stock_class.__doc__, "forward": _forward_like(stock_class.forward)}
-        _classes[stock_class] = type(f"Fused{stock_class.__name__}", (FusedModule, stock_class), body)
-        note_forward(_classes[stock_class])
-    return _classes[stock_class]
-
-
-def _forward_like(stock: types.FunctionType) -> types.FunctionType:
-    """:meth:`FusedModule.forward` with the argument's name and default that the stock forward has."""
-    own = FusedModule.forward
-    names = (*stock.__code__.co_varnames[:2], *own.__code__.co_varnames[2:])
-    code = own.__code__.replace(co_varnames=names)
-    return types.FunctionType(code, own.__globals__, "forward", stock.__defaults__, own.__closure__)
-
-
-def stock_class(cls: type) -> type:
-    """The class whose forward a fused class, or a subclass of one, stands in front of; of any other, the class."""
-    return cls.__mro__[cls.__mro__.index(FusedModule) + 1] if issubclass(cls, FusedModule) else cls
-
-
-def note_forward(cls: type) -> None:
-    """Note on a fused class which forward of its stock class is the one that programs are made from."""
-    forward = stock_class(cls).forward
-    cls._resnet_fused_forward, cls._resnet_fused_code = forward, fingerprint(forward)
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether this module's class was swapped by :func:`~resnet_fused.fuse`."""
-    return STATE in module.__dict__
+    """The fused subclass of `stock_class`; carries its name, so that ``repr`` and logs stay readable."""
+    cls = swap.subclass(FusedModule, stock_class, (fused_class, (stock_class,)))
+    cls._resnet_fused_code = fingerprint(stock_class.forward)
+    return cls

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..blocks.site import module_obstacle
-from .fused_module import STATE, FusedModule, obstacle, sites_of, stock_class
+from .fused_module import FusedModule, obstacle, sites_of
 from .program import modules_of
 from .shares import Own, Share, describe, join, of_program, unpaired
 from .stem import FusedStem, stem_site
+from .swap import STATE, is_fused, stock_class
 
 BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
 CHANGED = "was changed after fuse(); call fuse() again"
@@ -149,7 +150,7 @@ def _is_below(other: str, name: str) -> bool:
 
 def _carries_state(module: nn.Module) -> bool:
     """Whether `fuse` made something of it; classes of ours without a state run as stock."""
-    return isinstance(module, FusedModule | FusedStem) and STATE in module.__dict__
+    return is_fused(module, FusedModule | FusedStem)
 
 
 def _inside(module: nn.Module) -> Iterator[str]:
@@ -171,7 +172,7 @@ def _row(name: str, module: nn.Module, reason: str, own: Own) -> Row:
         return _built_row(name, module, own)
     if _carries_state(module):
         return _stem_row(name, module, own) if isinstance(module, FusedStem) else _program_row(name, module, own)
-    kind = stock_class(type(module)).__name__
+    kind = stock_class(module).__name__
     return Row(name, kind, "", reason, Share(0, own.convolutions()), Share(0, own.passes()))
 
 
@@ -186,7 +187,7 @@ def _built_row(name: str, module: nn.Module, own: Own) -> Row:
 
 
 def _program_row(name: str, module: FusedModule, own: Own) -> Row:
-    kind, state = stock_class(type(module)).__name__, module.__dict__[STATE]
+    kind, state = stock_class(module).__name__, module.__dict__[STATE]
     convolutions, passes = of_program(own, state.program)
     try:
         reason = obstacle(module, state, sites_of(module, state))
@@ -199,21 +200,21 @@ def _program_row(name: str, module: FusedModule, own: Own) -> Row:
 
 
 def _stem_row(name: str, module: FusedStem, own: Own) -> Row:
-    classes, state = type(module).__mro__, module.__dict__[STATE]
-    kind = classes[classes.index(FusedStem) + 1].__name__  # behind what others have put in front since
-    convolutions, passes = own.convolutions(), own.passes()
+    state, convolutions, passes = module.__dict__[STATE], own.convolutions(), own.passes()
     fused: dict[int, int] = {}  # convolution -> passes behind it: one stem may be called by several methods
-    reasons = []
+    replaced = [method for method in module._resnet_fused_read if module._resnet_fused_replaced(method)]
+    what, reasons = [], [f"its class was given another {method} after fuse()" for method in replaced]
     for stem in state.stems:
+        text = "-".join(filter(None, stem))
         try:
-            site = stem_site(module, stem[:3], state.backend)
-            reason = f"{'-'.join(filter(None, stem))} {CHANGED}" if site is None else module_obstacle(site)
+            site = stem_site(module, stem, state.backend)
+            reason = f"{text} {CHANGED}" if site is None else module_obstacle(site)
         except Exception as error:  # as above
-            reason = f"{'-'.join(filter(None, stem))} {CHANGED} ({type(error).__name__}: {error})"
+            reason = f"{text} {CHANGED} ({type(error).__name__}: {error})"
         if reason:
             reasons.append(reason)
-        else:
+        elif not replaced:
+            what.append(text)
             fused |= {id(conv): 2 for conv, _ in site.steps}
-    what = state.describe() if fused else ""
     shares = Share(len(fused), convolutions), Share(sum(fused.values()), passes)
-    return Row(name, kind, what, "; ".join(dict.fromkeys(reasons)), *shares)
+    return Row(name, stock_class(module).__name__, ", ".join(what), "; ".join(dict.fromkeys(reasons)), *shares)

@@ -12,7 +12,6 @@ Only the stage's own output is large, and lies in huge pages.
 
 from __future__ import annotations
 
-import copyreg
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,10 @@ from ..blocks import norms
 from ..blocks.layout import Placed, left
 from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_obstacle
 from ..ops.conv_add_relu import output_shape
-from .fused_module import FusedModule, FusedState, getstate, is_stock_forced, placed, run_program, runnable
+from . import swap
+from .fused_module import FusedModule, FusedState, is_stock_forced, placed, run_program, runnable
 from .program import ChainCall
+from .swap import is_fused
 
 Tensor = torch.Tensor
 #: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have.
@@ -72,7 +73,7 @@ def _is_entered(block: nn.Module) -> bool:
     cls = type(block)
     if torch.compiler.is_compiling():
         return True
-    own = cls.forward.__globals__ is FusedModule.forward.__globals__
+    own = cls.forward is vars(cls._resnet_fused_class)["forward"]
     return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in _CALLED[1:])
 
 
@@ -177,33 +178,28 @@ def _is_traced(x: object) -> bool:
     return not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-class FusedStage(nn.Sequential):
-    """``nn.Sequential`` that keeps what passes between its fused blocks to itself."""
+class _Stage(swap.Swapped):
+    """Mixin of ``nn.Sequential`` that keeps what passes between its fused blocks to itself."""
 
-    def forward(self, input):
-        if type(self) is not FusedStage or is_stock_forced() or globally_hooked() or _is_traced(input):
-            return super().forward(input)
-        return run_stage(self, input)
-
-    def __reduce_ex__(self, protocol):
-        if type(self) is not FusedStage:  # somebody's subclass
-            return super().__reduce_ex__(protocol)
-        return _rebuild, (), getstate(self)
+    def forward(self, x):
+        if not is_fused(self) or type(self) is not FusedStage or self._resnet_fused_replaced("forward"):
+            return super().forward(x)
+        if is_stock_forced() or globally_hooked() or _is_traced(x):
+            return super().forward(x)
+        return run_stage(self, x)
 
 
-def _rebuild() -> nn.Module:
-    return copyreg.__newobj__(FusedStage)
+def _stage_class(_: type = nn.Sequential) -> type:
+    return FusedStage
+
+
+FusedStage = swap.subclass(_Stage, nn.Sequential, (_stage_class, ()))
 
 
 def fuse_stage(module: nn.Module) -> bool:
     """Make a stage of `module` if it is a plain Sequential of fused blocks; whether it was."""
-    if type(module) is not nn.Sequential or not len(module) or not all(isinstance(b, FusedModule) for b in module):
+    if swap.stock_class(module) is not nn.Sequential or is_fused(module):
         return False
-    module.__class__ = FusedStage
-    return True
-
-
-def unfuse_stage(module: nn.Module) -> None:
-    """Undo :func:`fuse_stage`."""
-    if type(module) is FusedStage:
-        module.__class__ = nn.Sequential
+    if not len(module) or not all(is_fused(block, FusedModule) for block in module):
+        return False
+    return not swap.put(module, _stage_class, True)

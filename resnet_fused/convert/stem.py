@@ -1,29 +1,35 @@
 """The stem, convolution-norm-ReLU called one after another in a model's own method.
 
-A model's forward is too free to be traced, so its methods are rewritten instead: three consecutive calls
-``x = self.conv1(x); x = self.bn1(x); x = self.relu(x)`` (or the same nested) become one call of
-:meth:`FusedStem.run_stem`, in a subclass of the model's class, and so does a max pool that is called next. The rest of
-each method is untouched source.
+A model's forward is too free to be traced, so its methods are rewritten instead, in a subclass of the model's class:
+``x = self.conv1(x); x = self.bn1(x); x = self.relu(x); x = self.maxpool(x)`` (or the same nested) becomes ::
+
+    if self._resnet_fused_runs(stem, x):
+        x = self._resnet_fused_run(stem, x)
+    else:
+        ...  # the statements as they were
+
+so that whatever is unusual, an error, a hook, ``torch.fx``, runs in stock's code, in stock's order.
+
+Rewriting needs source. Without it there are the machine code of Python, which is another in each version of it, and
+children that run more than themselves when they are called, which nobody but a reader of the method can call safe.
+So source is taken, and proven: see :mod:`.source`. A method whose source is not at hand stays stock.
 """
 
 from __future__ import annotations
 
-import ast
-import copyreg
 import dataclasses
-import inspect
-import textwrap
 import types
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from ..blocks import norms
 from ..blocks.runtime import run_as_stock
 from ..blocks.site import Site, input_obstacle, module_obstacle, pool_geometry, why_not_conv
-from .fused_module import STATE, getstate, is_stock_forced
-
-Triple = tuple[str, str, str]  # names of convolution (or a Sequential that ends in one), norm and ReLU
-Stem = tuple[str, str, str, str]  # the same, and the max pool behind it, or an empty name
+from . import source, swap
+from .fused_module import is_stock_forced
+from .rewrite import Rewriter, Stem
+from .swap import STATE
 
 
 @dataclasses.dataclass
@@ -33,219 +39,134 @@ class StemState:
     stems: tuple[Stem, ...]
     backend: str
 
-    def describe(self) -> str:
-        return ", ".join("-".join(filter(None, stem)) for stem in self.stems)
 
-
-def stem_site(model: nn.Module, names: Triple, backend: str) -> Site | None:
-    """The chain of a stem, a Sequential's members laid out in a row; None if it is not conv-norm-ReLU throughout."""
-    try:
-        first, norm, act = (model.get_submodule(name) for name in names)
-    except AttributeError:
+def _child(model: nn.Module, name: str) -> nn.Module | None:
+    """The child that ``self.name`` is without running anybody's code; None where that is not certain."""
+    kind = type(model)
+    if kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__:
         return None
+    return None if name in model.__dict__ or hasattr(kind, name) else model._modules.get(name)
+
+
+def stem_site(model: nn.Module, stem: Stem, backend: str) -> Site | None:
+    """The chain of a stem, a Sequential's members laid out in a row; None if not every third of them is a ReLU."""
+    children = [_child(model, name) for name in stem if name]
+    if any(child is None for child in children):
+        return None
+    first, norm, act = children[:3]
     row = [*(first if type(first) is nn.Sequential else [first]), norm, act]
     steps = list(zip(row[0::3], row[1::3], row[2::3], strict=False))
     if len(row) != 3 * len(steps) or any(type(relu) is not nn.ReLU for *_, relu in steps):
         return None
-    for conv, bn, _ in steps:
-        if why_not_conv(conv) or norms.why_not(bn) or norms.activation_of(bn) is not None:
-            return None
     containers = (first,) if type(first) is nn.Sequential else ()
     bypassed = (*(relu for *_, relu in steps), *containers)
     return Site(tuple((conv, bn) for conv, bn, _ in steps), bypassed=bypassed, backend=backend)
 
 
-class FusedStem:
-    """Mixin in front of a model's class whose methods call :meth:`run_stem`."""
+class FusedStem(swap.Swapped):
+    """Mixin in front of a model's class whose methods run stems; its names hide none of the model's."""
 
-    def run_stem(self, conv: str, norm: str, act: str, pool: str, x):
-        """``pool(act(norm(conv(x))))``: fused where it can be, else by calling them."""
-        state: StemState = self.__dict__[STATE]
-        site = None if is_stock_forced() else stem_site(self, (conv, norm, act), state.backend)
-        last = getattr(self, pool) if pool else nn.Identity()
-        if site is None or module_obstacle(site) or input_obstacle(x, site):
-            return last(getattr(self, act)(getattr(self, norm)(getattr(self, conv)(x))))
-        if pool and pool_geometry(last) is not None:
-            return run_as_stock(dataclasses.replace(site, pool=last), x)
-        return last(run_as_stock(site, x))
+    def _resnet_fused_runs(self, stem: Stem, x: object) -> bool:
+        """Whether :meth:`_resnet_fused_run` may stand in for the calls of `stem`."""
+        state: StemState | None = self.__dict__.get(STATE)
+        if state is None or stem not in state.stems or is_stock_forced():
+            return False
+        site = stem_site(self, stem, state.backend)
+        return site is not None and not module_obstacle(site) and not input_obstacle(x, site)
 
-    def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self).__mro__[2], self.__dict__[STATE].stems), getstate(self)
-
-
-def _rebuild(stock_class: type, stems: tuple[Triple, ...]) -> nn.Module:
-    return copyreg.__newobj__(_stem_class(stock_class, stems))
-
-
-class _Rewriter(ast.NodeTransformer):
-    """Replace the calls of the given stems in one method."""
-
-    def __init__(self, accept, is_pool) -> None:
-        self.accept = accept  # Triple -> bool
-        self.is_pool = is_pool  # str -> bool
-        self.found: list[Stem] = []
-
-    def _replacement(self, names: list[str], argument: ast.expr, pool: str = "") -> ast.expr | None:
-        triple = tuple(reversed(names))
-        if len(triple) != 3 or not self.accept(triple):
-            return None
-        self.found.append((*triple, pool))
-        function = ast.Attribute(ast.Name("self", ast.Load()), "run_stem", ast.Load())
-        return ast.Call(function, [*(ast.Constant(name) for name in self.found[-1]), argument], [])
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        names, inner = [], node
-        while len(names) < 3 and (name := _self_call(inner)) is not None:
-            names.append(name)
-            inner = inner.args[0]
-        return self._replacement(names, inner) or self.generic_visit(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        self.generic_visit(node)
-        node.body = self._merge(node.body)
-        return node
-
-    def _merge(self, body: list[ast.stmt]) -> list[ast.stmt]:
-        """Merge three consecutive ``v = self.name(v)`` statements."""
-        merged, i = [], 0
-        while i < len(body):
-            run = body[i : i + 3]
-            names = [_self_assign(statement) for statement in run]
-            if (
-                len(run) == 3
-                and all(names)
-                and len({variable for variable, _ in names}) == 1
-                and (all(_argument(statement) == names[0][0] for statement in run[1:]))
-            ):
-                pool = self._pool(body[i + 3 : i + 4], names[0][0])
-                call = self._replacement([name for _, name in reversed(names)], run[0].value.args[0], pool)
-                if call is not None:
-                    merged.append(ast.Assign(run[0].targets, call))
-                    i += 4 if pool else 3
-                    continue
-            merged.append(body[i])
-            i += 1
-        return merged
-
-    def _pool(self, following: list[ast.stmt], variable: str) -> str:
-        """The name of the max pool that the statement after a stem calls on its result; empty if it does not."""
-        for statement in following:
-            assigned = _self_assign(statement)
-            if assigned and assigned[0] == variable == _argument(statement) and self.is_pool(assigned[1]):
-                return assigned[1]
-        return ""
+    def _resnet_fused_run(self, stem: Stem, x):
+        """``pool(act(norm(conv(x))))``, fused; the pool may be any module, called if it cannot be fused."""
+        site = stem_site(self, stem, self.__dict__[STATE].backend)
+        pool = self._modules[stem[3]] if stem[3] else None
+        if pool is None:
+            return run_as_stock(site, x)
+        if pool_geometry(pool) is not None:
+            return run_as_stock(dataclasses.replace(site, pool=pool), x)
+        return pool(run_as_stock(site, x))
 
 
-def _self_call(node: ast.AST) -> str | None:
-    """The name in ``self.name(argument)``."""
-    if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
-        return None
-    function = node.func
-    if (
-        not isinstance(function, ast.Attribute)
-        or not isinstance(function.value, ast.Name)
-        or function.value.id != "self"
-    ):
-        return None
-    return function.attr
+class _Rewritten:
+    """A rewritten method in its class, as long as the stock class has the one that was read; then what that has.
+
+    An attribute, not a function around both: the arguments are for the other to judge, and nobody sees a frame more.
+    """
+
+    def __init__(self, name: str, function: types.FunctionType) -> None:
+        self.name, self.function = name, function
+
+    @property
+    def key(self) -> str:
+        """Where the function itself is in the class."""
+        return f"_resnet_fused_method_{self.name}"
+
+    def __get__(self, module: FusedStem | None, cls: type):
+        if module is None:
+            return self.function
+        if module._resnet_fused_replaced(self.name):
+            return module._resnet_fused_current(self.name)
+        return getattr(module, self.key)
 
 
-def _self_assign(node: ast.stmt) -> tuple[str, str] | None:
-    """The names in ``variable = self.name(argument)``."""
-    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
-        return None
-    name = _self_call(node.value)
-    return None if name is None else (node.targets[0].id, name)
-
-
-def _argument(node: ast.Assign) -> str | None:
-    argument = node.value.args[0]
-    return argument.id if isinstance(argument, ast.Name) else None
-
-
-def _rewrite(function: types.FunctionType, accept, is_pool) -> tuple[types.FunctionType | None, list[Stem]]:
-    """`function` with its stems replaced, and which; None where there are none or its source cannot be used."""
-    if function.__closure__ or hasattr(function, "__wrapped__"):
-        return None, []
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None, []
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
-        return None, []
-    rewriter = _Rewriter(accept, is_pool)
-    definition = rewriter.visit(definition)
-    if not rewriter.found:
-        return None, []
-    definition.returns = None
-    for argument in (*definition.args.args, *definition.args.kwonlyargs):
-        argument.annotation = None
-    tree.body = [definition]
-    namespace: dict[str, types.FunctionType] = {}
-    code = compile(ast.fix_missing_locations(tree), inspect.getsourcefile(function) or "<stem>", "exec")
-    exec(code, function.__globals__, namespace)
-    rewritten = namespace[function.__name__]
-    rewritten.__doc__, rewritten.__defaults__, rewritten.__kwdefaults__ = (
-        function.__doc__, function.__defaults__, function.__kwdefaults__,
-    )  # fmt: skip
-    return rewritten, rewriter.found
-
-
-def _methods(stock_class: type) -> dict[str, types.FunctionType]:
-    """Methods that a class or its own bases define, the most derived of each name."""
-    found: dict[str, types.FunctionType] = {}
-    for base in stock_class.__mro__:
-        if base in (nn.Module, nn.Sequential, object):
-            continue
-        for name, value in vars(base).items():
-            if isinstance(value, types.FunctionType) and not name.startswith("__"):
-                found.setdefault(name, value)
+def _methods(cls: type, names: Iterable[str]) -> dict[str, types.FunctionType]:
+    """The methods that read at least three of `names`, as the class knows them."""
+    names, found = set(names), {}
+    for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
+        method = None if name.startswith("__") else swap.method_of(cls, name)
+        if method is not None and len(names.intersection(method.__code__.co_names)) >= 3:
+            found[name] = method
     return found
 
 
-_classes: dict[tuple[type, tuple[Stem, ...]], type] = {}
+def _rewritten(
+    function: types.FunctionType, accept: Callable[[Stem], bool]
+) -> tuple[types.FunctionType | None, list[Stem]]:
+    """`function` with its stems rewritten, and these; None where there are none or its source is not proven."""
+    definition = source.find(function)
+    if definition is None:
+        return None, []
+    rewriter = Rewriter(definition, function.__code__, accept)
+    node = rewriter.rewrite()
+    rewritten = None if node is None else source.recompile(function, definition, node)
+    return rewritten, [] if rewritten is None else rewriter.found
 
 
-def _stem_class(stock_class: type, stems: tuple[Stem, ...]) -> type:
-    """The subclass of `stock_class` whose methods call :meth:`FusedStem.run_stem` for `stems`; made once."""
-    key = stock_class, stems
-    if key not in _classes:
-        body: dict[str, object] = {"__module__": __name__, "__doc__": stock_class.__doc__}
-        triples, pools = [stem[:3] for stem in stems], [stem[3] for stem in stems]
-        for name, function in _methods(stock_class).items():
-            rewritten, _ = _rewrite(function, lambda triple: triple in triples, lambda name: name in pools)
-            if rewritten is not None:
-                body[name] = rewritten
-        _classes[key] = type(f"Fused{stock_class.__name__}", (FusedStem, stock_class), body)
-    return _classes[key]
+def _stem_class(stock: type, stems: tuple[Stem, ...]) -> type:
+    """The subclass of `stock` whose methods run `stems`."""
+    body = {}
+    for name, function in _methods(stock, {child for stem in stems for child in stem}).items():
+        rewritten, _ = _rewritten(function, stems.__contains__)
+        if rewritten is not None:
+            body[name] = _Rewritten(name, rewritten)
+    functions = {entry.key: entry.function for entry in body.values()}
+    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body, functions)
 
 
 def fuse_stem(model: nn.Module, backend: str) -> str:
     """Fuse the stem of `model`, if it has one. Returns why not, or an empty text."""
 
-    def accept(triple: Triple) -> bool:
-        return stem_site(model, triple, backend) is not None
+    def accept(stem: Stem) -> bool:
+        if stem[3] and type(_child(model, stem[3])) is not nn.MaxPool2d:
+            return False
+        site = stem_site(model, stem, backend)
+        return site is not None and not any(
+            why_not_conv(conv) or norms.why_not(norm) or norms.activation_of(norm) is not None
+            for conv, norm in site.steps
+        )
 
-    def is_pool(name: str) -> bool:
-        return type(getattr(model, name, None)) is nn.MaxPool2d
-
-    stems: list[Stem] = []
-    for function in _methods(type(model)).values():
-        stems += _rewrite(function, accept, is_pool)[1]
+    if swap.is_subclassed(model, FusedStem):  # by somebody: the methods below are rewritten already
+        cls = type(model)._resnet_fused_class
+        stems = tuple(stem for stem in cls._resnet_fused_recipe[1][1] if accept(stem))
+    else:
+        cls = None
+        found = [
+            stem
+            for method in _methods(swap.stock_class(model), model._modules).values()
+            for stem in _rewritten(method, accept)[1]
+        ]
+        stems = tuple(dict.fromkeys(found))
     if not stems:
         return "no conv-norm-ReLU calls in a row in its methods"
-    unique = tuple(dict.fromkeys(stems))
-    model.__dict__[STATE] = StemState(unique, backend)
-    model.__class__ = _stem_class(type(model), unique)
-    return ""
-
-
-def unfuse_stem(model: nn.Module) -> None:
-    """Undo :func:`fuse_stem`."""
-    if isinstance(model, FusedStem):
-        del model.__dict__[STATE]
-        model.__class__ = type(model).__mro__[2]
+    return swap.put(model, lambda stock: cls or _stem_class(stock, stems), StemState(stems, backend))
 
 
 def stem_modules(model: FusedStem) -> list[nn.Module]:
@@ -253,7 +174,7 @@ def stem_modules(model: FusedStem) -> list[nn.Module]:
     state: StemState = model.__dict__[STATE]
     modules: list[nn.Module] = []
     for stem in state.stems:
-        site = stem_site(model, stem[:3], state.backend)
+        site = stem_site(model, stem, state.backend)
         if site is not None:
             modules += [*(module for pair in site.steps for module in pair), *site.bypassed]
     return modules

@@ -1,0 +1,39 @@
+"""The parts of a report in the order of their worth, and how they share the time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One process. Its module has ``items(context)``, an iterable of (name, function without arguments).
+
+    An item that died is not tried again; the part is, without it.
+    """
+
+    name: str
+    module: str
+    share: float  # of the time; what a part leaves over goes to those after it
+    item_seconds: float = 60.0  # an item that takes longer is taken to hang
+    checks: bool = False  # whether an item that dies counts as a failed check
+
+
+def _own(name: str, share: float, item_seconds: float = 60.0, checks: bool = False) -> Part:
+    return Part(name, f"{__package__}.{name}", share, item_seconds, checks)
+
+
+#: Correctness first: a time of a wrong kernel is worth nothing. torch.compile takes minutes, and comes late.
+PARTS = (
+    _own("environment", 0.05),
+    _own("selfcheck", 0.18, checks=True),
+    _own("models", 0.17, 120.0),
+    _own("bandwidth", 0.15),
+    _own("evaluation", 0.08),
+    _own("cuda_graph", 0.08),
+    _own("blocks", 0.07),
+    _own("contract", 0.08, checks=True),
+    _own("sweep", 0.08),
+    _own("compiled", 0.06, 400.0),
+)
+BY_NAME = {part.name: part for part in PARTS}

@@ -123,7 +123,7 @@ def add_gpu_report(commands) -> None:
     report.add_argument("--minutes", type=minutes, default=9.0, help="for all parts together (default 9)")
     report.add_argument("--out", type=output_file, default=pathlib.Path("gpu-report.json"), metavar="FILE.json")
     report.add_argument(
-        "--models", nargs="+", metavar="MODEL", help="the first is measured in full (default: resnet50 first)"
+        "--models", nargs="+", metavar="MODEL", help="the first in full (default: resnet50 and three more)"
     )
     report.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     report.add_argument("--parts", nargs="+", metavar="PART", help="only these (default: all)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 
@@ -12,6 +11,7 @@ from ..bench.errors import Refused
 from ..bench.gpu_report import runner, tables
 from ..bench.gpu_report.context import MODELS, Settings, batch_for
 from ..bench.gpu_report.parts import BY_NAME, PARTS
+from ..bench.gpu_report.stream import Document
 from ..bench.run import device_of
 
 
@@ -20,18 +20,15 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     chosen = [part for part in PARTS if part.name in (options.parts or BY_NAME)]
     out = options.out.resolve()
+    code = 0
     try:
         document = runner.run(chosen, settings, 60 * options.minutes, out)
-    except runner.Terminated:
-        print(f"terminated; what was measured is in {out}", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print(f"interrupted; what was measured is in {out}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        document, code = Document.from_file(out), 143 if isinstance(error, runner.Terminated) else 130
     print(tables.summary(document))
     failed = len(document.failures())
     print(f"\n{len(document.rows)} rows in {options.out}: " + (f"{failed} FAILED" if failed else "nothing failed"))
-    return 1 if failed else 0
+    return code or (1 if failed else 0)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -1,4 +1,4 @@
-"""Where the rows come from: versions, device, clocks, backends; and the two ceilings every other row is held against."""
+"""Where the rows come from: versions, device, clocks, backends; and the two ceilings that rows are held against."""
 
 from __future__ import annotations
 

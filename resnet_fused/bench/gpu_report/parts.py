@@ -25,15 +25,15 @@ def _own(name: str, share: float, item_seconds: float = 60.0, checks: bool = Fal
 
 #: Correctness first: a time of a wrong kernel is worth nothing. torch.compile takes minutes, and comes late.
 PARTS = (
-    _own("environment", 0.05),
-    _own("selfcheck", 0.18, checks=True),
-    _own("models", 0.17, 120.0),
+    _own("environment", 0.04),
+    _own("selfcheck", 0.20, 90.0, checks=True),
+    _own("models", 0.24, 150.0),
     _own("bandwidth", 0.15),
     _own("evaluation", 0.08),
-    _own("cuda_graph", 0.08),
-    _own("blocks", 0.07),
-    _own("contract", 0.08, checks=True),
-    _own("sweep", 0.08),
-    _own("compiled", 0.06, 400.0),
+    _own("cuda_graph", 0.06),
+    _own("blocks", 0.06, 120.0),
+    _own("contract", 0.06, 90.0, checks=True),
+    _own("sweep", 0.06),
+    _own("compiled", 0.05, 400.0),
 )
 BY_NAME = {part.name: part for part in PARTS}

@@ -41,6 +41,7 @@ class Ended:
     code: int
     seconds: float
     killed: str = ""  # why it was, if it was
+    late: bool = False  # whether only because the part's time was up
     said: str = ""
 
 
@@ -88,9 +89,9 @@ def run_part(part: Part, settings: Settings, stream: Stream, limit: float, progr
             if ended.code == 0:
                 status = "done"
                 break
-            status, why = "died", ended.killed or f"exit code {exit_text(ended.code)}"
+            status, why = "cut off" if ended.late else "died", ended.killed or f"exit code {exit_text(ended.code)}"
             died = [item for item in begun_items(stream, part) if item not in begun]
-            facts = {"part": part.name, "status": "died", "checks": part.checks, "reason": why, "said": ended.said}
+            facts = {"part": part.name, "status": status, "checks": part.checks, "reason": why, "said": ended.said}
             stream.write("row", item=died[-1] if died else "(before its first item)", **facts)
             if not died:
                 break  # nothing that could be left out
@@ -123,16 +124,17 @@ def run_once(
             command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True, close_fds=True
         )
         try:
-            killed = watch(process, part, stream, started, limit, progress)
+            killed, late = watch(process, part, stream, started, limit, progress)
         finally:
             end_group(process)
         said.seek(max(0, said.seek(0, os.SEEK_END) - TAIL))
         text = said.read().decode(errors="replace")
-    return Ended(process.returncode, time.monotonic() - started, killed, text if process.returncode else "")
+    seconds = time.monotonic() - started
+    return Ended(process.returncode, seconds, killed, late, text if process.returncode else "")
 
 
-def watch(process, part: Part, stream: Stream, started: float, limit: float, progress) -> str:
-    """Wait for `process`; returns why it must be ended, empty if it ended by itself."""
+def watch(process, part: Part, stream: Stream, started: float, limit: float, progress) -> tuple[str, bool]:
+    """Wait for `process`; returns why it must be ended, empty if it ended by itself, and whether its time was up."""
     item, since, size = 0, started, -1
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
@@ -141,11 +143,11 @@ def watch(process, part: Part, stream: Stream, started: float, limit: float, pro
             size, items = grown, len(begun_items(stream, part))
             item, since = items, at if items != item else since
         if at - started > limit:
-            return f"killed at the part's limit of {limit:.0f} s"
+            return f"killed at the part's limit of {limit:.0f} s", True
         if at - since > part.item_seconds:
-            return f"killed: its item took more than {part.item_seconds:.0f} s"
+            return f"killed: its item took more than {part.item_seconds:.0f} s", False
         progress(min(1.0, (at - started) / limit))
-    return ""
+    return "", False
 
 
 def end_group(process) -> None:

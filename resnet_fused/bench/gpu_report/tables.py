@@ -19,14 +19,9 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def timed(document: Document, *parts: str) -> list[dict]:
     """Whole times of peers in `parts`."""
-    return [
-        row
-        for row in document.rows
-        if row["part"] in parts
-        and row.get("peer")
-        and row.get("ms")
-        and row.get("lap") in ("total", "forward", "backward")
-    ]
+    laps = ("total", "forward", "backward")
+    found = (row for row in document.rows if row["part"] in parts and row.get("peer") and row.get("ms"))
+    return [row for row in found if row.get("lap") in laps]
 
 
 def models(document: Document) -> str:
@@ -77,7 +72,7 @@ def parts(document: Document) -> str:
     lines = []
     for part in document.parts:
         rows = [row for row in document.rows if row["part"] == part["name"]]
-        count = {s: sum(row["status"] == s for row in rows) for s in ("failed", "skipped", "error", "died")}
+        count = {s: sum(row["status"] == s for row in rows) for s in ("failed", "skipped", "error", "died", "cut off")}
         others = ", ".join(f"{n} {status}" for status, n in count.items() if n)
         lines.append([part["name"], part["status"], f"{part['seconds']:.0f}", str(len(rows)), others, part["reason"]])
     return table(["part", "status", "s", "rows", "of them", "reason"], lines)

@@ -146,6 +146,8 @@ MISTAKES = {
     "unknown peer": (["bench", "--peers", "tvm"], "unknown peer 'tvm'; accepted are compile"),
     "no input size": (["explain", "resnet18", "--input", "224"], "pass N,C,H,W, e.g. 16,3,224,224"),
     "no batch": (["bench", "--batch", "-3"], "not a positive number"),
+    "unknown part": (["gpu-report", "--parts", "weather"], "unknown part 'weather'; pass some of environment"),
+    "no minutes": (["gpu-report", "--minutes", "-1"], "not a positive number of minutes"),
     "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
     "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),
 }

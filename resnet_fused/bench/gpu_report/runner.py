@@ -27,7 +27,7 @@ LEAST_SECONDS = 4.0
 FAIR_SECONDS = 10.0
 MOST_RESTARTS = 5
 TAIL = 2000  # characters of what a process said before it died
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.2
 
 
 class Terminated(KeyboardInterrupt):
@@ -83,17 +83,18 @@ def run_part(part: Part, settings: Settings, stream: Stream, limit: float, progr
     status = "not run"
     try:
         while (left := limit - (time.monotonic() - started)) >= LEAST_SECONDS and tries <= MOST_RESTARTS:
-            begun = begun_items(stream, part)
+            begun = items(stream, part, "begin")
             ended = run_once(part, settings, stream, begun, left, lambda f: progress(1 - (1 - f) * left / limit))
             tries += 1
             if ended.code == 0:
                 status = "done"
                 break
             status, why = "cut off" if ended.late else "died", ended.killed or f"exit code {exit_text(ended.code)}"
-            died = [item for item in begun_items(stream, part) if item not in begun]
-            facts = {"part": part.name, "status": status, "checks": part.checks, "reason": why, "said": ended.said}
-            stream.write("row", item=died[-1] if died else "(before its first item)", **facts)
-            if not died:
+            current, more = at_work(stream, part, begun), len(items(stream, part, "begin")) > len(begun)
+            facts = {"part": part.name, "status": status, "checks": part.checks and bool(current or not more)}
+            item = current or ("(between items)" if more else "(before its first item)")
+            stream.write("row", item=item, reason=why, said=ended.said, **facts)
+            if not more:
                 break  # nothing that could be left out
         else:
             why = why or "no time left"
@@ -106,9 +107,15 @@ def run_part(part: Part, settings: Settings, stream: Stream, limit: float, progr
         stream.write("part", name=part.name, status=status, seconds=seconds, **facts)
 
 
-def begun_items(stream: Stream, part: Part) -> list[str]:
-    """The items of `part` that a process has begun."""
-    return [line["item"] for line in stream.read() if line["kind"] == "begin" and line["part"] == part.name]
+def items(stream: Stream, part: Part, kind: str) -> list[str]:
+    """The items of `part` that a process has begun ("begin"), or is done with ("end")."""
+    return [line["item"] for line in stream.read() if line["kind"] == kind and line["part"] == part.name]
+
+
+def at_work(stream: Stream, part: Part, before: list[str]) -> str:
+    """The item that the part's process is at; empty between items. `before`: begun by an earlier process."""
+    over = {*before, *items(stream, part, "end")}
+    return next((item for item in items(stream, part, "begin") if item not in over), "")
 
 
 def run_once(
@@ -116,7 +123,8 @@ def run_once(
 ) -> Ended:
     """One process of a part, watched until it ends or its time is up."""
     asked = {"part": part.name, "module": part.module, "checks": part.checks, "skip": skip, "stream": str(stream.path)}
-    asked |= {"settings": dataclasses.asdict(settings), "seconds": OWN_SHARE * limit}
+    asked["parent"] = os.getpid()
+    asked |= {"settings": dataclasses.asdict(settings), "ends": time.time() + OWN_SHARE * limit}
     command = [sys.executable, "-m", f"{__package__}.child", json.dumps(asked)]
     with tempfile.TemporaryFile() as said:
         started = time.monotonic()
@@ -124,7 +132,7 @@ def run_once(
             command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True, close_fds=True
         )
         try:
-            killed, late = watch(process, part, stream, started, limit, progress)
+            killed, late = watch(process, part, stream, skip, limit, progress)
         finally:
             end_group(process)
         said.seek(max(0, said.seek(0, os.SEEK_END) - TAIL))
@@ -133,18 +141,18 @@ def run_once(
     return Ended(process.returncode, seconds, killed, late, text if process.returncode else "")
 
 
-def watch(process, part: Part, stream: Stream, started: float, limit: float, progress) -> tuple[str, bool]:
+def watch(process, part: Part, stream: Stream, skip: list[str], limit: float, progress) -> tuple[str, bool]:
     """Wait for `process`; returns why it must be ended, empty if it ended by itself, and whether its time was up."""
-    item, since, size = 0, started, -1
+    started = time.monotonic()
+    item, since, size = "", started, -1
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
         at = time.monotonic()
-        if (grown := stream.path.stat().st_size if stream.path.exists() else 0) != size:
-            size, items = grown, len(begun_items(stream, part))
-            item, since = items, at if items != item else since
+        if size != (size := stream.size()) and item != (item := at_work(stream, part, skip)):
+            since = at
         if at - started > limit:
             return f"killed at the part's limit of {limit:.0f} s", True
-        if at - since > part.item_seconds:
+        if item and at - since > part.item_seconds:
             return f"killed: its item took more than {part.item_seconds:.0f} s", False
         progress(min(1.0, (at - started) / limit))
     return "", False

@@ -33,6 +33,10 @@ class Stream:
         finally:
             os.close(file)
 
+    def size(self) -> int:
+        """Bytes so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def read(self) -> list[dict]:
         """All lines that are whole."""
         lines = []

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 
@@ -31,7 +32,12 @@ def obstacle(context: Context) -> str:
     triton = backends()["triton"]
     if triton.unavailable:
         return triton.unavailable
-    return "" if context.device.type in triton.devices else f"Triton's kernels do not run on {context.device.type}"
+    return "" if context.on_gpu else "tiles are for GPUs; the interpreter's times say nothing of them"
+
+
+def table() -> ModuleType:
+    """Where configurations come from; importing it imports Triton."""
+    return importlib.import_module("...backends.triton.configs", __package__)
 
 
 def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -39,22 +45,22 @@ def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
     if reason := obstacle(context):
         yield "all", lambda: context.skip(reason)
         return
+    tiled = {launch.split()[0] for launch in table().DEFAULTS}
     name, done = context.settings.models[0], set()
     found = calls_of(context, name, True)
-    products = [c for c in bandwidth.ordered(context, found) if c.op in backends()["triton"].kernels]
+    products = [call for call in bandwidth.ordered(context, found) if call.op in tiled]
     for call in products[: QUICK_CALLS if context.settings.quick else None]:
         yield f"{name} {call.op} {call.label}", functools.partial(sweep, context, call, found[call], done)
 
 
 def sweep(context: Context, call: Call, used: int, done: set) -> None:
     """Vary every tile that `call` asks for, once in the whole part."""
-    configs = importlib.import_module("....backends.triton.configs", __package__)
     generator = torch.Generator(context.device).manual_seed(0)
     sets = [call.drawn(generator)]
     size = call.contract.bytes(*sets[0])
     sets += [call.drawn(generator) for _ in range(measure.number_of_sets(size, context.device) - 1)]
     kernel = backends()["triton"].kernels[call.op].run
-    with configs.asked() as found:
+    with table().asked() as found:
         base = measure_call(context, call, kernel, sets)
     for key, chosen in found.items():
         if key in done:
@@ -75,10 +81,9 @@ def attempt(context: Context, call: Call, kernel, sets, key, candidate, tried: d
     """Check and time one candidate while there is time."""
     if context.left() <= 0:
         return
-    configs = importlib.import_module("....backends.triton.configs", __package__)
 
     def one() -> None:
-        with configs.trying(key, candidate):
+        with table().trying(key, candidate):
             row = measure_call(context, call, kernel, sets)
         status = "measured" if row["match"].get("agrees", True) else "error"
         context.row(status, config=dataclasses.asdict(candidate), **fields, **row)

@@ -4,6 +4,7 @@ from .backends import use
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
 from .blocks.tuning import tune
 from .convert import explain, fuse, report, unfuse
+from .convert.warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "tune",
     "unfuse",
     "use",
+    "warmup",
 ]

@@ -137,7 +137,7 @@ def test_tune(tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "no command": ([], "info | verify | bench | explain"),
+    "no command": ([], "info | verify | warmup | bench | explain"),
     "unknown command": (["train"], "'train' (choose from"),
     "unknown model": (["bench", "--model", "resnet51"], "unknown model 'resnet51'; pass one of resnet18"),
     "unknown source": (["explain", "keras:resnet50"], "timm:NAME, or torchvision:NAME"),

@@ -2,7 +2,7 @@
 
 from . import cpu, cuda, reference, triton
 from .declaration import Backend, Kernel
-from .dispatch import backends, check_all, check_name, choose, current, objection, register, run, use
+from .dispatch import backends, check_all, check_call, check_name, choose, current, objection, register, run, use
 
 for _module in (triton, cuda, cpu, reference):
     register(_module.BACKEND)
@@ -12,6 +12,7 @@ __all__ = [
     "Kernel",
     "backends",
     "check_all",
+    "check_call",
     "check_name",
     "choose",
     "current",

@@ -15,6 +15,10 @@ def no_reasons(*args, **kwargs) -> list[str]:
     return []
 
 
+def no_mode(dtype: torch.dtype) -> None:
+    """The default of :attr:`Kernel.mode`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One op on one backend."""
@@ -24,6 +28,10 @@ class Kernel:
     unsupported: Callable = no_reasons  # the op's arguments -> reasons against this case, beyond device and dtype
     needs_selfcheck: bool = False  # compare with the reference on first use on a device architecture
     build: str = ""  # identity of the code that runs, e.g. a hash; without it a verdict is not kept beyond the process
+    #: ``(args, kwargs, card) -> launches``, see :mod:`.triton.trace`: for a kernel that comes in many binaries, each of
+    #: which is judged by itself. None: one verdict for all cases.
+    launches: Callable | None = None
+    mode: Callable = no_mode  # dtype of the activations -> what else than a call's arguments decides its binaries
 
 
 @dataclasses.dataclass

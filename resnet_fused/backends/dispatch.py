@@ -72,6 +72,20 @@ def check_all(device: torch.device | str) -> list[selfcheck.Verdict]:
     return selfcheck.check_all(device, backends().values())
 
 
+def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list[selfcheck.Verdict]:
+    """Check what the first backend that serves a call would start for it: the rows of ``verify --model``.
+
+    `args` may be meta tensors. Empty where that backend's kernels are not judged by configuration.
+    """
+    for backend in _backends.values():
+        kernel = backend.kernels.get(op)
+        if kernel is None or backend.unavailable or device.type not in backend.devices:
+            continue
+        if args[0].dtype in kernel.dtypes and not kernel.unsupported(*args, **kwargs):
+            return [] if kernel.launches is None else selfcheck.check_call(backend, op, args, kwargs, device)[1]
+    return []
+
+
 def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     """The backend that runs `op` on these arguments.
 
@@ -87,7 +101,7 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
             continue  # the common case, worth no text
         reasons = backend.reasons(op, args, kwargs)
         if not reasons and backend.kernels[op].needs_selfcheck:
-            doubt = objection(backend.name, op, args[0].dtype, args[0].device)
+            doubt = selfcheck.doubt(backend, op, args, kwargs)
             reasons = [doubt] if doubt else []
         if not reasons:
             return backend

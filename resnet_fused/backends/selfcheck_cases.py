@@ -114,6 +114,11 @@ def cases(op: str, dtype: torch.dtype) -> list[Case]:
     return list(_CASES[op](dtype))
 
 
+def one(op: str, dtype: torch.dtype) -> Case:
+    """The richest of :func:`cases`: whether a kernel compiles and runs at all, where each configuration is judged."""
+    return cases(op, dtype)[-1]
+
+
 def missing_cases() -> list[str]:
     """Ops without cases."""
     return sorted(set(OPS) - set(_CASES))

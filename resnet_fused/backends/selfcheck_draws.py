@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from ..ops import stat_dtype
+from .cards import Card
 
 Tensor = torch.Tensor
 
@@ -26,6 +27,9 @@ class Case:
     name: str
     args: tuple
     kwargs: dict
+    #: By position or name: the dtype of a tensor, and whether its address is a multiple of 16; else as `place` says.
+    likes: dict = dataclasses.field(default_factory=dict)
+    card: Card | None = None  # that launches are shaped for; None: the device's own
 
 
 class Draw:
@@ -63,19 +67,24 @@ class Draw:
 def place(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
     """The case on `device`, activations in `dtype` and vectors in the dtype of statistics, poison around every one."""
 
-    def move(value):
+    def move(key, value):
         if not isinstance(value, torch.Tensor):
             return value
+        kept, aligned = case.likes.get(key, (None, True))
         if value.is_floating_point():
-            value = value.to(dtype if value.dim() == 4 else stat_dtype(dtype))
-        return surrounded(value.to(device))
+            if kept is None or dtype == torch.float64:  # what is compared with is float64 throughout
+                kept = dtype if value.dim() == 4 else stat_dtype(dtype)
+            value = value.to(kept)
+        return surrounded(value.to(device), aligned)
 
-    return Case(case.name, tuple(map(move, case.args)), {key: move(value) for key, value in case.kwargs.items()})
+    args = tuple(move(index, value) for index, value in enumerate(case.args))
+    return dataclasses.replace(case, args=args, kwargs={key: move(key, value) for key, value in case.kwargs.items()})
 
 
-def surrounded(t: Tensor) -> Tensor:
+def surrounded(t: Tensor, aligned: bool = True) -> Tensor:
     """`t` inside a larger buffer of NaN (255 for bytes), so that a read beyond its ends shows in the result."""
     poison = torch.nan if t.is_floating_point() else 255
-    buffer = torch.full((t.numel() + 2 * FLANK,), poison, dtype=t.dtype, device=t.device)
-    inner = buffer[FLANK : FLANK + t.numel()].as_strided(t.shape, t.stride(), FLANK)
+    front = FLANK if aligned else FLANK + 1
+    buffer = torch.full((t.numel() + front + FLANK,), poison, dtype=t.dtype, device=t.device)
+    inner = buffer[front : front + t.numel()].as_strided(t.shape, t.stride(), front)
     return inner.copy_(t)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m resnet_fused info | verify | bench | explain | tune | gpu-report``.
+"""The command line: ``python -m resnet_fused info | verify | warmup | bench | explain | tune | gpu-report``.
 
 ``resnet-fused`` is the same.
 
@@ -19,7 +19,7 @@ from ..bench.errors import Refused
 from ..blocks.devices import DEVICES
 
 DTYPES = ("f32", "bf16")
-COMMANDS = "info | verify | bench | explain | tune | gpu-report"
+COMMANDS = "info | verify | warmup | bench | explain | tune | gpu-report"
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +70,22 @@ def picture_file(text: str) -> pathlib.Path:
     return output_file(text)
 
 
+def capability(text: str) -> int:
+    """``9.0`` or ``90`` as 90."""
+    digits = text.replace(".", "", 1)
+    if not digits.isdecimal() or not 2 <= len(digits) <= 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability; pass one such as 9.0")
+    return int(digits)
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    """What a step of a model depends on."""
+    command.add_argument("--batch", type=count, default=256, help="images of a step (default 256)")
+    command.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="f32, or bf16 through autocast (default bf16)")
+    command.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
+
+
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(prog="resnet-fused", description="Residual networks, fused.")
@@ -81,6 +97,14 @@ def parser() -> Parser:
     verify = commands.add_parser("verify", help="check every kernel and the blocks on this machine against float64")
     verify.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     verify.add_argument("--json", type=output_file, metavar="FILE", help="write every kernel's verdict to FILE")
+    verify.add_argument("--model", default="", help="check each GPU kernel that a step of this model starts, too")
+    _add_step(verify)
+
+    warmup = commands.add_parser("warmup", help="compile every Triton kernel of a model's step, in parallel")
+    warmup.add_argument("model", help="resnet50 and its like, timm:NAME or torchvision:NAME")
+    _add_step(warmup)
+    warmup.add_argument("--device-capability", type=capability, metavar="X.Y", help="of a GPU that is elsewhere: 9.0")
+    warmup.add_argument("--workers", type=count, default=0, help="processes (default: one for each core)")
 
     explain = commands.add_parser("explain", help="the plan of each block, its traffic and memory; runs nothing")
     explain.add_argument("model", help="resnet50 and its like, timm:NAME or torchvision:NAME")

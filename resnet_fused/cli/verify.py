@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import json
+import sys
 
 import torch
 from torch import nn
@@ -14,19 +15,26 @@ from torch import nn
 import resnet_fused
 
 from .. import models
-from ..backends import check_all
+from ..backends import cards, check_all, check_call
 from ..backends.selfcheck import Verdict
-from ..bench import equality, records
+from ..bench import equality, named, records
 from ..bench.blocks import Block
 from ..bench.run import device_of
+from ..blocks import devices
+from ..convert.calls import calls
+from ..convert.coverage import Coverage
 from ..models.resnet import conv1x1
 from .info import table
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(options: argparse.Namespace) -> int:
     """Print a line per kernel and dtype and per block; 1 if anything failed."""
     device = device_of(options.device)
     verdicts = check_all(device)
+    if options.model:
+        verdicts += check_model(options, device)
     rows = kernel_rows(verdicts)
     print(table(["kernel", "dtype", "passed", "skipped", "worst error / allowed", "verdict"], rows))
     print()
@@ -42,6 +50,25 @@ def run(options: argparse.Namespace) -> int:
     for failure in failures:
         print(f"  {failure}")
     return 1 if failures else 0
+
+
+def check_model(options: argparse.Namespace, device: torch.device) -> list[Verdict]:
+    """Every GPU kernel that a step of a model would start on `device`, in the configurations that it would start.
+
+    Without a GPU they are those for an H100, and run in Triton's interpreter, if that is on.
+    """
+    model = named.build(options.model)
+    size, dtype = options.size or named.input_size(model), DTYPES[options.dtype]
+    x = torch.empty(options.batch, 3, size, size, dtype=dtype, device="meta")
+    target = devices.of(device) if device.type == "cuda" else devices.find("h100")
+    coverage, rows = Coverage(cards.of(device)), []
+    found = calls(model, x, not options.eval, target)
+    for number, call in enumerate(found, 1):
+        if coverage.add(call):
+            print(f"resnet-fused verify: call {number} of {len(found)}, {call.op}", file=sys.stderr, flush=True)
+            rows += check_call(call.op, call.args, call.kwargs, device)
+    print(coverage.text(options.model, device, bool(rows)))
+    return rows
 
 
 def kernel_rows(verdicts: list[Verdict]) -> list[list[str]]:

@@ -23,15 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_calls import Layer, backward_calls, calls, forward_calls, narrow_calls, pool_calls, small_calls
 
+from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
-from resnet_fused.backends.triton import (
-    bn_stats,
-    common,
-    configs,
-    lazy_grad_apply,
-    norm_add_relu,
-    norm_add_relu_backward,
-)
+from resnet_fused.backends.triton import bn_stats, lazy_grad_apply, norm_add_relu, norm_add_relu_backward, trace
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
@@ -114,24 +108,16 @@ def replaced(owner, name, value):
 
 
 def record(call, arch):
-    """The kernels that `call` would start on a GPU of `arch`: (kernel, positional arguments, meta-parameters)."""
-    started = []
-
-    def note(kernel, programs, *args, **meta):
-        defaults = {"warps": common.NUM_WARPS, "stages": common.NUM_STAGES, "registers": None}
-        started.append((kernel, args, defaults | meta))
-
-    with replaced(common, "start", note), replaced(configs, "capability", lambda device: arch):
-        call()
-    return started
+    """The launches that `call` would start on a GPU of `arch`."""
+    return trace.launches(call, (), {}, cards.Card(arch))
 
 
-def source(kernel, args, meta):
-    """An ASTSource with the types and alignments that a launch with these arguments would specialise on."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | meta
+def source(launch):
+    """An ASTSource with the types and alignments that this launch would specialise on."""
     signature, constants, attrs = {}, {}, {}
+    kernel = launch.kernel
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = values[name]
+        value = launch.values[name]
         if parameter.is_constexpr or value is None:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -161,16 +147,14 @@ def resources(cubin):
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def compile_one(kernel, args, meta, arch):
+def compile_one(launch, arch):
     """Compile one launch for one architecture."""
-    options = {"num_warps": meta["warps"], "num_stages": meta["stages"], "maxnreg": meta["registers"]}
-    options["enable_fp_fusion"] = common.ENABLE_FP_FUSION
-    built = triton.compile(source(kernel, args, meta), target=GPUTarget("cuda", arch, 32), options=options)
+    built = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
     ptx = built.asm["ptx"]
     return dict(
         resources(built.asm["cubin"]),
         shared=built.metadata.shared,
-        warps=meta["warps"],
+        warps=launch.options["num_warps"],
         loads=widths(ptx, "ld"),
         stores=widths(ptx, "st"),
         copies={8 * int(size, 16): 1 for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)[,;]", ptx)},
@@ -184,7 +168,7 @@ def compile_one(kernel, args, meta, arch):
 def chosen():
     """What to compile: (options, dtype, channels, architecture, launch)."""
     for options, dtype, channels, arch, call in (*chosen_pixelwise(), *chosen_products()):
-        yield from ((options, dtype, channels, arch, started) for started in record(call, arch))
+        yield from ((options, dtype, channels, arch, launch) for launch in record(call, arch))
 
 
 def chosen_pixelwise():
@@ -233,18 +217,17 @@ def in_full(call):
 
 def row_of(what):
     """Compile one of `chosen` and describe it."""
-    options, dtype, channels, arch, (kernel, args, meta) = what
-    row = {"kernel": kernel.fn.__name__, "options": options, "dtype": str(dtype).removeprefix("torch.")}
-    return row | {"channels": channels, "arch": arch} | compile_one(kernel, args, meta, arch)
+    options, dtype, channels, arch, launch = what
+    row = {"kernel": launch.kernel.fn.__name__, "options": options, "dtype": str(dtype).removeprefix("torch.")}
+    return row | {"channels": channels, "arch": arch} | compile_one(launch, arch)
 
 
 def different():
     """What is different among `chosen`: the second stages are the same for most launches."""
     found = {}
     for what in chosen():
-        *_, arch, (kernel, args, meta) = what
-        options = meta["warps"], meta["stages"], meta["registers"]
-        found.setdefault((source(kernel, args, meta).hash(), arch, options), what)
+        *_, arch, launch = what
+        found.setdefault((source(launch).hash(), arch, tuple(launch.options.values())), what)
     return list(found.values())
 
 

@@ -64,16 +64,21 @@ def refuse(reason: str, *args, **kwargs):
     raise RuntimeError(f"triton: {reason}")
 
 
+@functools.cache
+def kernels() -> dict[str, Kernel]:
+    """The kernels by op, to ask what they would start; also where none can run. Imports Triton."""
+    return {name: importlib.import_module(f".{name}", __name__).KERNEL for name in OPS}
+
+
 def declare() -> Backend:
     """The backend as this machine can run it."""
     reason = why_not()
     if reason:
         run = functools.partial(refuse, reason)
-        kernels = {name: Kernel(run, DATA_DTYPES, checks.unsupported, needs_selfcheck=True) for name in OPS}
-        return Backend("triton", ("cuda",), kernels, unavailable=reason)
-    kernels = {name: importlib.import_module(f".{name}", __name__).KERNEL for name in OPS}
+        refused = {name: Kernel(run, DATA_DTYPES, checks.unsupported, needs_selfcheck=True) for name in OPS}
+        return Backend("triton", ("cuda",), refused, unavailable=reason)
     interpreting = importlib.import_module(".common", __name__).INTERPRETING
-    return Backend("triton", ("cuda", "cpu") if interpreting else ("cuda",), kernels)
+    return Backend("triton", ("cuda", "cpu") if interpreting else ("cuda",), dict(kernels()))
 
 
 BACKEND = check_complete(declare())

@@ -26,8 +26,9 @@ import triton.language as tl
 
 from ...ops import Op
 from ...ops.contract import DATA_DTYPES, Tensor
+from .. import cards
 from ..declaration import Kernel
-from . import checks
+from . import checks, trace
 
 #: True where TRITON_INTERPRET=1 was set before Triton was imported: kernels run on CPU tensors, in numpy.
 INTERPRETING: bool = bool(triton.knobs.runtime.interpret)
@@ -80,7 +81,7 @@ def tiling(x: Tensor, tile: int, cap: int, programs: int, min_tiles: int = 1) ->
         min_tiles: row tiles that a program should at least have.
     """
     n, c, h, w = x.shape
-    return _tiling(n * h * w, c, tile, cap, programs, min_tiles)
+    return _tiling(n * h * w, c, tile, cap, cards.of(x.device).programs(programs), min_tiles)
 
 
 @functools.lru_cache(maxsize=1024)  # a network asks for the same few at every step
@@ -107,10 +108,12 @@ def start(
 ) -> None:  # fmt: skip
     """Start `programs` programs of `kernel`, whose first argument is `x`, on the device of `x`.
 
-    The one place where a kernel is launched: tests replace it to record, compile or count.
+    The one place where a kernel is launched: tests replace it to count, and on meta tensors it only takes notes.
     """
-    other_gpu = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": ENABLE_FP_FUSION}
+    if x.device.type == "meta":
+        return trace.note(kernel, programs, (x, *args), meta, options)
+    other_gpu = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if other_gpu else contextlib.nullcontext():
         kernel[(programs,)](x, *args, **meta, **options)
 
@@ -122,6 +125,13 @@ def build_identity() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def mode(dtype: torch.dtype) -> str:
+    """What a setting of PyTorch's makes of float32 products; nothing for other dtypes."""
+    from .gemm import precision  # which needs this module
+
+    return precision(dtype) if dtype == torch.float32 else ""
 
 
 def register(
@@ -138,7 +148,10 @@ def register(
         _library.impl(op.name, run, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
-    return Kernel(overload, dtypes, unsupported, needs_selfcheck=True, build=build_identity())
+    launches = functools.partial(trace.launches, run)
+    return Kernel(
+        overload, dtypes, unsupported, needs_selfcheck=True, build=build_identity(), launches=launches, mode=mode
+    )
 
 
 # Device side ----------------------------------------------------------------------------------------------------

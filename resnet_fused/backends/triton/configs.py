@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 import triton
 
+from .. import cards
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -52,11 +54,8 @@ def power_of_two(n: int, low: int, high: int) -> int:
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, e.g. 90; that of an H100 where there is no GPU (interpreter, meta tensors)."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    """Compute capability as one number, e.g. 90, of the card that launches on `device` are shaped for."""
+    return cards.of(device).arch
 
 
 @functools.lru_cache(maxsize=1024)

@@ -25,6 +25,7 @@ import triton.language as tl
 from ...ops import conv1x1 as op
 from ...ops import lazy
 from ...ops.contract import Tensor, channels_last_strides
+from .. import cards
 from . import bn_stats, checks, common, gemm
 from .common import first_row, narrow, rows_in, widen
 from .configs import Config
@@ -82,16 +83,20 @@ def conv1x1_kernel(
         tl.store(where + 2 * plane, q, mask=in_cols)
 
 
-def tiles_per_program(row_tiles: int, column_tiles: int, config: Config, c: int, k: int, size: int) -> int:
+def tiles_per_program(
+    row_tiles: int, column_tiles: int, config: Config, c: int, k: int, size: int, card: cards.Card = cards.H100
+) -> int:
     """Row tiles of a program: a function of shapes alone, so that sums have the same bits in every run.
 
     Args:
         size: bytes of an element of x and z.
+        card: the same for all but a self-check's.
     """
     total = row_tiles * column_tiles
     narrow = WIDE // min(WIDE, config.block_n)
     small_partials = common.cdiv(PARTIAL_SHARE * 12 * k, size * (c + k) * config.block_m)
-    return max(narrow, common.cdiv(total, PROGRAMS), min(small_partials, total // MIN_PROGRAMS))
+    most, least = card.programs(PROGRAMS), card.programs(MIN_PROGRAMS)
+    return max(narrow, common.cdiv(total, most), min(small_partials, total // least))
 
 
 def merge(partial: Tensor, rows: int, chunk_rows: int, mean: Tensor, m2: Tensor) -> None:
@@ -131,7 +136,7 @@ def run(
         return z.zero_(), mean, m2
     config = gemm.configuration(NAME, x, k, c)
     column_tiles, row_tiles = common.cdiv(k, config.block_n), common.cdiv(rows, config.block_m)
-    tiles = tiles_per_program(row_tiles, column_tiles, config, c, k, x.element_size())
+    tiles = tiles_per_program(row_tiles, column_tiles, config, c, k, x.element_size(), cards.of(x.device))
     chunks = common.cdiv(row_tiles, tiles)
     partial = x.new_empty((3, chunks, k), dtype=torch.float32) if emit_stats else None
     (units_in, div_in), (units_out, div_out) = gemm.split(c), gemm.split(k)

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from ...ops import conv1x1_backward as op
 from ...ops.contract import Tensor, channels_last_strides, nbytes
-from . import checks, common, configs, conv1x1_wgrad, gemm
+from .. import cards
+from . import checks, common, configs, conv1x1_wgrad, gemm, splits
 from .common import first_row, load_factor, narrow, rows_in, widen
 from .conv1x1_wgrad import fold_rows
 from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
@@ -27,8 +28,8 @@ from .gemm import apply_activation, dot, tile_of
 from .lazy_tiles import load_row, load_tile, read_gradient, store_tile
 
 NAME = op.OP.name
+BUSY = 0.64  # of the multiprocessors: 40 KB on its way to each is what the memory of most cards delivers in 1 us
 FOLD = 8  # rows that a sum over rows keeps apart in registers
-BUSY = 0.7  # of an H100's SMs: a tile of 40 KB on its way to each is what its memory delivers in 1 us
 
 
 @triton.jit(do_not_specialize=["splits", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW"])
@@ -144,19 +145,21 @@ def start(g, weight, x, gradient, weight_scale, additions, residual, stride, res
     moved = nbytes(g, *gradient[:2], x, residual[0], results[0])
     partial_bytes = 8 * (k * (c + 1) + (2 * c if sums else 0))
     sizes = (rows, column_tiles, moved // rows, partial_bytes, config.block_m)
-    splits, tiles = conv1x1_wgrad.row_splits(*sizes, busy=BUSY, per_sm=1)  # registers for one
+    split = splits.choose(*sizes, cards.of(g.device).sms, splits.resident(config), busy=BUSY)
+    count = split.splits
     grad_x, *merged = results
-    partial = merged if splits == 1 else [t.new_empty((splits, *t.shape)) for t in merged]
-    partial_sums = g.new_empty((2, splits, c), dtype=torch.float32) if sums else None
+    partial = merged if count == 1 else [t.new_empty((count, *t.shape)) for t in merged]
+    partial_sums = g.new_empty((2, count, c), dtype=torch.float32) if sums else None
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
-    sizes = {"splits": splits, "M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": tiles, "W": w, "HW": h * w}
+    sizes = {"splits": count, "M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": split.row_tiles, "W": w}
+    sizes["HW"] = h * w
     sizes |= {"STRIDE_H": stride[0], "STRIDE_W": stride[1], "DIV_K": div_k, "DIV_C": div_c}
     sizes |= {"PRECISION": gemm.precision(g.dtype), "TRANSPOSED": transposed}
     sizes |= {"FOLDED": min(FOLD, config.block_m), "PARTS": common.cdiv(k, config.block_k)}
     sizes |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_n}
     arguments = (g, weight, x, *gradient, weight_scale, *additions, *residual, grad_x, *partial, partial_sums)
-    gemm.launch(conv1x1_backward_kernel, splits * column_tiles, config, *arguments, **sizes)
-    if splits > 1:
+    gemm.launch(conv1x1_backward_kernel, count * column_tiles, config, *arguments, **sizes)
+    if count > 1:
         conv1x1_wgrad.merge(tuple(partial), tuple(merged))
     if sums:
         add_chunks(partial_sums, sums)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ...ops import conv1x1_dgrad as op
 from ...ops.contract import Tensor, channels_last_strides
+from .. import cards
 from . import checks, common, configs, gemm
 from .common import first_row, load_factor, narrow, rows_in, widen
 from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
@@ -134,13 +135,13 @@ def chosen(device: torch.device, element_size: int, c: int, k: int, precision: s
     return config, arch // 10 in (9, 10) and config.block_n >= 64
 
 
-def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool) -> tuple[int, int]:
+def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool, card: cards.Card = cards.H100) -> tuple[int, int]:
     """Row tiles of a program, and how many programs then share a column: by shapes, not by the number of SMs."""
     tiles = common.cdiv(rows, block_m)
     if not sums:
         return 1, tiles
-    chunks = max(common.cdiv(rows, SUM_ROWS), common.cdiv(SUM_PROGRAMS, column_tiles))
-    per_program = common.cdiv(tiles, min(tiles, CHUNKS, chunks))
+    chunks = max(common.cdiv(rows, SUM_ROWS), common.cdiv(card.programs(SUM_PROGRAMS), column_tiles))
+    per_program = common.cdiv(tiles, min(tiles, card.programs(CHUNKS), chunks))
     return per_program, common.cdiv(tiles, per_program)
 
 
@@ -152,7 +153,7 @@ def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> No
     if weight is None:  # a tile of it is added where the accumulator and the epilogue's vectors take all registers
         config = dataclasses.replace(config, block_m=min(config.block_m, 64))
     column_tiles = common.cdiv(c, config.block_n)
-    tiles, chunks = row_tiles(n * h * w, config.block_m, column_tiles, bool(sums))
+    tiles, chunks = row_tiles(n * h * w, config.block_m, column_tiles, bool(sums), cards.of(g.device))
     partial = g.new_empty((2, chunks, c), dtype=torch.float32) if sums else None
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
     sizes = {"chunks": chunks, "M": n * h * w, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": tiles, "W": w}

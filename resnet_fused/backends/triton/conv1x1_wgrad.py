@@ -13,8 +13,6 @@ not measured.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -22,49 +20,17 @@ import triton.language as tl
 from ...ops import conv1x1_wgrad as op
 from ...ops import lazy
 from ...ops.contract import Tensor
-from . import checks, common, gemm
+from .. import cards
+from . import checks, common, gemm, splits
 from .common import first_row, load_factor, rows_in, widen
 from .gemm import apply_activation, dot, tile_of
 from .lazy_tiles import load_gradient, load_row
 
-PROGRAMS = 132  # one per SM of an H100, twice as many where partial results stay cheap; a constant on every card
-CHEAP = 0.02  # partial results up to this share of the reads
-BUSY = 7 / 8  # of the SMs, are enough where that keeps partial results cheap
-MIN_ROWS = 256  # a split's, so that a small layer does not spend its time on merging
 FOLD = 16  # rows that a sum over rows keeps apart in registers, so that the loop crosses no threads
 MERGE = {"BLOCK_S": 16, "BLOCK": 128}  # splits and elements of a merging tile, whatever the batch: one kernel each
 
 
-# Splits, shared with `gram` ---------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1024)
-def row_splits(
-    rows: int,
-    tiles: int,
-    row_bytes: int,
-    partial_bytes: int,
-    block_m: int,
-    most_rows: int | None = None,
-    busy: float = BUSY,
-    per_sm: int = 2,
-) -> tuple[int, int]:
-    """``(splits, row tiles per split)`` of a sum over `rows`, by shape alone.
-
-    Args:
-        tiles: programs per split.
-        row_bytes: read per row.
-        partial_bytes: written and read again per split.
-        most_rows: per split, whatever that costs.
-        busy: share of the SMs that is enough where it keeps partial results cheap.
-        per_sm: programs that an SM has at most, where partial results stay cheap.
-    """
-    cheap = int(CHEAP * rows * row_bytes / partial_bytes)
-    wanted = min(per_sm * PROGRAMS // tiles, cheap) if cheap >= busy * (PROGRAMS // tiles) else PROGRAMS // tiles
-    splits = max(1, min(wanted, rows // MIN_ROWS), common.cdiv(rows, most_rows) if most_rows else 1)
-    row_tiles = common.cdiv(rows, block_m)
-    per_split = common.cdiv(row_tiles, splits)
-    return common.cdiv(row_tiles, per_split), per_split
+# Sums, shared with `gram` -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -203,31 +169,33 @@ def run(
     config = gemm.configuration(op.OP.name, g, k, c)
     tiles = common.cdiv(k, config.block_n) * common.cdiv(c, config.block_k)
     rows = n * h * w
-    splits, row_tiles = row_splits(rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)
+    sizes = (rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)
+    split = splits.choose(*sizes, cards.of(g.device).sms, splits.resident(config))
     grad_weight, sum_g = (g.new_empty(shape, dtype=torch.float32) for shape in ((k, c), (k,)))
     partial = grad_weight, sum_g
-    if splits > 1:
-        partial = tuple(t.new_empty((splits, *t.shape)) for t in partial)
+    if split.splits > 1:
+        partial = tuple(t.new_empty((split.splits, *t.shape)) for t in partial)
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
-    sizes = {"M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "DIV_K": div_k, "DIV_C": div_c, "TILES": row_tiles}
+    sizes = {"M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "DIV_K": div_k, "DIV_C": div_c}
+    sizes["TILES"] = split.row_tiles
     geometry = {"H": x.shape[2], "W": x.shape[3], "W_OUT": w, "HW_OUT": h * w, "STRIDE_H": stride[0],
                 "STRIDE_W": stride[1], "STRIDED": tuple(stride) != (1, 1)}  # fmt: skip
     blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n, "BLOCK_C": config.block_k}
     blocks |= {"FOLDED": min(FOLD, config.block_m), "PRECISION": gemm.precision(g.dtype)}
     gradient = (used_z, mask, a, b, d, *recompute, sample_factor)
-    gemm.launch(conv1x1_wgrad_kernel, splits * tiles, config, g, x, *gradient, x_scale, x_shift, *partial,
+    gemm.launch(conv1x1_wgrad_kernel, split.splits * tiles, config, g, x, *gradient, x_scale, x_shift, *partial,
                 **sizes, **geometry, **blocks)  # fmt: skip
-    if splits > 1:
+    if split.splits > 1:
         merge(partial, (grad_weight, sum_g))
     return grad_weight, sum_g
 
 
 def merge(partial: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> None:
     """Add the splits of both results in one launch."""
-    splits, k, c = partial[0].shape
+    count, k, c = partial[0].shape
     weight_tiles, sum_tiles = common.cdiv(k * c, MERGE["BLOCK"]), common.cdiv(k, MERGE["BLOCK"])
     units, div = gemm.split(k * c)
-    sizes = {"splits": splits, "UNITS": units, "K": k, "weight_tiles": weight_tiles, "DIV": div}
+    sizes = {"splits": count, "UNITS": units, "K": k, "weight_tiles": weight_tiles, "DIV": div}
     kernel = conv1x1_wgrad_merge_kernel
     common.start(kernel, weight_tiles + sum_tiles, partial[0], partial[1], *results, **sizes, **MERGE)
 

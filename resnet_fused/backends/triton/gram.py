@@ -25,9 +25,10 @@ import triton.language as tl
 from ...ops import gram as op
 from ...ops import lazy
 from ...ops.contract import Tensor
-from . import checks, common, configs, gemm
+from .. import cards
+from . import checks, common, configs, gemm, splits
 from .common import first_row, narrow, rows_in, widen
-from .conv1x1_wgrad import FOLD, MERGE, fold_rows, row_splits, sum_splits
+from .conv1x1_wgrad import FOLD, MERGE, fold_rows, sum_splits
 from .gemm import dot, read_rows, tile_of
 from .lazy_tiles import load_activation, load_row
 
@@ -171,16 +172,18 @@ def run(
     column_tiles = common.cdiv(c, block)
     pairs = column_tiles * (column_tiles + 1) // 2
     plane = pairs * block * block - column_tiles * block * (block - 1) // 2  # of `tile_start`
-    splits, tiles = row_splits(rows, pairs, c * a.element_size(), 8 * (plane + c), config.block_m, MOST_ROWS)
+    sizes = (rows, pairs, c * a.element_size(), 8 * (plane + c), config.block_m)
+    split = splits.choose(*sizes, cards.of(a.device).sms, splits.resident(config), MOST_ROWS)
     gram, total = (a.new_empty(shape, dtype=torch.float32) for shape in ((c, c), (c,)))
-    partial = (gram.new_empty((splits, plane)), gram.new_empty((splits, c)))
+    partial = (gram.new_empty((split.splits, plane)), gram.new_empty((split.splits, c)))
     units, div = gemm.split(c)
     sizes = {"column_tiles": column_tiles, "pairs": pairs, "BLOCK_C": block}
-    meta = {"M": rows, "UNITS": units, "TILES": tiles, "DIV": div, "BLOCK_M": config.block_m, "FOLDED": FOLD}
+    meta = {"M": rows, "UNITS": units, "TILES": split.row_tiles, "DIV": div, "BLOCK_M": config.block_m, "FOLDED": FOLD}
     geometry = {"H": a.shape[2], "W": a.shape[3], "W_OUT": w, "HW_OUT": h * w}
     geometry |= {"STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-    gemm.launch(gram_kernel, splits * pairs, config, a, centre, scale, shift, *partial, **sizes, **meta, **geometry)
-    meta = {"splits": splits, "C": c, "ROWS": MERGE_ROWS, **MERGE}
+    programs = split.splits * pairs
+    gemm.launch(gram_kernel, programs, config, a, centre, scale, shift, *partial, **sizes, **meta, **geometry)
+    meta = {"splits": split.splits, "C": c, "ROWS": MERGE_ROWS, **MERGE}
     programs = pairs * block * block // MERGE["BLOCK"] + common.cdiv(c, MERGE["BLOCK"])
     common.start(gram_merge_kernel, programs, partial[0], partial[1], gram, total, **sizes, **meta)
     return gram, total

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...backends import Backend, backends
-from ...backends.selfcheck import allowed_error, results
+from ...backends.selfcheck_compare import allowed_error, results
 from ...blocks import devices
 from ...ops.contract import pack_mask
 from . import measure

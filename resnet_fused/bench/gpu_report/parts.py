@@ -23,17 +23,19 @@ def _own(name: str, share: float, item_seconds: float = 60.0, checks: bool = Fal
     return Part(name, f"{__package__}.{name}", share, item_seconds, checks)
 
 
-#: Correctness first: a time of a wrong kernel is worth nothing. torch.compile takes minutes, and comes late.
+#: Kernels are compiled in parallel before any is needed. Then correctness: a time of a wrong kernel is worth nothing.
+#: torch.compile takes minutes, and comes late.
 PARTS = (
-    _own("environment", 0.04),
-    _own("selfcheck", 0.20, 90.0, checks=True),
-    _own("models", 0.24, 150.0),
-    _own("bandwidth", 0.15),
-    _own("evaluation", 0.08),
-    _own("cuda_graph", 0.06),
+    _own("environment", 0.03),
+    _own("warmup", 0.16, 300.0),
+    _own("selfcheck", 0.16, 90.0, checks=True),
+    _own("models", 0.20, 150.0),
+    _own("bandwidth", 0.14),
+    _own("evaluation", 0.07),
+    _own("cuda_graph", 0.05),
     _own("blocks", 0.06, 120.0),
-    _own("contract", 0.06, 90.0, checks=True),
-    _own("sweep", 0.06),
-    _own("compiled", 0.05, 400.0),
+    _own("contract", 0.05, 90.0, checks=True),
+    _own("sweep", 0.05),
+    _own("compiled", 0.03, 400.0),
 )
 BY_NAME = {part.name: part for part in PARTS}

@@ -1,6 +1,8 @@
-"""The self-checks that kernels must pass before they are used, of every backend that serves the device.
+"""The self-checks that kernels must pass before they are used.
 
-Kernels of GPUs come first, in the dtype that training uses.
+First those of every configuration that the models' steps start, as ``verify --model`` runs them, then the small cases
+of every kernel that serves the device, in the dtype that training uses before others. Verdicts are remembered on disk:
+the parts that follow need not judge again.
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ...backends import Backend, backends
+from ...backends import Backend, backends, cards, check_call
 from ...backends import selfcheck as checks
+from ...convert import calls as fake_calls
+from ...convert.coverage import Coverage
 from ...ops import OPS
+from . import bandwidth
+from .calls import Call, calls_of
 from .context import Context
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -29,18 +35,38 @@ def kernels(context: Context) -> Iterator[tuple[torch.dtype, Backend, str]]:
 
 
 def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
-    """One for each dtype, backend and op: an item that dies leaves the others."""
+    """One for each configuration of a model, and for each dtype, backend and op: one that dies leaves the others."""
+    coverage = Coverage(cards.of(context.device))
+    for model, training in bandwidth.plans(context) if context.on_gpu else ():
+        for call in bandwidth.ordered(context, calls_of(context, model, training)):
+            if coverage.add(fake_calls.Call(call.op, call.without_values(), {})):
+                name = f"{model}, {'training' if training else 'evaluation'}: {call.op} {call.label}"
+                yield name, functools.partial(check_configuration, context, call)
     for dtype, backend, op in kernels(context):
         name = f"{backend.name} {op} {checks.name_of(dtype)}"
         yield name, functools.partial(check, context, backend, op, dtype)
 
 
+def check_configuration(context: Context, call: Call) -> None:
+    """Run the cases that start the same binaries in the same ways as `call` does."""
+    write(context, check_call(call.op, call.without_values(), {}, indexed(context)))
+
+
 def check(context: Context, backend: Backend, op: str, dtype: torch.dtype) -> None:
-    """Run the cases of one kernel; its verdict is remembered for the parts that follow, as ``verify`` does it."""
-    device = torch.empty(0, device=context.device).device  # "cuda" becomes "cuda:0"
-    verdicts = checks.check_kernel(backend, op, dtype, device)
+    """Run the small cases of one kernel."""
+    verdicts = checks.check_kernel(backend, op, dtype, indexed(context))
     if backend.kernels[op].needs_selfcheck:
-        checks.judge(backend, op, dtype, device, verdicts)
+        checks.judge(backend, op, dtype, indexed(context), verdicts)
+    write(context, verdicts)
+
+
+def indexed(context: Context) -> torch.device:
+    """ "cuda" as "cuda:0": verdicts are of one device."""
+    return torch.empty(0, device=context.device).device
+
+
+def write(context: Context, verdicts: list[checks.Verdict]) -> None:
+    """A row for each case."""
     for verdict in verdicts:
         fields = dataclasses.asdict(verdict)
-        context.row(fields.pop("status"), name=op, **fields)
+        context.row(fields.pop("status"), name=fields.pop("op"), **fields)

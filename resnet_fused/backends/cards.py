@@ -1,0 +1,71 @@
+"""The GPU that a launch is shaped for: its own where there is one, an H100 where there is none, or an assumed one.
+
+Host code of the Triton kernels asks :func:`of` for the architecture, which decides tiles, and for the number of
+multiprocessors, which decides how many programs share a sum. Neither is asked of the driver twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What the shape of a launch depends on."""
+
+    arch: int = 90  # compute capability as one number
+    sms: int = 132  # multiprocessors
+    scale: int = 1  # divides every number of programs: a self-check reaches many row tiles and splits in small tensors
+
+    def programs(self, wanted: int) -> int:
+        """`wanted` programs on this card: fewer on a card that a self-check assumes."""
+        return max(1, wanted // self.scale)
+
+    def small(self) -> Card:
+        """The same architecture with two multiprocessors, and as much less of everything else."""
+        return Card(self.arch, 2, self.sms // 2)
+
+
+H100 = Card()
+_assumed: contextvars.ContextVar[Card | None] = contextvars.ContextVar("resnet_fused assumed card", default=None)
+
+
+@contextlib.contextmanager
+def assuming(card: Card | None) -> Iterator[None]:
+    """Shape launches for `card` within a ``with`` block, in this thread; None: for the device they are for."""
+    token = _assumed.set(card)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def of(device: torch.device) -> Card:
+    """The card to shape a launch for."""
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed
+    if device.type != "cuda":  # the interpreter, or meta tensors
+        return H100
+    return _card(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _card(index: int) -> Card:
+    told = torch.cuda.get_device_properties(index)
+    return Card(10 * told.major + told.minor, told.multi_processor_count)
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Whether a pointer to `t` is a multiple of 16 bytes, for which Triton compiles another binary than for others.
+
+    A meta tensor's is where it begins in its storage.
+    """
+    at = t.storage_offset() * t.element_size() if t.device.type == "meta" else t.data_ptr()
+    return at % 16 == 0

@@ -1,8 +1,9 @@
 """What each part of a GPU's report measures and finds wrong, on the CPU and small shapes."""
 
+import contextlib
 import dataclasses
-import importlib.util
 import pathlib
+import types
 
 import pytest
 import torch
@@ -10,17 +11,17 @@ from test_gpu_report import TINY
 
 from resnet_fused.backends import backends
 from resnet_fused.backends.declaration import Kernel
+from resnet_fused.backends.selfcheck import Verdict
 from resnet_fused.bench import equality, named
-from resnet_fused.bench.gpu_report import bandwidth, calls, child, cudnn, measure, tables
+from resnet_fused.bench.gpu_report import bandwidth, calls, child, cuda_graph, cudnn, measure, selfcheck, warmup
 from resnet_fused.bench.gpu_report.calls import Call, Spec
 from resnet_fused.bench.gpu_report.context import Context
 from resnet_fused.bench.gpu_report.parts import BY_NAME, PARTS
 from resnet_fused.bench.gpu_report.stream import Document, Stream
 from resnet_fused.bench.timing import Samples
 from resnet_fused.blocks import devices, plan
+from resnet_fused.convert.warmup import Warmed
 from resnet_fused.ops import OPS
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def context_of(tmp_path, part, settings=TINY):
@@ -145,6 +146,102 @@ def test_cudnns_fused_operations_are_given_what_makes_the_same_network(monkeypat
     assert "GPU" in cudnn.unavailable(torch.device("cpu"))
 
 
+class Graph:
+    """A CUDA graph on the CPU: what is captured has run, and a replay runs nothing."""
+
+    replays = 0
+
+    def replay(self):
+        Graph.replays += 1
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Graphs that are captured on the CPU, whatever device a report is of."""
+
+    def do_nothing(*args, **kwargs):
+        return contextlib.nullcontext()
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": Graph, "graph": do_nothing, "stream": do_nothing, "synchronize": do_nothing}
+    fakes |= {"Stream": lambda: stream, "current_stream": lambda: stream}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Graph, "replays", 0)
+
+
+def test_graphs_are_compared_with_plain_steps_and_timed_beside_them(tmp_path, monkeypatch, captures):
+    monkeypatch.setattr(Context, "on_gpu", True)
+    context = context_of(tmp_path, "cuda_graph")
+    child.work(context, BY_NAME["cuda_graph"].module, set())
+    rows = rows_of(context)
+    peers = {"eager", "eager, CUDA graph", "fused", "fused, CUDA graph"}
+    timed = {(row["mode"], row["batch"], row["peer"]) for row in rows if row["status"] == "measured"}
+    wanted = (("evaluation", 1), ("evaluation", 2), ("training", 2))
+    assert timed == {(*what, peer) for what in wanted for peer in peers}
+    values = [row for row in rows if row["lap"] == "values"]
+    assert len(values) == 6 and {row["status"] for row in values} == {"passed"}
+    assert Graph.replays > len(values)
+
+
+def test_what_a_graph_got_wrong_is_a_failure(tmp_path, monkeypatch, captures):
+    monkeypatch.setattr(Context, "on_gpu", True)
+    monkeypatch.setattr(cuda_graph, "captured", lambda step: (Graph(), step() * 1.1))
+    context = context_of(tmp_path, "cuda_graph")
+    context.item = "a test"
+    cuda_graph.measure(context, "resnet18", 2, False)
+    failed = Document.of_lines(context.stream.read(), True).failures()
+    assert {row["peer"] for row in failed} == {"eager, CUDA graph", "fused, CUDA graph"}
+
+
+def test_calls_that_cannot_be_captured_are_timed_one_by_one(captures):
+    x, cuda = torch.ones(4), torch.device("cuda")
+
+    def refuses():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert measure.captured([lambda: x + 1], cuda) is not None
+    assert measure.captured([refuses], cuda) is None
+
+
+def test_every_configuration_of_a_gpus_plan_is_checked(tmp_path, monkeypatch):
+    """As `verify --model` does it; nothing runs here."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    asked = []
+
+    def check_call(op, args, kwargs, device):
+        asked.append((op, {t.device.type for t in args if isinstance(t, torch.Tensor)}, kwargs, device.type))
+        return [Verdict(op, "triton", "bfloat16", "a test", "failed" if op == "gram" else "passed")]
+
+    monkeypatch.setattr(Context, "on_gpu", True)
+    monkeypatch.setattr(devices, "of", lambda device: devices.find("h100"))
+    monkeypatch.setattr(selfcheck, "check_call", check_call)
+    monkeypatch.setattr(selfcheck, "kernels", lambda context: ())
+    context = context_of(tmp_path, "selfcheck", Half(size=64))
+    child.work(context, BY_NAME["selfcheck"].module, set())
+    ops = {op for op, *_ in asked}
+    assert {"conv1x1", "conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "conv1x1_backward", "gram", "bn_stats"} <= ops
+    assert all(rest == [{"meta"}, {}, "cpu"] for _, *rest in asked)
+    assert len(asked) > 30 and len(rows_of(context)) == len(asked)
+    assert {row["name"] for row in Document.of_lines(context.stream.read(), True).failures()} == {"gram"}
+
+
+def test_what_does_not_compile_is_a_failure(tmp_path, monkeypatch):
+    made = []
+
+    def compile_nothing(model, example):
+        made.append((model.training, tuple(example.shape), example.dtype))
+        return Warmed(53, 52, 1.0, ("gram_kernel: out of registers",))
+
+    monkeypatch.setattr(warmup.resnet_fused, "warmup", compile_nothing)
+    monkeypatch.setattr(Context, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    context = context_of(tmp_path, "warmup")
+    child.work(context, BY_NAME["warmup"].module, set())
+    assert made == [(True, (2, 3, 32, 32), torch.float32), (False, (2, 3, 32, 32), torch.float32)]
+    assert [row["status"] for row in rows_of(context)] == ["measured", "failed"] * 2
+
+
 class Product:
     """A tiled kernel timed by its tile: twice the rows are faster; with other columns it is fastest, and wrong."""
 
@@ -193,50 +290,3 @@ def test_a_sweep_proposes_what_is_right_and_faster_and_changes_nothing(tmp_path,
     assert (line["op"], line["capability"], line["columns"], line["depth"]) == ("conv1x1", 90, 16, 16)
     assert line["config"] == dataclasses.asdict(dataclasses.replace(product.default, block_m=256))
     assert line["ms"] < line["ms_in_use"]
-
-
-@pytest.fixture
-def readme_tables():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def document():
-    """As of a GPU."""
-    where = {"part": "selfcheck", "checks": True, "item": "x", "backend": "triton", "dtype": "bfloat16", "case": "odd"}
-    rows = [where | {"status": "passed", "name": op} for op in ("gram", "conv1x1")]
-    rows += [where | {"status": "failed", "name": "gram", "error": 1.0, "allowed": 0.1}]
-    timed = {"part": "models", "status": "measured", "item": "resnet50", "name": "resnet50", "mode": "training"}
-    timed |= {"lap": "total", "batch": 256}
-    rows += [timed | {"peer": peer, "ms": ms, "ratio": 80 / ms} for peer, ms in (("eager", 80.0), ("fused", 50.0))]
-    found = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-12-01", "torch": "2.14.1"}
-    return Document(found, [], rows, [], True)
-
-
-def test_recorded_reports_reach_readme(tmp_path, monkeypatch, readme_tables):
-    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
-    assert readme_tables.gpu() == "No report of a GPU is recorded yet."
-    (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "h100.json").write_text(document().to_json())
-    support = readme_tables.support()
-    assert "FAILED on NVIDIA H100 80GB HBM3" in next(line for line in support.splitlines() if "`gram`" in line)
-    assert "| passed on NVIDIA H100 80GB HBM3 |" in next(line for line in support.splitlines() if "`conv1x1`" in line)
-    text = readme_tables.gpu()
-    assert "| resnet50, training, batch 256 | 80.0 (1.00x) | 50.0 (1.60x) |" in text
-    assert "FAILED selfcheck: x, odd: error 1.0, allowed 0.1" in text and "gpu/h100.json" in text
-    with pytest.raises(SystemExit, match="0 places for gpu"):
-        monkeypatch.setattr(readme_tables, "results", lambda: "")
-        monkeypatch.setattr(readme_tables, "traffic", lambda: "")
-        readme_tables.written("".join(f"<!-- {name} --><!-- /{name} -->" for name in ("results", "traffic", "support")))
-
-
-def test_a_document_is_what_was_written(tmp_path):
-    path = tmp_path / "report.json"
-    path.write_text(document().to_json())
-    assert Document.from_file(path) == document()
-    assert tables.summary(document()).count("FAILED") == 1
-    path.write_text('{"schema": 1, "rows": []}')
-    with pytest.raises(ValueError, match="no report of schema"):
-        Document.from_file(path)

@@ -17,21 +17,37 @@ from . import environment
 from .context import Context, DeviceLost, Settings, alive, reason_of
 from .stream import Stream
 
+CLOCK_SECONDS = 5.0  # between two looks at the clocks, each of which takes a tenth of one
 LOST = 3  # exit code: the device's context is broken, the next process may go on
+
+
+class Clocks:
+    """Clocks, power and temperature beside the rows: the card may slow down in the middle of a part."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.last = context, float("-inf")
+        self.sample()
+
+    def sample(self, least: float = CLOCK_SECONDS) -> None:
+        """Write what they are now, unless that was done less than `least` seconds ago."""
+        if time.monotonic() - self.last >= least:
+            self.last = time.monotonic()
+            found = environment.clocks(self.context.device) | {"after": self.context.item}
+            self.context.stream.write("clocks", part=self.context.part, found=found)
 
 
 def work(context: Context, module: str, skip: set[str], wanted: Callable[[], bool] = lambda: True) -> None:
     """Run the items of a part one by one while there is time, and while the report is still `wanted`."""
-    late = []
+    clocks = Clocks(context)
     for name, run in importlib.import_module(module).items(context):
         if name in skip:
             continue
         if not wanted():
             return
-        if context.left() <= 0:
-            late.append(name)
-            continue
         context.item = name
+        if context.left() <= 0:
+            context.skip("no time left for this item and those after it")
+            break
         context.stream.write("begin", part=context.part, item=name)
         try:
             run()
@@ -41,9 +57,8 @@ def work(context: Context, module: str, skip: set[str], wanted: Callable[[], boo
             context.row("error", reason=reason_of(error))
             alive(context.device)
         context.stream.write("end", part=context.part, item=name)
-    if late:
-        context.item = late[0]
-        context.skip(f"no time left for {len(late)} items", items=late)
+        clocks.sample()
+    clocks.sample(0.0)
 
 
 def main(text: str) -> int:
@@ -58,9 +73,7 @@ def main(text: str) -> int:
     try:
         context.device_facts = environment.device_facts(context.device)
         context.stream.write("provenance", part=context.part, found=environment.provenance(context))
-        context.stream.write("clocks", part=context.part, found=environment.clocks(context.device))
         work(context, asked["module"], set(asked["skip"]), lambda: os.getppid() == asked["parent"])
-        context.stream.write("clocks", part=context.part, found=environment.clocks(context.device))
     except DeviceLost as error:
         print(f"the device is lost: {error}", file=sys.stderr)
         return LOST

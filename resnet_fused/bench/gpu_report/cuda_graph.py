@@ -25,9 +25,9 @@ def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
     if not context.on_gpu:
         yield name, lambda: context.skip(NO_GPU, name=name)
         return
-    for count in (1, batch):
+    for count in sorted({1, batch}):
         yield f"{name}, evaluation, batch {count}", functools.partial(measure, context, name, count, False)
-    for count in (batch // 8, batch):
+    for count in sorted({max(2, batch // 8), batch}):
         yield f"{name}, training step, batch {count}", functools.partial(measure, context, name, count, True)
 
 

@@ -24,7 +24,7 @@ OWN_SHARE = 0.85
 #: A process needs about as long to import torch and to find the GPU.
 LEAST_SECONDS = 4.0
 #: What a part gets however short the report is, as long as there is time at all.
-FAIR_SECONDS = 10.0
+FAIR_SECONDS = 15.0
 MOST_RESTARTS = 5
 TAIL = 2000  # characters of what a process said before it died
 POLL_SECONDS = 0.2

@@ -1,10 +1,14 @@
-"""Parts that misbehave, for test_gpu_report.py: each module-level name is a module with ``items``, see `install`."""
+"""Settings for tests of the report, and parts that misbehave: each module-level name is a module with ``items``, see `install`."""
 
 import os
 import pathlib
 import subprocess
 import sys
 import time
+
+from resnet_fused.bench.gpu_report.context import Settings
+
+TINY = Settings("cpu", models=("resnet18",), batch=2, size=32, quick=True)
 
 
 def row(context, number):

@@ -10,13 +10,11 @@ import time
 
 import injected_parts
 import pytest
+from injected_parts import TINY
 
 from resnet_fused.bench.gpu_report import runner, tables
-from resnet_fused.bench.gpu_report.context import Settings
 from resnet_fused.bench.gpu_report.parts import PARTS, Part
 from resnet_fused.bench.gpu_report.stream import Document, Stream
-
-TINY = Settings("cpu", models=("resnet18",), batch=2, size=32, quick=True)
 
 
 @pytest.fixture

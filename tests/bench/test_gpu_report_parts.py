@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from test_gpu_report import TINY
+from injected_parts import TINY
 
 from resnet_fused.backends import backends
 from resnet_fused.backends.declaration import Kernel

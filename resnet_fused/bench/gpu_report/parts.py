@@ -32,10 +32,11 @@ PARTS = (
     _own("models", 0.20, 150.0),
     _own("bandwidth", 0.14),
     _own("evaluation", 0.07),
+    _own("norms", 0.02),
     _own("cuda_graph", 0.05),
-    _own("blocks", 0.06, 120.0),
+    _own("blocks", 0.05, 120.0),
     _own("contract", 0.05, 90.0, checks=True),
-    _own("sweep", 0.05),
+    _own("sweep", 0.04),
     _own("compiled", 0.03, 400.0),
 )
 BY_NAME = {part.name: part for part in PARTS}

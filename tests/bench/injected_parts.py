@@ -1,4 +1,4 @@
-"""Settings for tests of the report, and parts that misbehave: each module-level name is a module with ``items``, see `install`."""
+"""Small settings for tests of a GPU's report, and parts that misbehave, which `install` makes modules of."""
 
 import os
 import pathlib

@@ -136,6 +136,48 @@ def test_tune(tmp_path, monkeypatch):
     assert f"Kept in {file}" in ran.stdout
 
 
+WARM_UP_WITHOUT_A_COMPILER = """
+import sys
+from resnet_fused.backends.triton import compile
+def compile_all(launches, arch, workers, tell):
+    done = [compile.Done(launch.kernel.fn.__name__, 0.1, error="no luck") for launch in compile.different(launches)]
+    for each in done:
+        tell(each, len(done))
+    return done
+compile.compile_all = compile_all
+from resnet_fused.cli import main
+sys.exit(main(["warmup", *sys.argv[1:]]))
+"""
+
+
+def test_warmup_compiles_for_a_gpu_that_is_elsewhere():
+    pytest.importorskip("triton")
+    options = ("resnet50", "--batch", "8", "--device-capability", "9.0")
+    ran = resnet_fused(*options, code=WARM_UP_WITHOUT_A_COMPILER)
+    assert ran.returncode == 1, ran.stderr
+    first, *failures = ran.stdout.splitlines()
+    assert first.startswith(f"{len(failures)} Triton kernels, 0 of them compiled") and len(failures) > 50
+    assert "  does not compile: conv1x1_backward_kernel: no luck" in failures
+
+
+VERIFY_A_MODEL = """
+import sys
+from resnet_fused.cli import main, verify
+verify.BLOCKS.clear()
+verify.check_all = lambda device: []
+sys.exit(main(["verify", *sys.argv[1:]]))
+"""
+
+
+def test_verify_names_the_kernels_of_a_model():
+    pytest.importorskip("triton")
+    ran = resnet_fused("--model", "resnet50", "--batch", "8", "--device", "cpu", code=VERIFY_A_MODEL)
+    assert ran.returncode == 0, ran.stderr
+    checked, of, the, wanted = ran.stdout.split()[:4]
+    assert (of, the) == ("of", "the") and checked == wanted and int(wanted) > 40
+    assert "would be checked, but none runs on cpu" in ran.stdout
+
+
 MISTAKES = {
     "no command": ([], "info | verify | warmup | bench | explain"),
     "unknown command": (["train"], "'train' (choose from"),
@@ -149,6 +191,7 @@ MISTAKES = {
     "unknown part": (["gpu-report", "--parts", "weather"], "unknown part 'weather'; pass some of environment"),
     "no minutes": (["gpu-report", "--minutes", "-1"], "not a positive number of minutes"),
     "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
+    "no capability": (["warmup", "resnet50", "--device-capability", "hopper"], "pass one such as 9.0"),
     "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),
 }
 

@@ -58,8 +58,11 @@ def of(device: torch.device) -> Card:
 
 @functools.cache
 def _card(index: int) -> Card:
-    told = torch.cuda.get_device_properties(index)
-    return Card(10 * told.major + told.minor, told.multi_processor_count)
+    major, minor = torch.cuda.get_device_capability(index)
+    there = torch.cuda.is_available()  # it is not where only fake tensors are planned for
+    return Card(
+        10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count if there else H100.sms
+    )
 
 
 def aligned(t: torch.Tensor) -> bool:

@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from resnet_fused.backends.triton import splits
+from resnet_fused.backends.triton.configs import Config
+
 # Registers per thread: a block of 128 threads then finds room on an SM four times (128) or three times (168).
 REGISTERS = {
     "bn_stats_kernel": 64,
@@ -79,6 +82,15 @@ def test_no_spills_and_bounded_registers_and_shared_memory(rows):
         assert row["REG"] * 32 * row["warps"] <= 65536, f"{label(row)} finds no room on an SM"
         most = SHARED_BYTES if row["kernel"] in REGISTERS else SHARED_BYTES_OF[row["arch"]]
         assert row["shared"] <= most, f"{label(row)} takes {row['shared']} bytes of shared memory"
+
+
+def test_as_many_programs_are_resident_as_splits_count_on(rows):
+    """`splits.resident` promises no more than registers and shared memory leave room for."""
+    for row in rows:
+        if row["kernel"] in ("conv1x1_wgrad_kernel", "conv1x1_backward_kernel", "gram_kernel"):
+            registers = -(-row["REG"] * 32 // 256) * 256 * row["warps"]  # a warp's come in parts of 256
+            fit = min(65536 // registers, SHARED_BYTES_OF[row["arch"]] // row["shared"])
+            assert fit >= splits.resident(Config(0, 0, 0, row["warps"], 0)), f"{label(row)}: {fit} are resident"
 
 
 def test_products_use_tensor_cores(rows):

@@ -15,7 +15,7 @@ OLD = triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__v
 @pytest.mark.skipif(
     OLD, reason="the interpreter of Triton 3.6 needs numpy < 2.4; install either another Triton or numpy"
 )
-@pytest.mark.parametrize("name", ["triton_suite.py", "triton_chains.py"])
+@pytest.mark.parametrize("name", ["triton_suite.py", "triton_chains.py", "triton_faults.py"])
 def test_suite_in_the_interpreter(tmp_path, name):
     suite = Path(__file__).with_name(name)
     command = [

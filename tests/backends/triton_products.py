@@ -9,7 +9,7 @@ import torch
 from resnet_fused.backends import selfcheck_draws
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck_draws import ODD, Draw
-from resnet_fused.backends.triton import common, configs, conv1x1, conv1x1_dgrad, conv1x1_wgrad, gram
+from resnet_fused.backends.triton import common, configs, conv1x1, conv1x1_dgrad, splits
 from resnet_fused.ops.contract import unpack_mask
 from resnet_fused.testing import cases, check
 from resnet_fused.testing.conv1x1_cases import SHAPES, Pointwise
@@ -68,10 +68,12 @@ def small_tiles(monkeypatch, block, programs):
     monkeypatch.setattr(conv1x1, "PROGRAMS", programs)
     monkeypatch.setattr(conv1x1, "MIN_PROGRAMS", programs)
     monkeypatch.setattr(conv1x1_dgrad, "CHUNKS", programs)
-    monkeypatch.setattr(conv1x1_wgrad, "PROGRAMS", programs)
-    monkeypatch.setattr(conv1x1_wgrad, "MIN_ROWS", 1)
-    monkeypatch.setattr(gram, "MOST_ROWS", 2**31)
-    conv1x1_wgrad.row_splits.cache_clear()
+
+    def choose(rows, tiles, row_bytes, partial_bytes, block_m, *card, **bounds):
+        size = common.cdiv(common.cdiv(rows, block_m), max(1, programs // tiles))
+        return splits.Split(common.cdiv(common.cdiv(rows, block_m), size), size, "")
+
+    monkeypatch.setattr(splits, "choose", choose)
 
 
 @pytest.mark.parametrize("programs", [1, 7, 1000])
@@ -81,7 +83,6 @@ def test_any_split_into_tiles(monkeypatch, op, programs):
     small_tiles(monkeypatch, 16, programs)
     monkeypatch.setitem(SHAPES, "tile by tile", ((2, 24, 7, 9), 40))
     check_all(op, [case for case in cases(op, torch.bfloat16) if case.name.startswith("tile by tile")], torch.bfloat16)
-    conv1x1_wgrad.row_splits.cache_clear()
 
 
 @pytest.mark.parametrize("arch", [80, 120])

@@ -1,9 +1,11 @@
 """Write the tables of README.md from what they are about: recorded results, and the backends' declarations.
 
-Run:  python benchmarks/readme_tables.py [--check]
+Run:  python benchmarks/readme_tables.py [--check | --gpu FILE]
 
 Each table stands between ``<!-- name -->`` and ``<!-- /name -->``. With --check nothing is written, and the exit status
-is 1 where README.md says something else.
+is 1 where README.md says something else. With --gpu nothing is written either: it prints what a file of
+``python -m resnet_fused gpu-report`` says. Such files are recorded in ``benchmarks/results/gpu/``; README.md needs a
+place named gpu once there is one.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import pathlib
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 
 import torch
 
 import resnet_fused
 from resnet_fused.backends import backends
+from resnet_fused.bench.gpu_report import tables as gpu_tables
+from resnet_fused.bench.gpu_report.stream import Document
 from resnet_fused.bench.peers import OURS, STOCK
 from resnet_fused.bench.records import Report, markdown_table, provenance_line
 from resnet_fused.library import COMPILED_OPS
@@ -82,16 +87,39 @@ def traffic() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def recorded_on_gpus() -> dict[tuple[str, str], str]:
-    """By backend and op: what `verify --json` recorded on GPUs in ``results/verify/``."""
-    verdicts: dict[tuple[str, str], dict[str, bool]] = {}
+def gpu_reports() -> dict[pathlib.Path, Document]:
+    """The recorded files of ``gpu-report``, by path."""
+    return {path: Document.from_file(path) for path in sorted((RESULTS / "gpu").glob("*.json"))}
+
+
+def gpu() -> str:
+    """The newest report of each GPU."""
+    newest: dict[str, tuple[pathlib.Path, Document]] = {}
+    for path, report in sorted(gpu_reports().items(), key=lambda item: item[1].provenance["date"]):
+        newest[report.provenance["device"]] = path, report
+    texts = []
+    for path, report in newest.values():
+        source = f"From [`{path.name}`](benchmarks/results/gpu/{path.name}): {gpu_tables.provenance(report)}"
+        texts += [gpu_tables.models(report), gpu_tables.kernels(report), gpu_tables.failures(report), source]
+    return "\n\n".join(filter(None, texts)) or "No report of a GPU is recorded yet."
+
+
+def verdicts_on_gpus() -> Iterator[tuple[str, dict]]:
+    """Device and verdict of each check of a kernel that `verify --json` or `gpu-report` recorded."""
     for path in sorted((RESULTS / "verify").glob("*.json")):
         record = json.loads(path.read_text())
-        for row in record["kernels"]:
-            if row["backend"] in ("triton", "cuda") and row["status"] != "skipped":
-                devices = verdicts.setdefault((row["backend"], row["op"]), {})
-                name = record["provenance"]["device"]
-                devices[name] = devices.get(name, True) and row["status"] == "passed"
+        yield from ((record["provenance"]["device"], row) for row in record["kernels"])
+    for report in gpu_reports().values():
+        yield from ((report.provenance["device"], row) for row in gpu_tables.verdicts(report))
+
+
+def recorded_on_gpus() -> dict[tuple[str, str], str]:
+    """By backend and op: what was recorded on GPUs."""
+    verdicts: dict[tuple[str, str], dict[str, bool]] = {}
+    for name, row in verdicts_on_gpus():
+        if row["backend"] in ("triton", "cuda") and row["status"] != "skipped":
+            devices = verdicts.setdefault((row["backend"], row["op"]), {})
+            devices[name] = devices.get(name, True) and row["status"] == "passed"
     return {
         key: "; ".join(f"{'passed' if ok else 'FAILED'} on {name}" for name, ok in devices.items())
         for key, devices in verdicts.items()
@@ -119,7 +147,10 @@ def dtypes(found: tuple) -> str:
 
 def written(text: str) -> str:
     """README's text with its tables made anew."""
-    for name, table in {"results": results, "traffic": traffic, "support": support}.items():
+    tables = {"results": results, "traffic": traffic, "support": support}
+    if gpu_reports() or "<!-- gpu -->" in text:
+        tables["gpu"] = gpu
+    for name, table in tables.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
         text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
         if count != 1:
@@ -130,7 +161,11 @@ def written(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--gpu", type=pathlib.Path, metavar="FILE", help="print what this report of a GPU says")
     options = parser.parse_args()
+    if options.gpu:
+        print(gpu_tables.summary(Document.from_file(options.gpu)))
+        return 0
     before = README.read_text()
     after = written(before)
     if options.check:

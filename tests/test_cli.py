@@ -230,6 +230,8 @@ MISTAKES = {
     "size given twice": (["explain", "--input", "2,3,64,64", "--size", "32"], "pass it, or --batch and --size"),
     "no batch to plan": (["explain", "--batch", "0"], "'0' is not a positive number"),
     "no batch": (["bench", "--batch", "-3"], "not a positive number"),
+    "unknown part": (["gpu-report", "--parts", "weather"], "unknown part 'weather'; pass some of environment"),
+    "no minutes": (["gpu-report", "--minutes", "-1"], "not a positive number of minutes"),
     "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
     "no capability": (["warmup", "resnet50", "--device-capability", "hopper"], "pass one such as 9.0"),
     "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),

@@ -1,5 +1,6 @@
-"""The command line: ``python -m resnet_fused info | verify | warmup | bench | explain | tune``, or
-``resnet-fused``.
+"""The command line: ``python -m resnet_fused info | verify | warmup | bench | explain | tune | gpu-report``.
+
+``resnet-fused`` is the same.
 
 Results go to stdout, as markdown that can be pasted; progress and errors go to stderr. Exit codes: 0 all is well, 1 the
 numbers disagree, 2 the arguments or the machine do not allow it.
@@ -19,6 +20,7 @@ from ..blocks.devices import DEVICES
 
 DTYPES = ("f32", "bf16")
 MODEL, BATCH = "resnet50", 16  # where none is named
+COMMANDS = "info | verify | warmup | bench | explain | tune | gpu-report"
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +43,17 @@ def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def minutes(text: str) -> float:
+    """A positive number of minutes."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of minutes")
+    return value
 
 
 def output_file(text: str) -> pathlib.Path:
@@ -77,9 +90,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(prog="resnet-fused", description="Residual networks, fused.")
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="info | verify | warmup | bench | explain | tune"
-    )
+    commands = top.add_subparsers(dest="command", required=True, metavar=COMMANDS)
 
     info = commands.add_parser("info", help="versions, what was built, what is loaded, who runs which op here")
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -118,6 +129,7 @@ def parser() -> Parser:
 
     tune = commands.add_parser("tune", help="measure the variants of each block here, and keep the fastest for later")
     add_run_arguments(tune)
+    add_gpu_report(commands)
     return top
 
 
@@ -133,6 +145,26 @@ def add_run_arguments(command: argparse.ArgumentParser, planned: bool = False) -
     command.add_argument("--device", default="", help=f"cpu, cuda or cuda:N{known} (default: a GPU if there is one)")
 
 
+def add_gpu_report(commands) -> None:
+    """The options of ``gpu-report``."""
+    about = "check and time everything on a GPU, within some minutes, into one file to send"
+    report = commands.add_parser(
+        "gpu-report",
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}. It has not run on a GPU yet: yours may be the first. The file "
+        "holds figures, versions, the device's name and error texts, which may quote paths of this machine.",
+    )
+    report.add_argument("--minutes", type=minutes, default=9.0, help="for all parts together (default 9)")
+    report.add_argument("--out", type=output_file, default=pathlib.Path("gpu-report.json"), metavar="FILE.json")
+    report.add_argument(
+        "--models", nargs="+", metavar="MODEL", help="the first in full (default: resnet50 and three more)"
+    )
+    report.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    report.add_argument("--parts", nargs="+", metavar="PART", help="only these (default: all)")
+    report.add_argument("--batch", type=count, default=0, help="of training (default: by the GPU's memory)")
+    report.add_argument("--quick", action="store_true", help="small images and few repeats, to try the command itself")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = parser().parse_args(arguments)
@@ -140,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.named and options.model:
             parser().error(f"two models, {options.named!r} and {options.model!r}; pass one")
         options.model = options.named or options.model or MODEL
-    command = importlib.import_module(f".{options.command}", __name__)
+    command = importlib.import_module(f".{options.command.replace('-', '_')}", __name__)
     try:
         return command.run(options)
     except Refused as error:

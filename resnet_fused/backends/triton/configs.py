@@ -7,8 +7,10 @@ computed for nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -36,8 +38,11 @@ class Tuned:
     provenance: str  # the file in benchmarks/results/ whose rows chose it
 
 
-#: (op, compute capability, element size, columns, depth) -> what was fastest there. Empty: no GPU was measured yet.
-TUNED: dict[tuple[str, int, int, int, int], Tuned] = {}
+Key = tuple[str, int, int, int, int]  # op, compute capability, element size, columns, depth
+
+#: What was fastest for a product there. Empty: no GPU was measured yet.
+TUNED: dict[Key, Tuned] = {}
+_asked: list[dict[Key, Config]] = []  # of the innermost :func:`asked` last
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SMALL_SHARED_MEMORY = (86, 87, 89, 120, 121)  # 99 KiB a block
@@ -56,11 +61,42 @@ def capability(device: torch.device) -> int:
 @functools.lru_cache(maxsize=1024)
 def config(op: str, arch: int, element_size: int, columns: int, depth: int) -> Config:
     """The tuned configuration for this product on this architecture, else the default."""
-    tuned = TUNED.get((op, arch, element_size, columns, depth))
-    if tuned is not None:
-        return tuned.config
-    chosen = DEFAULTS.get(op, default)(arch, element_size, columns, depth)
-    return chosen if columns % 8 == depth % 8 == 0 else without_vectors(chosen, element_size)
+    key = (op, arch, element_size, columns, depth)
+    if key in TUNED:
+        chosen = TUNED[key].config
+    else:
+        chosen = DEFAULTS.get(op, default)(arch, element_size, columns, depth)
+        chosen = chosen if columns % 8 == depth % 8 == 0 else without_vectors(chosen, element_size)
+    for found in _asked:
+        found[key] = chosen
+    return chosen
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[dict[Key, Config]]:
+    """Within the block, what is asked for and what is answered: for a sweep, which has to know what to vary."""
+    found: dict[Key, Config] = {}
+    config.cache_clear()
+    _asked.append(found)
+    try:
+        yield found
+    finally:
+        _asked.remove(found)
+
+
+@contextlib.contextmanager
+def trying(key: Key, candidate: Config) -> Iterator[None]:
+    """Within the block, `candidate` is the answer for `key`."""
+    before = TUNED.get(key)
+    TUNED[key] = Tuned(candidate, "tried by a sweep")
+    config.cache_clear()
+    try:
+        yield
+    finally:
+        del TUNED[key]
+        if before is not None:
+            TUNED[key] = before
+        config.cache_clear()
 
 
 def without_vectors(chosen: Config, element_size: int) -> Config:

@@ -63,17 +63,16 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    devices._gpu.cache_clear()
+    devices._gpus.clear()
     declared = room.declare()
     monkeypatch.setattr(dispatch, "_backends", backends() | {"triton": declared})
     monkeypatch.setattr(plan, "_HAS_TRITON", not declared.unavailable)
-    monkeypatch.setattr(plan, "_gpus", {})
     launched = []
     common = importlib.import_module(f"{room.__name__}.common")
     monkeypatch.setattr(common, "start", lambda kernel, *args, **meta: launched.append(kernel.fn.__name__))
     with FakeTensorMode(), torch.device("cuda"):
         yield launched
-    devices._gpu.cache_clear()
+    devices._gpus.clear()
 
 
 def chains_of(out):

@@ -6,9 +6,10 @@ import torch
 
 from ..backends import current
 from ..steps import Chain, Conv, Norm, Step, StepTensors
+from . import gpu_inference
 from .chain import run_chain
 from .plan import choose_variant
-from .runtime import output_shapes
+from .runtime import needs_grad, output_shapes
 
 Tensor = torch.Tensor
 Pair = int | tuple[int, int]
@@ -89,6 +90,9 @@ def conv_bn_add_relu(
             f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; "
             f"pass [{x.shape[0]}], one for each sample"
         )
+    if not training and sample_factor is None and gpu_inference.takes(x) and not needs_grad(x, residual, [tensors]):
+        with torch.no_grad():
+            return gpu_inference.output(chain, x, [tensors], residual)
     chain = choose_variant(chain, x, [tensors], [shape], sample_factor, residual)
     return run_chain(chain, x, [tensors], residual, sample_factor)
 

@@ -151,7 +151,8 @@ def explain(
     mode = FakeTensorMode()
     fake = _make_fake(fused, mode, dtype)
     with mode:
-        x = torch.empty(tuple(input_size), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        place = next((p.device for p in fake.parameters()), None)  # a model on a GPU is planned for as it runs there
+        x = torch.empty(tuple(input_size), dtype=dtype, device=place).contiguous(memory_format=torch.channels_last)
         inputs = _inputs(fake, x)
         blocks = tuple(_compare(name, fake.get_submodule(name), h, training, target) for name, h in inputs.items())
         total = _compare("whole model", fake, x, training, target, input_grad=not inputs)

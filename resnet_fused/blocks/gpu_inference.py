@@ -9,10 +9,10 @@ graph is seen. A chain becomes:
 * Others: ATen's, written raw. A 1x1 convolution behind one normalises on load; else `norm_add_relu` does, with the
   residual if it is the last, or `norm_relu_pool`, at the end of a stem.
 
-Beside stock (a convolution, a batch norm and a ReLU each, and an add) that is never a launch more and moves less, and
-neither does a batch norm of a bare convolution, which is left to stock. Not taken: ATen's fused
-``cudnn_convolution_relu``. It hands cuDNN the output itself, uninitialised, as a summand with a factor of 0, which is
-one more read and, where that memory held NaN, may be NaN; and it needs folded weights.
+Beside stock (a convolution, a batch norm and a ReLU each, and an add) that moves less and is never a launch more; a
+last batch norm with nothing behind it, where it would be one, is stock's. Not taken: ATen's fused
+``cudnn_convolution_relu``. It hands cuDNN its own uninitialised output as a summand with a factor of 0, one more read
+and, where that memory held NaN, perhaps NaN; and it wants folded weights.
 
 Where a kernel is missing or failed its self-check, the chain does with the others, or is stock's operations.
 """

@@ -201,3 +201,20 @@ def test_half_precision_statistics_are_widened():
 
 def test_a_cpu_keeps_its_own_way():
     assert not gpu_inference.takes(images())
+
+
+def test_the_functional_step_takes_the_same_way_without_gradients():
+    torch.manual_seed(0)
+    x, weight, residual = images(), torch.randn(8, 8, 1, 1, dtype=torch.float64), images()
+    mean, var = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64) + 0.5
+
+    def step():
+        return resnet_fused.conv_bn_add_relu(x, weight, mean, var, residual=residual)
+
+    want = step()
+    with plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"), plan.observing() as notes:
+        got = step()
+        weight.requires_grad_()
+        assert step().requires_grad  # as one autograd node
+    assert notes[0] == PRODUCTS and not notes[1].startswith("evaluation")
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

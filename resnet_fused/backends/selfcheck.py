@@ -34,6 +34,7 @@ from ..ops import OPS, stat_dtype
 from . import disk, selfcheck_cases, selfcheck_draws
 from .declaration import Backend
 from .selfcheck_draws import Case
+from .verdicts import Verdicts
 
 Tensor = torch.Tensor
 
@@ -209,22 +210,6 @@ def keep(key: dict[str, str], objection: str) -> None:
 
 # Deciding -------------------------------------------------------------------------------------------------------
 
-
-class Verdicts(dict):
-    """(backend, op, dtype, device) -> objection, "" for trusted; counts its changes, for those who derive from it."""
-
-    changes = 0
-
-    def __setitem__(self, key: tuple, objection: str) -> None:
-        if self.get(key) != objection:
-            self.changes += 1
-        super().__setitem__(key, objection)
-
-    def clear(self) -> None:
-        self.changes += 1
-        super().clear()
-
-
 _known = verdicts = Verdicts()
 _warned: set[str] = set()
 _lock = threading.Lock()
@@ -272,11 +257,6 @@ def _decide(backend: Backend, op: str, dtype: torch.dtype, device: torch.device)
         off = f"resnet_fused: switched off {backend.name} {op} ({name_of(dtype)}), which {objection}"
         _warn_once(f"{off}; the next backend serves. `python -m resnet_fused verify` checks all kernels again")
     return objection
-
-
-def known_objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The objection that this process has already come to; empty where there is none, or no verdict."""
-    return _known.get((name, op, dtype, device), "")
 
 
 def objection(backend: Backend, op: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -54,7 +54,9 @@ def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bo
             if backend.name == "triton":
                 return True
         elif not backend.unavailable and device.type in backend.devices:
-            doubt = objection if checks else selfcheck.known_objection
-            if not kernel.needs_selfcheck or not doubt(backend.name, op, dtype, device):
+            if not kernel.needs_selfcheck:
+                return True
+            question = (backend.name, op, dtype, device)
+            if not (objection(*question) if checks else selfcheck.verdicts.get(question)):
                 return True
     return False

@@ -30,6 +30,7 @@ from . import cards, selfcheck_cases, selfcheck_configurations
 from .declaration import Backend
 from .selfcheck_compare import Verdict, check, check_case, difference, name_of, results
 from .selfcheck_memory import cache_dir, identity, keep, recall, recall_failure
+from .verdicts import Verdicts
 
 __all__ = [
     "Verdict",
@@ -37,6 +38,7 @@ __all__ = [
     "check_all",
     "check_call",
     "check_case",
+    "count_of_changes",
     "difference",
     "doubt",
     "forget",
@@ -44,6 +46,7 @@ __all__ = [
     "keep",
     "objection",
     "recall",
+    "remembered",
     "results",
 ]
 
@@ -51,7 +54,7 @@ ANY = ""  # in place of a configuration's digest: the op as such, by its small c
 MOST_CALLS = 8192  # remembered; more come from ever new sizes of images
 PATIENCE = 4.0  # seconds of checks after which a process tells what takes so long
 
-_known: dict[tuple, str] = {}  # (backend, op, dtype, device, configuration) -> objection, "" for trusted
+_known = Verdicts()  # (backend, op, dtype, device, configuration) -> objection, "" for trusted
 _failed: dict[tuple, str] = {}  # (backend, op, dtype, device) -> objection to one configuration, on disk or here
 _calls: dict[tuple, str] = {}  # (backend, op, device, forms of the arguments) -> objection
 _warned: set[str] = set()
@@ -181,6 +184,16 @@ def objection(backend: Backend, op: str, dtype: torch.dtype, device: torch.devic
     if failed is None:
         failed = _failed[backend.name, op, dtype, device] = recall_failure(identity(backend, op, dtype, device))
     return failed
+
+
+def remembered(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
+    """What :func:`objection` would say by what is in memory alone; empty too where nothing is known."""
+    return _known.get((backend, op, dtype, device, ANY), "") or _failed.get((backend, op, dtype, device), "")
+
+
+def count_of_changes() -> int:
+    """How often a verdict was new or another than before: for those who keep what follows from them."""
+    return _known.changes
 
 
 def _check_op(backend: Backend, op: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -84,6 +84,7 @@ _CASES = {
     "bn_stats": _bn_stats,
     "bn_affine": lazy.bn_affine,
     "bn_coefficients": lazy.bn_coefficients,
+    "running_affine": lazy.running_affine,
     "norm_add_relu": _norm_add_relu,
     "norm_add_relu_backward": _norm_add_relu_backward,
     "lazy_grad_apply": _lazy_grad_apply,

@@ -153,6 +153,15 @@ def bn_coefficients(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("no pixels", (odd.vector() * 0, odd.vector() * 0, *(odd.vector() for _ in range(3)), odd.data()[:0]), {})
 
 
+def running_affine(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    vectors = (odd.vector(), odd.vector().abs(), odd.vector(), odd.vector(), odd.vector())
+    yield Case("odd channels, bias", (*vectors, 1e-5), {})
+    vectors = (tail.vector(200), tail.vector(200).abs() * 64)
+    yield Case("several programs", (*vectors, tail.vector(200), tail.vector(200), None, 1e-3), {})
+    yield Case("no gamma, no beta", (*vectors, None, None, None, 1e-5), {})
+
+
 class PoolDraw(Draw):
     """What the ops of a pooled stem are given. Activations are multiples of 1/16 with at most eight bits, exact in
     bfloat16 too: no two become equal by rounding, and the winners of windows are the same in every dtype.

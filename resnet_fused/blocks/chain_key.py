@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends import tf32
 from ..backends.selfcheck import name_of
 from ..steps import Chain, Step, StepTensors
 
@@ -58,7 +59,7 @@ def environment(x: Tensor) -> int | bool:
     """What of PyTorch's settings decides the time: threads on the CPU, on GPUs whether float32 products are TF32."""
     if x.device.type == "cpu":
         return threads()
-    return x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return x.dtype == torch.float32 and tf32.allowed()
 
 
 def settings(chain: Chain, x: Tensor) -> str:

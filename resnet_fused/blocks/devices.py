@@ -19,6 +19,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ..backends import tf32
+
 #: Shares of the data sheet's figures that a good kernel is assumed to reach.
 BANDWIDTH_SHARE = 0.85
 COMPUTE_SHARE = 0.60
@@ -50,7 +52,7 @@ class Device:
         """FLOP/s of a product in `dtype`; float32 as TF32 where PyTorch's setting for convolutions allows it."""
         if dtype in (torch.bfloat16, torch.float16):
             return self.half
-        return self.tf32 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else self.single
+        return self.tf32 if dtype == torch.float32 and tf32.allowed() else self.single
 
     def seconds(self, bytes: int, flops: int, dtype: torch.dtype, launches: int = 1, full: bool = False) -> float:
         """Expected time of one operation; `full`: in float32 outside of tensor cores, whatever its data are."""
@@ -165,12 +167,27 @@ def of(device: torch.device) -> Device:
     """The entry for a GPU by its name, else what :func:`probe` finds; a CPU core for everything that is no GPU."""
     if device.type != "cuda":
         return CPU_CORE
-    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _ask(index)
+    return _gpus[index]
 
 
-@functools.lru_cache(maxsize=64)
-def _gpu(index: int) -> Device:
-    device = torch.device("cuda", index)
+_gpus: dict[int, Device] = {}
+
+
+@torch.compiler.assume_constant_result
+def _ask(index: int) -> bool:
+    """Enter this GPU and all others in :data:`_gpus`. While a graph is traced, it is asked and not traced itself.
+
+    All at once, because a graph sees the table as it was when the graph first looked.
+    """
+    if index not in _gpus:
+        for i in range(max(torch.cuda.device_count(), index + 1)):
+            _gpus[i] = _identify(torch.device("cuda", i))
+    return True
+
+
+def _identify(device: torch.device) -> Device:
     name = torch.cuda.get_device_name(device)
     return next((known for known in DEVICES.values() if known.reported == name), None) or probe(device)
 

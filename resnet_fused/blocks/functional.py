@@ -6,10 +6,11 @@ import torch
 
 from ..backends import current
 from ..steps import Chain, Conv, Norm, Step, StepTensors
+from . import gpu_inference
 from .chain import run_chain
 from .layout import as_stock
 from .plan import choose_variant
-from .runtime import output_shapes
+from .runtime import needs_grad, output_shapes
 
 Tensor = torch.Tensor
 Pair = int | tuple[int, int]
@@ -91,6 +92,9 @@ def conv_bn_add_relu(
             f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; "
             f"pass [{x.shape[0]}], one for each sample"
         )
+    if not training and sample_factor is None and gpu_inference.takes(x) and not needs_grad(x, residual, [tensors]):
+        with torch.no_grad():
+            return gpu_inference.output(chain, x, [tensors], residual)
     chain = choose_variant(chain, x, [tensors], [shape], sample_factor, residual)
     return as_stock(run_chain(chain, x, [tensors], residual, sample_factor), x, [weight])
 

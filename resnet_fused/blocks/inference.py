@@ -20,6 +20,7 @@ from ..steps import Chain, Step, StepTensors
 from ..steps.batch_norm import running_affine
 from ..steps.conv import channels_last
 from ..steps.folded_join import Folded, scaled, shift_of
+from . import gpu_inference
 
 Tensor = torch.Tensor
 
@@ -108,6 +109,8 @@ def folded_output(
     residual: Tensor | None,
 ) -> Tensor:
     """The chain's output with running statistics and without autograd."""
+    if gpu_inference.takes(x):
+        return gpu_inference.output(chain, x, tensors, residual)
     given, x = x, channels_last(x)
     residual = x if residual is given else None if residual is None else channels_last(residual)
     steps = chain.all_steps

@@ -23,10 +23,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import library
-from ..backends import backends, objection, onednn
+from ..backends import backends, onednn, soundness
 from ..ops import DATA_DTYPES
-from ..steps import Chain, Step, StepTensors, pointwise
-from . import devices, join_cost, measured, small
+from ..steps import Chain, Pool, Step, StepTensors, pointwise
+from . import devices, join_cost, measured, needed_ops, small
 from .devices import CPU_CORE, Device
 from .measured import Variant
 
@@ -45,7 +45,6 @@ class _Settings:
 
 
 _settings = _Settings()
-_gpus: dict[int, Device] = {}
 _HAS_TRITON = not backends()["triton"].unavailable
 
 
@@ -74,6 +73,18 @@ def tuning(tuner: Callable[..., Chain]) -> contextlib.AbstractContextManager[Non
     return _set("tuner", tuner)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` is on a GPU, or planned for as if it were."""
+    if _settings.target is not None:
+        return _settings.target is not CPU_CORE
+    return x.device.type == "cuda"
+
+
+def place_of(x: Tensor) -> torch.device | None:
+    """Where kernels must be sound, see :func:`soundness.lacking`."""
+    return x.device if _settings.target is None else None
+
+
 def _lazy_device(chain: Chain, x: Tensor) -> Device | None:
     """The device whose 1x1 kernels would run the chain on values; None: there are none."""
     if x.dtype not in DATA_DTYPES:
@@ -82,19 +93,15 @@ def _lazy_device(chain: Chain, x: Tensor) -> Device | None:
         return _settings.target if _settings.target is not CPU_CORE else None
     if x.device.type != "cuda" or not _HAS_TRITON or chain.backend not in ("auto", "triton"):
         return None
-    index = x.device.index or 0
-    if index not in _gpus:
-        if torch.compiler.is_compiling():  # a graph cannot ask a driver; the first eager call will
-            return devices.DEVICES["h100"]
-        _gpus[index] = devices.of(x.device)
-    return _gpus[index]
+    return devices.of(x.device)
 
 
 def pools(chain: Chain, x: Tensor) -> bool:
     """Whether a kernel exists that normalises, clamps and pools in one pass."""
     if x.device.type == "cpu" and _settings.target is None:
         return chain.backend in ("auto", "cpu") and library.status().cpu.loaded
-    return _lazy_device(chain, x) is not None
+    stem = dataclasses.replace(chain, pool=Pool())
+    return _lazy_device(chain, x) is not None and not needed_ops.lacking(stem, x, [], place_of(x))
 
 
 def _runs_folded(chain: Chain, x: Tensor) -> bool:
@@ -160,25 +167,21 @@ def _keeps(x: Tensor, chain: Chain, tensors: list[StepTensors], shapes: list[tor
 
 
 def _has_narrow(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> bool:
-    """Whether a lazy chain has a convolution whose gradients one pass can make, in a dtype for which there is one.
-
-    Not with a kernel that failed its self-check: two others do its work then, sooner than the reference would.
-    """
+    """Whether a lazy chain has a convolution whose gradients one pass can make, in a dtype for which there is one."""
     if x.dtype == torch.float32:
         return False
     steps = zip(chain.all_steps, tensors, strict=True)
     if not any(pointwise.serves(step, own) and pointwise.narrow(step, own.weight) for step, own in steps):
         return False
-    planned = _settings.target is not None or torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-    return planned or not objection("triton", "conv1x1_backward", x.dtype, x.device)
+    return not soundness.lacking(("conv1x1_backward",), x.dtype, place_of(x), not isinstance(x, FakeTensor))
 
 
 def variants(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> list[Variant]:
-    """Everything that `chain` can be run as; first, what runs where nothing else can, last, stock."""
+    """Everything that `chain` can be run as without the reference; first, what is simplest, last, stock."""
     stock = [Variant(stock=True)] if chain.backend == "auto" else []
     options = _options(chain, x, tensors, sample_factor)
     if options is None:
-        return [Variant(), *stock]
+        return _sound([Variant()], chain, x, tensors) + stock
     lazy, inner = options.lazy, zip(chain.steps[1:-1], tensors[1:], strict=False)
     can_keep = lazy and any(not pointwise.serves(step, own) for step, own in inner)
     kept = (False, True) if can_keep else (lazy,)
@@ -187,7 +190,12 @@ def variants(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor:
     for main in (False, True) if options.main else (False,):
         for projection in (False, True) if options.projection and (main or not lazy) else (False,):
             found += [Variant(lazy, main, projection, *both) for both in itertools.product(kept, passes)]
-    return found + stock
+    return _sound(found, chain, x, tensors) + stock
+
+
+def _sound(found: list[Variant], chain: Chain, x: Tensor, tensors: list[StepTensors]) -> list[Variant]:
+    place = place_of(x)
+    return [variant for variant in found if not needed_ops.lacking(variant.of(chain), x, tensors, place)]
 
 
 def _is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
@@ -236,6 +244,8 @@ def choose_variant(
     if chosen is None:
         chosen = modelled(chain, x, tensors, shapes, sample_factor)
         why = _why(chain, x, tensors, shapes, sample_factor) if observers else ""
+    chosen, missing = needed_ops.next_sound(chosen, x, tensors, place_of(x))
+    why = f"no sound kernel of {missing}" if missing else why
     for observer in observers:
         observer(f"{describe(chosen)} ({why})")
     return chosen

@@ -9,7 +9,7 @@ import torch
 from ..backends import current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
 from ..steps import Chain, Step, StepTensors
-from . import norms
+from . import gpu_inference, norms
 from .chain import run_chain
 from .inference import folded_output
 from .layout import Placed, arrived, behind, left
@@ -70,7 +70,8 @@ def run_modules(chain: Chain, site: Site, x, tensors, residual, sample_factor) -
 def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shape: torch.Size) -> Chain | None:
     """`chain` with its pool in it; None where the pool is better called, or raises stock's error for this size."""
     pool = pool_geometry(site.pool)
-    if pool is None or not needs_grad(x, None, tensors) or not pools(chain, x):
+    wanted = needs_grad(x, None, tensors) or gpu_inference.takes(x)
+    if pool is None or not wanted or not pools(chain, x):
         return None
     if any(n + 2 * p < k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True)):
         return None

@@ -136,8 +136,8 @@ def explain(
             of the model's input is not counted, that of a block's is; a model with no fused blocks in it is taken for
             one.
         device: plan for and predict the time on a GPU, one of "a100", "h100", "h200", "b200", "rtx4090", or a
-            :class:`~resnet_fused.blocks.devices.Device` that describes another; None plans for the CPU and, in 16-bit,
-            adds a prediction for each of them.
+            :class:`~resnet_fused.blocks.devices.Device` that describes another, where Triton and all of its kernels are
+            taken to be sound; None plans for where the model is and, in 16-bit, adds a prediction for each of them.
 
     Raises:
         ValueError: `input_size` does not have four positive entries, or `device` is unknown.
@@ -152,7 +152,8 @@ def explain(
     mode = FakeTensorMode()
     fake = _make_fake(fused, mode, dtype)
     with mode:
-        x = torch.empty(tuple(input_size), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        place = next((p.device for p in fake.parameters()), None)  # a model on a GPU is planned for as it runs there
+        x = torch.empty(tuple(input_size), dtype=dtype, device=place).contiguous(memory_format=torch.channels_last)
         inputs = _inputs(fake, x)
         blocks = tuple(_compare(name, fake.get_submodule(name), h, training, target) for name, h in inputs.items())
         total = _compare("whole model", fake, x, training, target, input_grad=not inputs)

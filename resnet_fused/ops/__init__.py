@@ -20,6 +20,7 @@ from . import (
     norm_relu_pool,
     norm_relu_pool_apply,
     norm_relu_pool_backward,
+    running_affine,
 )
 from .contract import DATA_DTYPES, OPS, Op, stat_dtype
 
@@ -46,5 +47,6 @@ __all__ = [
     "norm_relu_pool",
     "norm_relu_pool_apply",
     "norm_relu_pool_backward",
+    "running_affine",
     "stat_dtype",
 ]

@@ -70,13 +70,17 @@ def batch_affine(
     return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
 
 
-def running_affine(tensors: StepTensors, norm: Norm, dtype: torch.dtype) -> Affine:
-    """Batch norm from the running statistics, for activations of `dtype`. Absent gamma and beta are 1 and 0."""
-    stat = stat_dtype(dtype)
-    mean, rstd = tensors.running_mean.to(stat, copy=True), (tensors.running_var.to(stat) + norm.eps).rsqrt()
-    scale = rstd if tensors.gamma is None else tensors.gamma.to(stat) * rstd
-    shift = -mean * scale if tensors.beta is None else torch.addcmul(tensors.beta.to(stat), mean, scale, value=-1)
-    return Affine(mean, rstd, scale, shift)
+def running_affine(
+    tensors: StepTensors, norm: Norm, dtype: torch.dtype, backend: str = "auto", bias: Tensor | None = None
+) -> Affine:
+    """Batch norm from the running statistics, for activations of `dtype`. Absent gamma and beta are 1 and 0.
+
+    `bias`: of the convolution before it, if its output lacks it.
+    """
+    running, stat = (tensors.running_mean, tensors.running_var), stat_dtype(dtype)
+    if stat_dtype(running[0].dtype) != stat or running[1].dtype != running[0].dtype:
+        running = [t.to(stat) for t in running]
+    return Affine(*run("running_affine", *running, tensors.gamma, tensors.beta, bias, norm.eps, backend=backend))
 
 
 def coefficients(bn: Affine, sum_g: Tensor, sum_gz: Tensor, z: Tensor, norm: Norm, backend: str) -> Coefficients:

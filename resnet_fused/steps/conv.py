@@ -123,8 +123,8 @@ def input_grad(
 
 
 def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
-    if not conv.is_pointwise(weight) or conv.stride != (1, 1):
-        return False
+    if x.device.type != "cpu" or not conv.is_pointwise(weight) or conv.stride != (1, 1):
+        return False  # no kernel of a GPU adds a product to what is there
     return weight.numel() < _LARGE_WEIGHT or _is_added_product(x, weight, backend)
 
 

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 def normalise(z: Tensor, tensors: StepTensors, step: Step, backend: str) -> tuple[Affine, Statistics | None]:
     """Batch norm of `z` as an affine map, from its own statistics or from the running ones."""
     if not step.norm.batch_stats:
-        return running_affine(tensors, step.norm, z.dtype), None
+        return running_affine(tensors, step.norm, z.dtype, backend), None
     mean, m2 = run("bn_stats", z, backend=backend)
     return batch_affine(mean, m2, tensors, step.norm, z, backend)
 

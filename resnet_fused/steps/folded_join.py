@@ -74,7 +74,7 @@ def fold(
     `like` is then any tensor of as many pixels as the output.
     """
     if not step.norm.batch_stats:
-        return Folded(running_affine(tensors, step.norm, a.dtype), None), None
+        return Folded(running_affine(tensors, step.norm, a.dtype, backend), None), None
     gram, total = run("gram", a, centre, scale, shift, stride, backend=backend)
     like = a if like is None else like
     mean, m2 = run("gram_norm", tensors.weight.contiguous(), gram, total, centre, like, backend=backend)

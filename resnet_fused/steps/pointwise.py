@@ -57,7 +57,7 @@ def forward(value: Value, tensors: StepTensors, step: Step, backend: str) -> tup
     batch_stats, weight = step.norm.batch_stats, tensors.weight.contiguous()
     z, mean, m2 = run("conv1x1", x, weight, scale, shift, step.conv.stride, batch_stats, backend=backend)
     if not batch_stats:
-        return z, running_affine(tensors, step.norm, z.dtype), None
+        return z, running_affine(tensors, step.norm, z.dtype, backend), None
     return z, *batch_affine(mean, m2, tensors, step.norm, z, backend)
 
 

@@ -88,4 +88,20 @@ def bn_coefficients(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("pixels in another layout", (*vectors, z.contiguous()), {})
 
 
-CASES = {"bn_affine": bn_affine, "bn_coefficients": bn_coefficients}
+def running_affine(dtype: torch.dtype) -> Iterator[Case]:
+    for channels in CHANNELS:
+        draw = Vectors(channels)
+        mean, var = draw.statistics(1)
+        yield Case(f"{channels} channels", (mean, var, *draw.parameters(), draw.vector(), 1e-5), {})
+    draw = Vectors(65)
+    (mean, var), (gamma, beta), bias = draw.statistics(1), draw.parameters(), draw.vector()
+    for given in itertools.product((gamma, None), (beta, None), (bias, None)):
+        names = [name for name, t in zip(("gamma", "beta", "bias"), given, strict=True) if t is not None]
+        yield Case(f"with {', '.join(names) or 'statistics alone'}", (mean, var, *given, 1e-3), {})
+    yield Case("eps 0", (mean, var + 1, gamma, beta, None, 0.0), {})
+    yield Case("statistics not finite", (_special(mean, 8), _special(var, 16), gamma, beta, bias, 1e-5), {})
+    special = _special(gamma, 8), _special(_special(beta, 8), 16), _special(bias, 24)
+    yield Case("parameters not finite", (mean, var, *special, 1e-5), {})
+
+
+CASES = {f.__name__: f for f in (bn_affine, bn_coefficients, running_affine)}

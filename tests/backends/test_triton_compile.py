@@ -28,6 +28,7 @@ REGISTERS = {
     "norm_relu_pool_apply_kernel": 128,
     "bn_affine_kernel": 64,
     "bn_coefficients_kernel": 64,
+    "running_affine_kernel": 64,
 }
 PIXELWISE = ["bn_stats_kernel", "norm_add_relu_kernel", "norm_add_relu_backward_kernel", "lazy_grad_apply_kernel"]
 NARROW = ["conv1x1_backward_kernel"]  # in 16 bits alone

@@ -131,6 +131,8 @@ def small_calls(at):
     v = [at.vector(k) for _ in range(5)]
     yield "bn_affine", "", (*v[:4], at.data(k), 1e-5), {}
     yield "bn_coefficients", "", (*v, at.data(k)), {}
+    yield "running_affine", "", (*v, 1e-5), {}
+    yield "running_affine", "parameters of the data's dtype", (*(t.to(at.dtype) for t in v), 1e-5), {}
     gram = (at.matrix(c, c), at.vector(c), at.vector(c))
     yield "gram_norm", "", (at.weight(k, c), *gram, at.data(c)), {}
     yield "gram_grad", "", (at.weight(k, c), at.matrix(k, c), *gram, *v[:3], at.data(c)), {}

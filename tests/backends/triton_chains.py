@@ -9,7 +9,7 @@ import torch
 
 from resnet_fused.backends import selfcheck
 from resnet_fused.backends.triton import common
-from resnet_fused.blocks import run_chain
+from resnet_fused.blocks import gpu_inference, run_chain
 from resnet_fused.blocks.stock import chain_output
 from resnet_fused.steps import Chain, Conv, Norm, Step, StepTensors, lazy_join
 
@@ -126,3 +126,37 @@ def test_stride_in_the_first_convolution():
     shortcut, t3 = make_step(24, 40, stride=2)
     chain = Chain((s1, s2), shortcut, gram=True, gram_shortcut=True, lazy=True, backend="triton")
     assert_equal(chain, torch.randn(2, 24, 9, 8), [t1, t2, t3], torch.float32)
+
+
+def chain_of(kind):
+    """Steps of a chain with running statistics, as (step, tensors); the projection's last."""
+    frozen = {"batch_stats": False}
+    if kind == "basic block":
+        return [make_step(16, 16, 3, **frozen), make_step(16, 16, 3, **frozen)], None
+    stride = 2 if kind == "projection" else 1
+    steps = [make_step(16, 8, **frozen), make_step(8, 8, 3, stride=stride, **frozen), make_step(8, 16, **frozen)]
+    return steps, make_step(16, 16, stride=stride, **frozen) if kind == "projection" else None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["identity", "projection", "basic block"])
+def test_evaluation(kind, dtype):
+    torch.manual_seed(0)
+    pairs, shortcut = chain_of(kind)
+    chain = Chain(tuple(step for step, _ in pairs), shortcut and shortcut[0], backend="triton")
+    tensors = [own for _, own in ([*pairs, shortcut] if shortcut else pairs)]
+    x = torch.randn(2, 16, 7, 5)
+
+    def values(run, dtype):
+        images = x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+        residual = None if shortcut else images
+        return run(chain, images, placed(tensors, dtype), residual).double().cpu()
+
+    def stocks(chain, x, own, residual):
+        return chain_output(chain, x, residual, None, own)
+
+    exact, theirs, ours = values(stocks, torch.float64), values(stocks, dtype), values(gpu_inference.output, dtype)
+    scale = exact.abs().max()
+    error = (ours - exact).abs().max() / scale
+    assert error <= 2 * (theirs - exact).abs().max() / scale + FLOOR[dtype]

@@ -92,6 +92,7 @@ RICHEST = {
     ("norm_relu_pool_apply", "affine"),
     ("bn_affine", ""),
     ("bn_coefficients", ""),
+    ("running_affine", ""),
     ("gram_norm", ""),
     ("gram_grad", ""),
 }

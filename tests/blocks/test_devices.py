@@ -33,13 +33,13 @@ def gpu(monkeypatch):
     """Makes `of` and `probe` find the given properties on a machine without a GPU."""
 
     def put(told):
-        devices._gpu.cache_clear()
+        devices._gpus.clear()
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: told.name)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     yield put
-    devices._gpu.cache_clear()
+    devices._gpus.clear()
 
 
 def test_find():
@@ -99,6 +99,21 @@ def test_of(gpu):
     assert devices.of(CUDA).name == "NVIDIA H100 PCIe"
     assert devices.of(CUDA) is devices.of(CUDA)  # asked once
     assert devices.of(torch.device("cpu")) is CPU_CORE
+
+
+def test_a_graph_that_is_traced_first_gets_the_device_that_is_there(gpu, monkeypatch):
+    """Nothing ran before; and a second GPU, asked in the same graph, is another one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu(properties("a100"))
+    names = {0: DEVICES["a100"].reported, 1: DEVICES["b200"].reported}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+
+    def sms(x):
+        return x + devices.of(torch.device("cuda", 0)).sms + 1000 * devices.of(torch.device("cuda", 1)).sms
+
+    torch.compiler.reset()
+    traced = torch.compile(sms, backend="eager", fullgraph=True)
+    assert traced(torch.zeros(())) == 108 + 148_000
 
 
 def test_peak(monkeypatch):

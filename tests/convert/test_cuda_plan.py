@@ -5,6 +5,7 @@ would tell is said to be an H100; launches are recorded instead of made. Values 
 """
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ import resnet_fused
 from resnet_fused.backends import backends, dispatch, opaque, selfcheck
 from resnet_fused.backends import triton as room
 from resnet_fused.blocks import devices, plan
-from resnet_fused.models import resnet50
+from resnet_fused.models import resnet18, resnet50
+from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.ops import DATA_DTYPES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -65,17 +68,16 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    devices._gpu.cache_clear()
+    devices._gpus.clear()
     declared = room.declare()
     monkeypatch.setattr(dispatch, "_backends", backends() | {"triton": declared})
     monkeypatch.setattr(plan, "_HAS_TRITON", not declared.unavailable)
-    monkeypatch.setattr(plan, "_gpus", {})
     launched = []
     common = importlib.import_module(f"{room.__name__}.common")
     monkeypatch.setattr(common, "start", lambda kernel, *args, **meta: launched.append(kernel.fn.__name__))
     with FakeTensorMode(), torch.device("cuda"):
         yield launched
-    devices._gpu.cache_clear()
+    devices._gpus.clear()
 
 
 def chains_of(out):
@@ -86,13 +88,24 @@ def chains_of(out):
     return [node for node in nodes if node.name() == "FusedChainBackward"]
 
 
-def step(model, x):
-    """The calls of a step under autocast, with every chain's backward."""
+def laid_out(model, dtype=None):
+    """`model` in channels_last, and in `dtype` throughout; ``Module.to`` cannot do that to fake tensors."""
+
+    def made(t):
+        t = t.detach().contiguous(memory_format=CHANNELS_LAST) if t.dim() == 4 else t.detach()
+        return t.to(dtype) if t.is_floating_point() else t
+
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.dim() == 4:
-                module._parameters[name] = nn.Parameter(p.detach().contiguous(memory_format=CHANNELS_LAST))
-    x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+            module._parameters[name] = None if p is None else nn.Parameter(made(p))
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else made(b)
+    return model
+
+
+def step(model, x):
+    """The calls of a step under autocast, with every chain's backward."""
+    model, x = laid_out(model), x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
     with Calls() as calls:
         with torch.autocast("cuda", torch.bfloat16):
             out = resnet_fused.fuse(model)(x)
@@ -100,6 +113,14 @@ def step(model, x):
             for chain in chains_of(out):
                 made = chain._input_metadata[0]
                 chain.apply(torch.empty(made.shape, dtype=made.dtype).contiguous(memory_format=CHANNELS_LAST))
+    return calls
+
+
+def evaluation(model, x, dtype=None):
+    """The calls of an evaluation under autocast, or of a model that is `dtype` throughout."""
+    model, x = resnet_fused.fuse(laid_out(model, dtype)).eval(), x.to(dtype).contiguous(memory_format=CHANNELS_LAST)
+    with Calls() as calls, torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+        model(x)
     return calls
 
 
@@ -120,6 +141,7 @@ def test_a_bottleneck_runs_on_values(h100, inputs, program):
 
 def test_triton_takes_every_op_of_resnet50(h100, monkeypatch):
     calls = step(resnet50(), torch.empty(64, 3, 224, 224))
+    calls.ours += evaluation(resnet50(), torch.empty(64, 3, 224, 224)).ours
     assert {op for op, _, _ in calls.ours} == set(room.OPS)
     if not torch.cuda.is_available():
         for op, args, kwargs in calls.ours:
@@ -132,3 +154,66 @@ def test_triton_takes_every_op_of_resnet50(h100, monkeypatch):
         made = importlib.import_module(f"{room.__name__}.{op}").run(*args, **kwargs)
         assert len(h100) > before, op
         assert metadata(made) == metadata(chosen.kernels[op].run(*args, **kwargs)), op
+
+
+EVALUATED = "running_affine conv1x1_join running_affine running_affine"  # 1x1, 3x3 raw, 1x1 with all that follows
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("inputs", [64, 256])
+def test_a_bottleneck_is_evaluated_on_values(h100, inputs, dtype):
+    calls = evaluation(block(inputs, 64), torch.empty(64, inputs, 56, 56, dtype=torch.bfloat16), dtype)
+    projection = ["running_affine"] if inputs == 64 else []
+    assert sorted(op for op, _, _ in calls.ours) == sorted([*EVALUATED.split(), "conv1x1_join", *projection])
+    assert calls.others <= {
+        "device",
+        "convolution",
+        "_to_copy",
+        "detach",
+        "clone",
+        "empty_strided",
+        "empty",
+        "as_strided",
+    }
+
+
+def stem():
+    """A ResNet of one basic block: what is before it, and what is behind."""
+    model = resnet18(num_classes=4)
+    model.layer2 = model.layer3 = model.layer4 = nn.Identity()
+    model.layer1, model.fc = model.layer1[:1], nn.Linear(64, 4)
+    return model
+
+
+@pytest.fixture
+def fails(h100):
+    """Notes that all kernels of these ops failed their self-check, in every dtype."""
+
+    def note(*ops):
+        for question in itertools.product(("triton", "cuda"), ops, DATA_DTYPES, (torch.device("cuda", 0),)):
+            selfcheck.verdicts[question] = "failed its self-check"
+
+    yield note
+    selfcheck.forget()
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "projected bottleneck", "basic block", "stem"])
+@pytest.mark.parametrize("op", room.OPS)
+def test_no_op_is_left_to_the_reference(fails, op, kind):
+    fails(op)
+    inputs = {"bottleneck": 256}.get(kind, 64)
+    x = torch.empty(16, inputs, 56, 56, dtype=torch.bfloat16)
+    for run in (step, evaluation):
+        if kind == "stem":
+            model, x = stem(), torch.empty(16, 3, 64, 64)
+        else:
+            model = block(inputs, 64, kind=BasicBlock if kind == "basic block" else Bottleneck)
+        assert {called for called, _, _ in run(model, x).ours} <= set(room.OPS) - {op}
+
+
+def test_with_no_kernel_at_all_everything_is_stock(fails):
+    """A Triton that imports and cannot compile."""
+    fails(*room.OPS)
+    for run in (step, evaluation):
+        calls = run(resnet50(), torch.empty(16, 3, 64, 64))
+        assert not calls.ours and any("batch_norm" in name for name in calls.others)

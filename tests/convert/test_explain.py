@@ -16,7 +16,7 @@ from resnet_fused.backends.selfcheck_draws import place
 from resnet_fused.blocks import devices, plan
 from resnet_fused.blocks.devices import DEVICES
 from resnet_fused.convert.traffic import Counter, own_operation
-from resnet_fused.models import resnet50
+from resnet_fused.models import resnet18, resnet50
 from resnet_fused.ops import OPS
 
 
@@ -61,6 +61,24 @@ def test_resnet50_on_gpus(name):
     (row,) = explained.predictions
     assert row.fused < row.compiled < row.stock
     assert max(b.fused.launches for b in explained.blocks) <= 50
+
+
+@pytest.mark.parametrize(("kind", "share", "launches"), [(resnet50, 0.31, 105), (resnet18, 0.52, 59)])
+def test_evaluation_on_a_gpu(kind, share, launches):
+    """What the chains would run there: never a launch or a byte more than stock in any block, and no folded weights."""
+    options = {"dtype": torch.bfloat16, "training": False, "device": "h100"}
+    explained = resnet_fused.explain(kind(), (256, 3, 224, 224), **options)
+    model = explained.model
+    assert model.fused.bytes <= share * model.stock.bytes
+    assert model.fused.launches == launches
+    for row in (*explained.blocks, model):
+        assert row.fused.bytes <= row.stock.bytes and row.fused.launches <= row.stock.launches
+    names = {operation.name for operation in model.fused.operations}
+    assert "norm_relu_pool" in names and "conv_add_relu" not in names
+    assert not names & {"aten::relu_", "aten::add_"} and not any("batch_norm" in name for name in names)
+    assert all(row.plan.startswith("evaluation: batch norm") for row in explained.blocks)
+    (row,) = explained.predictions
+    assert row.fused < row.compiled < row.stock
 
 
 def test_the_image_has_no_gradient():

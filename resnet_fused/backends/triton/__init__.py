@@ -20,6 +20,7 @@ OPS = (
     "bn_stats",
     "bn_affine",
     "bn_coefficients",
+    "running_affine",
     "norm_add_relu",
     "norm_add_relu_backward",
     "lazy_grad_apply",

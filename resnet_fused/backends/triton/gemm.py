@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ...ops.contract import Tensor
+from .. import tf32
 from . import checks, common, configs
 from .common import _INTERPRETING, narrow, widen
 from .configs import Config
@@ -28,7 +29,7 @@ def split(channels: int) -> tuple[int, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: TF32 only where PyTorch's setting for convolutions allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32.allowed() else "ieee"
 
 
 def configuration(op: str, x: Tensor, columns: int, depth: int) -> Config:

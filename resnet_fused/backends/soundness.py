@@ -1,0 +1,62 @@
+"""Whether ops have kernels that may be trusted: what the plan asks before it relies on them.
+
+In `auto` the reference runs what no other backend takes. For one call that is right; a plan made for our kernels would
+have it write and read every activation many times over. So a variant of a chain is taken only where each op that it
+would run has a kernel: on a backend that is there, for the dtype, with its self-check passed.
+
+A positive answer is kept until a verdict changes. While ``torch.compile`` traces, the question is answered, kernels
+checked if need be, and the answer is a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import selfcheck
+from .dispatch import backends, objection
+
+#: Ops on batch norm's vectors alone: their first argument has the dtype of statistics.
+VECTOR_OPS = ("bn_affine", "bn_coefficients")
+
+_sound: dict[tuple, int] = {}  # a question whose answer was "none is lacking" -> the number of verdicts' changes then
+
+
+def forget() -> None:
+    """Drop the answers that are kept: for tests, which replace backends."""
+    _sound.clear()
+
+
+@torch.compiler.assume_constant_result
+def lacking(ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | None, checks: bool) -> str:
+    """The first of `ops` without a sound kernel for activations of `dtype`; empty: all have one.
+
+    Args:
+        device: where; None: a GPU that need not be there, on which Triton's kernels are taken to be sound.
+        checks: check kernels that were not yet; else, for fake tensors, those without a verdict count as sound.
+    """
+    question = (ops, dtype, device, checks)
+    if _sound.get(question) == selfcheck.count_of_changes():
+        return ""
+    checks = checks and (device is None or device.type != "cuda" or torch.cuda.is_available())
+    for op in ops:
+        if not _served(op, torch.float32 if op in VECTOR_OPS else dtype, device, checks):
+            return op
+    _sound[question] = selfcheck.count_of_changes()
+    return ""
+
+
+def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bool) -> bool:
+    for backend in backends().values():
+        kernel = backend.kernels.get(op)
+        if backend.name == "reference" or kernel is None or dtype not in kernel.dtypes:
+            continue
+        if device is None:
+            if backend.name == "triton":
+                return True
+        elif not backend.unavailable and device.type in backend.devices:
+            if not kernel.needs_selfcheck:
+                return True
+            question = (backend.name, op, dtype, device)
+            if not (objection(*question) if checks else selfcheck.remembered(*question)):
+                return True
+    return False

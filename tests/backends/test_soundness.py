@@ -1,0 +1,104 @@
+"""What the plan is told of kernels: missing, unavailable, of another dtype, failed, and mended again."""
+
+import warnings
+
+import pytest
+import torch
+from injected import CPU, F32, a_bit_off
+
+from resnet_fused.backends import backends, dispatch, selfcheck, soundness
+from resnet_fused.backends import triton as room
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    soundness.forget()
+    yield
+    soundness.forget()
+
+
+@pytest.fixture
+def only(inject, monkeypatch):
+    """Injects a kernel into a machine that has no other but the reference."""
+
+    def put(*args):
+        injected = inject(*args)
+        monkeypatch.setattr(dispatch, "_backends", {"injected": injected.backend, "reference": backends()["reference"]})
+        return injected
+
+    return put
+
+
+def lacking(*ops, dtype=F32, device=CPU, checks=True):
+    return soundness.lacking(ops, dtype, device, checks)
+
+
+def test_the_reference_does_not_count(only):
+    injected = only("bn_stats")
+    assert lacking("bn_stats") == ""
+    assert lacking("bn_stats", "gram", "norm_add_relu") == "gram"
+    assert lacking("bn_stats", dtype=torch.float16) == "bn_stats"  # it takes float32 and bfloat16
+    injected.backend.unavailable = "no compiler"
+    soundness.forget()
+    assert lacking("bn_stats") == "bn_stats"
+
+
+def test_an_answer_costs_no_second_check(only):
+    injected = only("bn_stats")
+    assert lacking("bn_stats") == ""
+    runs = injected.runs
+    assert lacking("bn_stats") == "" and injected.runs == runs > 0
+
+
+def test_a_failed_check_and_its_repeal_are_seen(only):
+    injected = only("bn_stats")
+    assert lacking("bn_stats") == ""
+    injected.change = a_bit_off
+    dispatch.check_all(CPU)  # as `verify` does
+    assert lacking("bn_stats") == "bn_stats"
+    injected.change = lambda results, *args, **kwargs: results
+    dispatch.check_all(CPU)
+    assert lacking("bn_stats") == ""
+
+
+def test_a_kernel_that_cannot_be_compiled(only):
+    def raises(*args, **kwargs):
+        raise RuntimeError("Failed to find C compiler")
+
+    only("bn_stats", raises)
+    with pytest.warns(RuntimeWarning, match="Failed to find C compiler"):
+        assert lacking("bn_stats") == "bn_stats"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lacking("bn_stats") == "bn_stats"
+
+
+def test_fake_tensors_run_no_check_but_heed_verdicts(only):
+    injected = only("bn_stats", a_bit_off)
+    assert lacking("bn_stats", checks=False) == "" and injected.runs == 0
+    with pytest.warns(RuntimeWarning):
+        assert lacking("bn_stats") == "bn_stats"
+    assert lacking("bn_stats", checks=False) == "bn_stats"
+
+
+def test_ops_on_vectors_are_asked_for_in_float32(only):
+    only("bn_affine", lambda *args: pytest.fail("not in this dtype") if args[1].dtype != F32 else args[0])
+    assert lacking("bn_affine", dtype=torch.float16) == ""
+
+
+def test_a_gpu_that_need_not_be_there():
+    assert lacking(*room.OPS, dtype=torch.bfloat16, device=None) == ""
+    assert lacking("conv1x1", dtype=torch.float64, device=None) == "conv1x1"
+    assert lacking("conv_add_relu", dtype=torch.bfloat16, device=None) == "conv_add_relu"
+
+
+def test_a_graph_asks_while_it_is_traced(only):
+    injected = only("bn_stats", a_bit_off)
+
+    def double(x):
+        return 2 * x if soundness.lacking(("bn_stats",), x.dtype, x.device, True) else x
+
+    with pytest.warns(RuntimeWarning, match="switched off injected"):
+        assert torch.compile(double, backend="eager", fullgraph=True)(torch.ones(())) == 2
+    assert injected.runs > 0
+    assert selfcheck.verdicts["injected", "bn_stats", F32, CPU]

@@ -1,0 +1,220 @@
+"""Evaluation as on a GPU, run by the reference on the CPU: stock's values, in every form, and never more than stock."""
+
+import copy
+
+import pytest
+import torch
+from test_variants import unsound
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import resnet_fused
+from resnet_fused.blocks import gpu_inference, plan
+from resnet_fused.blocks.devices import DEVICES
+from resnet_fused.convert import stock_forward
+from resnet_fused.convert.traffic import Counter
+from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.ops import running_affine
+
+PRODUCTS = "evaluation: batch norm, add and ReLU in 1x1 convolutions"
+PASSES = "evaluation: batch norm, add and ReLU in one pass"
+
+
+class Plain(nn.Module):
+    """One convolution and its batch norm, with what is behind it."""
+
+    def __init__(self, kernel=3, relu=True, bias=False):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 12, kernel, 1, kernel // 2, bias=bias)
+        self.bn, self.act = nn.BatchNorm2d(12), nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+def projection(outputs, kernel=1, stride=2):
+    return nn.Sequential(nn.Conv2d(8, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs))
+
+
+def strided_first():
+    found = Bottleneck(8, 4, 2, projection(16))
+    found.conv1.stride, found.conv2.stride = (2, 2), (1, 1)
+    return found
+
+
+MODELS = {
+    "identity bottleneck": (lambda: Bottleneck(8, 2), PRODUCTS),
+    "projected bottleneck": (lambda: Bottleneck(8, 4, 2, projection(16)), PRODUCTS),
+    "projection of 3x3": (lambda: Bottleneck(8, 4, 2, projection(16, 3)), PRODUCTS),
+    "strided first": (strided_first, PRODUCTS),
+    "identity basic block": (lambda: BasicBlock(8, 8), PASSES),
+    "projected basic block": (lambda: BasicBlock(8, 16, 2, projection(16)), PASSES),
+    "one 3x3": (Plain, PASSES),
+    "one 3x3 with a bias": (lambda: Plain(bias=True), PASSES),
+    "bare 3x3": (lambda: Plain(relu=False), PASSES),
+    "one 1x1 with a bias": (lambda: Plain(1, bias=True), PRODUCTS),
+    "bare 1x1": (lambda: Plain(1, relu=False), PRODUCTS),
+}
+
+
+def trained(model, dtype=torch.float64):
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for t in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(t)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.to(dtype, memory_format=torch.channels_last).eval()
+
+
+def images(dtype=torch.float64, size=10):
+    x = torch.randn(3, 8, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def on_gpu(model, x, backend="reference"):
+    with torch.no_grad(), plan.observing() as notes, plan.planning_for(DEVICES["h100"]), resnet_fused.use(backend):
+        return model(x), notes
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    make, form = MODELS[request.param]
+    return resnet_fused.fuse(trained(nn.Sequential(make()))), form
+
+
+def test_values(case):
+    model, form = case
+    x = images()
+    with torch.no_grad(), stock_forward():
+        want = model(x)
+    got, notes = on_gpu(model, x)
+    assert notes == [form]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    x[0, 0, 0, 0] = torch.nan
+    with torch.no_grad(), stock_forward():
+        want = model(x)
+    torch.testing.assert_close(on_gpu(model, x)[0], want, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("lacks", ["conv1x1_join", "norm_add_relu", "running_affine"])
+def test_without_a_kernel(monkeypatch, case, lacks):
+    model, form = case
+    x = images(torch.float32)
+    model = model.float()
+    with torch.no_grad(), stock_forward():
+        want = model(x)
+    unsound(monkeypatch, lacks)
+    got, (note,) = on_gpu(model, x, "auto")
+    lacking = f" (no sound kernel of {lacks})"
+    if lacks == "conv1x1_join":
+        assert note == (PASSES + lacking if form == PRODUCTS else form)
+    elif lacks == "running_affine":
+        assert note == "stock" + lacking
+    else:
+        assert note in (form, "stock" + lacking)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_neither_cached_nor_written(case):
+    """Writes that move no version counter are seen at the next call; the parameters stay as they are."""
+    model, _ = case
+    x, other = images(), copy.deepcopy(model)
+    first, _ = on_gpu(model, x)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert torch.equal(on_gpu(model, x)[0], first)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    for p in (*model.parameters(), *model.buffers()):
+        if p.is_floating_point():
+            p.data.mul_(1.5)
+    other.load_state_dict(model.state_dict())
+    again, _ = on_gpu(model, x)
+    assert not torch.equal(again, first)
+    assert torch.equal(again, on_gpu(other, x)[0])
+
+
+def counted(model, x):
+    with torch.no_grad(), Counter() as counter:
+        model(x)
+    return counter.total
+
+
+def faked(model, size, dtype=torch.bfloat16):
+    """The model with fake parameters, and fake images."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in model.modules():
+            own = torch.float32 if isinstance(module, nn.BatchNorm2d) else dtype
+            for store in (module._parameters, module._buffers):
+                for name, t in store.items():
+                    if t is not None:
+                        made = mode.from_tensor(t.detach()).to(own if t.is_floating_point() else t.dtype)
+                        store[name] = nn.Parameter(made) if store is module._parameters else made
+        x = torch.empty(4, 8, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return mode, x
+
+
+@pytest.mark.parametrize("lacks", ["", "conv1x1_join", "norm_add_relu"])
+@pytest.mark.parametrize("size", [16, 56])
+def test_never_more_than_stock(monkeypatch, case, lacks, size):
+    model, _ = case
+    mode, x = faked(model, size)
+    unsound(monkeypatch, lacks)
+    with mode:
+        with stock_forward():
+            stock = counted(model, x)
+        with plan.planning_for(DEVICES["h100"]):
+            ours = counted(model, x)
+    assert ours.bytes <= stock.bytes and ours.launches <= stock.launches
+    names = {operation.name for operation in ours.operations}
+    assert lacks not in names and "conv_add_relu" not in names
+
+
+def test_a_stem_is_pooled_in_the_pass_that_normalises():
+    model = trained(resnet_fused.models.resnet18(num_classes=4).float(), torch.float32)
+    fused = resnet_fused.fuse(copy.deepcopy(model)).eval()
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    got, notes = on_gpu(fused, x)
+    with torch.no_grad():
+        want = model(x)
+    assert set(notes) == {PASSES}
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["projected bottleneck", "projected basic block"])
+def test_compiled_in_one_graph(name, dynamic):
+    torch.compiler.reset()
+    model, x = resnet_fused.fuse(trained(MODELS[name][0]())), images()
+    with torch.no_grad(), plan.planning_for(DEVICES["h100"]):
+        want = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), want, rtol=1e-10, atol=1e-10)
+
+
+def test_half_precision_statistics_are_widened():
+    """A model in 16-bit throughout keeps its running statistics in 16-bit."""
+    mean, var = torch.randn(5).bfloat16(), torch.rand(5).bfloat16() + 0.5
+    narrow = running_affine.reference(mean, var, mean, var, None, 1e-5)
+    wide = running_affine.reference(mean.float(), var.float(), mean.float(), var.float(), None, 1e-5)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
+def test_a_cpu_keeps_its_own_way():
+    assert not gpu_inference.takes(images())
+
+
+def test_the_functional_step_takes_the_same_way_without_gradients():
+    torch.manual_seed(0)
+    x, weight, residual = images(), torch.randn(8, 8, 1, 1, dtype=torch.float64), images()
+    mean, var = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64) + 0.5
+
+    def step():
+        return resnet_fused.conv_bn_add_relu(x, weight, mean, var, residual=residual)
+
+    want = step()
+    with plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"), plan.observing() as notes:
+        got = step()
+        weight.requires_grad_()
+        assert step().requires_grad  # as one autograd node
+    assert notes[0] == PRODUCTS and not notes[1].startswith("evaluation")
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

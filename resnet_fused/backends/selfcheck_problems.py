@@ -32,6 +32,7 @@ _ADDED = "residual:~C>residual_stride residual_mask:!C>residual_stride coupling:
 FORMS = {
     "bn_stats": "z:~C",
     "bn_affine": "mean,m2,gamma,beta:C z:~Z",
+    "running_affine": "mean,var,gamma,beta,bias:C",
     "bn_coefficients": "sum_g,sum_gz,mean,rstd,scale:C z:~Z",
     "norm_add_relu": "z,residual:~C scale,shift,residual_scale,residual_shift:C sample_factor:N",
     "norm_add_relu_backward": "grad_out,z,residual:~C mean,scale,shift,residual_mean:C mask:!C sample_factor:N",
@@ -186,7 +187,7 @@ def problem(op: str, args: tuple, kwargs: dict) -> Problem:
             steps = given[form.stride] if form.stride else (1, 1)
             grid = grid or (n, -(-h // steps[0]), -(-w // steps[1]))
         given[name] = Like(value.dtype, aligned(value))
-    return Problem(op, grid, channels, given)
+    return Problem(op, grid or (1, 1, 1), channels, given)  # of vectors alone there are no pixels
 
 
 # Values -----------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def _value(p: Problem, draw: _Draw, name: str, form: Form) -> Tensor:
         if name in ("x_scale", "x_shift"):
             return draw.affine(shape[0])[name == "x_shift"]
         vector = draw.vector(shape[0])
-        return vector.abs() + 0.0625 if name in ("m2", "rstd") else vector
+        return vector.abs() + 0.0625 if name in ("m2", "rstd", "var") else vector
     if form.kind == "weight":
         weight = draw.data(shape) / 16
         return weight + weight.transpose(0, 1) if name == "coupling" else weight

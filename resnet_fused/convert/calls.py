@@ -32,6 +32,8 @@ class Call:
 class _Listener(TorchDispatchMode):
     """Notes the calls of ops; fake tensors lend their forms."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []

@@ -101,4 +101,4 @@ def test_a_graph_asks_while_it_is_traced(only):
     with pytest.warns(RuntimeWarning, match="switched off injected"):
         assert torch.compile(double, backend="eager", fullgraph=True)(torch.ones(())) == 2
     assert injected.runs > 0
-    assert selfcheck.verdicts["injected", "bn_stats", F32, CPU]
+    assert selfcheck.remembered("injected", "bn_stats", F32, CPU)

@@ -76,6 +76,8 @@ class Call:
 class Recorder(TorchDispatchMode):
     """Notes the calls of our ops while it is on."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[Call, int] = {}

@@ -19,7 +19,7 @@ from ..ops.conv_add_relu import output_shape
 from . import bounds
 from .declaration import Kernel
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("conv_add_relu", "conv_add_relu_")
 #: Bytes from which glibc maps every allocation anew. oneDNN's result would then fault in 4 KiB at a time (16 ms for
 #: 51 MB, measured); a copy of the residual that is added to in place costs a third of that.
@@ -29,14 +29,18 @@ _MAPPED = 32 << 20
 _PADDING = slice(struct.calcsize("=i4x12qi"), struct.calcsize("=i4x12qi4x"))
 
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
 @functools.cache
 def missing(dtype: torch.dtype) -> str:
     """Why oneDNN cannot convolve tensors of `dtype` on this machine; empty if it can."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+    if not _HAS_ONEDNN:
         return "this build of torch has no oneDNN"
     asks = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        torch.float64: lambda: False,
     }
     if dtype in asks and not asks[dtype]():
         return f"oneDNN has no fast {str(dtype).removeprefix('torch.')} convolution on this CPU"
@@ -62,16 +66,13 @@ def conv_reasons(
     x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ) -> list[str]:
     """Reasons against :func:`conv_add_relu`."""
-    reasons = [missing(x.dtype)] if missing(x.dtype) else []
+    reasons = [] if _HAS_ONEDNN else [missing(x.dtype)]
     if x.numel() == 0 or weight.numel() == 0:
         reasons.append("takes no empty tensors")
     if not all(is_channels_last(t) for t in (x, residual) if t is not None):
         reasons.append("takes channels_last tensors only")
     if weight.dtype != x.dtype:
         reasons.append(f"takes weight and x of one dtype, not {weight.dtype} and {x.dtype}")
-    if residual is not None and x.element_size() == 2 and (groups > 1 or tuple(residual.shape[2:]) == (1, 1)):
-        # ATen adds the residual by itself there: rounded twice, and with a ReLU it has no kernel for it
-        reasons.append("in 16-bit adds no residual to grouped convolutions or to images of one pixel")
     return reasons
 
 
@@ -84,6 +85,8 @@ def conv_add_relu(
     x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ):
     """See ``ops.conv_add_relu``."""
+    if not _has_epilogue(x, residual, groups):
+        return _in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu)
     where = (padding, stride, dilation, groups)
     bias = None if shift is None else shift.to(x.dtype)
     bound = _bound(x, weight, shift, residual, relu)
@@ -105,6 +108,10 @@ def conv_add_relu_(
 ):
     """See ``ops.conv_add_relu``: the sum lands in `residual`."""
     _check_residual("conv_add_relu_", residual, x, weight, stride, padding, dilation)
+    if not _has_epilogue(x, residual, groups):
+        residual.copy_(_in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu))
+        bounds.remember(residual, math.inf)
+        return
     bias = None if shift is None else shift.to(x.dtype)
     bound = _bound(x, weight, shift, residual, relu)
     act = relu and bound < bounds.SAFE
@@ -115,6 +122,29 @@ def conv_add_relu_(
     if out.data_ptr() != residual.data_ptr():
         residual.copy_(out)
     _finish(residual, relu, bound)
+
+
+def _has_epilogue(x: Tensor, residual: Tensor | None, groups: int) -> bool:
+    """Whether oneDNN runs the case as one.
+
+    Not in 16 bits with a residual to grouped convolutions or to images of one pixel: ATen adds it by itself there,
+    rounds twice, and with a ReLU has no kernel for it.
+    """
+    if x.dtype not in SERVED:
+        return False
+    return residual is None or x.element_size() > 2 or (groups == 1 and tuple(residual.shape[2:]) != (1, 1))
+
+
+def _in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu) -> Tensor:
+    """The case in ATen's operations, in float32 or float64, rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
+    weight = (weight if weight.layout == torch.strided else weight.to_dense()).to(wide)
+    bias = None if shift is None else shift.to(wide)
+    y = torch.ops.aten.convolution(x.to(wide), weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    y = y if residual is None else y.add_(residual)
+    return channels_last((torch.relu_(y) if relu else y).to(x.dtype))
 
 
 def _copy(residual: Tensor) -> Tensor | None:

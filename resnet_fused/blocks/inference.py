@@ -32,6 +32,7 @@ class Packed(NamedTuple):
 
     weight: Tensor  # in the layout `layout`
     shift: Tensor  # [K]
+    bound: float  # of the shift; see `bounds.of`
     layout: bytes
 
 
@@ -122,7 +123,7 @@ def packed(
     with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
         weight, shift = fold(tensors, step, dtype, dtype, wide=True)
         weight = onednn.prepack(weight, shape, *step.conv.args)
-        made = Packed(weight, shift, onednn.layout_of(weight))
+        made = Packed(weight, shift, bounds.of(shift), onednn.layout_of(weight))
     _layouts.learn(case, made.layout)
     return _keep(norm, key, dtype, made)
 
@@ -199,6 +200,8 @@ def folded_output(
         ]
         return _run(chain, folded, x, residual)
     shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(steps, tensors)
-    each = zip(norms, keys, tensors, steps, shapes, strict=True)
+    kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, steps, shapes, strict=True)]
     with bounds.private():
-        return _run(chain, [packed(*one, x.dtype)[:2] for one in each], x, residual)
+        for one in kept:
+            bounds.remember(one.shift, one.bound)
+        return _run(chain, [one[:2] for one in kept], x, residual)

@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
       "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");
   // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
-  m.def("checksum(Tensor[] tensors) -> int");
+  m.def("checksum(Tensor[] tensors) -> int[]");
   m.def("new_batch(Tensor like, int samples) -> Tensor");
 }
 

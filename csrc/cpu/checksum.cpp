@@ -19,7 +19,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kLanes = 64, kChunkWords = 1 << 16;
+constexpr int64_t kLanes = 64, kChunkWords = 1 << 15, kGrain = 4;
 
 uint64_t mix(uint64_t hash, uint64_t value) {
   hash = (hash ^ value) * 0x9E3779B97F4A7C15ull;
@@ -44,22 +44,45 @@ uint64_t hash_chunk(const unsigned char* bytes, int64_t size) {
   return hash;
 }
 
-int64_t checksum(std::vector<Tensor> tensors) {
-  uint64_t hash = tensors.size();
+struct Chunk {
+  const unsigned char* bytes;
+  int64_t size;
+};
+
+// The chunks of a dense tensor: it spans as many elements as it has, in whatever order.
+std::vector<Chunk> chunks_of(const Tensor& t) {
+  if (!t.is_cpu()) fail("checksum: got a tensor on ", device_of(t), "; pass CPU tensors");
+  int64_t extent = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
+  if (t.numel() != 0 && extent != t.numel()) fail("checksum: a tensor is not dense; pass t.contiguous()");
+  const auto* bytes = static_cast<const unsigned char*>(t.data_ptr());
+  std::vector<Chunk> chunks;
+  const int64_t size = t.numel() * t.element_size(), step = kChunkWords * 4;
+  for (int64_t begin = 0; begin < size; begin += step) chunks.push_back({bytes + begin, std::min(step, size - begin)});
+  return chunks;
+}
+
+// One for each tensor, in one parallel loop over them all: most of a network's tensors are too small for one of their
+// own.
+std::vector<int64_t> checksum(std::vector<Tensor> tensors) {
+  std::vector<Chunk> chunks;
+  std::vector<size_t> ends;
   for (const Tensor& t : tensors) {
-    if (!t.is_cpu()) fail("checksum: got a tensor on ", device_of(t), "; pass CPU tensors");
-    int64_t extent = 1;  // a dense tensor spans as many elements as it has, in whatever order
-    for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
-    if (t.numel() != 0 && extent != t.numel()) fail("checksum: a tensor is not dense; pass t.contiguous()");
-    const auto* bytes = static_cast<const unsigned char*>(t.data_ptr());
-    const int64_t size = t.numel() * t.element_size(), step = kChunkWords * 4, chunks = (size + step - 1) / step;
-    std::vector<uint64_t> parts(chunks);
-    torch::stable::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) parts[i] = hash_chunk(bytes + i * step, std::min(step, size - i * step));
-    });
-    for (const uint64_t part : parts) hash = mix(hash, part);
+    for (const Chunk& chunk : chunks_of(t)) chunks.push_back(chunk);
+    ends.push_back(chunks.size());
   }
-  return static_cast<int64_t>(hash);
+  std::vector<uint64_t> parts(chunks.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) parts[i] = hash_chunk(chunks[i].bytes, chunks[i].size);
+  });
+  std::vector<int64_t> sums;
+  size_t i = 0;
+  for (const size_t end : ends) {
+    uint64_t hash = end - i;
+    for (; i < end; ++i) hash = mix(hash, parts[i]);
+    sums.push_back(static_cast<int64_t>(hash));
+  }
+  return sums;
 }
 
 }  // namespace

@@ -27,13 +27,22 @@ Keep keep_of(const Arguments& a) {
   return a.mask->scalar_type() == ScalarType::Byte ? Keep::kBits : Keep::kOutput;
 }
 
-// g = not (y <= 0) ? grad : 0, with y the forward's output or its recomputation. A select: NaN gradients vanish too.
+// keep ? value : 0, a select: NaN vanishes too. GCC 12 does not vectorise the choice between two structs.
+template <class T>
+RESNET_FUSED_INLINE T select(bool keep, T value) {
+  if constexpr (sizeof(T) == 2) {
+    return T{static_cast<uint16_t>(value.bits & (keep ? 0xFFFFu : 0u))};
+  } else {
+    return keep ? value : T{};
+  }
+}
+
+// g = not (y <= 0) ? grad : 0, with y the forward's output or its recomputation.
 template <class T>
 RESNET_FUSED_CLONES void select_by_output(T* __restrict g, const T* __restrict grad, const T* __restrict y,
                                           int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const T value = grad[i];
-    g[i] = load(y + i) <= 0 ? T{} : value;
+    g[i] = select(!(load(y + i) <= 0), grad[i]);
   }
 }
 
@@ -43,12 +52,7 @@ RESNET_FUSED_CLONES void select_by_recomputed(T* __restrict g, const T* __restri
                                               int64_t C) {
   for (int64_t m = 0; m < rows; ++m, g += C, grad += C, z += C) {
     for (int64_t c = 0; c < C; ++c) {
-      const bool keep = !(load(z + c) * scale[c] + shift[c] <= 0);
-      if constexpr (sizeof(T) == 2) {  // GCC 12 does not vectorise the choice between two structs
-        g[c].bits = static_cast<uint16_t>(grad[c].bits & (keep ? 0xFFFFu : 0u));
-      } else {
-        g[c] = keep ? grad[c] : T{};
-      }
+      g[c] = select(!(load(z + c) * scale[c] + shift[c] <= 0), grad[c]);
     }
   }
 }
@@ -65,8 +69,7 @@ RESNET_FUSED_CLONES void select_by_bits(T* __restrict g, const T* __restrict gra
         std::memcpy(keep + 8 * i, &word, 8);
       }
       for (int64_t i = 0; i < count; ++i) {
-        const T value = grad[c + i];
-        g[c + i] = keep[i] ? value : T{};
+        g[c + i] = select(keep[i] != 0, grad[c + i]);
       }
     }
   }

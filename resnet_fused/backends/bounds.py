@@ -2,8 +2,11 @@
 
 A convolution of finite numbers gives NaN only by overflow: infinity minus infinity. So a ReLU in oneDNN's epilogue is
 exact wherever a bound on the result's magnitude stays far below the largest float. The bound of a tensor that this
-package wrote is known without reading it, from ``|out| <= max_k sum_c |w_kc| * |x| + |shift| + |residual|``, and is
-remembered on the tensor; that of any other is measured by one read.
+package wrote is known without reading it, from ``|out| <= max_k sum_c |w_kc| * |x| + |shift| + |residual|``; that of
+any other is measured by one read.
+
+A note of a bound is trusted only where nobody else can have written to the tensor: within :func:`private`. No version
+counter would tell of a write through ``numpy()`` or ``.data``. The notes lie beside the tensors, not on them.
 """
 
 from __future__ import annotations
@@ -11,63 +14,78 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
+from torch import overrides
 
 Tensor = torch.Tensor
 
 #: Below this no sum of a convolution overflows float32; far enough for all roundings on the way.
 SAFE = 1e30
-_NAME = "_resnet_fused_bound"
+_ENLARGES = "_enlarges"  # on packed weights, which nobody but this package ever holds
 
 
-_scope = threading.local()
+class _Scope(threading.local):
+    """Bounds by the tensor's identity, while a tensor lives; None outside of every :func:`private`."""
+
+    notes: dict[int, tuple[weakref.ref, float]] | None = None
+
+
+_scope = _Scope()
 
 
 @contextlib.contextmanager
 def private() -> Iterator[None]:
-    """Within this, tensors are written by nobody else, so that notes on inference tensors can be trusted as well.
+    """Within this, the tensors that are noted are written by nobody but this package, which keeps its notes true.
 
-    Those have no version counter that would tell of a write; their notes are dropped at the end.
+    Scopes within a scope share its notes; they are dropped when the outermost ends. Where somebody watches each
+    operation or each saved tensor, and could write in between, nothing is noted.
     """
-    before, _scope.noted = getattr(_scope, "noted", None), []
+    outer = _scope.notes
+    if _is_watched():
+        _scope.notes = None
+    elif outer is None:
+        _scope.notes = {}
     try:
         yield
     finally:
-        for t in _scope.noted:
-            t.__dict__.pop(_NAME, None)
-        _scope.noted = before
+        _scope.notes = outer
+
+
+def _is_watched() -> bool:
+    modes = torch._C._len_torch_dispatch_stack() or overrides._len_torch_function_stack()
+    return bool(modes) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def remember(t: Tensor, bound: float) -> Tensor:
-    """Note a bound of ``max |t|`` on `t` itself, valid until it is written to; returns `t`."""
-    if t.is_inference():
-        if getattr(_scope, "noted", None) is None:
-            return t
-        _scope.noted.append(t)
-    setattr(t, _NAME, (bound, _version(t)))
+    """Note a bound of ``max |t|`` until the scope ends or the next note of it; returns `t`."""
+    if _scope.notes is not None:
+        _scope.notes[id(t)] = (weakref.ref(t), bound)
     return t
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def _noted(t: Tensor) -> float:
+    """The noted bound of `t`; infinite where there is none."""
+    if _scope.notes is None:
+        return math.inf
+    ref, bound = _scope.notes.get(id(t), (None, math.inf))
+    return bound if ref is not None and ref() is t else math.inf
 
 
 def is_known(t: Tensor | None) -> bool:
     """Whether :func:`of` need not read `t`."""
-    if t is None:
-        return True
-    bound, version = getattr(t, _NAME, (math.inf, -1))
-    return version == _version(t) and bound < SAFE
+    return t is None or _noted(t) < SAFE
 
 
 def of(t: Tensor) -> float:
-    """A bound of ``max |t|``: remembered, or measured. NaN and infinity are infinite."""
-    if is_known(t):
-        return getattr(t, _NAME)[0]
-    low, high = torch.aminmax(_flat(t))
-    bound = max(-low.item(), high.item()) if t.numel() else 0.0
+    """A bound of ``max |t|``: noted, or measured. NaN and infinity are infinite."""
+    noted = _noted(t)
+    if noted < SAFE:
+        return noted
+    low, high = torch.aminmax(_flat(t)) if t.numel() else (torch.zeros(()), torch.zeros(()))
+    bound = max(-low.item(), high.item())
     bound = bound if bound < math.inf else math.inf  # NaN too
     remember(t, bound)
     return bound
@@ -81,16 +99,17 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def of_weight(weight: Tensor) -> float:
-    """``max_k sum |w_k|``: by how much a convolution can enlarge; remembered like :func:`of`."""
-    bound, version = getattr(weight, _NAME, (math.inf, -1))
-    if version == _version(weight):
-        return bound
+    """``max_k sum |w_k|``: by how much a convolution can enlarge. Measured, but where :func:`note_packed` did."""
     if weight.layout != torch.strided:
-        return math.inf  # prepacked without a note of its bound
-    bound = weight.detach().abs().flatten(1).sum(1).max().item()
-    bound = 1.01 * bound if bound < math.inf else math.inf  # for the rounding of the sum itself
-    remember(weight, bound)
-    return bound
+        return getattr(weight, _ENLARGES, math.inf)
+    bound = weight.detach().abs().flatten(1).sum(1, dtype=torch.float32).max().item()
+    return 1.01 * bound if bound < math.inf else math.inf  # for the rounding of the sum itself
+
+
+def note_packed(packed: Tensor, weight: Tensor) -> Tensor:
+    """Note on `packed` by how much a convolution with `weight`, from which it was made, can enlarge; returns it."""
+    setattr(packed, _ENLARGES, of_weight(weight))
+    return packed
 
 
 def of_result(x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> float:

@@ -24,6 +24,11 @@ def loop_reasons(*args, **kwargs) -> list[str]:
     return [] if all(map(is_channels_last, tensors)) else ["takes channels_last tensors only"]
 
 
+def weight_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
+    """As :func:`loop_reasons` for the activations; the weight may be in any layout."""
+    return loop_reasons(grad, x)
+
+
 def vector_reasons(*args, **kwargs) -> list[str]:
     """Reasons against the loops over channels: vectors of one dtype, with none between their elements."""
     if not status().cpu.loaded:
@@ -66,6 +71,7 @@ BACKEND = check_complete(
             **{name: Kernel(_compiled(name), LOOP_DTYPES, loop_reasons) for name in COMPILED_OPS},
             **{name: Kernel(_compiled(name), (torch.float32, torch.float64), vector_reasons) for name in VECTOR_OPS},
             **{name: Kernel(_compiled(name), LOOP_DTYPES, matrix_reasons) for name in MATRIX_OPS},
+            "conv_weight_grad": Kernel(_compiled("conv_weight_grad"), LOOP_DTYPES, weight_grad_reasons),
             **onednn.KERNELS,
         },
     )

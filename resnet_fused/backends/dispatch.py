@@ -92,7 +92,7 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     Raises:
         RuntimeError: no backend can; the text lists every backend's reasons.
     """
-    if name != "auto" and OPS[op].small and op not in _backends[check_name(name)].kernels:
+    if name != "auto" and OPS[op].small and _backends[check_name(name)].reasons(op, args, kwargs):
         name = "auto"
     candidates = _backends.values() if name == "auto" else [_backends[check_name(name)]]
     refused = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 
 import torch
 
@@ -18,22 +19,28 @@ from ..ops.conv_add_relu import output_shape
 from . import bounds
 from .declaration import Kernel
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("conv_add_relu", "conv_add_relu_")
 #: Bytes from which glibc maps every allocation anew. oneDNN's result would then fault in 4 KiB at a time (16 ms for
 #: 51 MB, measured); a copy of the residual that is added to in place costs a third of that.
 _MAPPED = 32 << 20
-_PENDING = "_resnet_fused_pending_bound"
+#: Of oneDNN's description of a layout (dimensions, data type, ...), the bytes that the compiler left between the data
+#: type and the next number: they are not initialised.
+_PADDING = slice(struct.calcsize("=i4x12qi"), struct.calcsize("=i4x12qi4x"))
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 @functools.cache
 def missing(dtype: torch.dtype) -> str:
     """Why oneDNN cannot convolve tensors of `dtype` on this machine; empty if it can."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+    if not _HAS_ONEDNN:
         return "this build of torch has no oneDNN"
     asks = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        torch.float64: lambda: False,
     }
     if dtype in asks and not asks[dtype]():
         return f"oneDNN has no fast {str(dtype).removeprefix('torch.')} convolution on this CPU"
@@ -46,23 +53,26 @@ def prepack(weight: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
         dense.to_mkldnn(), padding, stride, dilation, groups, list(input_size)
     )
-    return bounds.remember(packed, bounds.of_weight(dense))
+    return bounds.note_packed(packed, dense)
+
+
+def layout_of(packed: Tensor) -> bytes:
+    """The layout of a prepacked weight. Equal for equal layouts; where it is not, a weight is only kept twice."""
+    described = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+    return described[: _PADDING.start] + described[_PADDING.stop :]
 
 
 def conv_reasons(
     x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ) -> list[str]:
     """Reasons against :func:`conv_add_relu`."""
-    reasons = [missing(x.dtype)] if missing(x.dtype) else []
+    reasons = [] if _HAS_ONEDNN else [missing(x.dtype)]
     if x.numel() == 0 or weight.numel() == 0:
         reasons.append("takes no empty tensors")
     if not all(is_channels_last(t) for t in (x, residual) if t is not None):
         reasons.append("takes channels_last tensors only")
     if weight.dtype != x.dtype:
         reasons.append(f"takes weight and x of one dtype, not {weight.dtype} and {x.dtype}")
-    if residual is not None and x.element_size() == 2 and (groups > 1 or tuple(residual.shape[2:]) == (1, 1)):
-        # ATen adds the residual by itself there: rounded twice, and with a ReLU it has no kernel for it
-        reasons.append("in 16-bit adds no residual to grouped convolutions or to images of one pixel")
     return reasons
 
 
@@ -75,6 +85,8 @@ def conv_add_relu(
     x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ):
     """See ``ops.conv_add_relu``."""
+    if not _has_epilogue(x, residual, groups):
+        return _in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu)
     where = (padding, stride, dilation, groups)
     bias = None if shift is None else shift.to(x.dtype)
     bound = _bound(x, weight, shift, residual, relu)
@@ -85,7 +97,7 @@ def conv_add_relu(
     else:
         _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
         if residual.numel() * residual.element_size() >= _MAPPED and (out := _copy(residual)) is not None:
-            _add_into(out, x, weight, shift, stride, padding, dilation, groups, relu)
+            conv_add_relu_(out, x, weight, shift, stride, padding, dilation, groups, relu)
             return out
         out = op.binary(x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if act else None, [], None)
     return _finish(channels_last(out), relu, bound)
@@ -95,12 +107,11 @@ def conv_add_relu_(
     residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ):
     """See ``ops.conv_add_relu``: the sum lands in `residual`."""
-    setattr(residual, _PENDING, _add_into(residual, x, weight, shift, stride, padding, dilation, groups, relu))
-
-
-def _add_into(residual, x, weight, shift, stride, padding, dilation, groups, relu) -> float:
-    """``residual <- act(residual + conv + shift)``; returns a bound of the result."""
     _check_residual("conv_add_relu_", residual, x, weight, stride, padding, dilation)
+    if not _has_epilogue(x, residual, groups):
+        residual.copy_(_in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu))
+        bounds.remember(residual, math.inf)
+        return
     bias = None if shift is None else shift.to(x.dtype)
     bound = _bound(x, weight, shift, residual, relu)
     act = relu and bound < bounds.SAFE
@@ -111,7 +122,29 @@ def _add_into(residual, x, weight, shift, stride, padding, dilation, groups, rel
     if out.data_ptr() != residual.data_ptr():
         residual.copy_(out)
     _finish(residual, relu, bound)
-    return bound
+
+
+def _has_epilogue(x: Tensor, residual: Tensor | None, groups: int) -> bool:
+    """Whether oneDNN runs the case as one.
+
+    Not in 16 bits with a residual to grouped convolutions or to images of one pixel: ATen adds it by itself there,
+    rounds twice, and with a ReLU has no kernel for it.
+    """
+    if x.dtype not in SERVED:
+        return False
+    return residual is None or x.element_size() > 2 or (groups == 1 and tuple(residual.shape[2:]) != (1, 1))
+
+
+def _in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu) -> Tensor:
+    """The case in ATen's operations, in float32 or float64, rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
+    weight = (weight if weight.layout == torch.strided else weight.to_dense()).to(wide)
+    bias = None if shift is None else shift.to(wide)
+    y = torch.ops.aten.convolution(x.to(wide), weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    y = y if residual is None else y.add_(residual)
+    return channels_last((torch.relu_(y) if relu else y).to(x.dtype))
 
 
 def _copy(residual: Tensor) -> Tensor | None:
@@ -125,14 +158,6 @@ def _copy(residual: Tensor) -> Tensor | None:
     return out
 
 
-def _inplace(residual, *args, **kwargs) -> None:
-    """:func:`conv_add_relu_` through the dispatcher, which counts the write only after the kernel is done."""
-    torch.ops.resnet_fused.conv_add_relu_.default(residual, *args, **kwargs)
-    bound = residual.__dict__.pop(_PENDING, math.inf)
-    if bound < bounds.SAFE:
-        bounds.remember(residual, bound)
-
-
 def _bound(x, weight, shift, residual, relu: bool) -> float:
     """A bound of the result: measured where a ReLU depends on it, else only if it comes for free."""
     if relu or (bounds.is_known(x) and bounds.is_known(residual)):
@@ -141,10 +166,10 @@ def _bound(x, weight, shift, residual, relu: bool) -> float:
 
 
 def _finish(out: Tensor, relu: bool, bound: float) -> Tensor:
-    """Clamp `out` where the epilogue could not be trusted to, or note the bound by which it could."""
-    if bound < bounds.SAFE:
-        return bounds.remember(out, bound)
-    return torch.relu_(out) if relu else out
+    """Clamp `out` where the epilogue could not be trusted to, and note its bound, in place of any old one."""
+    if relu and not bound < bounds.SAFE:
+        torch.relu_(out)
+    return bounds.remember(out, bound)
 
 
 def _check_residual(op, residual, x, weight, stride, padding, dilation) -> None:
@@ -165,7 +190,7 @@ def _register() -> dict[str, Kernel]:
             library.impl(name, globals()[name], key)
         torch.library.register_fake(f"resnet_fused::{name}", OPS[name].fake, lib=library)
     _register.library = library  # dropping it would drop the registrations
-    runs = {"conv_add_relu": torch.ops.resnet_fused.conv_add_relu.default, "conv_add_relu_": _inplace}
+    runs = {name: getattr(torch.ops.resnet_fused, name).default for name in NAMES}
     return {name: Kernel(runs[name], DTYPES, reasons[name]) for name in NAMES}
 
 

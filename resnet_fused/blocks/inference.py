@@ -1,12 +1,14 @@
 """Inference: batch norm folded into the convolutions, activation and residual in their epilogues.
 
-The folded weights are kept between calls. They are made again when a tensor they came from was replaced or written to:
-its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its content's checksum
-changed. The checksum reads all weights once; folding anew on every call would write them twice as well.
+The folded weights are kept between calls, packed as oneDNN wants them. They are made again when a tensor they came from
+was replaced or written to: its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its
+content's checksum changed. The checksum reads all weights once, as fast as memory gives them.
 """
 
 from __future__ import annotations
 
+import collections
+import threading
 import weakref
 from typing import NamedTuple
 
@@ -19,53 +21,124 @@ from ..ops.conv_add_relu import output_shape
 from ..steps import Chain, Step, StepTensors
 from ..steps.batch_norm import running_affine
 from ..steps.conv import channels_last
-from ..steps.folded_join import Folded, scaled, shift_of
-from . import gpu_inference
+from ..steps.folded_join import Folded, shift_of
+from . import gpu_inference, stock
 
 Tensor = torch.Tensor
 
 
 class Packed(NamedTuple):
-    """A convolution with its batch norm folded in, and what it was made from."""
+    """A convolution with its batch norm folded in."""
 
-    weight: Tensor  # in the layout the backend packed it to
+    weight: Tensor  # in the layout `layout`
     shift: Tensor  # [K]
-    key: tuple
+    bound: float  # of the shift; see `bounds.of`
+    layout: bytes
 
 
-#: Of each convolution, one for each of the last few input shapes: the layout oneDNN prefers depends on them.
-_packed: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, Packed]] = weakref.WeakKeyDictionary()
-_SHAPES = 3
+class Kept(NamedTuple):
+    """What is kept of a convolution and its norm. Never changed but replaced as a whole: threads may meet in it."""
+
+    key: tuple  # what it was made from
+    packed: dict[torch.dtype, tuple[Packed, ...]]  # of each dtype at most LAYOUTS, the newest last
 
 
-def fold(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and shift of ``bn(conv(x))`` with running statistics."""
-    folded = Folded(running_affine(tensors, step.norm, dtype), None)
-    return scaled(tensors.weight, folded.bn.scale), shift_of(folded, tensors)
+#: oneDNN was seen to want up to three layouts of one weight over all image and batch sizes, and up to two from 4 pixels
+#: a side on. With more, the oldest goes: memory is bounded by so many weights for each dtype that was asked for.
+LAYOUTS = 3
+#: By norm: a convolution may be followed by different ones.
+_kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
-def _key(tensors: StepTensors, step: Step, dtype: torch.dtype) -> tuple:
-    sources = [t for t in tensors[:6] if t is not None]
-    identity = tuple((id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype) for t in sources)
-    dense = [t if _is_dense(t) else t.contiguous() for t in sources]
-    return identity, torch.ops.resnet_fused.checksum(dense), dtype, step
+class _Layouts:
+    """Which layout oneDNN wants for a convolution, by its geometry and its input's shape: found by packing a weight.
+
+    At the first sight of a shape nothing is known, and a weight packed for another shape serves: oneDNN reorders it if
+    it must, as it does stock's weights at every call. Only a shape that comes back is worth packing for.
+    """
+
+    LIMIT = 4096  # some ten image sizes of twenty networks; about 1 KB each
+
+    def __init__(self) -> None:
+        self._seen: collections.OrderedDict[tuple, bytes | None] = collections.OrderedDict()
+
+    def look(self, case: tuple) -> tuple[bool, bytes | None]:
+        """Whether `case` was seen before, and its layout if that is known."""
+        with _lock:
+            known = case in self._seen
+            layout = self._seen.setdefault(case, None)
+            self._seen.move_to_end(case)
+            if len(self._seen) > self.LIMIT:
+                self._seen.popitem(last=False)
+        return known, layout
+
+    def learn(self, case: tuple, layout: bytes) -> None:
+        with _lock:
+            self._seen[case] = layout
+
+
+_layouts = _Layouts()
+
+
+def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, wide: bool) -> tuple[Tensor, Tensor]:
+    """Weight and shift of ``bn(conv(x))`` with running statistics, for `x` of dtype `like`.
+
+    `to`: the weight's dtype, to which it is rounded once. `wide`: fold in float64, where the result is kept.
+    """
+    folded = Folded(running_affine(tensors, step.norm, torch.float64 if wide else like), None)
+    weight = (tensors.weight.to(folded.bn.scale.dtype) * folded.bn.scale.view(-1, 1, 1, 1)).to(to)
+    shift = shift_of(folded, tensors)
+    return weight, shift.to(torch.float32) if wide else shift
+
+
+def _keys(steps: tuple[Step, ...], tensors: list[StepTensors]) -> list[tuple]:
+    """For each step, what its folded weight is made from: identity, version and content of each tensor."""
+    sources = [[t for t in own[:6] if t is not None] for own in tensors]
+    dense = [t if _is_dense(t) else t.contiguous() for own in sources for t in own]
+    sums = iter(torch.ops.resnet_fused.checksum(dense))
+    return [(step, *((*_identity(t), next(sums)) for t in own)) for step, own in zip(steps, sources, strict=True)]
+
+
+def _identity(t: Tensor) -> tuple:
+    return id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
 def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def packed(conv: nn.Module, tensors: StepTensors, step: Step, shape: torch.Size, dtype: torch.dtype) -> Packed:
-    """The folded and prepacked convolution of `conv` for inputs of `shape`, from an earlier call or made now."""
-    key, shapes = _key(tensors, step, dtype), _packed.setdefault(conv, {})
-    known = shapes.get(shape)
-    if known is None or known.key != key:
-        if known is None and len(shapes) == _SHAPES:
-            shapes.pop(next(iter(shapes)))
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
-            weight, shift = fold(tensors, step, dtype)
-            known = shapes[shape] = Packed(onednn.prepack(weight, shape, *step.conv.args), shift, key)
-    return known
+def packed(
+    norm: nn.Module, key: tuple, tensors: StepTensors, step: Step, shape: torch.Size, dtype: torch.dtype
+) -> Packed:
+    """The folded and prepacked convolution before `norm` for inputs of `shape` and `dtype`, kept or made now."""
+    case = (dtype, tensors.weight.shape, step.conv, shape, torch.get_num_threads())
+    seen, layout = _layouts.look(case)
+    with _lock:
+        kept = _kept.get(norm)
+    there = kept.packed.get(dtype, ()) if kept is not None and kept.key == key else ()
+    for one in reversed(there):
+        if one.layout == layout or not seen:
+            return one
+    with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
+        weight, shift = fold(tensors, step, dtype, dtype, wide=True)
+        weight = onednn.prepack(weight, shape, *step.conv.args)
+        made = Packed(weight, shift, bounds.of(shift), onednn.layout_of(weight))
+    _layouts.learn(case, made.layout)
+    return _keep(norm, key, dtype, made)
+
+
+def _keep(norm: nn.Module, key: tuple, dtype: torch.dtype, made: Packed) -> Packed:
+    """Keep `made`, or return what is kept in its layout already."""
+    with _lock:
+        kept = _kept.get(norm)
+        others = kept.packed if kept is not None and kept.key == key else {}
+        there = others.get(dtype, ())
+        for one in there:
+            if one.layout == made.layout:
+                return one
+        _kept[norm] = Kept(key, {**others, dtype: (*there, made)[-LAYOUTS:]})
+    return made
 
 
 def _can_pack(x: Tensor, backend: str) -> bool:
@@ -103,21 +176,35 @@ def _run(chain: Chain, folded: list[tuple[Tensor, Tensor]], x: Tensor, residual:
 @torch.no_grad()
 def folded_output(
     chain: Chain,
-    pairs: tuple[tuple[nn.Module, nn.Module], ...],
+    norms: list[nn.Module],
     x: Tensor,
     tensors: list[StepTensors],
     residual: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    """The chain's output with running statistics and without autograd."""
+    """The chain's output with running statistics and without autograd.
+
+    On a CPU it runs as stock where no convolution has an epilogue: there is nothing to gain by folding at every call.
+
+    `norms`: the modules by which folded weights are kept. `dtype`: of the weights and biases as stock would cast them;
+    None: as they are.
+    """
     if gpu_inference.takes(x):
-        return gpu_inference.output(chain, x, tensors, residual)
+        return gpu_inference.output(chain, x, [t.cast(dtype) for t in tensors], residual)
+    if chain.backend == "auto" and x.device.type == "cpu" and x.dtype not in onednn.SERVED:
+        return stock.chain_output(chain, x, residual, None, [t.cast(dtype) for t in tensors], moves=True)
     given, x = x, channels_last(x)
     residual = x if residual is given else None if residual is None else channels_last(residual)
     steps = chain.all_steps
-    if not _can_pack(x, chain.backend):
-        return _run(chain, [fold(own, step, x.dtype) for own, step in zip(tensors, steps, strict=True)], x, residual)
-    folded = []
-    for (conv, _), own, step, shape in zip(pairs, tensors, steps, _input_shapes(chain, x.shape, tensors), strict=True):
-        folded.append(packed(conv, own, step, shape, x.dtype)[:2])
-    with bounds.private():
+    if not _can_pack(x, chain.backend) or any((dtype or own.weight.dtype) != x.dtype for own in tensors):
+        folded = [
+            fold(own, step, x.dtype, dtype or own.weight.dtype, wide=False)
+            for own, step in zip(tensors, steps, strict=True)
+        ]
         return _run(chain, folded, x, residual)
+    shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(steps, tensors)
+    kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, steps, shapes, strict=True)]
+    with bounds.private():
+        for one in kept:
+            bounds.remember(one.shift, one.bound)
+        return _run(chain, [one[:2] for one in kept], x, residual)

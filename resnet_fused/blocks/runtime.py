@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
 
-from ..backends import current
+from ..backends import bounds, current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
 from ..steps import Chain, Step, StepTensors
-from . import gpu_inference, norms
+from . import gpu_inference, norms, stock
 from .chain import run_chain
 from .inference import folded_output
 from .layout import Placed, arrived, behind, left
@@ -35,26 +36,29 @@ def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_facto
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return run_modules(chain, site, x, tensors, residual, sample_factor)
     dtype = torch.get_autocast_dtype(x.device.type)
-    x = x.to(dtype)
-    tensors = [
-        t._replace(weight=t.weight.to(dtype), bias=None if t.bias is None else t.bias.to(dtype)) for t in tensors
-    ]
     with torch.autocast(x.device.type, enabled=False):
-        return run_modules(chain, site, x, tensors, residual, sample_factor)
+        return run_modules(chain, site, x.to(dtype), tensors, residual, sample_factor, dtype)
 
 
-def run_modules(chain: Chain, site: Site, x, tensors, residual, sample_factor) -> Tensor:
-    """Run `chain` in its best variant: folded inference, or the autograd node."""
+def run_modules(
+    chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], residual, sample_factor, dtype=None
+) -> Tensor:
+    """Run `chain` in its best variant: folded inference, or the autograd node.
+
+    `dtype`: to which the convolutions' parameters are cast, as autocast would; None: they stay.
+    """
     shapes = output_shapes(chain, x, tensors)
+    if any(size <= 0 for shape in shapes for size in shape[2:]):  # stock's convolution says what is wrong
+        return stock.chain_output(chain, x, residual, sample_factor, [own.cast(dtype) for own in tensors], moves=True)
     if site.pool is not None:
         pooled = _pooled_chain(chain, site, x, tensors, shapes[-1])
         if pooled is None:
-            return site.pool(run_modules(chain, dataclasses.replace(site, pool=None), x, tensors, None, None))
+            return site.pool(run_modules(chain, dataclasses.replace(site, pool=None), x, tensors, None, None, dtype))
         chain = pooled
     if residual is not None and (residual.shape != shapes[-1] or residual.dtype != x.dtype):
         # Broadcasting and promotion are stock's business: add outside of the chain.
         bare = dataclasses.replace(chain, relu=False)
-        y = run_modules(bare, site, x, tensors, None, sample_factor)
+        y = run_modules(bare, site, x, tensors, None, sample_factor, dtype)
         total = (y + residual).to(y.dtype) if site.inplace_add else y + residual
         return torch.relu(total) if chain.relu else total
     for step, shape in zip(chain.steps, shapes, strict=True):
@@ -62,9 +66,11 @@ def run_modules(chain: Chain, site: Site, x, tensors, residual, sample_factor) -
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     frozen = not any(step.norm.batch_stats for step in chain.all_steps)
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
-        return folded_output(chain, site.pairs, x, tensors, residual)
+        return folded_output(chain, [norm for _, norm in site.pairs], x, tensors, residual, dtype)
+    tensors = [own.cast(dtype) for own in tensors]
     chosen = choose_variant(chain, x, tensors, shapes, sample_factor, residual)
-    return run_chain(chosen, x, tensors, residual, sample_factor)
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
+        return run_chain(chosen, x, tensors, residual, sample_factor)
 
 
 def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shape: torch.Size) -> Chain | None:
@@ -73,6 +79,8 @@ def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors
     wanted = needs_grad(x, None, tensors) or gpu_inference.takes(x)
     if pool is None or not wanted or not pools(chain, x):
         return None
+    if not gpu_inference.takes(x) and not chain.steps[-1].norm.batch_stats:
+        return None  # folded, as without a pool: somebody may compare what both give
     if any(n + 2 * p < k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True)):
         return None
     return dataclasses.replace(chain, pool=pool)

@@ -19,6 +19,7 @@ import pathlib
 
 import torch
 
+from ..backends import onednn
 from ..steps import Chain, Conv, StepTensors
 from ..steps.conv import HAS_AVX512, is_product
 from .chain_key import threads
@@ -29,7 +30,15 @@ _LARGE_WEIGHTS = 1 << 20  # elements
 #: What a chain may take longer for the memory that it saves, as a share of its time; also by `tune`'s measure.
 MARGIN = 0.02
 _OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
-_RATE = 100e9  # FLOP/s of a thread in convolutions; measured: 170 to 210 by two threads
+_RATE = 100e9  # FLOP/s of a thread in float32 convolutions; measured: 170 to 210 by two threads
+
+
+def rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a thread in convolutions of `dtype`: as many times float32's as it has elements in a register.
+
+    Without instructions for 16 bits, oneDNN converts, and is no faster than in float32.
+    """
+    return _RATE * (4 / dtype.itemsize if dtype in onednn.SERVED or dtype.itemsize > 4 else 1)
 
 
 @functools.cache
@@ -60,13 +69,13 @@ def _convolutions(chain: Chain, tensors: list[StepTensors], shapes: list[torch.S
 
 def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
     """Whether stock's operations are expected to be faster than any variant of the chain."""
-    if not HAS_AVX512 or x.device.type != "cpu" or x.dtype != torch.float32 or chain.backend != "auto":
+    if not HAS_AVX512 or x.device.type != "cpu" or chain.backend != "auto":
         return False
     if stock_bytes(chain, x, shapes) > cache_bytes():
         return False
     convolutions = _convolutions(chain, tensors, shapes)
     flops = sum(6 * weight.numel() * pixels for _, weight, pixels in convolutions)  # forward and both gradients
-    if _OVERHEAD * _RATE * threads() < MARGIN * flops:
+    if _OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
         return False
     large = [weight.numel() for conv, weight, pixels in convolutions if is_product(pixels, weight, conv, x)]
     return sum(large) < _LARGE_WEIGHTS

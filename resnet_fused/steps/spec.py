@@ -107,6 +107,12 @@ class StepTensors(NamedTuple):
     running_var: Tensor | None = None  # [K]
     num_batches_tracked: Tensor | None = None  # [], int64
 
+    def cast(self, dtype: torch.dtype | None) -> StepTensors:
+        """With the convolution's parameters in `dtype`, as autocast has them; None: as they are."""
+        if dtype is None:
+            return self
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
 
 def flatten(steps: Iterable[StepTensors]) -> list[Tensor | None]:
     """All tensors of all steps in one list, as ``autograd.Function.apply`` wants them."""

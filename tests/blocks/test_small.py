@@ -45,13 +45,26 @@ def test_what_is_never_small(monkeypatch):
     assert notes(model, fits(2)) == [SAID]
     with resnet_fused.use("cpu"):
         assert notes(model, fits(2)) != [SAID]
-    assert notes(copy.deepcopy(model).double(), fits(2).double()) != [SAID]
     few = fits(1, 2)  # pixels beside the weights
     assert notes(model, few) == [SAID]
     monkeypatch.setattr(small, "_LARGE_WEIGHTS", 1 << 11)
     assert notes(model, few) != [SAID]
     monkeypatch.setattr(small, "HAS_AVX512", False)
     assert notes(model, fits(2)) != [SAID]
+
+
+@pytest.mark.plans_small
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_has_a_limit_by_its_own_size(dtype):
+    model, image = fused().to(dtype), 65536 // 4 * dtype.itemsize
+    assert notes(model, fits((1 << 20) // image).to(dtype)) == [SAID]
+    assert notes(model, fits((1 << 20) // image + 1).to(dtype)) != [SAID]
+
+
+def test_sixteen_bits_are_faster_only_with_their_instructions(monkeypatch):
+    monkeypatch.setattr(small.onednn, "SERVED", frozenset({torch.float32, torch.bfloat16}))
+    rates = [small.rate(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+    assert [2 * rate / rates[1] for rate in rates] == [1, 2, 2, 4]
 
 
 @pytest.mark.plans_small

@@ -131,7 +131,7 @@ def support() -> str:
     cpu, recorded = backends()["cpu"].kernels, recorded_on_gpus()
     lines = ["| op | CPU | Triton | CUDA C++ | reference |", "| --- | --- | --- | --- | --- |"]
     for name in OPS:
-        where = "C++" if name in COMPILED_OPS else "oneDNN"
+        where = "C++" if name in COMPILED_OPS else "oneDNN, else ATen"
         tried = f"{where}: {dtypes(cpu[name].dtypes)}" if name in cpu else ""
         have = {"triton": TRITON_OPS, "cuda": CUDA_OPS}
         gpu = [recorded.get((b, name), "compiled, not run") if name in ops else "" for b, ops in have.items()]

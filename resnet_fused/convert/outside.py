@@ -27,6 +27,11 @@ _FUNCTIONS = {
     for path, names in _CALLED.items()
     for name in names
 }
+#: Methods that an addition, an activation or a view may be in a forward, whatever it calls them by.
+_METHODS = tuple(
+    (name, getattr(torch.Tensor, name))
+    for name in ("__add__", "__iadd__", "add", "add_", "relu", "relu_", "mean", "flatten", "view", "reshape", "size")
+)
 _KNOWN = {**_NAMESPACES, **{path: function for path, (_, _, function) in _FUNCTIONS.items()}}
 
 
@@ -36,8 +41,18 @@ def path_of(value: object) -> str:
 
 
 def exchanged(name: str) -> bool:
-    """Whether a function of that name was replaced in one of PyTorch's namespaces."""
-    return any(name == own and getattr(place, own) is not known for place, own, known in _FUNCTIONS.values())
+    """Whether a function of that name was replaced in one of PyTorch's namespaces, or a tensor's method."""
+    known = [*_FUNCTIONS.values(), *((torch.Tensor, own, method) for own, method in _METHODS)]
+    return any(name == own and getattr(place, own) is not function for place, own, function in known)
+
+
+def _methods_exchanged() -> bool:
+    if torch.compiler.is_compiling():  # it calls the methods by its own tables
+        return False
+    for name, known in _METHODS:  # noqa: SIM110  a loop is half the time of any()
+        if getattr(torch.Tensor, name) is not known:
+            return True
+    return False
 
 
 class Outside(NamedTuple):
@@ -58,7 +73,7 @@ class Outside(NamedTuple):
             place, name, known = _FUNCTIONS[path]
             if getattr(place, name) is not known:
                 return False
-        return True
+        return not _methods_exchanged()
 
 
 def read_by(function: types.FunctionType) -> Outside:

@@ -31,6 +31,10 @@ class ByName(Block):
 class ByNamespace(Block):
     def forward(self, x):
         return F.avg_pool2d(torch.cat([F.relu(self.bn(self.conv(x)) + x), x], 1), 2)
+
+class ByMethods(Block):
+    def forward(self, x):
+        return self.bn(self.conv(x)).add_(x).relu()
 """
 
 
@@ -104,6 +108,17 @@ def test_a_function_exchanged_in_torch_is_what_runs(names, monkeypatch, place, n
     monkeypatch.setattr(place, name, lambda *args, **kwargs: 2 * function(*args, **kwargs))
     _assert_alike(stock, fused)
     assert not swap.is_fused(_pair(names, "ByNamespace")[1]), "traced with another's function in it"
+
+
+@pytest.mark.parametrize("cls, name", [("ByNamespace", "__add__"), ("ByMethods", "add_"), ("ByMethods", "relu")])
+def test_a_method_exchanged_in_tensor_is_what_runs(names, monkeypatch, cls, name):
+    stock, fused = _pair(names, cls)
+    assert resnet_fused.report(fused).fused
+    method = getattr(torch.Tensor, name)
+    monkeypatch.setattr(torch.Tensor, name, lambda x, *args: method(x * 2, *args))
+    with torch.no_grad():
+        x = images().double()
+        torch.testing.assert_close(fused(x), stock(x), rtol=1e-9, atol=1e-9)
 
 
 def test_a_compiled_block_follows_its_globals(names):

@@ -43,8 +43,12 @@ def obstacle(module: nn.Module) -> str:
     _, _, running_mean, running_var = vectors(module)
     if (running_mean is None) != (running_var is None):
         return "a batch norm with one running statistic alone"
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        return "running statistics that require gradients"
     if is_frozen_class(module):
         return ""
+    if running_mean is None and module.track_running_stats and module.num_batches_tracked is not None:
+        return "a batch norm that counts batches and has no running statistics"
     if module.momentum is None:
         if module.training and module.track_running_stats and module.num_batches_tracked is None:
             return "a cumulative average that is not counted"

@@ -95,6 +95,11 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def hooked_within(module: nn.Module) -> bool:
+    """Whether a call of `module` may run hooks, its own or those of a module in it."""
+    return hooked(module) or any(inner is not None and hooked_within(inner) for inner in module._modules.values())
+
+
 def globally_hooked() -> bool:
     """Whether a call of any module would run hooks."""
     return bool(
@@ -126,7 +131,16 @@ def module_obstacle(site: Site) -> str:
             return reason
         if hooked(module):
             return "hooks on an activation or shortcut"
-    return _tensor_obstacle(site)
+    return _pool_obstacle(site.pool) or _tensor_obstacle(site)
+
+
+def _pool_obstacle(pool: nn.Module | None) -> str:
+    """Why a pool, whatever stands in its place by now, may not even be called behind a chain: what it returns."""
+    if pool is None:
+        return ""
+    if hooked(pool) or getattr(pool, "return_indices", False):
+        return "a pool with hooks, or that returns more than one tensor"
+    return proven.why_changed(pool, nn.MaxPool2d)
 
 
 def _tensor_obstacle(site: Site) -> str:
@@ -172,7 +186,7 @@ def input_obstacle(x: object, site: Site) -> str:
     """Why this input needs the stock forward (unusual, or an error that stock words better); empty if it does not."""
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "traced for a graph of stock operations"
-    if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
         return "not a batch of images"
     if x.device.type not in ("cpu", "cuda"):
         return f"a tensor on {x.device.type}"
@@ -187,6 +201,8 @@ def input_obstacle(x: object, site: Site) -> str:
         return ""
     if not _is_plain(x):
         return f"a tensor of class {type(x).__name__}"
+    if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return "a tensor of inference mode, which autograd may not save"
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return "a function transform or forward-mode differentiation"
     return _mode_obstacle()

@@ -12,6 +12,7 @@ from ..blocks import norms
 from . import program as programs
 from . import swap
 from .fused_module import FusedModule, FusedState, find, fused_class
+from .outside import read_by
 from .report import BUILT_FUSED, Report, complaint, survey
 from .stage import FusedStage, fuse_stage
 from .stem import FusedStem, fuse_stem, stem_modules
@@ -99,8 +100,15 @@ def _fuse_one(module: nn.Module, backend: str) -> str:
     except Untraceable as error:
         swap.remove(module)
         return str(error)
-    traced, code = state_of(module, names_read(module, cls)), fingerprint(cls.forward)
-    return swap.put(module, fused_class, FusedState(program, traced, code, backend, tuple(dict.fromkeys(reasons))))
+    state = FusedState(
+        program=program,
+        traced=state_of(module, names_read(module, cls)),
+        code=fingerprint(cls.forward),
+        backend=backend,
+        outside=read_by(cls.forward),
+        reasons=tuple(dict.fromkeys(reasons)),
+    )
+    return swap.put(module, fused_class, state)
 
 
 def _taken(module: nn.Module) -> set[int]:

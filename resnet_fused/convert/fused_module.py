@@ -17,10 +17,11 @@ from torch import nn
 
 from ..blocks.layout import Placed, arrived, left
 from ..blocks.runtime import run_placed
-from ..blocks.site import Site, hooked, input_obstacle, module_obstacle, why_not_passed
+from ..blocks.site import Site, hooked, hooked_within, input_obstacle, module_obstacle, why_not_passed
 from . import swap
+from .instructions import ChainCall, Program, Ref, StockCall, resolve
 from .order import module_effect
-from .program import ChainCall, Program, Ref, StockCall
+from .outside import Outside, globals_reader
 from .swap import STATE
 from .trace import fingerprint, value_of
 
@@ -59,6 +60,7 @@ class FusedState:
     traced: tuple  # what the forward reads of the block, see trace.state_of
     code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
+    outside: Outside  # what the forward reads outside of the block
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
 
@@ -122,7 +124,7 @@ def _missing(block: nn.Module, program: Program) -> str:
 def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
     """Why the modules of a fused block must be called one by one now; empty if they need not."""
     if not runs_as_traced(block, state):
-        return "its forward, or what it reads of the block, was changed after fuse(); call fuse() again"
+        return "its forward, or what it reads, was changed after fuse(); call fuse() again"
     if not sites:
         return f"{_missing(block, state.program)} was removed after fuse(); call fuse() again"
     for name, length in state.program.containers:
@@ -135,8 +137,8 @@ def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
         module = find(block, name)
         if type(module).__name__ != kind or module_effect(module) != effect:
             return f"{name} was changed after fuse(); call fuse() again"
-        if hooked(module):
-            return f"hooks on {name}, which is called within a chain"
+        if hooked_within(module):
+            return f"hooks on or in {name}, which is called within a chain"
     for call, site in zip(state.program.chains, sites, strict=True):
         for (name, kind), module in zip(call.bypassed, site.bypassed, strict=True):
             if type(module).__name__ != kind:
@@ -150,6 +152,8 @@ def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
 def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
     """Whether the stock forward is the one that was traced, and finds in the block what it found then."""
     if state.code != block._resnet_fused_code or block._resnet_fused_replaced("forward"):
+        return False
+    if not state.outside.is_kept(type(block)._resnet_fused_reader):
         return False
     return all(value_of(block, name) == value for name, value in state.traced)
 
@@ -171,15 +175,8 @@ def _drop_factor(block: nn.Module, call: ChainCall, x: Tensor, site: Site) -> Te
 
 
 def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> object:
-    def value(arg: object) -> object:
-        if isinstance(arg, Ref):
-            values[arg.name] = left(values[arg.name])
-            return values[arg.name]
-        if isinstance(arg, tuple | list):
-            return type(arg)([value(item) for item in arg])
-        return arg
-
-    args, kwargs = [value(arg) for arg in call.args], {key: value(arg) for key, arg in call.kwargs}
+    args = [resolve(arg, values) for arg in call.args]
+    kwargs = {key: resolve(arg, values) for key, arg in call.kwargs}
     if call.op == "call_module":
         return block.get_submodule(call.target)(*args, **kwargs)
     if call.op == "call_method":
@@ -197,7 +194,8 @@ def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tenso
         site, h = next(remaining), placed(values[call.input])
         residual = None if call.residual is None else placed(values[call.residual]).value
         values[call.output] = run_placed(site, h, residual, _drop_factor(block, call, h.value, site))
-    return values[state.program.result]
+    result = state.program.result
+    return values[result.name] if isinstance(result, Ref) else resolve(result, values)
 
 
 def placed(value: Tensor | Placed) -> Placed:
@@ -226,6 +224,7 @@ class FusedModule(swap.Swapped):
     """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
 
     _resnet_fused_code: str  # fingerprint of the stock forward
+    _resnet_fused_reader: Callable[[], tuple | None]  # of the globals that the stock forward reads
 
     def forward(self, x):
         return run_block(self, x, super().forward)
@@ -235,4 +234,5 @@ def fused_class(stock_class: type) -> type:
     """The fused subclass of `stock_class`; carries its name, so that ``repr`` and logs stay readable."""
     cls = swap.subclass(FusedModule, stock_class, (fused_class, (stock_class,)))
     cls._resnet_fused_code = fingerprint(stock_class.forward)
+    cls._resnet_fused_reader = staticmethod(globals_reader(stock_class.forward))
     return cls

@@ -31,6 +31,11 @@ _FRESH = (
 _FRESH_FOREIGN = frozenset({("timm.layers.pool2d_same", "AvgPool2dSame"), ("timm.layers.blur_pool", "BlurPool2d")})
 _METHODS = frozenset({"forward", "_conv_forward", "_check_input_dim", "__call__", "_call_impl"})
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)  # in evaluation they return their argument
+#: What calls of these classes ran when this package was imported.
+_RAN = {
+    cls: tuple((name, getattr(cls, name)) for name in sorted(_METHODS) if hasattr(cls, name))
+    for cls in (*_FRESH, *_DROPOUTS, nn.Identity, nn.Sequential)
+}
 
 _FRESH_FUNCTIONS = (
     operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, torch.mean, F.max_pool2d,
@@ -57,6 +62,8 @@ _WRITES, _UNKNOWN = Effect(True, True, False), Effect(True, True, True)
 def module_effect(module: nn.Module) -> Effect:
     """What calling `module` does, its hooks not counted."""
     if any(name in _METHODS for name in module.__dict__):
+        return _UNKNOWN
+    if any(getattr(type(module), name) is not method for name, method in _RAN.get(type(module), ())):
         return _UNKNOWN
     if type(module) is nn.Identity:
         return _SHARES

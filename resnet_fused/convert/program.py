@@ -18,64 +18,12 @@ from torch.nn import functional as F
 
 from ..blocks import norms
 from ..blocks.site import why_not_conv
-from .order import Effect, Order, module_effect
+from .instructions import ChainCall, Program, StockCall, plain
+from .order import Order, module_effect
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, "add_"}
 _RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ChainCall:
-    """Run fused: names of modules, and of the values read and written."""
-
-    steps: tuple[tuple[str, str], ...]  # (convolution, norm)
-    input: str
-    output: str
-    relu: bool
-    residual: str | None = None
-    inplace_add: bool = True
-    shortcut: tuple[str, str] | None = None
-    drop_path: str | None = None
-    pool: str | None = None  # the max pool behind the last ReLU
-    bypassed: tuple[tuple[str, str], ...] = ()  # modules that are not called either: name and class
-
-
-@dataclasses.dataclass(frozen=True)
-class StockCall:
-    """Run as stock: one node of the traced graph."""
-
-    op: str  # call_module, call_function, call_method
-    target: object
-    args: tuple  # value names wrapped in Ref, constants as they are
-    kwargs: tuple[tuple[str, object], ...]
-    output: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Ref:
-    """A value of the program, by name."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Instructions in order, the input's and the result's name."""
-
-    calls: tuple[ChainCall | StockCall, ...]
-    input: str
-    result: str
-    containers: tuple[tuple[str, int], ...]  # Sequentials whose children are called in their place, and their lengths
-    between: tuple[
-        tuple[str, str, Effect], ...
-    ] = ()  # modules called before a chain that they stood in: name and class
-    modules: tuple[str, ...] = ()  # names of all that are called or stood in for
-    parents: tuple[str, ...] = ()  # names of all that hold these, the block itself left out
-
-    @property
-    def chains(self) -> list[ChainCall]:
-        return [call for call in self.calls if isinstance(call, ChainCall)]
 
 
 class _Builder:
@@ -296,7 +244,7 @@ def build(block: nn.Module, graph: fx.Graph) -> tuple[Program, list[str]]:
     modules = tuple(sorted(taken.union(targets)))
     parents = sorted({name.rpartition(".")[0] for name in modules} - {""})
     return Program(
-        tuple(calls), source, result.name, containers, tuple(between), modules, tuple(parents)
+        tuple(calls), source, plain(result), containers, tuple(between), modules, tuple(parents)
     ), builder.reasons
 
 
@@ -321,14 +269,13 @@ def _main_first(graph: fx.Graph, builder: _Builder) -> list[fx.Node]:
 def _schedule(graph: fx.Graph, taken: dict[fx.Node, ChainCall | None]) -> list[ChainCall | StockCall]:
     """Instructions in graph order; a chain runs where its last node was, after everything it reads."""
 
-    def ref(arg: object) -> object:
-        return fx.node.map_arg(arg, lambda node: Ref(node.name))
-
     calls: list[ChainCall | StockCall] = []
     for node in graph.nodes:
         if node in taken:
             if taken[node] is not None:
                 calls.append(taken[node])
         elif node.op in ("call_module", "call_function", "call_method"):
-            calls.append(StockCall(node.op, node.target, ref(node.args), tuple(ref(node.kwargs).items()), node.name))
+            calls.append(
+                StockCall(node.op, node.target, plain(node.args), tuple(plain(node.kwargs).items()), node.name)
+            )
     return calls

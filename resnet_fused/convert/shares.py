@@ -13,7 +13,8 @@ from torch import nn
 
 from ..blocks import norms
 from .fused_module import find
-from .program import Program, Ref, StockCall, modules_of
+from .instructions import Program, Ref, StockCall
+from .program import modules_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _ACTIVATIONS = (

@@ -25,7 +25,7 @@ from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_ob
 from ..ops.conv_add_relu import output_shape
 from . import swap
 from .fused_module import FusedModule, FusedState, is_stock_forced, placed, run_program, runnable
-from .program import ChainCall
+from .instructions import ChainCall
 from .swap import is_fused
 
 Tensor = torch.Tensor

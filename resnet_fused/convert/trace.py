@@ -14,20 +14,15 @@ import inspect
 import operator
 import types
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
+
+from . import outside
 
 #: Attributes of tensors and of PyTorch's namespaces that a traceable forward may use.
 _KNOWN = frozenset(
     "nn functional Tensor relu relu_ add add_ cat flatten mean size shape view reshape max_pool2d avg_pool2d "
     "adaptive_avg_pool2d".split()
 )
-_NAMESPACES = (torch, nn, F)
-_FUNCTIONS = (
-    torch.relu, torch.relu_, torch.add, torch.cat, torch.flatten, torch.mean, F.relu, F.relu_, F.max_pool2d,
-    F.avg_pool2d, F.adaptive_avg_pool2d,
-)  # fmt: skip
 #: Instructions that leave something behind, or run code that nobody looked at.
 _REFUSED = (
     ("STORE_ATTR", "sets an attribute"),
@@ -86,13 +81,13 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
             last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
             owner = "self" if last == code.co_varnames[0] else ""
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if not _is_known_global(cls.forward, step.argval):
+            if not outside.path_of(cls.forward.__globals__.get(step.argval)):
                 unknown.add(step.argval)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if before == "child":
                 raise Untraceable(f"its forward reads {step.argval} of a child")
             if before != "self":
-                unknown |= {step.argval} - _KNOWN
+                unknown |= {step.argval} - (frozenset() if outside.exchanged(step.argval) else _KNOWN)
             elif not _is_plain_attribute(block, step.argval):
                 unknown.add(step.argval)
             else:
@@ -101,11 +96,6 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
     if unknown:
         raise Untraceable(f"its forward uses {', '.join(sorted(unknown))}, which may change from call to call")
     return list(found)
-
-
-def _is_known_global(function: types.FunctionType, name: str) -> bool:
-    value = function.__globals__.get(name)
-    return any(value is known for known in (*_NAMESPACES, *_FUNCTIONS))
 
 
 def _is_plain_attribute(block: nn.Module, name: str) -> bool:

@@ -1,0 +1,101 @@
+"""What a traced forward reads outside of its block, and whether that still is what it was.
+
+A forward finds ``torch``, ``F`` or ``relu`` among the globals of its module, ``F.relu`` or ``torch.cat`` in PyTorch.
+Anybody can bind these anew, a notebook's next cell as well as ``unittest.mock``; stock then calls the new ones. The
+program of a block has the old ones in it, so every call compares.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+_NAMESPACES = {"torch": torch, "torch.nn": nn, "torch.nn.functional": F}
+#: The functions of PyTorch that a traceable forward may call, by namespace.
+_CALLED = {
+    "torch": ("relu", "relu_", "add", "cat", "flatten", "mean"),
+    "torch.nn.functional": ("relu", "relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+}
+_FUNCTIONS = {
+    f"{path}.{name}": (_NAMESPACES[path], name, getattr(_NAMESPACES[path], name))
+    for path, names in _CALLED.items()
+    for name in names
+}
+#: Methods that an addition, an activation or a view may be in a forward, whatever it calls them by.
+_METHODS = tuple(
+    (name, getattr(torch.Tensor, name))
+    for name in ("__add__", "__iadd__", "add", "add_", "relu", "relu_", "mean", "flatten", "view", "reshape", "size")
+)
+_KNOWN = {**_NAMESPACES, **{path: function for path, (_, _, function) in _FUNCTIONS.items()}}
+
+
+def path_of(value: object) -> str:
+    """The name of a namespace or function of PyTorch that a traceable forward may use; empty for all else."""
+    return next((path for path, known in _KNOWN.items() if known is value), "")
+
+
+def exchanged(name: str) -> bool:
+    """Whether a function of that name was replaced in one of PyTorch's namespaces, or a tensor's method."""
+    known = [*_FUNCTIONS.values(), *((torch.Tensor, own, method) for own, method in _METHODS)]
+    return any(name == own and getattr(place, own) is not function for place, own, function in known)
+
+
+def _methods_exchanged() -> bool:
+    if torch.compiler.is_compiling():  # it calls the methods by its own tables
+        return False
+    for name, known in _METHODS:  # noqa: SIM110  a loop is half the time of any()
+        if getattr(torch.Tensor, name) is not known:
+            return True
+    return False
+
+
+class Outside(NamedTuple):
+    """What a forward reads outside, as names of PyTorch's: plain data."""
+
+    globals: tuple[str, ...]  # what they are, in the order of :func:`globals_reader`
+    functions: tuple[str, ...]  # that it may call; more of them do no harm
+
+    def is_kept(self, reader: Callable[[], tuple | None]) -> bool:
+        """Whether all of it is what it was; `reader` is that of the same forward."""
+        found = reader()
+        if found is None or len(found) != len(self.globals):
+            return False
+        for path, value in zip(self.globals, found, strict=True):
+            if value is not _KNOWN[path]:
+                return False
+        for path in self.functions:
+            place, name, known = _FUNCTIONS[path]
+            if getattr(place, name) is not known:
+                return False
+        return not _methods_exchanged()
+
+
+def read_by(function: types.FunctionType) -> Outside:
+    """What `function`, a forward that may be traced, reads outside of its block."""
+    names = set(function.__code__.co_names)
+    return Outside(
+        tuple(path_of(function.__globals__[name]) for name in _globals_of(function)),
+        tuple(path for path, (_, name, _) in _FUNCTIONS.items() if name in names),
+    )
+
+
+def _globals_of(function: types.FunctionType) -> list[str]:
+    found = [step.argval for step in dis.get_instructions(function) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return list(dict.fromkeys(found))
+
+
+def globals_reader(function: types.FunctionType) -> Callable[[], tuple | None]:
+    """A function that returns what `function` finds now in its globals, None where one is missing.
+
+    It is code in the same globals, so that ``torch.compile`` guards what it reads, and nothing else of them.
+    """
+    names = "".join(f"{name}, " for name in _globals_of(function))
+    source = f"def reader():\n    try:\n        return ({names})\n    except NameError:\n        return None"
+    code = next(const for const in compile(source, __file__, "exec").co_consts if isinstance(const, types.CodeType))
+    return types.FunctionType(code, function.__globals__)

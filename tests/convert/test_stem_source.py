@@ -217,7 +217,7 @@ def test_fx_traces_stocks_graph(load, form):
 
 
 def test_compiles_in_one_graph_with_the_stem_fused(load):
-    model = model_of(load, PLAIN).eval()
+    model = model_of(load, PLAIN).float().eval()
     fused = fused_copy(model)
     seen = []
 
@@ -225,8 +225,9 @@ def test_compiles_in_one_graph_with_the_stem_fused(load):
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
+    x = images().float()  # what a CPU folds; other dtypes run as stock there
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(fused, fullgraph=True, backend=backend)(images()), model(images()))
+        torch.testing.assert_close(torch.compile(fused, fullgraph=True, backend=backend)(x), model(x))
     assert seen and not any("batch_norm" in target for target in seen)
 
 

@@ -93,11 +93,17 @@ def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, w
 
 
 def _keys(steps: tuple[Step, ...], tensors: list[StepTensors]) -> list[tuple]:
-    """For each step, what its folded weight is made from: identity, version and content of each tensor."""
+    """For each step, what its folded weight is made from: identity, version and content of each tensor.
+
+    The content is that of the memory, in its own order, so that the weight's shape and strides belong to it.
+    """
     sources = [[t for t in own[:6] if t is not None] for own in tensors]
     dense = [t if _is_dense(t) else t.contiguous() for own in sources for t in own]
     sums = iter(torch.ops.resnet_fused.checksum(dense))
-    return [(step, *((*_identity(t), next(sums)) for t in own)) for step, own in zip(steps, sources, strict=True)]
+    return [
+        (step, own[0].shape, own[0].stride(), *((*_identity(t), next(sums)) for t in own))
+        for step, own in zip(steps, sources, strict=True)
+    ]
 
 
 def _identity(t: Tensor) -> tuple:

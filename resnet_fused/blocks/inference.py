@@ -8,6 +8,7 @@ content's checksum changed. The checksum reads all weights once, as fast as memo
 from __future__ import annotations
 
 import collections
+import math
 import threading
 import weakref
 from typing import NamedTuple
@@ -210,6 +211,8 @@ def folded_output(
         return _run(chain, folded, x, residual)
     shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(steps, tensors)
     kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, steps, shapes, strict=True)]
+    if any(bounds.of_weight(one.weight) + one.bound == math.inf for one in kept):  # there, folding is not the same
+        return stock.chain_output(chain, given, residual, None, [t.cast(dtype) for t in tensors], moves=True)
     with bounds.private():
         for one in kept:
             bounds.remember(one.shift, one.bound)

@@ -182,6 +182,17 @@ def test_a_bit_that_changes_in_several_elements_changes_the_checksum(words, bit)
     assert torch.ops.resnet_fused.checksum([content]) != [before]
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e38])
+@pytest.mark.parametrize("name", ["bn1.weight", "bn1.running_var", "bn2.bias", "conv2.weight"])
+@torch.no_grad()
+def test_what_is_not_finite_stays_where_stock_has_it(name, value):
+    stock, x = block(BasicBlock), images(6, 3)
+    stock.state_dict()[name][1] = value
+    fused = resnet_fused.fuse(copy.deepcopy(stock))
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), stock(x), equal_nan=True)
+
+
 def error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 

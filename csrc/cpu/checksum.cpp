@@ -1,7 +1,8 @@
 // A checksum of the content of tensors, by which cached weights notice writes that no version counter saw.
 //
-// Position-dependent: 64 interleaved 32-bit lanes, each a polynomial hash of its words, folded in order. One read, at
-// memory bandwidth. Not cryptographic; a chance collision has probability about 2^-32 per lane that changed.
+// Position-dependent: 64 interleaved 32-bit lanes, each a hash of its words, folded in order. One read, at memory
+// bandwidth. Not cryptographic; a chance collision has probability about 2^-32 per lane that changed. Each step also
+// shifts down: a product carries differences upwards only, and those of an even number of sign bits would cancel.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,7 +30,8 @@ uint64_t mix(uint64_t hash, uint64_t value) {
 RESNET_FUSED_CLONES void hash_lanes(const uint32_t* __restrict words, int64_t groups, uint32_t* __restrict lanes) {
   for (int64_t i = 0; i < groups; ++i) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = (lanes[lane] ^ words[i * kLanes + lane]) * 0x01000193u + 0x9E3779B9u;
+      const uint32_t product = (lanes[lane] ^ words[i * kLanes + lane]) * 0x9E3779B1u + 0x7F4A7C15u;
+      lanes[lane] = product ^ (product >> 15);
     }
   }
 }

@@ -17,7 +17,7 @@ from ..steps.conv import channels_last
 from ..steps.running import update_running_all
 from . import lazy_program, replay, stock
 from .layout import is_channels_last, restrided, worked_on
-from .saved import Kept, Recorder, Saved, counter_of, keep
+from .saved import Kept, Recorder, Saved, counter_of, keep, layouts_of, unpacked
 
 Tensor = torch.Tensor
 
@@ -59,12 +59,13 @@ class FusedChain(torch.autograd.Function):
             ctx.counters = replay.counters(chain, tensors)
         recorder = Recorder(Saved(kept.x, kept.given, sample_factor, mask, kept.tensors, inner, state))
         ctx.save_for_backward(*recorder.flat)
+        ctx.layouts = layouts_of(recorder.flat)
         ctx.shape, ctx.chain, ctx.aliased, ctx.has_residual = recorder.shape, chain, kept.aliased, residual is not None
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        saved: Saved = Recorder.rebuild(ctx.shape, list(ctx.saved_tensors))
+        saved: Saved = Recorder.rebuild(ctx.shape, unpacked(ctx.saved_tensors, ctx.layouts))
         if replay.is_needed(ctx, grad_out):
             return None, None, *replay.gradients(ctx, grad_out, saved)
         chain, n = ctx.chain, len(ctx.chain.steps)

@@ -8,6 +8,7 @@ content's checksum changed. The checksum reads all weights once, as fast as memo
 from __future__ import annotations
 
 import collections
+import math
 import threading
 import weakref
 from typing import NamedTuple
@@ -93,11 +94,17 @@ def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, w
 
 
 def _keys(steps: tuple[Step, ...], tensors: list[StepTensors]) -> list[tuple]:
-    """For each step, what its folded weight is made from: identity, version and content of each tensor."""
+    """For each step, what its folded weight is made from: identity, version and content of each tensor.
+
+    The content is that of the memory, in its own order, so that the weight's shape and strides belong to it.
+    """
     sources = [[t for t in own[:6] if t is not None] for own in tensors]
     dense = [t if _is_dense(t) else t.contiguous() for own in sources for t in own]
     sums = iter(torch.ops.resnet_fused.checksum(dense))
-    return [(step, *((*_identity(t), next(sums)) for t in own)) for step, own in zip(steps, sources, strict=True)]
+    return [
+        (step, own[0].shape, own[0].stride(), *((*_identity(t), next(sums)) for t in own))
+        for step, own in zip(steps, sources, strict=True)
+    ]
 
 
 def _identity(t: Tensor) -> tuple:
@@ -204,6 +211,8 @@ def folded_output(
         return _run(chain, folded, x, residual)
     shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(steps, tensors)
     kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, steps, shapes, strict=True)]
+    if any(bounds.of_weight(one.weight) + one.bound == math.inf for one in kept):  # there, folding is not the same
+        return stock.chain_output(chain, given, residual, None, [t.cast(dtype) for t in tensors], moves=True)
     with bounds.private():
         for one in kept:
             bounds.remember(one.shift, one.bound)

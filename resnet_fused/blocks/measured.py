@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from .. import library
-from ..backends import backends, disk, selfcheck
+from ..backends import backends, disk, selfcheck_memory
 from ..steps import Chain, StepTensors
 from . import devices
 from .chain_key import environment, key_of, residual_kind, threads
@@ -60,7 +60,7 @@ Allowed = Callable[[Chain, Tensor, list[StepTensors], Tensor | None], list[Varia
 
 def directory() -> Path:
     """Where choices are kept between processes: beside the verdicts of the self-check."""
-    return selfcheck.cache_dir().parent / "plans"
+    return selfcheck_memory.cache_dir().parent / "plans"
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def build_identity() -> str:
 
 def device_name(device: torch.device) -> str:
     """The device in words, with the CPU's model: what a time holds for."""
-    return selfcheck.device_name(device) + (f" {devices.cpu_name()}" if device.type == "cpu" else "")
+    return selfcheck_memory.device_name(device) + (f" {devices.cpu_name()}" if device.type == "cpu" else "")
 
 
 def identity(device: torch.device) -> dict[str, str]:

@@ -59,7 +59,7 @@ def run_modules(
         # Broadcasting and promotion are stock's business: add outside of the chain.
         bare = dataclasses.replace(chain, relu=False)
         y = run_modules(bare, site, x, tensors, None, sample_factor, dtype)
-        total = (y + residual).to(y.dtype) if site.inplace_add else y + residual
+        total = y.add_(residual) if site.inplace_add else y + residual  # in place it may raise
         return torch.relu(total) if chain.relu else total
     for step, shape in zip(chain.steps, shapes, strict=True):
         if step.norm.batch_stats and shape[0] * shape[2] * shape[3] == 1:

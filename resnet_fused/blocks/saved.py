@@ -56,6 +56,22 @@ class Recorder:
         return kind(*(Recorder.rebuild(child, flat) for child in children))
 
 
+def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:
+    """Which of what is saved is channels_last; empty where it comes back as it is, since no hook packs it."""
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return ()
+    channels_last = torch.channels_last
+    return tuple(t is not None and t.dim() == 4 and t.is_contiguous(memory_format=channels_last) for t in flat)
+
+
+def unpacked(tensors: tuple[Tensor | None, ...], layouts: tuple[bool, ...]) -> list[Tensor | None]:
+    """What was saved, in the layouts that kernels want: hooks (``save_on_cpu(pin_memory=True)``) may lose strides."""
+    if not layouts:
+        return list(tensors)
+    found = zip(tensors, layouts, strict=True)
+    return [t.contiguous(memory_format=torch.channels_last) if lasts else t for t, lasts in found]
+
+
 def counter_of(x: Tensor) -> Tensor:
     """A tensor that shares the version counter of `x`, and keeps nothing of its memory."""
     counter = x.detach()

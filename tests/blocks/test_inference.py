@@ -139,9 +139,16 @@ def test_autocast_keeps_what_it_made_beside_float32(packs):
     assert [dtype for _, dtype in packs] == 3 * [torch.float32] + 3 * [torch.bfloat16]
 
 
+def in_memory(weight):
+    """A channels_last weight's elements in the order in which they lie, as a view."""
+    return weight.data.permute(0, 2, 3, 1).view(-1)
+
+
 WRITES = {
     "weight": lambda m: m.conv2.weight.data.mul_(2),
     "weight by numpy": lambda m: m.conv2.weight.detach().numpy().__imul__(2),
+    "pairs of signs": lambda m: in_memory(m.conv2.weight)[:128].neg_(),
+    "strides": lambda m: setattr(m.conv2.weight, "data", in_memory(m.conv2.weight).view(m.conv2.weight.shape)),
     "one element": lambda m: m.conv1.weight.data.view(-1)[5:6].add_(9),
     "gamma": lambda m: m.bn2.weight.data.mul_(2),
     "beta": lambda m: m.bn3.bias.data.add_(1),
@@ -164,6 +171,26 @@ def test_every_write_is_seen_at_the_next_call(write, autocast):
         wanted, got = stock(x).float(), fused(x).float()
     assert (got - before.float()).norm() > 0.02 * before.float().norm()
     assert (got - wanted).norm() <= (3e-2 if autocast else 1e-5) * wanted.norm()
+
+
+@pytest.mark.parametrize("words", [[0, 64], [3, 1283], [0, 1, 64, 65], range(4096)])
+@pytest.mark.parametrize("bit", [0, 15, 22, 23, 30, 31])
+def test_a_bit_that_changes_in_several_elements_changes_the_checksum(words, bit):
+    content = torch.randint(-(2**31), 2**31 - 1, (4096,)).int()
+    (before,) = torch.ops.resnet_fused.checksum([content])
+    content[list(words)] ^= torch.tensor(-(2**31) if bit == 31 else 1 << bit).int()
+    assert torch.ops.resnet_fused.checksum([content]) != [before]
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e38])
+@pytest.mark.parametrize("name", ["bn1.weight", "bn1.running_var", "bn2.bias", "conv2.weight"])
+@torch.no_grad()
+def test_what_is_not_finite_stays_where_stock_has_it(name, value):
+    stock, x = block(BasicBlock), images(6, 3)
+    stock.state_dict()[name][1] = value
+    fused = resnet_fused.fuse(copy.deepcopy(stock))
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), stock(x), equal_nan=True)
 
 
 def error(got, exact):

@@ -76,3 +76,24 @@ def test_trains_under_autocast_and_on_an_empty_batch(layout, name):
     empty = images(torch.float32)[:0]
     assert fused.layer1(torch.randn(0, 64, 8, 8)).shape == stock.layer1(torch.randn(0, 64, 8, 8)).shape
     assert fused(empty).shape == stock(empty).shape
+
+
+@named
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_hooks_that_give_saved_tensors_back_contiguous(kind, training, name):
+    """As ``save_on_cpu(pin_memory=True)`` does, and whoever stores them elsewhere."""
+    stock = network(kind, torch.float64, torch.channels_last).train(training)
+    fused, x = resnet_fused.fuse(copy.deepcopy(stock)), images(torch.float64)
+
+    def run(model):
+        def forward(h):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous().clone(), lambda t: t):
+                return model(h)
+
+        return observe(model, x, forward)
+
+    with resnet_fused.use(name):
+        got = run(fused)
+    want = run(stock)
+    assert_near(got, want, BOUNDS[torch.float64], want)

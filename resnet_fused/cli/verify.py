@@ -66,7 +66,7 @@ def check_model(options: argparse.Namespace, device: torch.device) -> list[Verdi
     for number, call in enumerate(found, 1):
         if coverage.add(call):
             print(f"resnet-fused verify: call {number} of {len(found)}, {call.op}", file=sys.stderr, flush=True)
-            rows += check_call(call.op, call.args, call.kwargs, device)
+            rows += check_call(call.op, call.args, {}, device)
     print(coverage.text(options.model, device, bool(rows)))
     return rows
 

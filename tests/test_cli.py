@@ -46,7 +46,9 @@ def test_explain_takes_what_bench_and_tune_take(tmp_path):
     new = resnet_fused("explain", *options)
     assert (new.returncode, new.stdout) == (0, old.stdout), new.stderr
     found = json.loads(file.read_text())
-    assert found["device"] == "H100 SXM" and found["predicted_seconds"]["H100 SXM"]["fused"] > 0
+    assert found["device"] == "H100 SXM" and found["predicted_seconds"]["H100 SXM"]["fused"]["low"] > 0
+    fused = found["predicted_seconds"]["H100 SXM"]["fused"]
+    assert fused["low"] < fused["high"] == fused["host"], "so small a step waits for its host"
     assert found["model"]["input"] == [2, 3, 64, 64] and len(found["blocks"]) == 8
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from .. import library
-from ..backends import backends, disk, selfcheck
+from ..backends import backends, disk, selfcheck, selfcheck_memory
 from ..steps import Chain, StepTensors
 from . import devices
 from .chain_key import environment, key_of, residual_kind, threads
@@ -77,7 +77,7 @@ def build_identity() -> str:
 
 def device_name(device: torch.device) -> str:
     """The device in words, with the CPU's model: what a time holds for."""
-    return selfcheck.device_name(device) + (f" {devices.cpu_name()}" if device.type == "cpu" else "")
+    return selfcheck_memory.device_name(device) + (f" {devices.cpu_name()}" if device.type == "cpu" else "")
 
 
 def identity(device: torch.device) -> dict[str, str]:

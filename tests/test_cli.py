@@ -46,24 +46,31 @@ def test_explain_takes_what_bench_and_tune_take(tmp_path):
     new = resnet_fused("explain", *options)
     assert (new.returncode, new.stdout) == (0, old.stdout), new.stderr
     found = json.loads(file.read_text())
-    assert found["device"] == "H100 SXM" and found["predicted_seconds"]["H100 SXM"]["fused"] > 0
+    assert found["device"] == "H100 SXM" and found["predicted_seconds"]["H100 SXM"]["fused"]["low"] > 0
+    fused = found["predicted_seconds"]["H100 SXM"]["fused"]
+    assert fused["low"] < fused["high"] == fused["host"], "so small a step waits for its host"
     assert found["model"]["input"] == [2, 3, 64, 64] and len(found["blocks"]) == 8
 
 
 def test_commands_share_their_arguments():
+    """In flags and spelling; those that plan a GPU's step take another batch and dtype where none is named."""
     commands = parser()._subparsers._group_actions[0].choices
     own = {
-        "bench": {"--quick", "--peers", "--json", "--plot"},
+        "bench": {"--quick", "--peers", "--json", "--plot", "--fresh"},
         "tune": set(),
         "explain": {"--input", "--eval", "--json"},
+        "verify": {"--eval", "--json"},
+        "warmup": {"--eval", "--workers", "--device-capability"},
     }  # fmt: skip
     found = {}
     for name, more in own.items():
         actions = {(*action.option_strings, action.metavar): action for action in commands[name]._actions}
-        shared = {key: (a.dest, a.default, a.type, a.choices) for key, a in actions.items() if key[0] not in more}
+        shared = {key: (a.dest, a.type, a.choices) for key, a in actions.items() if key[0] not in more}
         found[name] = shared
         assert {"--model", "--batch", "--size", "--dtype", "--device", "MODEL"} <= {key[0] for key in shared}
-    assert found["bench"] == found["tune"] == found["explain"]
+        batch, dtype = (256, "bf16") if name in ("verify", "warmup") else (16, "f32")
+        assert commands[name].get_default("dtype") == dtype and f"(default {batch})" in commands[name].format_help()
+    assert all(shared == found["bench"] for shared in found.values())
 
 
 def test_a_model_may_be_named_without_its_option():
@@ -187,7 +194,7 @@ sys.exit(main(["warmup", *sys.argv[1:]]))
 
 def test_warmup_compiles_for_a_gpu_that_is_elsewhere():
     pytest.importorskip("triton")
-    options = ("resnet50", "--batch", "8", "--device-capability", "9.0")
+    options = ("resnet50", "--batch", "8", "--device", "h100")
     ran = resnet_fused(*options, code=WARM_UP_WITHOUT_A_COMPILER)
     assert ran.returncode == 1, ran.stderr
     first, *failures = ran.stdout.splitlines()
@@ -206,7 +213,7 @@ sys.exit(main(["verify", *sys.argv[1:]]))
 
 def test_verify_names_the_kernels_of_a_model():
     pytest.importorskip("triton")
-    ran = resnet_fused("--model", "resnet50", "--batch", "8", "--device", "cpu", code=VERIFY_A_MODEL)
+    ran = resnet_fused("resnet50", "--batch", "8", "--device", "cpu", code=VERIFY_A_MODEL)
     assert ran.returncode == 0, ran.stderr
     checked, of, the, wanted = ran.stdout.split()[:4]
     assert (of, the) == ("of", "the") and checked == wanted and int(wanted) > 40
@@ -234,6 +241,12 @@ MISTAKES = {
     "no minutes": (["gpu-report", "--minutes", "-1"], "not a positive number of minutes"),
     "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
     "no capability": (["warmup", "resnet50", "--device-capability", "hopper"], "pass one such as 9.0"),
+    "capability given twice": (
+        ["warmup", "--device", "h100", "--device-capability", "9.0"],
+        "both say what to compile for; pass one",
+    ),
+    "nothing to warm up": (["warmup", "--device", "cpu"], "not for cpu; pass a GPU, or --device-capability, e.g. 9.0"),
+    "no model to verify": (["verify", "--batch", "8"], "name the model too"),
     "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),
 }
 

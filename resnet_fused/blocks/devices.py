@@ -6,7 +6,7 @@ A roofline: an operation takes the longer of moving its bytes and doing its arit
 
 The two shares and the overhead are assumptions, not measured: no kernel reaches a data sheet's figures. Neither what
 stays in the L2 cache between two operations nor what runs side by side is modelled, so small batches look slower than
-they are.
+they are. That time is the low end of what is expected: an :class:`Expected` has a high end and the host's part too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,18 @@ COMPUTE_SHARE = 0.60
 
 #: Seconds from the end of a kernel to the start of the next that waits in the same stream; assumed.
 LAUNCH_OVERHEAD = 2e-6
+
+#: Share of the roofline that a whole step is sure to reach; assumed. Reading the machine code of this package's kernels
+#: puts ResNet-50's step on an H100 at 36 to 48 ms where the roofline says 22 (a share of 0.61 to 0.46), and cuDNN's own
+#: notes give its channels_last batch norm 0.44 to 0.56 of a device copy's bandwidth.
+SURE_SHARE = 0.45
+
+#: Seconds of Python and PyTorch on the host for each kernel that a program starts; a CUDA graph saves them. From
+#: ``benchmarks/host_time.py``, where launches are stubbed, in CPU time on one core of an AMD EPYC: a step of as many
+#: layers as ResNet-50 has, under autocast, took 33 ms fused, for 603 kernels, and 27 ms in eager, for 563, with the
+#: arithmetic of very narrow layers in it. 10 us for each of Triton's 405 launches, measured apart, are added. Assumed:
+#: that the host of a GPU is as fast as that core, and what torch.compile's wrapper takes.
+HOST_SECONDS = {"fused": 62e-6, "stock": 48e-6, "compiled": 20e-6}
 
 _TERA, _MIB = 1e12, 1 << 20
 
@@ -75,6 +87,22 @@ class Operation:
 def predict(operations: Iterable[Operation], device: Device) -> float:
     """Expected seconds of `operations`, one after the other, on `device`."""
     return sum(device.seconds(o.bytes, o.flops, o.dtype, o.launches, o.full) for o in operations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Expected seconds of a program on a GPU: a range, as no GPU was asked."""
+
+    low: float  # every kernel at the roofline, all starts hidden behind kernels that run
+    high: float  # at SURE_SHARE of it, or as long as the host needs, whichever is longer
+    host: float  # the host's part: what it needs to start all kernels
+
+
+def expect(operations: Iterable[Operation], device: Device, side: str) -> Expected:
+    """What to expect of `operations`, as a program of `side` ("fused", "stock" or "compiled") on `device`."""
+    operations = list(operations)
+    low, host = predict(operations, device), sum(o.launches for o in operations) * HOST_SECONDS[side]
+    return Expected(low, max(low / SURE_SHARE, host), host)
 
 
 #: One core; the choice depends on the ratio alone. 85 GFLOP/s in f32 convolutions and 7 GB/s were measured on an

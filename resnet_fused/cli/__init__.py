@@ -20,6 +20,7 @@ from ..blocks.devices import DEVICES
 
 DTYPES = ("f32", "bf16")
 MODEL, BATCH = "resnet50", 16  # where none is named
+GPU_BATCH = 256  # where none is named and the step is a GPU's
 COMMANDS = "info | verify | warmup | bench | explain | tune | gpu-report"
 
 
@@ -79,14 +80,6 @@ def capability(text: str) -> int:
     return int(digits)
 
 
-def _add_step(command: argparse.ArgumentParser) -> None:
-    """What a step of a model depends on."""
-    command.add_argument("--batch", type=count, default=256, help="images of a step (default 256)")
-    command.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
-    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="f32, or bf16 through autocast (default bf16)")
-    command.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
-
-
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(prog="resnet-fused", description="Residual networks, fused.")
@@ -96,14 +89,13 @@ def parser() -> Parser:
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     verify = commands.add_parser("verify", help="check every kernel and the blocks on this machine against float64")
-    verify.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_run_arguments(verify, GPU_BATCH, "bf16", model="", adds="; checks each GPU kernel that its step starts, too")
+    verify.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
     verify.add_argument("--json", type=output_file, metavar="FILE", help="write every kernel's verdict to FILE")
-    verify.add_argument("--model", default="", help="check each GPU kernel that a step of this model starts, too")
-    _add_step(verify)
 
     warmup = commands.add_parser("warmup", help="compile every Triton kernel of a model's step, in parallel")
-    warmup.add_argument("model", help="resnet50 and its like, timm:NAME or torchvision:NAME")
-    _add_step(warmup)
+    add_run_arguments(warmup, GPU_BATCH, "bf16", planned=True)
+    warmup.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
     warmup.add_argument("--device-capability", type=capability, metavar="X.Y", help="of a GPU that is elsewhere: 9.0")
     warmup.add_argument("--workers", type=count, default=0, help="processes (default: one for each core)")
 
@@ -133,16 +125,31 @@ def parser() -> Parser:
     return top
 
 
-def add_run_arguments(command: argparse.ArgumentParser, planned: bool = False) -> None:
-    """What every command takes that runs a model, or plans (`planned`) one for a device that need not be there."""
-    about = "resnet50 and its like, timm:NAME or torchvision:NAME"
-    command.add_argument("named", nargs="?", metavar="MODEL", help=f"{about} (default {MODEL})")
+def add_run_arguments(
+    command: argparse.ArgumentParser,
+    batch: int = BATCH,
+    dtype: str = "f32",
+    *,
+    planned: bool = False,
+    model: str = MODEL,
+    adds: str = "",
+) -> None:
+    """What every command takes that runs a model, or plans (`planned`) one for a device that need not be there.
+
+    `batch`, `dtype`, `model`: what help calls the defaults; a command sees 0 where no batch was named. `adds`: what
+    help says of the model besides.
+    """
+    default = f"default {model}" if model else "default: none"
+    about = f"resnet50 and its like, timm:NAME or torchvision:NAME ({default}){adds}"
+    command.add_argument("named", nargs="?", metavar="MODEL", help=about)
     command.add_argument("--model", help="the same, as an option")
-    command.add_argument("--batch", type=count, default=0, help=f"images of a step (default {BATCH})")
+    command.add_argument("--batch", type=count, default=0, help=f"images of a step (default {batch})")
     command.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
-    command.add_argument("--dtype", choices=DTYPES, default="f32", help="f32, or bf16 through autocast (default f32)")
+    words = f"f32, or bf16 through autocast (default {dtype})"
+    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=words)
     known = f", or one of {', '.join(DEVICES)}, which need not be there" if planned else ""
     command.add_argument("--device", default="", help=f"cpu, cuda or cuda:N{known} (default: a GPU if there is one)")
+    command.set_defaults(default_model=model)
 
 
 def add_gpu_report(commands) -> None:
@@ -171,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "named" in options:
         if options.named and options.model:
             parser().error(f"two models, {options.named!r} and {options.model!r}; pass one")
-        options.model = options.named or options.model or MODEL
+        options.model = options.named or options.model or options.default_model
     command = importlib.import_module(f".{options.command.replace('-', '_')}", __name__)
     try:
         return command.run(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 import torch
@@ -55,7 +56,7 @@ def figures(explained: Explanation) -> dict:
         "model": compared(explained.model),
         "left": list(explained.left),
         "predicted_seconds": {
-            row.device.name: {"fused": row.fused, "stock": row.stock, "compiled": row.compiled}
+            row.device.name: {side: dataclasses.asdict(getattr(row, side)) for side in ("fused", "stock", "compiled")}
             for row in explained.predictions
         },
     }

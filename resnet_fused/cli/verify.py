@@ -19,11 +19,13 @@ from ..backends import cards, check_all, check_call
 from ..backends.selfcheck import Verdict
 from ..bench import equality, named, records
 from ..bench.blocks import Block
+from ..bench.errors import Refused
 from ..bench.run import device_of
 from ..blocks import devices
 from ..convert.calls import calls
 from ..convert.coverage import Coverage
 from ..models.resnet import conv1x1
+from . import GPU_BATCH
 from .info import table
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -31,6 +33,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 def run(options: argparse.Namespace) -> int:
     """Print a line per kernel and dtype and per block; 1 if anything failed."""
+    if not options.model and (options.batch or options.size or options.eval):
+        raise Refused("--batch, --size and --eval are of a model's step; name the model too")
     device = device_of(options.device)
     verdicts = check_all(device)
     if options.model:
@@ -59,14 +63,14 @@ def check_model(options: argparse.Namespace, device: torch.device) -> list[Verdi
     """
     model = named.build(options.model)
     size, dtype = options.size or named.input_size(model), DTYPES[options.dtype]
-    x = torch.empty(options.batch, 3, size, size, dtype=dtype, device="meta")
+    x = torch.empty(options.batch or GPU_BATCH, 3, size, size, dtype=dtype, device="meta")
     target = devices.of(device) if device.type == "cuda" else devices.find("h100")
     coverage, rows = Coverage(cards.of(device)), []
     found = calls(model, x, not options.eval, target)
     for number, call in enumerate(found, 1):
         if coverage.add(call):
             print(f"resnet-fused verify: call {number} of {len(found)}, {call.op}", file=sys.stderr, flush=True)
-            rows += check_call(call.op, call.args, call.kwargs, device)
+            rows += check_call(call.op, call.args, {}, device)
     print(coverage.text(options.model, device, bool(rows)))
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import torch
 from rich.console import Console
@@ -12,30 +13,52 @@ import resnet_fused
 
 from ..bench import named
 from ..bench.errors import Refused
+from ..bench.run import device_of
+from ..blocks import devices
+from . import GPU_BATCH
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what was compiled; 1 where a kernel does not compile."""
+    where, capability = target(options)
     model = named.build(options.model).train(not options.eval)
     size = options.size or named.input_size(model)
-    example = torch.empty(options.batch, 3, size, size, dtype=DTYPES[options.dtype], device="meta")
+    example = torch.empty(options.batch or GPU_BATCH, 3, size, size, dtype=DTYPES[options.dtype], device="meta")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with where, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("planning", total=None)
 
         def tell(done, total: int) -> None:
             progress.update(task, total=total, advance=1, description=done.kernel)
 
         try:
-            warmed = resnet_fused.warmup(
-                model, example, capability=options.device_capability, workers=options.workers, tell=tell
-            )
+            warmed = resnet_fused.warmup(model, example, capability=capability, workers=options.workers, tell=tell)
         except RuntimeError as error:
             raise Refused(str(error).removeprefix("warmup: ").replace("capability, e.g. 90,", CAPABILITY)) from None
     print(warmed)
     return 1 if warmed.failures else 0
+
+
+def target(options: argparse.Namespace) -> tuple[contextlib.AbstractContextManager, int | None]:
+    """What makes the GPU asked for the current one, or the capability of one that is elsewhere.
+
+    Raises:
+        Refused: the two options do not go together, or no GPU is asked for.
+    """
+    name, capability = options.device, options.device_capability
+    if name and capability:
+        raise Refused("--device and --device-capability both say what to compile for; pass one")
+    if name in devices.DEVICES:
+        major, minor = devices.DEVICES[name].capability
+        return contextlib.nullcontext(), 10 * major + minor
+    if not name:
+        return contextlib.nullcontext(), capability
+    device = device_of(name, tuple(devices.DEVICES))
+    if device.type != "cuda":
+        raise Refused(f"Triton's kernels are not for {name}; pass a GPU, or {CAPABILITY} for one that is elsewhere")
+    return torch.cuda.device(device), None
 
 
 CAPABILITY = "--device-capability, e.g. 9.0,"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..backends import cards, opaque
 from ..blocks import devices, plan
 from ..blocks.devices import Device
+from ..ops import OPS, Op
 from .explain import _make_fake
 from .fuse import fuse
 
@@ -21,12 +22,43 @@ Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
+class Spec:
+    """A tensor's form."""
+
+    name: str  # of the argument
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        """A tensor without values, for what only asks for shapes."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an op: tensors are meta tensors."""
+    """One distinct call of an op: by name its arguments, in the order of its schema, tensors as :class:`Spec`."""
 
     op: str
-    args: tuple
-    kwargs: dict
+    arguments: tuple[tuple[str, object], ...]
+
+    @property
+    def args(self) -> tuple:
+        """All of them by position, with meta tensors: bytes, FLOPs and launches can be counted from them."""
+        return tuple(value.empty() if isinstance(value, Spec) else value for _, value in self.arguments)
+
+    @property
+    def contract(self) -> Op:
+        return OPS[self.op]
+
+    @property
+    def label(self) -> str:
+        """The first tensors' shapes, then what else was passed."""
+        specs = [value for _, value in self.arguments if isinstance(value, Spec)]
+        shapes = " ".join("x".join(map(str, spec.shape)) for spec in specs if len(spec.shape) > 1)
+        vectors = " ".join(spec.name for spec in specs if len(spec.shape) == 1)
+        others = " ".join(f"{name}={value}" for name, value in self.arguments if not isinstance(value, Spec | None))
+        return "; ".join(text for text in (shapes, vectors, others) if text)
 
 
 class _Listener(TorchDispatchMode):
@@ -36,25 +68,30 @@ class _Listener(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.found: dict[Call, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == opaque.NAMESPACE:
-            given = {name: _form(value) for name, value in kwargs.items() if name != "backend"}
-            self.calls.append(Call(func._schema.name.split("::")[1], tuple(map(_form, args)), given))
+            call = Call(func._schema.name.split("::")[1], _arguments(func._schema, args, kwargs))
+            self.found[call] = self.found.get(call, 0) + 1
         return func(*args, **kwargs)
 
 
-def _form(value):
-    """Sizes, strides and dtype of a fake tensor, to be made a meta tensor of outside of the fake mode."""
-    return ("form", value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
+def _arguments(schema: torch.FunctionSchema, args: tuple, kwargs: dict) -> tuple[tuple[str, object], ...]:
+    """By name, in order, up to the last one given; one left out before it has its default."""
+    passed = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    declared = [argument for argument in schema.arguments if argument.name != "backend"]
+    last = max((i for i, argument in enumerate(declared) if argument.name in passed), default=-1)
+    given = ((a.name, passed.get(a.name, a.default_value)) for a in declared[: last + 1])
+    return tuple((name, _form(name, value)) for name, value in given)
 
 
-def _meta(value):
-    if not (isinstance(value, tuple) and value[:1] == ("form",)):
-        return value
-    return torch.empty_strided(*value[1:3], dtype=value[3], device="meta")
+def _form(name: str, value: object) -> object:
+    """What of an argument makes a call another one."""
+    if isinstance(value, Tensor):
+        return Spec(name, tuple(value.shape), tuple(value.stride()), value.dtype)
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def device_of(card: cards.Card) -> Device:
@@ -64,8 +101,8 @@ def device_of(card: cards.Card) -> Device:
 
 def calls(
     model: nn.Module, x: Tensor, training: bool = True, device: Device | None = None, dtype: torch.dtype | None = None
-) -> list[Call]:
-    """The calls of ops in a step of `model` on an input like `x`, as planned for `device`; each different one once.
+) -> dict[Call, int]:
+    """The distinct calls of ops in a step of `model` on one like `x`, planned for `device`: how often each.
 
     `model` is not touched and need not be fused. `x` may be a meta tensor. `dtype`: of activations, that of autocast;
     None: of `x`.
@@ -83,10 +120,4 @@ def calls(
             wanted = [p for p in fake.parameters() if p.requires_grad]
             if training and wanted and out.requires_grad:
                 torch.autograd.grad(out, wanted, torch.empty_like(out), allow_unused=True)
-    different: dict[str, Call] = {}
-    for call in listener.calls:
-        different.setdefault(repr((call.op, call.args, call.kwargs)), call)
-    return [
-        Call(call.op, tuple(map(_meta, call.args)), {name: _meta(value) for name, value in call.kwargs.items()})
-        for call in different.values()
-    ]
+    return listener.found

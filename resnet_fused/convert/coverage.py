@@ -22,13 +22,13 @@ class Coverage:
         """Count a call; whether its configuration is new, and its op one of Triton's."""
         if room.missing_triton() or call.op not in room.kernels():
             return False
-        kernel = room.kernels()[call.op]
-        wanted = selfcheck_configurations.of_call(kernel, call.args, call.kwargs, self.card)
+        kernel, args = room.kernels()[call.op], call.args
+        wanted = selfcheck_configurations.of_call(kernel, args, {}, self.card)
         if (call.op, wanted.digest) in self.configurations:
             return False
         self.configurations.add((call.op, wanted.digest))
         self.wanted |= wanted.binaries
-        whole = selfcheck_configurations.problem(call.op, call.args, call.kwargs)
+        whole = selfcheck_configurations.problem(call.op, args, {})
         for candidate in selfcheck_configurations.covering(kernel, whole, wanted, self.card):
             started = kernel.launches(*candidate.problem.meta(), candidate.card)
             self.run |= wanted.binaries & {launch.binary for launch in started}

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..blocks import devices, norms, plan
-from ..blocks.devices import Device
+from ..blocks.devices import Device, Expected
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from .compiled_traffic import FusingCounter
 from .fuse import fuse, report
@@ -22,6 +22,7 @@ from .stem import FusedStem
 from .traffic import Counter, SavedBytes, Traffic
 
 Tensor = torch.Tensor
+_SIDES = {"fused": "fused", "stock": "stock", "compiled": "compile"}  # and their names in tables
 _BLOCKS = (FusedModule, FusedConvBNReLU, FusedResidualBlock)
 
 
@@ -41,12 +42,12 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Expected seconds of one step of the whole model on a device, by the roofline of :mod:`..blocks.devices`."""
+    """Expected seconds of one step of the whole model on a device, by the cost model of :mod:`..blocks.devices`."""
 
     device: Device
-    fused: float
-    stock: float
-    compiled: float
+    fused: Expected
+    stock: Expected
+    compiled: Expected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Explanation:
         passes = "forward and backward" if self.training else "forward"
         lines += ["", f"MB moved, GFLOP and MB saved per image, {passes}; launches and ms per batch."]
         lines += ["stock: PyTorch eager; compile: torch.compile, fused as far as its rules go."]
-        lines += ["Counted from the operations, and predicted from that by a roofline; not measured."]
+        lines += ["Counted from the operations, and predicted from that; not measured."]
+        lines += [_predicted_how(row) for row in self.predictions[:1]]
         lines += [f"Plan {number}: {text}" for number, text in enumerate(plans, 1)]
         if self.predictions and self.device is None:
             head = ["whole model on", "ms", "stock", "compile"]
@@ -89,13 +91,25 @@ class Explanation:
         figures += [entry.fused_saved / images / 1e6, entry.stock_saved / images / 1e6] if self.training else []
         cells = [f"{figure:.2f}" for figure in figures] + [str(program.launches) for program in programs]
         if self.device:
-            cells += [_milliseconds(devices.predict(program.operations, self.device)) for program in programs]
+            sides = zip(programs, _SIDES, strict=True)
+            cells += [_milliseconds(devices.expect(p.operations, self.device, side)) for p, side in sides]
         number = str(plans.index(entry.plan) + 1) if entry.plan else ""
         return [entry.name, "x".join(map(str, entry.shape[1:])), number, *cells]
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"
+def _milliseconds(expected: Expected) -> str:
+    low, high = 1e3 * expected.low, 1e3 * expected.high
+    digits = 0 if low >= 10 else 1 if low >= 1 else 2
+    return f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+def _predicted_how(row: Prediction) -> str:
+    """What a range of milliseconds means, with the host's part of the whole model."""
+    hosts = ", ".join(f"{1e3 * getattr(row, side).host:.0f} ms {name}" for side, name in _SIDES.items())
+    return (
+        f"ms: from a roofline to {devices.SURE_SHARE} of it, or to the host's time, if that is longer: an assumed "
+        f"{hosts} for the whole model, which a CUDA graph saves."
+    )
 
 
 def _prediction_row(row: Prediction) -> list[str]:
@@ -254,4 +268,5 @@ def _predict_all(
 
 def _predict(target: Device, fused: Traffic, total: Comparison) -> Prediction:
     programs = (fused, total.stock, total.compiled)
-    return Prediction(target, *(devices.predict(program.operations, target) for program in programs))
+    sides = zip(programs, _SIDES, strict=True)
+    return Prediction(target, *(devices.expect(program.operations, target, side) for program, side in sides))

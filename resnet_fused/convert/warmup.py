@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -35,15 +35,15 @@ class Warmed:
         return "\n".join([text, *(f"  does not compile: {failure}" for failure in self.failures)])
 
 
-def launches(found: list[Call], card: cards.Card, dtype: torch.dtype) -> list:
+def launches(found: Iterable[Call], card: cards.Card, dtype: torch.dtype) -> list:
     """Everything that Triton starts for these calls, and for the self-checks before them."""
     kernels, started = room.kernels(), []
     for call in (call for call in found if call.op in kernels):
-        kernel = kernels[call.op]
-        own = kernel.launches(call.args, call.kwargs, card)
+        kernel, args = kernels[call.op], call.args
+        own = kernel.launches(args, {}, card)
         wanted, whole = selfcheck_configurations.configuration(own), None
         with contextlib.suppress(KeyError):  # an op without forms is checked by its small cases alone
-            whole = selfcheck_configurations.problem(call.op, call.args, call.kwargs)
+            whole = selfcheck_configurations.problem(call.op, args, {})
         started += own
         if whole is not None:
             for candidate in selfcheck_configurations.covering(kernel, whole, wanted, card):

@@ -31,8 +31,8 @@ def test_every_binary_of_resnet50_is_run_by_the_cases_of_its_calls():
     assert coverage.run == coverage.wanted
     for call in found:
         kernel = room.kernels()[call.op]
-        wanted = selfcheck_configurations.of_call(kernel, call.args, call.kwargs, CARD)
-        whole = selfcheck_problems.problem(call.op, call.args, call.kwargs)
+        wanted = selfcheck_configurations.of_call(kernel, call.args, {}, CARD)
+        whole = selfcheck_problems.problem(call.op, call.args, {})
         covering = selfcheck_configurations.covering(kernel, whole, wanted, CARD)
         reached = frozenset().union(
             *(selfcheck_configurations.of_call(kernel, *c.problem.meta(), c.card).features for c in covering)

@@ -47,7 +47,7 @@ def chosen(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_waves_are_whole(chosen, arch, sms, batch, dtype):
     for call in sums(batch, dtype):
-        room.kernels()[call.op].launches(call.args, call.kwargs, cards.Card(arch, sms))
+        room.kernels()[call.op].launches(call.args, {}, cards.Card(arch, sms))
     assert chosen
     for rows, tiles, row_bytes, partial_bytes, block_m, _, per_sm, busy, split in chosen:
         programs = split.splits * tiles

@@ -13,13 +13,13 @@ from resnet_fused.backends import backends
 from resnet_fused.backends.declaration import Kernel
 from resnet_fused.backends.selfcheck import Verdict
 from resnet_fused.bench import equality, named
-from resnet_fused.bench.gpu_report import bandwidth, calls, child, cuda_graph, cudnn, measure, selfcheck, warmup
-from resnet_fused.bench.gpu_report.calls import Call, Spec
+from resnet_fused.bench.gpu_report import bandwidth, calls, child, cuda_graph, cudnn, measure, models, selfcheck, warmup
 from resnet_fused.bench.gpu_report.context import Context
 from resnet_fused.bench.gpu_report.parts import BY_NAME, PARTS
 from resnet_fused.bench.gpu_report.stream import Document, Stream
 from resnet_fused.bench.timing import Samples
-from resnet_fused.blocks import devices, plan
+from resnet_fused.blocks import devices
+from resnet_fused.convert.calls import Call, Spec
 from resnet_fused.convert.warmup import Warmed
 from resnet_fused.ops import OPS
 
@@ -84,12 +84,12 @@ class Half:
 @pytest.mark.parametrize("training", [True, False], ids=("training", "evaluation"))
 def test_drawn_arguments_of_a_gpus_plan_leave_no_right_kernel_in_doubt(tmp_path, monkeypatch, training):
     """The reference in bfloat16 stands for a right kernel: a sign near zero, or a variance below it, would fail it."""
-    monkeypatch.setattr(calls.plan, "fusing_all", lambda: plan.planning_for(devices.find("h100")))
+    monkeypatch.setattr(calls.devices, "of", lambda device: devices.find("h100"))
     context = context_of(tmp_path, "bandwidth", Half())
     found = calls.calls_of(context, "resnet50", training)
     assert {"conv1x1_join", "conv1x1_backward", "gram_norm"} <= {call.op for call in found} or not training
     for call in found:
-        arguments = call.drawn(torch.Generator().manual_seed(0))
+        arguments = calls.drawn(call, torch.Generator().manual_seed(0))
         matched = bandwidth.match(context, call, OPS[call.op].reference, arguments)
         assert matched["agrees"], f"{call.op} {call.label}: {matched}"
 
@@ -290,3 +290,16 @@ def test_a_sweep_proposes_what_is_right_and_faster_and_changes_nothing(tmp_path,
     assert (line["op"], line["capability"], line["columns"], line["depth"]) == ("conv1x1", 90, 16, 16)
     assert line["config"] == dataclasses.asdict(dataclasses.replace(product.default, block_m=256))
     assert line["ms"] < line["ms_in_use"]
+
+
+def test_what_explain_predicts_is_reported_as_a_range(tmp_path, monkeypatch):
+    """On a board that it knows: both ends and the host's part, for each peer."""
+    context = context_of(tmp_path, "models")
+    monkeypatch.setattr(type(context), "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: devices.DEVICES["h100"].reported)
+    models.predicted(context, "resnet18")
+    rows = {row["peer"]: row for row in rows_of(context)}
+    assert rows.keys() == {"eager", "fused", "compile"}
+    for row in rows.values():
+        assert 0 < row["predicted_ms"] < row["predicted_high_ms"] and row["predicted_host_ms"] > 0
+        assert row["predicted_high_ms"] >= row["predicted_host_ms"]

@@ -136,6 +136,18 @@ def test_predict():
     assert (BANDWIDTH_SHARE, COMPUTE_SHARE) == (0.85, 0.60)
 
 
+def test_expect_is_a_range_with_the_hosts_part():
+    device = Device("even", bandwidth=1e12, half=100e12, tf32=50e12, single=10e12, overhead=0.0)
+    long, short = Operation("add", 850_000_000, 0, torch.bfloat16), Operation("add", 850, 0, torch.bfloat16, launches=3)
+    found = devices.expect(iter([long]), device, "stock")
+    assert (found.low, found.high) == pytest.approx((1e-3, 1e-3 / devices.SURE_SHARE))
+    assert found.host == devices.HOST_SECONDS["stock"]
+    for side, each in devices.HOST_SECONDS.items():
+        found = devices.expect([short], device, side)
+        assert found.low == pytest.approx(1e-9) and found.high == found.host == pytest.approx(3 * each)
+    assert devices.HOST_SECONDS["compiled"] < devices.HOST_SECONDS["stock"] < devices.HOST_SECONDS["fused"]
+
+
 def test_a_cpu_core_reaches_what_was_measured():
     assert predict([Operation("add", 7 * 10**9, 0, torch.float32)], CPU_CORE) == pytest.approx(1)
     assert predict([Operation("conv", 0, 85 * 10**9, torch.bfloat16)], CPU_CORE) == pytest.approx(1)

@@ -14,9 +14,10 @@ import torch
 from ...backends import Backend, backends
 from ...backends.selfcheck_compare import allowed_error, results
 from ...blocks import devices
+from ...convert.calls import Call
 from ...ops.contract import pack_mask
 from . import measure
-from .calls import Call, calls_of, changed, widened
+from .calls import calls_of, changed, drawn, widened
 from .context import Context
 
 QUICK_CALLS = 8  # of each model and mode
@@ -46,7 +47,7 @@ def plans(context: Context) -> list[tuple[str, bool]]:
 
 def expected(context: Context, call: Call) -> float:
     """Seconds that the cost model expects."""
-    arguments = call.without_values()
+    arguments = call.args
     bytes, flops = call.contract.bytes(*arguments), call.contract.flops(*arguments)
     return devices.of(context.device).seconds(bytes, flops, context.settings.dtype)
 
@@ -67,7 +68,7 @@ def takers(context: Context, call: Call) -> list[Backend]:
 def row_of_call(context: Context, backend: Backend, call: Call, count: int, where: str, found: dict) -> None:
     """Check one call, time it, write its row."""
     generator = torch.Generator(context.device).manual_seed(0)
-    arguments = call.drawn(generator)
+    arguments = drawn(call, generator)
     fields = {"name": call.op, "backend": backend.name, "case": call.label, "used": count, "by": where}
     fields["dtype"] = str(arguments[0].dtype).removeprefix("torch.")
     if reasons := backend.reasons(call.op, arguments, {}):
@@ -77,7 +78,7 @@ def row_of_call(context: Context, backend: Backend, call: Call, count: int, wher
     matched = match(context, call, kernel, arguments)
     bytes, flops = call.contract.bytes(*arguments), call.contract.flops(*arguments)
     sets = [arguments]
-    sets += [call.drawn(generator) for _ in range(measure.number_of_sets(bytes, context.device) - 1)]
+    sets += [drawn(call, generator) for _ in range(measure.number_of_sets(bytes, context.device) - 1)]
     calls = [functools.partial(kernel, *chosen) for chosen in sets]
     timing = measure.time_calls(calls, context.device, context.settings.quick)
     rate = bytes / (timing.median * 1e-3)

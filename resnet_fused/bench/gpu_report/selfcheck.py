@@ -15,11 +15,11 @@ import torch
 
 from ...backends import Backend, backends, cards, check_call
 from ...backends import selfcheck as checks
-from ...convert import calls as fake_calls
+from ...convert.calls import Call
 from ...convert.coverage import Coverage
 from ...ops import OPS
 from . import bandwidth
-from .calls import Call, calls_of
+from .calls import calls_of
 from .context import Context
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
     coverage = Coverage(cards.of(context.device))
     for model, training in bandwidth.plans(context) if context.on_gpu else ():
         for call in bandwidth.ordered(context, calls_of(context, model, training)):
-            if coverage.add(fake_calls.Call(call.op, call.without_values(), {})):
+            if coverage.add(call):
                 name = f"{model}, {'training' if training else 'evaluation'}: {call.op} {call.label}"
                 yield name, functools.partial(check_configuration, context, call)
     for dtype, backend, op in kernels(context):
@@ -49,7 +49,7 @@ def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def check_configuration(context: Context, call: Call) -> None:
     """Run the cases that start the same binaries in the same ways as `call` does."""
-    write(context, check_call(call.op, call.without_values(), {}, indexed(context)))
+    write(context, check_call(call.op, call.args, {}, indexed(context)))
 
 
 def check(context: Context, backend: Backend, op: str, dtype: torch.dtype) -> None:

@@ -17,8 +17,9 @@ from types import ModuleType
 import torch
 
 from ...backends import backends
+from ...convert.calls import Call
 from . import bandwidth, measure
-from .calls import Call, calls_of
+from .calls import calls_of, drawn
 from .context import Context
 
 #: A candidate must be faster by so much, and its slow decile by as much as the other's median.
@@ -56,9 +57,9 @@ def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
 def sweep(context: Context, call: Call, used: int, done: set) -> None:
     """Vary every tile that `call` asks for, once in the whole part."""
     generator = torch.Generator(context.device).manual_seed(0)
-    sets = [call.drawn(generator)]
+    sets = [drawn(call, generator)]
     size = call.contract.bytes(*sets[0])
-    sets += [call.drawn(generator) for _ in range(measure.number_of_sets(size, context.device) - 1)]
+    sets += [drawn(call, generator) for _ in range(measure.number_of_sets(size, context.device) - 1)]
     kernel = backends()["triton"].kernels[call.op].run
     with table().asked() as found:
         base = measure_call(context, call, kernel, sets)

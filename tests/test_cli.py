@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from resnet_fused.bench import named
+from resnet_fused.bench.errors import Refused
 from resnet_fused.cli import parser
 
 TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
@@ -247,6 +250,11 @@ MISTAKES = {
     ),
     "nothing to warm up": (["warmup", "--device", "cpu"], "not for cpu; pass a GPU, or --device-capability, e.g. 9.0"),
     "no model to verify": (["verify", "--batch", "8"], "name the model too"),
+    "too small": (["explain", "resnet18", "--batch", "1", "--size", "1"], "an input of 1x3x1x1: Expected more than 1"),
+    "too small to tune": (["tune", "resnet18", "--batch", "1", "--size", "8", "--device", "cpu"], "see --size"),
+    "too small to warm up": (["warmup", "resnet18", "--batch", "1", "--size", "8", "--device", "H100"], "see --size"),
+    "cannot be written": (["explain", "resnet18", "--json", "/proc/x.json"], "a file in a directory that exists"),
+    "no GPU to warm up": (["warmup", "resnet18", "--device", "cuda:7"], "pass --device-capability, e.g. 9.0,"),
     "no picture": (["bench", "--plot", "x.txt"], ".png, .svg or .pdf"),
 }
 
@@ -259,6 +267,14 @@ def test_mistakes_are_one_line(mistake):
     assert ran.stdout == ""
     assert len(ran.stderr.strip().splitlines()) == 1
     assert expected in ran.stderr
+
+
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("maskrcnn_resnet50_fpn", 64)])
+def test_models_that_make_no_tensor_are_refused_and_download_nothing(monkeypatch, name, size):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
+    model = named.build(f"torchvision:{name}")
+    with pytest.raises(Refused, match=r"no tensor|does not take an input of 2x3"):
+        named.require_taken(model.train(), (2, 3, size, size))
 
 
 def test_unknown_timm_model_suggests():

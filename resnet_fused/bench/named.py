@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,12 +15,18 @@ from ..models import BUILDERS
 from ..testing.vision import import_torchvision
 from .errors import Refused
 
+
+def _without_weights(builder: Callable) -> dict[str, None]:
+    """Arguments by which a builder of torchvision's downloads nothing: detection's would, for its backbone."""
+    return dict.fromkeys({"weights", "weights_backbone"} & inspect.signature(builder).parameters.keys())
+
+
 #: Libraries whose models can be named ``library:name``, each with how it builds and how it lists them.
 SOURCES: dict[str, tuple[str, Callable, Callable]] = {
     "timm": ("timm", lambda timm, name: timm.create_model(name), lambda timm: timm.list_models()),
     "torchvision": (
         "torchvision.models",
-        lambda models, name: models.get_model(name, weights=None),
+        lambda models, name: models.get_model(name, **_without_weights(models.get_model_builder(name))),
         lambda models: models.list_models(),
     ),
 }
@@ -60,3 +68,19 @@ def input_size(model: nn.Module) -> int:
     """The resolution a model is meant for: timm's own word, else 224."""
     config = getattr(model, "default_cfg", None) or {}
     return int(config.get("input_size", (3, 224, 224))[-1])
+
+
+def require_taken(model: nn.Module, size: Sequence[int]) -> None:
+    """Raise :class:`Refused` where `model`, in the mode it is in, does not make a tensor of an input of `size`.
+
+    Tried with the model as it comes, not fused, on meta tensors: nothing is computed.
+    """
+    shape = "x".join(map(str, size))
+    try:
+        with torch.no_grad():
+            out = copy.deepcopy(model).to("meta")(torch.empty(tuple(size), device="meta"))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refused(f"this model does not take an input of {shape}: {reason}; see --size and --batch") from error
+    if not isinstance(out, torch.Tensor):
+        raise Refused(f"this model makes a {type(out).__name__} of an input of {shape}, no tensor; pass another model")

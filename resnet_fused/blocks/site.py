@@ -168,7 +168,8 @@ def _tensor_obstacle(site: Site) -> str:
             if t.device != device:
                 return "parameters on several devices"
             if not _is_plain(t):
-                return f"a parameter of class {type(t).__name__}"
+                gathers = ", which FSDP2 gathers within a call of the whole model" * (type(t).__name__ == "DTensor")
+                return f"a parameter of class {type(t).__name__}{gathers}"
             if t is not weight and (t.dim() != 1 or t.numel() != entering):
                 return "a norm and a convolution of different widths"
         if any(t is not None and t.dtype != dtype and t.dtype != wide for t in vectors):

@@ -58,10 +58,17 @@ def minutes(text: str) -> float:
 
 
 def output_file(text: str) -> pathlib.Path:
-    """A path in a directory that exists: better to find out before the measurement than after."""
+    """A path that can be written: better to find out before the measurement than after. It is left as it is."""
     path = pathlib.Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: pass a file in a directory that exists")
+    try:
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: pass a file in a directory that exists"
+        ) from None
     return path
 
 

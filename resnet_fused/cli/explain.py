@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 
@@ -28,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     model = named.build(options.model)
     edge = options.size or named.input_size(model)
     size = options.input or (options.batch or BATCH, 3, edge, edge)
+    named.require_taken(model.train(not options.eval), size)
     explained = resnet_fused.explain(model, size, dtype=DTYPES[options.dtype], training=not options.eval, device=target)
     print(explained)
     if options.json:
@@ -41,7 +43,7 @@ def planned_for(name: str) -> devices.Device | None:
     Raises:
         Refused: it is neither.
     """
-    if name in devices.DEVICES:
+    with contextlib.suppress(ValueError):
         return devices.find(name)
     device = device_of(name, tuple(devices.DEVICES))
     return None if device.type == "cpu" else devices.of(device)

@@ -20,8 +20,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the report; each choice goes to stderr as it is made."""
     device = device_of(options.device)
     torch.manual_seed(0)
-    model = fused.prepare(named.build(options.model)).to(device, memory_format=torch.channels_last)
+    model = named.build(options.model)
     size = options.size or named.input_size(model)
+    named.require_taken(model.train(), (options.batch or BATCH, 3, size, size))
+    model = fused.prepare(model).to(device, memory_format=torch.channels_last)
     x = torch.randn(options.batch or BATCH, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     if records.busy():
         _say(records.busy())

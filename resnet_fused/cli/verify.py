@@ -64,6 +64,7 @@ def check_model(options: argparse.Namespace, device: torch.device) -> list[Verdi
     model = named.build(options.model)
     size, dtype = options.size or named.input_size(model), DTYPES[options.dtype]
     x = torch.empty(options.batch or GPU_BATCH, 3, size, size, dtype=dtype, device="meta")
+    named.require_taken(model.train(not options.eval), x.shape)
     target = devices.of(device) if device.type == "cuda" else devices.find("h100")
     coverage, rows = Coverage(cards.of(device)), []
     found = calls(model, x, not options.eval, target)

@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     model = named.build(options.model).train(not options.eval)
     size = options.size or named.input_size(model)
     example = torch.empty(options.batch or GPU_BATCH, 3, size, size, dtype=DTYPES[options.dtype], device="meta")
+    named.require_taken(model, example.shape)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with where, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("planning", total=None)
@@ -50,11 +51,13 @@ def target(options: argparse.Namespace) -> tuple[contextlib.AbstractContextManag
     name, capability = options.device, options.device_capability
     if name and capability:
         raise Refused("--device and --device-capability both say what to compile for; pass one")
-    if name in devices.DEVICES:
-        major, minor = devices.DEVICES[name].capability
+    with contextlib.suppress(ValueError):
+        major, minor = devices.find(name).capability
         return contextlib.nullcontext(), 10 * major + minor
     if not name:
         return contextlib.nullcontext(), capability
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Refused(f"there is no GPU; pass {CAPABILITY} to compile for one that is elsewhere")
     device = device_of(name, tuple(devices.DEVICES))
     if device.type != "cuda":
         raise Refused(f"Triton's kernels are not for {name}; pass a GPU, or {CAPABILITY} for one that is elsewhere")

@@ -44,7 +44,7 @@ def run_script(name, cache):
     """The rows that a script beside this file prints, run where Triton does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     script = Path(__file__).with_name(name)
-    ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return [json.loads(line) for line in ran.stdout.splitlines()]
 

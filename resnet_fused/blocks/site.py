@@ -7,7 +7,9 @@ calls (hooks, pruning, a replaced child or method) must still happen, so each ca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -168,8 +170,7 @@ def _tensor_obstacle(site: Site) -> str:
             if t.device != device:
                 return "parameters on several devices"
             if not _is_plain(t):
-                gathers = ", which FSDP2 gathers within a call of the whole model" * (type(t).__name__ == "DTensor")
-                return f"a parameter of class {type(t).__name__}{gathers}"
+                return f"a parameter of class {type(t).__name__}"
             if t is not weight and (t.dim() != 1 or t.numel() != entering):
                 return "a norm and a convolution of different widths"
         if any(t is not None and t.dtype != dtype and t.dtype != wide for t in vectors):
@@ -180,7 +181,27 @@ def _tensor_obstacle(site: Site) -> str:
 def _is_plain(t: Tensor) -> bool:
     """Whether `t` is a tensor whose operations are PyTorch's own; in a graph, which knows no others, every one is."""
     cls = type(t)
-    return cls is nn.Parameter or cls is torch.Tensor or torch.compiler.is_compiling() or _is_tracing_tensor(t)
+    if cls is nn.Parameter or cls is torch.Tensor or torch.compiler.is_compiling() or _is_tracing_tensor(t):
+        return True
+    return _settings.gathered and cls.__name__ == "DTensor"
+
+
+class _Settings:
+    gathered = False
+
+
+_settings = _Settings()
+
+
+@contextlib.contextmanager
+def as_gathered(model: nn.Module) -> Iterator[None]:
+    """Within this, parameters that FSDP2 has sharded count as what they are within a call of `model`: plain tensors."""
+    sharded = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
+    before, _settings.gathered = _settings.gathered, sharded
+    try:
+        yield
+    finally:
+        _settings.gathered = before
 
 
 def input_obstacle(x: object, site: Site) -> str:

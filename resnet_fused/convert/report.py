@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from torch import nn
 
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
-from ..blocks.site import module_obstacle
+from ..blocks.site import as_gathered, module_obstacle
 from .fused_module import FusedModule, obstacle, sites_of
 from .program import modules_of
 from .shares import Own, Share, describe, join, of_program, unpaired
@@ -138,7 +138,8 @@ def survey(
     fused, left = [], []
     for name, (module, reason) in found.items():
         own = Own(module, {other[len(name) + 1 if name else 0 :] for other in found if _is_below(other, name)})
-        row = _row(name, module, reason, own)
+        with as_gathered(model):
+            row = _row(name, module, reason, own)
         if name not in left_out:
             (fused if row.what else left).append(row)
     return Report(tuple(fused), tuple(left))

@@ -102,6 +102,7 @@ def test_fully_shard(tmp_path, order):
         for _ in range(2):
             resnet_fused.fuse(fused)
             assert swap.is_fused(fused) and swap.is_fused(fused.layer1[0]) and isinstance(fused, FSDPModule)
+            assert not resnet_fused.report(fused).left  # outside of a call its parameters are sharded
             loss = [m(images(channels=3)).square().sum() for m in (fused, stock)]
             for each in loss:
                 each.backward()

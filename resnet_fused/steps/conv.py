@@ -6,6 +6,9 @@ that exists already (the identity path's gradient) instead of making one that a 
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import torch
 
 from ..backends import run
@@ -22,8 +25,30 @@ _MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matri
 _OWN_CHANNELS, _OWN_PIXELS = 16, 256  # without: from here on ours is faster for kernels beyond 1x1, 1.1-1.6x
 _FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain products, and our weight gradients
 _FEW_GRADIENTS = 2  # the same for the gradients of a 1x1
+_FEW_SLOW = 1 / 8  # instead of both, where plain products are slow
 _WIDE_MM = 256  # with: from so many channels on, a gradient is added to that of a wider tensor by a plain product
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
+
+
+def products_are_slow(cpuinfo: str) -> bool:
+    """Whether plain products run at half the rate of oneDNN's convolutions on the processor that this text describes.
+
+    MKL uses 256-bit vectors on AMD's processors; from Zen 5 on (family 26) their units are 512 bits wide, which oneDNN
+    uses. On an EPYC of that family with 2 cores: 195 to 217 GFLOP/s, while convolutions of the same sizes reach 300 to
+    470 from 784 pixels on, and 181 at 98. On Zen 4 both reach the same.
+    """
+    fields = dict(re.findall(r"^(vendor_id|cpu family)\s*: (\S+)$", cpuinfo, re.MULTILINE))
+    return fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
+
+
+def _cpuinfo() -> str:
+    try:
+        return pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+SLOW_PRODUCTS = torch.backends.mkl.is_available() and products_are_slow(_cpuinfo())
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -46,6 +71,7 @@ def is_product(pixels: int, weight: Tensor, conv: Conv, like: Tensor, few: int =
     `pixels`: of its output. `like`: any tensor of its data's device and dtype. `few`: pixels per channel.
     """
     here = HAS_AVX512 and like.device.type == "cpu" and like.dtype == torch.float32
+    few = _FEW_SLOW if SLOW_PRODUCTS else few
     return here and conv.is_pointwise(weight) and pixels <= few * min(weight.shape[:2])
 
 
@@ -131,6 +157,7 @@ def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
 def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether ``x += grad W`` is faster as a plain product than in oneDNN: into many channels from fewer."""
     here = HAS_AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and backend in ("auto", "cpu")
+    here = here and not SLOW_PRODUCTS
     return here and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
 
 

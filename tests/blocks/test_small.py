@@ -20,6 +20,7 @@ def where_it_was_measured(monkeypatch):
     """On the CPU that the limit is for, with a cache of 1 MB."""
     for module in (small, conv):
         monkeypatch.setattr(module, "HAS_AVX512", True)
+    monkeypatch.setattr(conv, "SLOW_PRODUCTS", False)
     monkeypatch.setattr(small, "cache_bytes", lambda: 1 << 20)
 
 

@@ -31,6 +31,7 @@ def channels_last(*shape):
 def avx512(request, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(conv, "HAS_AVX512", request.param)
+    monkeypatch.setattr(conv, "SLOW_PRODUCTS", False)
     return request.param
 
 
@@ -71,3 +72,19 @@ def test_products_are_taken_where_they_are_faster(avx512, monkeypatch):
     monkeypatch.setattr(conv.aten, "convolution", lambda *args: seen.append(1) or convolution(*args))
     conv.conv2d(channels_last(1, 64, 3, 3), torch.randn(64, 64, 1, 1), None, Conv())
     assert bool(seen) != avx512
+
+
+def test_fewer_products_are_taken_where_they_are_slow(avx512, monkeypatch):
+    monkeypatch.setattr(conv, "SLOW_PRODUCTS", True)
+    weight, like, pointwise = torch.randn(64, 64, 1, 1), torch.randn(1, 64, 1, 1), Conv()
+    assert not conv.is_product(9, weight, pointwise, like)
+    assert conv.is_product(8, weight, pointwise, like) is avx512
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "slow"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False), (None, None, False)],
+)
+def test_processors_on_which_plain_products_are_slow(vendor, family, slow):
+    text = "" if vendor is None else f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
+    assert conv.products_are_slow(text) is slow

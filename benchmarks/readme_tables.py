@@ -61,6 +61,8 @@ def speedups(report: Report) -> dict[str, float]:
 def ranges(rows, reports, quoted: Report) -> str:
     """Median and range of the recorded runs on the quoted one's device: times differ with the heap."""
     alike = [speedups(r) for r in reports if r.provenance["device"] == quoted.provenance["device"]]
+    if len(alike) == 1:
+        return "The only recorded run on this device."
     texts = []
     for name in dict.fromkeys(row.name for row in rows):
         found = [run[name] for run in alike if name in run]

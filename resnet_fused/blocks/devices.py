@@ -222,10 +222,18 @@ def _identify(device: torch.device) -> Device:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's name as the kernel tells it, or as Python does where there is no /proc."""
+    """The processor's name as the kernel tells it, or as Python does where there is no /proc.
+
+    With its family and model: a virtual machine may call processors of several generations by one name.
+    """
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    told: dict[str, str] = {}
+    for line in lines:
+        field, _, value = line.partition(":")
+        told.setdefault(field.strip(), value.strip())
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    return f"{told['model name']} (family {told.get('cpu family', '?')}, model {told.get('model', '?')})"

@@ -224,6 +224,8 @@ def forms(values: Iterable) -> tuple[Hashable, ...]:
 def _meet(key: tuple, backend: Backend, op: str, args: tuple, kwargs: dict) -> str:
     """The verdict on a call that was not met before, in most cases of a configuration that was."""
     dtype, device = args[0].dtype, args[0].device
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "cannot be checked: there is no GPU"  # a fake tensor
     with _lock:
         wanted = selfcheck_configurations.of_call(backend.kernels[op], args, kwargs, cards.of(device)).digest
         found = _decide(backend, op, dtype, device, wanted, lambda: check_call(backend, op, args, kwargs, device)[0])

@@ -1,7 +1,5 @@
 """What is special to the CPU backend: dispatcher ops, thread counts, prepacked weights, argument errors."""
 
-import time
-
 import pytest
 import torch
 
@@ -70,44 +68,6 @@ def test_every_half_and_bfloat16_survives_and_rounding_is_to_nearest_even():
         out, _ = backends.run("norm_add_relu", z, scale, zeros, relu=False, backend="cpu")
         expected = (z.float() * scale.view(1, -1, 1, 1)).to(dtype)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def seconds(run):
-    """Of this thread's own time, the least of several runs."""
-    times = []
-    for _ in range(7):
-        start = time.thread_time()
-        run()
-        times.append(time.thread_time() - start)
-    return min(times[1:])
-
-
-@needs_library
-@pytest.mark.skipif(status().build_info.get("cpu_level") == "baseline", reason="loops are not vectorised for AVX2")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_loops_are_vectorised_like_those_of_float32(dtype):
-    """A scalar loop takes ten to thirty times as long, as a choice between two structs did."""
-    ops, vector, threads = torch.ops.resnet_fused, torch.ones(256), torch.get_num_threads()
-
-    def loops(of):
-        z, g = (activations(2, 256, 28, 28).to(of) for _ in range(2))
-        out, bits = ops.norm_add_relu(z, vector, vector, emit_mask=True)
-        return {
-            "norm_add_relu": lambda: ops.norm_add_relu(z, vector, vector, g),
-            "bn_stats": lambda: ops.bn_stats(z),
-            "lazy_grad_apply": lambda: ops.lazy_grad_apply(g, z, vector, vector, vector),
-            "recomputed": lambda: ops.norm_add_relu_backward(g, z, vector, vector, vector),
-            "output": lambda: ops.norm_add_relu_backward(g, mask=out),
-            "bits": lambda: ops.norm_add_relu_backward(g, mask=bits),
-            "all": lambda: ops.norm_add_relu_backward(g, z, vector, relu=False),
-        }
-
-    torch.set_num_threads(1)
-    try:
-        wide, narrow = ({name: seconds(run) for name, run in loops(of).items()} for of in (torch.float32, dtype))
-    finally:
-        torch.set_num_threads(threads)
-    assert {name: narrow[name] / wide[name] for name in wide if narrow[name] > 6 * wide[name]} == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -25,8 +25,8 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.bench import equality
-from resnet_fused.blocks import plan
 from resnet_fused.models import BUILDERS
+from resnet_fused.plan import choose
 from resnet_fused.testing.vision import import_torchvision
 
 RETRIALS = 7
@@ -109,7 +109,7 @@ def main() -> int:
         if millions > options.max_parameters:
             print(f"{family}:{name}: left out, {millions:.0f} M parameters", flush=True)
             continue
-        with plan.fusing_all():  # small as the images are
+        with choose.fusing_all():  # small as the images are
             text, differences = check(model, options.size)
         wrong += bool(differences)
         verdict = "DISAGREES" if differences else "agrees"

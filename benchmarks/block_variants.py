@@ -3,7 +3,7 @@
     python benchmarks/block_variants.py [--batch 16] > benchmarks/results/DATE-MACHINE-block-variants.md
 
 For each kind of block by itself, in training: stock, and fused with plain joins and with Gram joins, in turn, forward
-and backward. blocks/join_cost.py, blocks/small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
+and backward. plan/join_cost.py, plan/too_small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 import resnet_fused
 from resnet_fused.bench import records
-from resnet_fused.blocks import join_cost, plan
 from resnet_fused.models import resnet50
+from resnet_fused.plan import choose, join_cost
 
 BLOCKS = {
     "layer1.1": (256, 56), "layer2.0": (256, 56), "layer2.1": (512, 28), "layer3.1": (1024, 14),
@@ -75,7 +75,7 @@ def main() -> None:
     print("| block | variant | ms (q10-q90) | page faults | system ms |\n| --- | --- | ---: | ---: | ---: |")
     for batch in args.batch:
         for name, (channels, size) in BLOCKS.items():
-            with plan.fusing_all():
+            with choose.fusing_all():
                 print("\n".join(measure(name, batch, channels, size, model, fused)), flush=True)
     print(f"\nMedians of {REPEATS - 2} steps, forward and backward, variants in turn.\n")
     print(records.provenance_line(records.provenance(torch.device("cpu"), dtype="f32", layout="channels_last")))

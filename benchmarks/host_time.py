@@ -4,7 +4,7 @@ Run:  OMP_NUM_THREADS=1 python benchmarks/host_time.py
 
 Triton's launches are stubbed, so a ResNet-50 of very narrow layers runs its GPU plan on CPU tensors with little else to
 do than to be dispatched; eager, beside it, does all of its arithmetic. CPU time of one thread, the least of some steps.
-What a launch takes in Triton itself comes to it. ``blocks/devices.py`` assumes its HOST_SECONDS from this.
+What a launch takes in Triton itself comes to it. ``plan/devices.py`` assumes its HOST_SECONDS from this.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.backends import selfcheck
+from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.triton import common
-from resnet_fused.blocks import devices, plan
 from resnet_fused.models.resnet import Bottleneck, ResNet
+from resnet_fused.plan import choose, devices
 
 STEPS = 12
 SIZE = (2, 3, 32, 32)
@@ -53,14 +53,14 @@ def stub() -> Callable[[], int]:
     """Start no kernel from now on, and check none; returns a function that tells how many would have been started."""
     started = []
     common.start = lambda kernel, *args, **meta: started.append(kernel)
-    selfcheck.doubt = selfcheck.objection = lambda *args, **kwargs: ""
+    judge.doubt = judge.objection = lambda *args, **kwargs: ""
     return lambda: len(started)
 
 
 def main() -> None:
     eager = milliseconds(narrow_model())
     count, model = stub(), resnet_fused.fuse(narrow_model())
-    with plan.planning_for(devices.find("h100")), resnet_fused.use("triton"):
+    with choose.planning_for(devices.find("h100")), resnet_fused.use("triton"):
         fused = milliseconds(model)
     counted = resnet_fused.explain(narrow_model(), SIZE, dtype=torch.bfloat16, device="h100").model
     print("| step with launches stubbed | ms of the host | kernels | us a kernel |\n| --- | ---: | ---: | ---: |")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused.blocks import plan
+from resnet_fused.plan import choose
 from resnet_fused.testing.vision import import_torchvision
 
 import_torchvision()  # before timm's tests import it
@@ -85,7 +85,7 @@ def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(request.module, "create_model", create_model)
     torch.manual_seed(0)
-    with contextlib.nullcontext() if option("--fused-as-planned") else plan.fusing_all():
+    with contextlib.nullcontext() if option("--fused-as-planned") else choose.fusing_all():
         yield
 
 

@@ -2,9 +2,10 @@
 
 from .backends import use
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
-from .blocks.tuning import tune
-from .convert import explain, fuse, report, unfuse
-from .convert.warmup import warmup
+from .convert import fuse, report, unfuse
+from .plan.tune import tune
+from .traffic import explain
+from .traffic.warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resnet_fused.blocks import plan
+from resnet_fused.plan import choose
 
 
 @pytest.fixture(autouse=True)
@@ -11,5 +11,5 @@ def fused_at_any_size(request):
     if "plans_small" in request.keywords:
         yield
         return
-    with plan.fusing_all():
+    with choose.fusing_all():
         yield

@@ -162,8 +162,8 @@ def test_bench_fails_when_the_numbers_disagree():
 
 TUNE_WITH_A_FAKE_CLOCK = """
 import sys
-from resnet_fused.blocks import trial
-trial.milliseconds = lambda step, device: 1.0 + step.args[0].gram_shortcut
+from resnet_fused.plan import timing
+timing.milliseconds = lambda step, device: 1.0 + step.args[0].gram_shortcut
 from resnet_fused.cli import main
 sys.exit(main(["tune", *sys.argv[1:]]))
 """

@@ -9,8 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import OPS
-from . import opaque, selfcheck
+from . import opaque
 from .declaration import Backend
+from .selfcheck import judge
 
 
 class _Settings:
@@ -64,15 +65,15 @@ def use(name: str) -> Iterator[None]:
 
 def objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernel of `op` on the backend `name` may not be trusted there; empty if it has proved itself."""
-    return selfcheck.objection(_backends[name], op, dtype, device)
+    return judge.objection(_backends[name], op, dtype, device)
 
 
-def check_all(device: torch.device | str) -> list[selfcheck.Verdict]:
+def check_all(device: torch.device | str) -> list[judge.Verdict]:
     """Run every kernel of every backend that serves `device` and compare it with float64: the rows of ``verify``."""
-    return selfcheck.check_all(device, backends().values())
+    return judge.check_all(device, backends().values())
 
 
-def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list[selfcheck.Verdict]:
+def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list[judge.Verdict]:
     """Check what the first backend that serves a call would start for it: the rows of ``verify --model``.
 
     `args` may be meta tensors. Empty where that backend's kernels are not judged by configuration.
@@ -82,7 +83,7 @@ def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list
         if kernel is None or backend.unavailable or device.type not in backend.devices:
             continue
         if args[0].dtype in kernel.dtypes and not kernel.unsupported(*args, **kwargs):
-            return [] if kernel.launches is None else selfcheck.check_call(backend, op, args, kwargs, device)[1]
+            return [] if kernel.launches is None else judge.check_call(backend, op, args, kwargs, device)[1]
     return []
 
 
@@ -101,7 +102,7 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
             continue  # the common case, worth no text
         reasons = backend.reasons(op, args, kwargs)
         if not reasons and backend.kernels[op].needs_selfcheck:
-            doubt = selfcheck.doubt(backend, op, args, kwargs)
+            doubt = judge.doubt(backend, op, args, kwargs)
             reasons = [doubt] if doubt else []
         if not reasons:
             return backend

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from . import selfcheck
 from .dispatch import backends, objection
+from .selfcheck import judge
 
 #: Ops on batch norm's vectors alone: their first argument has the dtype of statistics.
 VECTOR_OPS = ("bn_affine", "bn_coefficients")
@@ -35,13 +35,13 @@ def lacking(ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | Non
         checks: check kernels that were not yet; else, for fake tensors, those without a verdict count as sound.
     """
     question = (ops, dtype, device, checks)
-    if _sound.get(question) == selfcheck.count_of_changes():
+    if _sound.get(question) == judge.count_of_changes():
         return ""
     checks = checks and (device is None or device.type != "cuda" or torch.cuda.is_available())
     for op in ops:
         if not _served(op, torch.float32 if op in VECTOR_OPS else dtype, device, checks):
             return op
-    _sound[question] = selfcheck.count_of_changes()
+    _sound[question] = judge.count_of_changes()
     return ""
 
 
@@ -57,6 +57,6 @@ def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bo
             if not kernel.needs_selfcheck:
                 return True
             question = (backend.name, op, dtype, device)
-            if not (objection(*question) if checks else selfcheck.remembered(*question)):
+            if not (objection(*question) if checks else judge.remembered(*question)):
                 return True
     return False

@@ -14,7 +14,7 @@ import subprocess
 import torch
 
 from .. import __version__, library
-from ..blocks.devices import cpu_name
+from ..plan.devices import cpu_name
 
 SCHEMA = 1
 #: Environment variables that change how memory is allocated or how many threads run: part of every result.

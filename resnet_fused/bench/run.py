@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.blocks import plan
+from resnet_fused.plan import choose
 
 from . import equality, fresh, memory, named, peers, photos, records
 from .blocks import Block, distinct_blocks
@@ -103,7 +103,7 @@ class Bench:
         """Compare stock and fused on photographs; raises :class:`Disagreement` where they differ."""
         x = photos.batches(1, PHOTOS, self.plan.size)[0].to(self.device)
         stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
-        with plan.fusing_all():  # also what so few images leave to stock
+        with choose.fusing_all():  # also what so few images leave to stock
             found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype], progress)
         self.report.equality = equality.summary(found)
         wrong = [difference for difference in found if not difference.agrees]
@@ -183,7 +183,7 @@ class Bench:
         x.requires_grad_()
         with torch.no_grad(), self.autocast():
             out = pair[peers.STOCK](x)
-        with plan.observing() as choices, self.autocast():
+        with choose.observing() as choices, self.autocast():
             pair[peers.OURS](x)
         grad = torch.randn(out.shape).to(out, memory_format=torch.channels_last)
 

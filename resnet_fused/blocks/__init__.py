@@ -1,6 +1,6 @@
 """Blocks: chains of steps as autograd nodes, as a function and as modules."""
 
-from .chain import run_chain
+from ..steps.node import run_chain
 from .functional import conv_bn_add_relu
 from .modules import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU
 

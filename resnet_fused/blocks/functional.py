@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..backends import current
+from ..plan.choose import choose_variant
 from ..steps import Chain, Conv, Norm, Step, StepTensors
+from ..steps.layout import as_stock
+from ..steps.node import run_chain
 from . import gpu_inference
-from .chain import run_chain
-from .layout import as_stock
-from .plan import choose_variant
 from .runtime import needs_grad, output_shapes
 
 Tensor = torch.Tensor

@@ -26,10 +26,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, run, soundness
-from ..steps import Chain, Step, StepTensors
+from ..plan import choose
+from ..steps import Chain, Step, StepTensors, stock
 from ..steps.batch_norm import running_affine
 from ..steps.conv import channels_last
-from . import plan, stock
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ class Form(NamedTuple):
 
 def takes(x: Tensor) -> bool:
     """Whether evaluation on `x` is this module's."""
-    return plan.on_gpu(x)
+    return choose.on_gpu(x)
 
 
 def _is_product(step: Step, own: StepTensors) -> bool:
@@ -82,14 +82,14 @@ def _ops(chain: Chain, products: tuple[bool, ...], residual: Tensor | None) -> t
     return tuple(sorted(needed))
 
 
-def choose(chain: Chain, x: Tensor, tensors: list[StepTensors], residual: Tensor | None) -> Form:
+def choose_form(chain: Chain, x: Tensor, tensors: list[StepTensors], residual: Tensor | None) -> Form:
     """The best form whose kernels are all sound here; where a backend is forced, the best that it has."""
     pairs = list(zip(chain.steps, tensors, strict=False))
     products = tuple(_is_product(step, own) and chain.pool is None for step, own in pairs)
     without = (False,) * len(products)
     if chain.backend != "auto":
         return Form(products if "conv1x1_join" in backends()[chain.backend].kernels else without)
-    place, checks = plan.place_of(x), not isinstance(x, FakeTensor)
+    place, checks = choose.place_of(x), not isinstance(x, FakeTensor)
     for own in tensors:
         if soundness.lacking(("running_affine",), own.running_mean.dtype, place, checks):
             return Form(lacking="running_affine", stock=True)
@@ -103,8 +103,8 @@ def choose(chain: Chain, x: Tensor, tensors: list[StepTensors], residual: Tensor
 
 def output(chain: Chain, x: Tensor, tensors: list[StepTensors], residual: Tensor | None) -> Tensor:
     """The chain's output with running statistics and without autograd."""
-    form = choose(chain, x, tensors, residual)
-    for observer in plan.observers:
+    form = choose_form(chain, x, tensors, residual)
+    for observer in choose.observers:
         observer(str(form))
     if form.stock:
         return stock.chain_output(chain, x, residual, None, tensors, moves=True)

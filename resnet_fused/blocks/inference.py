@@ -19,11 +19,11 @@ from torch import nn
 from .. import library
 from ..backends import bounds, onednn, run
 from ..ops.conv_add_relu import output_shape
-from ..steps import Chain, Step, StepTensors
+from ..steps import Chain, Step, StepTensors, stock
 from ..steps.batch_norm import running_affine
 from ..steps.conv import channels_last
 from ..steps.folded_join import Folded, shift_of
-from . import gpu_inference, stock
+from . import gpu_inference
 
 Tensor = torch.Tensor
 

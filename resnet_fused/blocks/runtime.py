@@ -9,12 +9,12 @@ import torch
 
 from ..backends import bounds, current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
-from ..steps import Chain, Step, StepTensors
-from . import gpu_inference, norms, stock
-from .chain import run_chain
+from ..plan.choose import choose_variant, pools
+from ..steps import Chain, Step, StepTensors, stock
+from ..steps.layout import Placed, arrived, behind, left
+from ..steps.node import run_chain
+from . import gpu_inference, norms
 from .inference import folded_output
-from .layout import Placed, arrived, behind, left
-from .plan import choose_variant, pools
 from .site import Site, conv_geometry, pool_geometry
 
 Tensor = torch.Tensor

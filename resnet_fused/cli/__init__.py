@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..bench.errors import Refused
-from ..blocks.devices import DEVICES
+from ..plan.devices import DEVICES
 
 DTYPES = ("f32", "bf16")
 MODEL, BATCH = "resnet50", 16  # where none is named

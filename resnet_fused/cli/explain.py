@@ -14,8 +14,8 @@ import resnet_fused
 from ..bench import named
 from ..bench.errors import Refused
 from ..bench.run import device_of
-from ..blocks import devices
-from ..convert.explain import Comparison, Explanation
+from ..plan import devices
+from ..traffic.explain import Comparison, Explanation
 from . import BATCH
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -10,8 +10,8 @@ import torch
 
 from .. import __version__, library
 from ..backends import backends
-from ..backends.selfcheck_cases import cases
-from ..backends.selfcheck_draws import place
+from ..backends.selfcheck.cases import cases
+from ..backends.selfcheck.draws import place
 from ..bench import records
 from ..ops import OPS
 

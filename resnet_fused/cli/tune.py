@@ -12,7 +12,7 @@ import resnet_fused
 from ..bench import named, records
 from ..bench.peers import fused
 from ..bench.run import DTYPES, device_of
-from ..blocks import plan
+from ..plan import choose
 from . import BATCH
 
 
@@ -28,12 +28,12 @@ def run(options: argparse.Namespace) -> int:
     if records.busy():
         _say(records.busy())
     dtype = DTYPES[options.dtype]
-    plan.observers.append(_say)
+    choose.observers.append(_say)
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             tuned = resnet_fused.tune(model, x)
     finally:
-        plan.observers.remove(_say)
+        choose.observers.remove(_say)
     print(tuned)
     return 0
 

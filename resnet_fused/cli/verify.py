@@ -16,15 +16,15 @@ import resnet_fused
 
 from .. import models
 from ..backends import cards, check_all, check_call
-from ..backends.selfcheck import Verdict
+from ..backends.selfcheck.judge import Verdict
 from ..bench import equality, named, records
 from ..bench.blocks import Block
 from ..bench.errors import Refused
 from ..bench.run import device_of
-from ..blocks import devices
-from ..convert.calls import calls
-from ..convert.coverage import Coverage
 from ..models.resnet import conv1x1
+from ..plan import devices
+from ..traffic.calls import calls
+from ..traffic.coverage import Coverage
 from . import GPU_BATCH
 from .info import table
 

@@ -14,7 +14,7 @@ import resnet_fused
 from ..bench import named
 from ..bench.errors import Refused
 from ..bench.run import device_of
-from ..blocks import devices
+from ..plan import devices
 from . import GPU_BATCH
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

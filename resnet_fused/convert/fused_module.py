@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ..blocks.layout import Placed, arrived, left
 from ..blocks.runtime import run_placed
 from ..blocks.site import Site, hooked, hooked_within, input_obstacle, module_obstacle, why_not_passed
+from ..steps.layout import Placed, arrived, left
 from . import swap
 from .instructions import ChainCall, Program, Ref, StockCall, resolve
 from .order import module_effect

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import fx
 
-from ..blocks.layout import left
+from ..steps.layout import left
 from .order import Effect
 
 

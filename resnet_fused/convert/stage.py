@@ -20,9 +20,9 @@ from torch import nn
 from .. import library
 from ..backends import bounds
 from ..blocks import norms
-from ..blocks.layout import Placed, left
 from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_obstacle
 from ..ops.conv_add_relu import output_shape
+from ..steps.layout import Placed, left
 from . import swap
 from .fused_module import FusedModule, FusedState, is_stock_forced, placed, run_program, runnable
 from .instructions import ChainCall

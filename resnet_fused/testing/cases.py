@@ -1,6 +1,6 @@
 """One table of cases per op: every combination of options on an odd shape, and every awkward shape with most options.
 
-Values of ops that emit or recompute a mask lie on a coarse grid, see ``backends.selfcheck_draws``: their masks are then
+Values of ops that emit or recompute a mask lie on a coarse grid, see ``backends.selfcheck.draws``: their masks are then
 the same in every arithmetic. Statistics and products get normal deviates.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_draws import Case, Draw
+from ..backends.selfcheck.draws import Case, Draw
 from ..ops.contract import channels_last_strides, pack_mask
 from . import conv1x1_cases, conv1x1_gradient_cases, gram_cases, pool_cases, vector_cases
 

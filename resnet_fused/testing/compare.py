@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from ..backends import Backend
-from ..backends.selfcheck import difference, results
-from ..backends.selfcheck_draws import FLANK, Case, place
+from ..backends.selfcheck.draws import FLANK, Case, place
+from ..backends.selfcheck.judge import difference, results
 from ..ops import OPS, Op, stat_dtype
 
 Tensor = torch.Tensor
@@ -44,7 +44,7 @@ def tensors_of(case: Case) -> list[Tensor]:
 
 
 def broken_guards(t: Tensor) -> bool:
-    """Whether the poison around a tensor of :func:`..selfcheck_draws.place` was overwritten."""
+    """Whether the poison around a tensor of :func:`..backends.selfcheck.draws.place` was overwritten."""
     buffer = t.as_strided((t.numel() + 2 * FLANK,), (1,), 0)
     flanks = torch.cat([buffer[:FLANK], buffer[-FLANK:]])
     return not bool((flanks.isnan() if t.is_floating_point() else flanks == 255).all())

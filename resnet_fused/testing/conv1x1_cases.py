@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_draws import Case, Draw
+from ..backends.selfcheck.draws import Case, Draw
 from ..ops.contract import pack_mask
 
 Tensor = torch.Tensor

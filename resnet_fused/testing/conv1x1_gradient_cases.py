@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_draws import Case
+from ..backends.selfcheck.draws import Case
 from ..ops.contract import pack_mask, unpack_mask
 from .conv1x1_cases import BOTH, SHAPES, STRIDES, Pointwise, draws, specials, unread
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_draws import Case, Draw
-from ..backends.selfcheck_lazy_cases import GramJoin
+from ..backends.selfcheck.draws import Case, Draw
+from ..backends.selfcheck.lazy_cases import GramJoin
 
 Tensor = torch.Tensor
 

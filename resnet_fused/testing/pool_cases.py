@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_draws import Case
-from ..backends.selfcheck_lazy_cases import PoolDraw
+from ..backends.selfcheck.draws import Case
+from ..backends.selfcheck.lazy_cases import PoolDraw
 
 Tensor = torch.Tensor
 

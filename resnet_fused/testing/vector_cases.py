@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.selfcheck_draws import Case
+from ..backends.selfcheck.draws import Case
 from ..ops.contract import channels_last_strides
 
 Tensor = torch.Tensor

@@ -2,14 +2,15 @@ import pytest
 from injected import Injected
 
 from resnet_fused import backends
-from resnet_fused.backends import dispatch, selfcheck
+from resnet_fused.backends import dispatch
+from resnet_fused.backends.selfcheck import judge
 
 
 @pytest.fixture
 def inject(monkeypatch, tmp_path):
     """Puts a backend with one kernel before all others; nothing is remembered from before, in memory or on disk."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    selfcheck.forget()
+    judge.forget()
 
     def put(*args, **kwargs):
         injected = Injected(*args, **kwargs)
@@ -17,4 +18,4 @@ def inject(monkeypatch, tmp_path):
         return injected
 
     yield put
-    selfcheck.forget()
+    judge.forget()

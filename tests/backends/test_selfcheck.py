@@ -9,8 +9,8 @@ import torch
 from injected import CPU, F32, a_bit_off, files, z
 
 from resnet_fused import backends
-from resnet_fused.backends import selfcheck, selfcheck_cases
 from resnet_fused.backends.declaration import Kernel
+from resnet_fused.backends.selfcheck import cases, judge
 from resnet_fused.ops import OPS
 
 
@@ -23,7 +23,7 @@ def test_wrong_kernel_is_switched_off_with_one_warning_and_the_next_backend_serv
     for got, same, expected in zip(first, again, OPS["bn_stats"].reference(z()), strict=True):
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(same, expected)
-    assert injected.runs == len(selfcheck_cases.cases("bn_stats", F32)), "ran beyond its check"
+    assert injected.runs == len(cases.cases("bn_stats", F32)), "ran beyond its check"
     with pytest.raises(RuntimeError, match="injected: failed its self-check on cpu"):
         backends.run("bn_stats", z(), backend="injected")
 
@@ -34,7 +34,7 @@ def test_verdict_outlives_the_process(inject):
         objection = injected.objection()
     runs, (file,) = injected.runs, files()
     assert json.loads(file.read_text())["objection"] == objection != ""
-    selfcheck.forget()  # as a new process would begin
+    judge.forget()  # as a new process would begin
     with pytest.warns(RuntimeWarning, match="switched off injected"):
         assert injected.objection() == objection
     assert injected.runs == runs
@@ -46,11 +46,11 @@ def test_right_kernel_is_trusted_for_its_dtype_and_build(inject):
         warnings.simplefilter("error")
         backends.run("bn_stats", z())
         backends.run("bn_stats", z())
-        checks = len(selfcheck_cases.cases("bn_stats", F32))
+        checks = len(cases.cases("bn_stats", F32))
         assert injected.runs == checks + 2 and len(files()) == 1
         assert injected.objection(torch.bfloat16) == ""
     assert injected.runs == 2 * checks + 2 and len(files()) == 2
-    selfcheck.forget()
+    judge.forget()
     rebuilt = inject("bn_stats", a_bit_off, build="build 2")
     with pytest.warns(RuntimeWarning):
         assert rebuilt.objection() != "", "took the verdict of another build"
@@ -87,7 +87,7 @@ def test_corrupt_verdict_is_ignored_and_rewritten(inject, content):
     (file,) = files()
     good = file.read_bytes()
     file.write_bytes(content)
-    selfcheck.forget()
+    judge.forget()
     runs = injected.runs
     assert injected.objection() == ""
     assert injected.runs == 2 * runs and files() == [file] and file.read_bytes() == good
@@ -119,17 +119,17 @@ def in_threads(count, work):
 def test_concurrent_first_uses_check_once(inject):
     injected = inject("bn_stats")
     in_threads(8, injected.objection)
-    assert injected.runs == len(selfcheck_cases.cases("bn_stats", F32))
+    assert injected.runs == len(cases.cases("bn_stats", F32))
 
 
 def test_concurrent_writers_leave_one_whole_file(inject):
-    key = selfcheck.identity(inject("bn_stats").backend, "bn_stats", F32, CPU)
+    key = judge.identity(inject("bn_stats").backend, "bn_stats", F32, CPU)
     seen = []
 
     def work():
         for _ in range(20):
-            selfcheck.keep(key, "x" * 10000)
-            seen.append(selfcheck.recall(key))
+            judge.keep(key, "x" * 10000)
+            seen.append(judge.recall(key))
 
     in_threads(8, work)
     assert set(seen) == {"x" * 10000}, "read a file that was half written"

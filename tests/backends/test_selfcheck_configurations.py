@@ -5,20 +5,21 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_fused.backends import cards, selfcheck_configurations, selfcheck_problems
+from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
-from resnet_fused.backends.selfcheck_draws import place
+from resnet_fused.backends.selfcheck import configurations, problems
+from resnet_fused.backends.selfcheck.draws import place
 from resnet_fused.backends.triton import conv1x1_wgrad
-from resnet_fused.blocks import devices
-from resnet_fused.convert.calls import calls
-from resnet_fused.convert.coverage import Coverage
 from resnet_fused.models import resnet50
+from resnet_fused.plan import devices
+from resnet_fused.traffic.calls import calls
+from resnet_fused.traffic.coverage import Coverage
 
 CARD = cards.H100
 
 
 def test_every_op_has_forms():
-    assert set(selfcheck_problems.FORMS) == set(room.OPS)
+    assert set(problems.FORMS) == set(room.OPS)
 
 
 def test_every_binary_of_resnet50_is_run_by_the_cases_of_its_calls():
@@ -31,11 +32,11 @@ def test_every_binary_of_resnet50_is_run_by_the_cases_of_its_calls():
     assert coverage.run == coverage.wanted
     for call in found:
         kernel = room.kernels()[call.op]
-        wanted = selfcheck_configurations.of_call(kernel, call.args, {}, CARD)
-        whole = selfcheck_problems.problem(call.op, call.args, {})
-        covering = selfcheck_configurations.covering(kernel, whole, wanted, CARD)
+        wanted = configurations.of_call(kernel, call.args, {}, CARD)
+        whole = problems.problem(call.op, call.args, {})
+        covering = configurations.covering(kernel, whole, wanted, CARD)
         reached = frozenset().union(
-            *(selfcheck_configurations.of_call(kernel, *c.problem.meta(), c.card).features for c in covering)
+            *(configurations.of_call(kernel, *c.problem.meta(), c.card).features for c in covering)
         )
         assert wanted.features <= reached, call.op
         assert all(c.cost < 3e10 and c.problem.grid[0] == 3 for c in covering), f"{call.op} is checked on its own size"
@@ -51,7 +52,7 @@ def wgrad(outputs, inputs, size, dtype=torch.bfloat16):
 
 def features(*args, **kwargs):
     kernel = room.kernels()["conv1x1_wgrad"]
-    return selfcheck_configurations.of_call(kernel, args, kwargs, CARD)
+    return configurations.of_call(kernel, args, kwargs, CARD)
 
 
 def test_a_configuration_is_of_tiles_options_and_alignment_not_of_sizes():
@@ -74,9 +75,9 @@ def test_cases_have_splits_several_steps_and_rests():
     g, x = wgrad(2048, 512, 28)
     wanted = features(g, x)
     kernel = room.kernels()["conv1x1_wgrad"]
-    whole = selfcheck_problems.problem("conv1x1_wgrad", (g, x), {})
+    whole = problems.problem("conv1x1_wgrad", (g, x), {})
     launches = []
-    for candidate in selfcheck_configurations.covering(kernel, whole, wanted, CARD):
+    for candidate in configurations.covering(kernel, whole, wanted, CARD):
         launches += kernel.launches(*candidate.problem.meta(), candidate.card)
         assert candidate.problem.channels["K"] > 256 and candidate.problem.channels["K"] % 128
         assert candidate.problem.grid[1] * candidate.problem.grid[2] * 3 % 16
@@ -88,7 +89,7 @@ def test_cases_have_splits_several_steps_and_rests():
 def test_a_case_keeps_dtypes_and_alignment():
     vector = torch.zeros(9)
     args = (vector[:8], vector[1:], torch.ones(8, dtype=torch.bfloat16), None, torch.zeros(2, 4, 3, 3), 1e-5)
-    case = selfcheck_problems.problem("bn_affine", args, {}).case("kept")
+    case = problems.problem("bn_affine", args, {}).case("kept")
     placed = place(case, torch.float32, torch.device("cpu"))
     assert [cards.aligned(t) for t in (placed.args[0], placed.kwargs["m2"])] == [True, False]
     assert placed.kwargs["gamma"].dtype == torch.bfloat16 and placed.kwargs["beta"] is None

@@ -8,7 +8,7 @@ from injected import CPU, F32, a_bit_off, files, z
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fused import backends
-from resnet_fused.backends import selfcheck, selfcheck_cases
+from resnet_fused.backends.selfcheck import cases, judge
 from resnet_fused.ops import OPS
 
 
@@ -62,7 +62,7 @@ def test_faults_that_the_cases_must_catch(inject, op, change):
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_every_op_has_cases_and_the_reference_passes_them(inject, op):
-    assert selfcheck_cases.missing_cases() == []
+    assert cases.missing_cases() == []
     assert inject(op).objection() == ""
 
 
@@ -113,22 +113,22 @@ def test_first_use_anywhere(inject, use):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         use(injected)
-    assert injected.runs >= len(selfcheck_cases.cases("bn_stats", F32)) == 2
+    assert injected.runs >= len(cases.cases("bn_stats", F32)) == 2
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_capture_of_a_graph_passes_over_an_unchecked_kernel(inject, monkeypatch):
     injected = inject("bn_stats")
-    monkeypatch.setattr(selfcheck, "_capturing", lambda device: True)
+    monkeypatch.setattr(judge, "_capturing", lambda device: True)
     with pytest.warns(RuntimeWarning, match="cannot be during a CUDA graph capture; run one step before") as caught:
         backends.run("bn_stats", z())
         backends.run("bn_stats", z())
     assert injected.runs == 0 and len(caught) == 1 and files() == []
-    monkeypatch.setattr(selfcheck, "_capturing", lambda device: False)
+    monkeypatch.setattr(judge, "_capturing", lambda device: False)
     assert injected.objection() == ""
-    monkeypatch.setattr(selfcheck, "_capturing", lambda device: True)
+    monkeypatch.setattr(judge, "_capturing", lambda device: True)
     assert injected.objection() == "", "forgot a verdict during a capture"
-    selfcheck.forget()
+    judge.forget()
     assert injected.objection() == "", "did not read the verdict on disk during a capture"
 
 

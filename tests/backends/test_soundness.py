@@ -6,8 +6,9 @@ import pytest
 import torch
 from injected import CPU, F32, a_bit_off
 
-from resnet_fused.backends import backends, dispatch, selfcheck, soundness
+from resnet_fused.backends import backends, dispatch, soundness
 from resnet_fused.backends import triton as room
+from resnet_fused.backends.selfcheck import judge
 
 
 @pytest.fixture(autouse=True)
@@ -101,4 +102,4 @@ def test_a_graph_asks_while_it_is_traced(only):
     with pytest.warns(RuntimeWarning, match="switched off injected"):
         assert torch.compile(double, backend="eager", fullgraph=True)(torch.ones(())) == 2
     assert injected.runs > 0
-    assert selfcheck.remembered("injected", "bn_stats", F32, CPU)
+    assert judge.remembered("injected", "bn_stats", F32, CPU)

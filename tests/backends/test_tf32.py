@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from resnet_fused.backends import tf32
-from resnet_fused.blocks import chain_key
-from resnet_fused.blocks.devices import DEVICES
+from resnet_fused.plan import keys
+from resnet_fused.plan.devices import DEVICES
 
 cudnn = torch.backends.cudnn
 
@@ -40,10 +40,10 @@ def test_where_the_older_interface_cannot_be_read_the_plan_can_be_made():
         _ = cudnn.allow_tf32
     device = DEVICES["h100"]
     assert device.peak(torch.float32) == device.single
-    assert not chain_key.environment(torch.empty(1, device="meta"))
+    assert not keys.environment(torch.empty(1, device="meta"))
     cudnn.conv.fp32_precision = "tf32"
     assert device.peak(torch.float32) == device.tf32
-    assert chain_key.environment(torch.empty(1, device="meta"))
+    assert keys.environment(torch.empty(1, device="meta"))
 
 
 def test_products_of_triton_follow():

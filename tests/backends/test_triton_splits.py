@@ -10,9 +10,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import splits
-from resnet_fused.blocks import devices
-from resnet_fused.convert.calls import calls
 from resnet_fused.models import resnet50
+from resnet_fused.plan import devices
+from resnet_fused.traffic.calls import calls
 
 #: A100, H100 PCIe, RTX 4090, H100 SXM, L40S, B200.
 CARDS = [(80, 108), (90, 114), (89, 128), (90, 132), (89, 142), (100, 148)]

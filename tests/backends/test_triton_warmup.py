@@ -11,10 +11,10 @@ import resnet_fused
 from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import compile
-from resnet_fused.blocks import devices
-from resnet_fused.convert import warmup as warming
-from resnet_fused.convert.calls import calls
 from resnet_fused.models import BasicBlock, Bottleneck
+from resnet_fused.plan import devices
+from resnet_fused.traffic import warmup as warming
+from resnet_fused.traffic.calls import calls
 
 
 def test_a_launch_finds_what_workers_compiled(tmp_path):

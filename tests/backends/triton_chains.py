@@ -7,11 +7,11 @@ imports it where there is a GPU.
 import pytest
 import torch
 
-from resnet_fused.backends import selfcheck
+from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.triton import common
 from resnet_fused.blocks import gpu_inference, run_chain
-from resnet_fused.blocks.stock import chain_output
 from resnet_fused.steps import Chain, Conv, Norm, Step, StepTensors, lazy_join
+from resnet_fused.steps.stock import chain_output
 
 DEVICE = torch.device("cpu" if common.INTERPRETING else "cuda")
 #: Beyond twice stock's own error: a few roundings of sums.
@@ -85,7 +85,7 @@ def seed(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(lazy_join, "CORRECTION_PAYS", 0)  # whether it pays or not
     # judged by what these tests compare; the checks before a first use, of every configuration met, take minutes here
-    monkeypatch.setattr(selfcheck, "doubt", lambda *call: "")
+    monkeypatch.setattr(judge, "doubt", lambda *call: "")
 
 
 VARIANTS = [(False, False), (True, False), (True, True)]

@@ -1,7 +1,7 @@
 """Faults that show on some sizes alone, planted in the Triton kernels: the check before a first use must find each.
 
 Not collected by itself: test_triton_interpreter.py runs it in a process with TRITON_INTERPRET=1. The small cases of
-:mod:`resnet_fused.backends.selfcheck_cases` pass with every one of them.
+:mod:`resnet_fused.backends.selfcheck.cases` pass with every one of them.
 """
 
 import dataclasses
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from resnet_fused import backends
-from resnet_fused.backends import dispatch, selfcheck, selfcheck_cases, selfcheck_draws
+from resnet_fused.backends import dispatch
 from resnet_fused.backends import triton as room
+from resnet_fused.backends.selfcheck import cases, draws, judge
 from resnet_fused.backends.triton import conv1x1_wgrad
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -85,9 +86,9 @@ FAULTS = {
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    selfcheck.forget()
+    judge.forget()
     yield
-    selfcheck.forget()
+    judge.forget()
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -98,16 +99,16 @@ def test_a_fault_of_some_sizes_is_found_before_its_first_use(fresh, monkeypatch,
     broken = dataclasses.replace(sound, run=plant(sound.run), build="broken")
     backend = dataclasses.replace(room.BACKEND, kernels=room.BACKEND.kernels | {op: broken})
     monkeypatch.setattr(dispatch, "_backends", backends.backends() | {"triton": backend})
-    rows = selfcheck.check_kernel(backend, op, BF16, CPU)
+    rows = judge.check_kernel(backend, op, BF16, CPU)
     assert all(row.passed for row in rows), "the small cases would do"
-    assert selfcheck.objection(backend, op, BF16, CPU) == ""
+    assert judge.objection(backend, op, BF16, CPU) == ""
     with pytest.warns(RuntimeWarning, match=f"switched off triton {op}") as caught:
         chosen = backends.choose(op, args, kwargs)
         again = backends.choose(op, args, kwargs)
     assert "raised" not in str(caught[0].message), caught[0].message
     assert chosen.name == again.name != "triton" and len(caught) == 1
     assert "configuration" in backends.objection("triton", op, BF16, CPU), "planners are not told"
-    selfcheck.forget()  # as in another process
+    judge.forget()  # as in another process
     assert "configuration" in backends.objection("triton", op, BF16, CPU), "planners forget"
     with pytest.warns(RuntimeWarning, match="switched off"):
         assert backends.choose(op, args, kwargs).name != "triton"
@@ -118,7 +119,7 @@ def test_without_the_fault_it_is_trusted_once_and_for_all(fresh, monkeypatch, na
     op, _, call = FAULTS[name]
     args, kwargs = call()
     assert backends.choose(op, args, kwargs).name == "triton"
-    monkeypatch.setattr(selfcheck, "_meet", lambda *call: pytest.fail("judged again"))
+    monkeypatch.setattr(judge, "_meet", lambda *call: pytest.fail("judged again"))
     assert backends.choose(op, args, kwargs).name == "triton"
 
 
@@ -136,20 +137,20 @@ def test_a_fault_of_one_configuration_leaves_the_others(fresh, monkeypatch):
 
 def test_a_capture_passes_over_an_unjudged_configuration(fresh, monkeypatch):
     args = data(32, 5, 2), data(48, 5, 2)
-    monkeypatch.setattr(selfcheck, "_capturing", lambda device: True)
+    monkeypatch.setattr(judge, "_capturing", lambda device: True)
     with pytest.warns(RuntimeWarning, match="cannot be during a CUDA graph capture"):
         assert backends.choose("conv1x1_wgrad", args, {}).name != "triton"
-    monkeypatch.setattr(selfcheck, "_capturing", lambda device: False)
+    monkeypatch.setattr(judge, "_capturing", lambda device: False)
     assert backends.choose("conv1x1_wgrad", args, {}).name == "triton"
-    monkeypatch.setattr(selfcheck, "_capturing", lambda device: True)
+    monkeypatch.setattr(judge, "_capturing", lambda device: True)
     assert backends.choose("conv1x1_wgrad", args, {}).name == "triton", "forgot a verdict during a capture"
 
 
 def test_a_verdict_on_disk_is_taken(fresh, monkeypatch):
     args = data(32, 5, 2), data(48, 5, 2)
     assert backends.choose("conv1x1_wgrad", args, {}).name == "triton"
-    selfcheck.forget()
-    monkeypatch.setattr(selfcheck, "check_call", lambda *call: pytest.fail("judged again"))
+    judge.forget()
+    monkeypatch.setattr(judge, "check_call", lambda *call: pytest.fail("judged again"))
     assert backends.choose("conv1x1_wgrad", args, {}).name == "triton"
 
 
@@ -158,7 +159,7 @@ def test_a_verdict_on_disk_is_taken(fresh, monkeypatch):
 def test_cases_made_of_a_small_call_pass(fresh, op, dtype):
     """Of the last small case's call: options that a step of a model may have."""
     dtype = dtype if dtype in room.BACKEND.kernels[op].dtypes else torch.float32
-    case = selfcheck_cases.one(op, dtype)
-    placed = selfcheck_draws.place(case, dtype, CPU)
-    text, rows = selfcheck.check_call(room.BACKEND, op, placed.args, placed.kwargs, CPU)
+    case = cases.one(op, dtype)
+    placed = draws.place(case, dtype, CPU)
+    text, rows = judge.check_call(room.BACKEND, op, placed.args, placed.kwargs, CPU)
     assert text == "" and rows

@@ -6,9 +6,9 @@ In the interpreter, or on a GPU, where float32 is multiplied in full.
 import pytest
 import torch
 
-from resnet_fused.backends import selfcheck_draws
 from resnet_fused.backends import triton as room
-from resnet_fused.backends.selfcheck_draws import ODD, Draw
+from resnet_fused.backends.selfcheck import draws
+from resnet_fused.backends.selfcheck.draws import ODD, Draw
 from resnet_fused.backends.triton import common, configs, conv1x1, conv1x1_dgrad, splits
 from resnet_fused.ops.contract import unpack_mask
 from resnet_fused.testing import cases, check
@@ -107,7 +107,7 @@ def test_empty_batch_launches_no_product(monkeypatch):
 def test_products_have_the_same_bits_every_time(op):
     dtype = dtypes_of(op)[0]
     case = next(case for case in cases(op, dtype) if case.name.startswith("many rows"))
-    placed = selfcheck_draws.place(case, dtype, DEVICE)
+    placed = draws.place(case, dtype, DEVICE)
     runs = [getattr(OPS, op)(*placed.args, **placed.kwargs) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

@@ -13,10 +13,10 @@ import triton.language as tl
 from triton_products import *  # noqa: F403
 
 from resnet_fused import backends
-from resnet_fused.backends import selfcheck
 from resnet_fused.backends import triton as room
-from resnet_fused.backends.selfcheck_cases import cases
-from resnet_fused.backends.selfcheck_draws import ODD, Case, Draw, surrounded
+from resnet_fused.backends.selfcheck import judge
+from resnet_fused.backends.selfcheck.cases import cases
+from resnet_fused.backends.selfcheck.draws import ODD, Case, Draw, surrounded
 from resnet_fused.backends.triton import bn_stats, common, lazy_grad_apply, norm_add_relu, norm_add_relu_backward
 from resnet_fused.ops.contract import channels_last_like, pack_mask, unpack_mask
 
@@ -36,7 +36,7 @@ def poisoned_outputs():
 
 def check(op, args, kwargs=None, dtype=torch.float32):
     """Compare values, shapes, dtypes and strides with float64."""
-    row = selfcheck.check_case(room.BACKEND, op, Case("test", args, kwargs or {}), dtype, DEVICE)
+    row = judge.check_case(room.BACKEND, op, Case("test", args, kwargs or {}), dtype, DEVICE)
     assert row.passed, row
 
 
@@ -80,7 +80,7 @@ def test_values(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_selfcheck_cases(dtype, op):
     for case in cases(op, dtype):
-        row = selfcheck.check_case(room.BACKEND, op, case, dtype, DEVICE)
+        row = judge.check_case(room.BACKEND, op, case, dtype, DEVICE)
         refused = op == "conv1x1_backward" and dtype == torch.float32
         assert row.status == "skipped" if refused else row.passed, row
 
@@ -274,9 +274,9 @@ def test_wrong_arguments_are_refused():
 
 def test_dispatch_checks_the_kernel_and_uses_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    selfcheck.forget()
+    judge.forget()
     z = on_device(Draw(ODD).data())
     mean, _ = backends.run("bn_stats", z, backend="triton")
     torch.testing.assert_close(mean, z.mean((0, 2, 3)))
-    assert [file.name.split("-")[:3] for file in selfcheck.cache_dir().iterdir()] == [["triton", "bn_stats", "float32"]]
+    assert [file.name.split("-")[:3] for file in judge.cache_dir().iterdir()] == [["triton", "bn_stats", "float32"]]
     assert backends.choose("bn_stats", (z.contiguous(),), {}).name != "triton"

@@ -8,15 +8,16 @@ import json
 import torch
 import triton
 
-from resnet_fused.backends import cards, selfcheck_cases, selfcheck_draws
+from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
+from resnet_fused.backends.selfcheck import cases, draws
 from resnet_fused.backends.triton import common, compile, trace
 
 CPU = torch.device("cpu")
 
 
 def launches_of(op, dtype, card):
-    case = selfcheck_draws.place(selfcheck_cases.one(op, dtype), dtype, CPU)
+    case = draws.place(cases.one(op, dtype), dtype, CPU)
     return case, room.kernels()[op].launches(case.args, case.kwargs, card)
 
 

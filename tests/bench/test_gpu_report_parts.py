@@ -11,17 +11,17 @@ from injected_parts import TINY
 
 from resnet_fused.backends import backends
 from resnet_fused.backends.declaration import Kernel
-from resnet_fused.backends.selfcheck import Verdict
+from resnet_fused.backends.selfcheck.judge import Verdict
 from resnet_fused.bench import equality, named
 from resnet_fused.bench.gpu_report import bandwidth, calls, child, cuda_graph, cudnn, measure, models, selfcheck, warmup
 from resnet_fused.bench.gpu_report.context import Context
 from resnet_fused.bench.gpu_report.parts import BY_NAME, PARTS
 from resnet_fused.bench.gpu_report.stream import Document, Stream
 from resnet_fused.bench.timing import Samples
-from resnet_fused.blocks import devices
-from resnet_fused.convert.calls import Call, Spec
-from resnet_fused.convert.warmup import Warmed
 from resnet_fused.ops import OPS
+from resnet_fused.plan import devices
+from resnet_fused.traffic.calls import Call, Spec
+from resnet_fused.traffic.warmup import Warmed
 
 
 def context_of(tmp_path, part, settings=TINY):

@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_variants import unsound
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tuned import unsound
 
 import resnet_fused
-from resnet_fused.blocks import gpu_inference, plan
-from resnet_fused.blocks.devices import DEVICES
+from resnet_fused.blocks import gpu_inference
 from resnet_fused.convert import stock_forward
-from resnet_fused.convert.traffic import Counter
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
 from resnet_fused.ops import running_affine
+from resnet_fused.plan import choose
+from resnet_fused.plan.devices import DEVICES
+from resnet_fused.traffic.count import Counter
 
 PRODUCTS = "evaluation: batch norm, add and ReLU in 1x1 convolutions"
 PASSES = "evaluation: batch norm, add and ReLU in one pass"
@@ -73,7 +74,7 @@ def images(dtype=torch.float64, size=10):
 
 
 def on_gpu(model, x, backend="reference"):
-    with torch.no_grad(), plan.observing() as notes, plan.planning_for(DEVICES["h100"]), resnet_fused.use(backend):
+    with torch.no_grad(), choose.observing() as notes, choose.planning_for(DEVICES["h100"]), resnet_fused.use(backend):
         return model(x), notes
 
 
@@ -162,7 +163,7 @@ def test_never_more_than_stock(monkeypatch, case, lacks, size):
     with mode:
         with stock_forward():
             stock = counted(model, x)
-        with plan.planning_for(DEVICES["h100"]):
+        with choose.planning_for(DEVICES["h100"]):
             ours = counted(model, x)
     assert ours.bytes <= stock.bytes and ours.launches <= stock.launches
     names = {operation.name for operation in ours.operations}
@@ -185,7 +186,7 @@ def test_a_stem_is_pooled_in_the_pass_that_normalises():
 def test_compiled_in_one_graph(name, dynamic):
     torch.compiler.reset()
     model, x = resnet_fused.fuse(trained(MODELS[name][0]())), images()
-    with torch.no_grad(), plan.planning_for(DEVICES["h100"]):
+    with torch.no_grad(), choose.planning_for(DEVICES["h100"]):
         want = model(x)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         torch.testing.assert_close(compiled(x), want, rtol=1e-10, atol=1e-10)
@@ -212,7 +213,7 @@ def test_the_functional_step_takes_the_same_way_without_gradients():
         return resnet_fused.conv_bn_add_relu(x, weight, mean, var, residual=residual)
 
     want = step()
-    with plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"), plan.observing() as notes:
+    with choose.planning_for(DEVICES["h100"]), resnet_fused.use("reference"), choose.observing() as notes:
         got = step()
         weight.requires_grad_()
         assert step().requires_grad  # as one autograd node

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_fused
-from resnet_fused.blocks import plan
+from resnet_fused.plan import choose
 
 
 class Pooled(nn.Module):
@@ -55,7 +55,7 @@ def test_a_module_within_a_chain_that_writes_to_its_input_by_now(change, monkeyp
         with monkeypatch.context() as patched:
             change(model, patched)
             given = images().double()
-            with plan.fusing_all():
+            with choose.fusing_all():
                 out = model(given)
         if model is stock:
             want, buffers, left = out, {n: b.clone() for n, b in stock.named_buffers()}, given

@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
-from resnet_fused.backends import backends, dispatch, opaque, selfcheck
+from resnet_fused.backends import backends, dispatch, opaque
 from resnet_fused.backends import triton as room
-from resnet_fused.blocks import devices, plan
+from resnet_fused.backends.selfcheck import judge
 from resnet_fused.models import resnet18, resnet50
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
 from resnet_fused.ops import DATA_DTYPES
+from resnet_fused.plan import choose, devices
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -71,7 +72,7 @@ def h100(monkeypatch):
     devices._gpus.clear()
     declared = room.declare()
     monkeypatch.setattr(dispatch, "_backends", backends() | {"triton": declared})
-    monkeypatch.setattr(plan, "_HAS_TRITON", not declared.unavailable)
+    monkeypatch.setattr(choose, "_HAS_TRITON", not declared.unavailable)
     launched = []
     common = importlib.import_module(f"{room.__name__}.common")
     monkeypatch.setattr(common, "start", lambda kernel, *args, **meta: launched.append(kernel.fn.__name__))
@@ -147,7 +148,7 @@ def test_triton_takes_every_op_of_resnet50(h100, monkeypatch):
         for op, args, kwargs in calls.ours:
             with pytest.raises(RuntimeError, match=f"^{op}: .*\n  triton: cannot be checked: there is no GPU$"):
                 dispatch.choose(op, args, kwargs, "triton")
-    monkeypatch.setattr(selfcheck, "doubt", lambda *args: "")
+    monkeypatch.setattr(judge, "doubt", lambda *args: "")
     for op, args, kwargs in calls.ours:
         chosen, before = dispatch.choose(op, args, kwargs), len(h100)
         assert (chosen.name, args[0].device.type) == ("triton", "cuda")
@@ -191,10 +192,10 @@ def fails(h100):
 
     def note(*ops):
         for question in itertools.product(("triton", "cuda"), ops, DATA_DTYPES, (torch.device("cuda", 0),)):
-            selfcheck._known[(*question, selfcheck.ANY)] = "failed its self-check"
+            judge._known[(*question, judge.ANY)] = "failed its self-check"
 
     yield note
-    selfcheck.forget()
+    judge.forget()
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "projected bottleneck", "basic block", "stem"])

@@ -7,14 +7,14 @@ import torch
 from nets import assert_near, assert_same, block, images, observe, pair, small_resnet
 
 import resnet_fused
-from resnet_fused.blocks import plan
-from resnet_fused.blocks.devices import DEVICES
 from resnet_fused.convert import stock_forward
+from resnet_fused.plan import choose
+from resnet_fused.plan.devices import DEVICES
 
 
 def lazily(model, x):
     """One observed step with the plan of an H100."""
-    with plan.observing() as notes, plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
+    with choose.observing() as notes, choose.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
         return observe(model, x), notes
 
 
@@ -46,7 +46,7 @@ def test_compiled_in_one_graph(dynamic):
     stock, fused = pair(block(16, 8, 2))
     x = images(channels=16)
     want = observe(stock, x)
-    with plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
+    with choose.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         got = observe(fused, x, compiled)
     assert_same(got, want)
@@ -63,7 +63,7 @@ def test_autocast():
             return model(h).float()
 
     theirs = observe(stock, x, lambda h: under(stock, h))
-    with plan.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
+    with choose.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
         ours = observe(fused, x, lambda h: under(fused, h))
     for name, expected in exact.items():
         if expected.is_floating_point():

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_fused
-from resnet_fused.blocks import plan
 from resnet_fused.convert import swap
+from resnet_fused.plan import choose
 
 SOURCE = """
 import torch
@@ -55,7 +55,7 @@ def names():
 
 @pytest.fixture(autouse=True)
 def _small_ones_too():
-    with plan.fusing_all():
+    with choose.fusing_all():
         yield
 
 

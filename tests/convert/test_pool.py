@@ -10,8 +10,8 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.blocks import run_chain
-from resnet_fused.blocks.stock import chain_output
 from resnet_fused.steps import Chain, Conv, Norm, Pool, Step, StepTensors
+from resnet_fused.steps.stock import chain_output
 
 
 class Traced(nn.Module):

@@ -8,7 +8,7 @@ from nets import images
 from torch import nn
 
 import resnet_fused
-from resnet_fused.blocks import plan
+from resnet_fused.plan import choose
 
 
 class Block(nn.Module):
@@ -52,7 +52,7 @@ def test_structures_are_as_in_stock(kind, compiled):
     fused = resnet_fused.fuse(copy.deepcopy(stock))
     assert resnet_fused.report(fused).fused
     run = torch.compile(fused, backend="eager", fullgraph=True) if compiled else fused
-    with plan.fusing_all():
+    with choose.fusing_all():
         got, want = run(images().double()), stock(images().double())
     assert type(got) is type(want)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

@@ -8,7 +8,7 @@ from nets import BasicBlock, block, images
 from torch import nn
 
 import resnet_fused
-from resnet_fused.blocks import plan
+from resnet_fused.plan import choose
 
 
 def _norms(model):
@@ -62,7 +62,7 @@ def test_as_stock(run):
     stock = block(kind=BasicBlock).double()
     fused = resnet_fused.fuse(copy.deepcopy(stock))
     assert resnet_fused.report(fused).fused
-    with plan.fusing_all():
+    with choose.fusing_all():
         got, want = _outcome(run, fused), _outcome(run, stock)
     if isinstance(want, type):
         assert got is want
@@ -93,6 +93,6 @@ def test_a_pool_that_returns_two_tensors_by_now(change):
             model.pool.return_indices = True
         else:
             model.pool.register_forward_hook(lambda module, args, out: (out, args[0]))
-    with plan.fusing_all():
+    with choose.fusing_all():
         got, want = fused(images().double()), stock(images().double())
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

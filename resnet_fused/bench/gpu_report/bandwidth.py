@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...backends import Backend, backends
-from ...backends.selfcheck_compare import allowed_error, results
-from ...blocks import devices
-from ...convert.calls import Call
+from ...backends.selfcheck.compare import allowed_error, results
 from ...ops.contract import pack_mask
+from ...plan import devices
+from ...traffic.calls import Call
 from . import measure
 from .calls import calls_of, changed, drawn, widened
 from .context import Context

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from ...blocks import devices
-from ...convert.calls import Call, Spec, calls
+from ...plan import devices
+from ...traffic.calls import Call, Spec, calls
 from .. import named
 from .context import Context
 

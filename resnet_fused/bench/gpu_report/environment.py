@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...backends import backends
-from ...blocks import devices
+from ...plan import devices
 from .. import records
 from . import measure
 from .context import Context

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy
 import torch
 
-from ...blocks import devices
+from ...plan import devices
 from ..timing import Samples, clock_for, no_garbage_collection
 from .context import Context
 

@@ -9,7 +9,7 @@ import torch
 
 import resnet_fused
 
-from ...blocks import devices, plan
+from ...plan import choose, devices
 from .. import equality, named, peers
 from . import workload
 from .context import Context
@@ -38,7 +38,7 @@ def values(context: Context, name: str, built: Callable) -> None:
     names = [row.name for row in resnet_fused.report(models[peers.OURS]).fused]
     if context.settings.quick:
         names = names[-2:]
-    with plan.fusing_all():
+    with choose.fusing_all():
         found = equality.check(*models.values(), x, names, workload.autocast_dtype(context))
     workload.agreement(context, name, found)
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...backends import Backend, backends, cards, check_call
-from ...backends import selfcheck as checks
-from ...convert.calls import Call
-from ...convert.coverage import Coverage
+from ...backends.selfcheck import judge
 from ...ops import OPS
+from ...traffic.calls import Call
+from ...traffic.coverage import Coverage
 from . import bandwidth
 from .calls import calls_of
 from .context import Context
@@ -43,7 +43,7 @@ def items(context: Context) -> Iterator[tuple[str, Callable[[], None]]]:
                 name = f"{model}, {'training' if training else 'evaluation'}: {call.op} {call.label}"
                 yield name, functools.partial(check_configuration, context, call)
     for dtype, backend, op in kernels(context):
-        name = f"{backend.name} {op} {checks.name_of(dtype)}"
+        name = f"{backend.name} {op} {judge.name_of(dtype)}"
         yield name, functools.partial(check, context, backend, op, dtype)
 
 
@@ -54,9 +54,9 @@ def check_configuration(context: Context, call: Call) -> None:
 
 def check(context: Context, backend: Backend, op: str, dtype: torch.dtype) -> None:
     """Run the small cases of one kernel."""
-    verdicts = checks.check_kernel(backend, op, dtype, indexed(context))
+    verdicts = judge.check_kernel(backend, op, dtype, indexed(context))
     if backend.kernels[op].needs_selfcheck:
-        checks.judge(backend, op, dtype, indexed(context), verdicts)
+        judge.judge(backend, op, dtype, indexed(context), verdicts)
     write(context, verdicts)
 
 
@@ -65,7 +65,7 @@ def indexed(context: Context) -> torch.device:
     return torch.empty(0, device=context.device).device
 
 
-def write(context: Context, verdicts: list[checks.Verdict]) -> None:
+def write(context: Context, verdicts: list[judge.Verdict]) -> None:
     """A row for each case."""
     for verdict in verdicts:
         fields = dataclasses.asdict(verdict)

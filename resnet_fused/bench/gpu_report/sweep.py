@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from ...backends import backends
-from ...convert.calls import Call
+from ...traffic.calls import Call
 from . import bandwidth, measure
 from .calls import calls_of, drawn
 from .context import Context

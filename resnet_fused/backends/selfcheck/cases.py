@@ -1,0 +1,125 @@
+"""Small cases for the self-check: odd channels, tail rows, the options that matter, one or two per branch of a kernel.
+
+Values lie on a coarse grid (:mod:`.draws`), so that what is left to differ is the rounding of the result.
+Only `bn_stats` gets a case with a large mean, where order matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...ops import OPS
+from ...ops.contract import pack_mask
+from . import lazy_cases
+from .draws import ODD, TAIL, Case, Draw
+
+Tensor = torch.Tensor
+
+
+def _bn_stats(dtype: torch.dtype) -> Iterator[Case]:
+    yield Case("odd channels", (Draw(ODD).data(),), {})
+    yield Case("large mean, tail rows", (Draw(TAIL).far_from_zero(dtype),), {})
+
+
+def _norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    z = odd.data()
+    z[0, 0, 0, 0] = torch.nan
+    yield Case("NaN, mask, odd channels", (z, odd.vector(), odd.vector()), {"emit_mask": True})
+    yield Case("residual, no relu", (odd.data(), odd.vector(), odd.vector(), odd.data()), {"relu": False})
+    shortcut = {"residual": tail.data(), "residual_scale": tail.vector(), "residual_shift": tail.vector()}
+    options = {**shortcut, "sample_factor": tail.factor(), "emit_mask": True}
+    yield Case("projection shortcut, factor, mask", (tail.data(), tail.vector(), tail.vector()), options)
+
+
+def _norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    recompute = {"z": odd.data(), "mean": odd.vector(), "scale": odd.vector(), "shift": odd.vector()}
+    yield Case("recomputed sign, odd channels", (odd.data(),), recompute)
+    output = odd.data().clamp_min(0)
+    grad_out = torch.where(output <= 0, torch.nan, odd.data())  # a NaN gradient that the mask must drop
+    options = {"z": odd.data(), "mean": odd.vector(), "mask": output, "emit_grad": False}
+    yield Case("output, sums only", (grad_out,), options)
+    bits = {"z": tail.data(), "mean": tail.vector(), "mask": pack_mask(tail.data() > 0)}
+    bits |= {"residual": tail.data(), "residual_mean": tail.vector()}
+    yield Case("bits, projection shortcut, factor", (tail.data(),), {**bits, "sample_factor": tail.factor()})
+    yield Case("no relu", (odd.data(),), {"z": odd.data(), "mean": odd.vector(), "relu": False})
+
+
+def _lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    yield Case("frozen, odd channels", (odd.data(), None, odd.vector()), {})
+    vectors = {name: tail.vector() for name in ("b", "d", "scale", "shift")}
+    options = {**vectors, "sample_factor": tail.factor()}
+    yield Case("affine, sign, factor", (tail.data(), tail.data(), tail.vector()), options)
+
+
+def _conv_add_relu(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    residual = draw.data((3, 24, 9, 7))
+    weight = draw.data((24, 40, 1, 1)) / 4
+    yield Case("1x1 join", (draw.data(), weight, draw.vector(24), residual), {"relu": True})
+    grouped = {"stride": (2, 2), "padding": (1, 1), "groups": 2}
+    yield Case("3x3, stride 2, 2 groups", (draw.data(), draw.data((24, 20, 3, 3)) / 4), grouped)
+
+
+def _conv_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:
+    (case, _) = _conv_add_relu(dtype)
+    x, weight, shift, residual = case.args
+    yield Case(case.name, (residual, x, weight, shift), case.kwargs)
+
+
+def _conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    yield Case("1x1", (draw.data((3, 24, 9, 7)), draw.data(), draw.data((24, 40, 1, 1))), {})
+    same = {"padding": (1, 1)}
+    yield Case("3x3, tail columns", (draw.data((3, 24, 9, 7)), draw.data(), draw.data((24, 40, 3, 3))), same)
+    strided = {"stride": (2, 2), "padding": (1, 1)}
+    yield Case("3x3, stride 2", (draw.data((3, 24, 5, 4)), draw.data(), draw.data((24, 40, 3, 3))), strided)
+
+
+_CASES = {
+    "bn_stats": _bn_stats,
+    "bn_affine": lazy_cases.bn_affine,
+    "bn_coefficients": lazy_cases.bn_coefficients,
+    "running_affine": lazy_cases.running_affine,
+    "norm_add_relu": _norm_add_relu,
+    "norm_add_relu_backward": _norm_add_relu_backward,
+    "lazy_grad_apply": _lazy_grad_apply,
+    "lazy_grad_apply_": _lazy_grad_apply,
+    "gram": lazy_cases.gram,
+    "conv1x1": lazy_cases.conv1x1,
+    "conv1x1_join": lazy_cases.conv1x1_join,
+    "conv1x1_dgrad": lazy_cases.conv1x1_dgrad,
+    "conv1x1_wgrad": lazy_cases.conv1x1_wgrad,
+    "conv1x1_backward": lazy_cases.conv1x1_backward,
+    "conv_add_relu": _conv_add_relu,
+    "conv_add_relu_": _conv_add_relu_inplace,
+    "conv_weight_grad": _conv_weight_grad,
+    "gram_norm": lazy_cases.gram_norm,
+    "gram_grad": lazy_cases.gram_grad,
+    "norm_relu_pool": lazy_cases.norm_relu_pool,
+    "norm_relu_pool_backward": lazy_cases.norm_relu_pool_backward,
+    "norm_relu_pool_apply": lazy_cases.norm_relu_pool_apply,
+}
+
+
+def cases(op: str, dtype: torch.dtype) -> list[Case]:
+    """The cases of `op` for activations of `dtype`.
+
+    Raises:
+        KeyError: the op has no cases; then no kernel of it can be checked.
+    """
+    return list(_CASES[op](dtype))
+
+
+def one(op: str, dtype: torch.dtype) -> Case:
+    """The richest of :func:`cases`: whether a kernel compiles and runs at all, where each configuration is judged."""
+    return cases(op, dtype)[-1]
+
+
+def missing_cases() -> list[str]:
+    """Ops without cases."""
+    return sorted(set(OPS) - set(_CASES))

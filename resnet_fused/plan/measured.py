@@ -1,0 +1,222 @@
+"""Which variant of a chain was fastest when it was measured: choices on disk, asked before the plan's cost model.
+
+:func:`resnet_fused.tune` measures and stores them, see :mod:`.tune`. They are kept in
+``$XDG_CACHE_HOME/resnet_fused/plans`` (default ``~/.cache``), one file for everything that a time depends on: device,
+versions, and the sources of this package. A file is read once per process and device, when the first chain runs there;
+one that is missing or makes no sense is as good as none. A row holds for a chain's geometry, the shape and dtype of its
+input, who runs its ops and, on the CPU, the number of threads.
+
+Nothing is asked for fake tensors, so :func:`resnet_fused.explain` tells the cost model's choice. Nothing is read while
+``torch.compile`` traces: it takes what this process has read before, by :func:`load` or by one eager step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import library
+from ..backends import backends, disk
+from ..backends.selfcheck import memory
+from ..steps import Chain, StepTensors
+from . import devices
+from .keys import environment, key_of, residual_kind, threads
+
+Tensor = torch.Tensor
+#: Sub-packages whose sources decide how long a chain takes.
+SOURCES = ("ops", "backends", "steps", "plan", "blocks")
+_RECENT = 4096  # entries after which short-cuts are built anew
+
+
+class Variant(NamedTuple):
+    """The part of a chain that the plan chooses."""
+
+    lazy: bool = False
+    gram: bool = False
+    gram_shortcut: bool = False
+    keep: bool = False
+    one_pass: bool = False
+    stock: bool = False
+
+    def of(self, chain: Chain) -> Chain:
+        """`chain` in this variant."""
+        return dataclasses.replace(chain, **self._asdict())
+
+
+Shape = tuple[int, ...]
+Rows = dict[str, dict[Shape, Variant]]  # key -> shape of the input -> choice
+#: The variants that may run, for a chain, its input, its tensors and its per-sample factor.
+Allowed = Callable[[Chain, Tensor, list[StepTensors], Tensor | None], list[Variant]]
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def directory() -> Path:
+    """Where choices are kept between processes: beside the verdicts of the self-check."""
+    return memory.cache_dir().parent / "plans"
+
+
+@functools.cache
+def build_identity() -> str:
+    """A hash of the package's sources and of how its kernels were built."""
+    digest = hashlib.sha256(json.dumps(library.status().build_info, sort_keys=True).encode())
+    builds = [f"{b.name} {op} {kernel.build}" for b in backends().values() for op, kernel in b.kernels.items()]
+    digest.update("\n".join(builds).encode())
+    root = Path(__file__).parents[1]
+    for file in sorted(file for name in SOURCES for file in (root / name).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, with the CPU's model: what a time holds for."""
+    return memory.device_name(device) + (f" {devices.cpu_name()}" if device.type == "cpu" else "")
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """Everything that all choices in a file depend on."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": library.status().triton,
+        "build": build_identity(),
+    }
+
+
+def file_of(device: torch.device) -> Path:
+    """The file of choices for `device`."""
+    digest = hashlib.sha256(json.dumps(identity(device), sort_keys=True).encode()).hexdigest()[:16]
+    return directory() / f"{device.type}-{digest}.json"
+
+
+def _read(device: torch.device) -> list[dict]:
+    """The rows on disk; none where there is no such file, or it is not one of ours."""
+    try:
+        kept = json.loads(file_of(device).read_text())
+        if kept["key"] != identity(device):
+            return []
+        return [row for row in kept["rows"] if _parse(row) is not None]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _parse(row: dict) -> tuple[str, Shape, Variant] | None:
+    """Key, shape and choice of a row; None if it is not one."""
+    try:
+        key, shape, choice = row["chain"], tuple(row["shape"]), Variant(**row["choice"])
+    except (TypeError, KeyError):
+        return None
+    sound = isinstance(key, str) and len(shape) == 4 and all(type(n) is int for n in shape)
+    return (key, shape, choice) if sound and all(type(flag) is bool for flag in choice) else None
+
+
+def store(device: torch.device, rows: list[dict]) -> None:
+    """Use `rows` from now on, and put them into the file, where they replace those of the same key and shape.
+
+    A row: ``{"chain": key, "shape": [n, c, h, w], "choice": {"gram": true, ...}}``, and what else a reader may like.
+
+    Raises:
+        OSError: they cannot be kept on disk; they hold in this process all the same.
+    """
+    replaced = {(new["chain"], tuple(new["shape"])) for new in rows}
+    kept = [old for old in _read(device) if (old["chain"], tuple(old["shape"])) not in replaced]
+    known = _tables.setdefault(_place(device), _table(kept))
+    for key, shapes in _table(rows).items():
+        known.setdefault(key, {}).update(shapes)
+    _recent.clear()
+    disk.write_json(file_of(device), {"key": identity(device), "rows": [*kept, *rows]})
+
+
+# Asking ---------------------------------------------------------------------------------------------------------
+
+_tables: dict[tuple[str, int], Rows] = {}  # by device type and index
+_recent: dict[tuple, Chain | None] = {}  # a call of `recall`, as cheaply hashed as possible -> its answer
+
+
+def forget() -> None:
+    """Drop what this process remembers; the files stay."""
+    _tables.clear()
+    _recent.clear()
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    return device.type, device.index or 0
+
+
+def _table(rows: list[dict]) -> Rows:
+    table: Rows = {}
+    for key, shape, choice in filter(None, map(_parse, rows)):
+        table.setdefault(key, {})[shape] = choice
+    return table
+
+
+def load(device: torch.device) -> Rows:
+    """The choices for `device`, read from disk if this process has not done so yet. Never raises."""
+    place = _place(device)
+    threads()  # for the graphs that may be traced next
+    if place not in _tables:
+        rows = []
+        with contextlib.suppress(Exception):  # whatever is odd about this machine, no step may fail for a short-cut
+            rows = _read(device) if directory().is_dir() else []  # the usual case needs no hash of the sources
+        _tables[place] = _table(rows)
+    return _tables[place]
+
+
+def recall(
+    chain: Chain,
+    x: Tensor,
+    tensors: list[StepTensors],
+    sample_factor: Tensor | None,
+    residual: Tensor | None,
+    allowed: Allowed,
+) -> Chain | None:
+    """`chain` in the variant that was measured to be the fastest for this input; None: it was not measured.
+
+    `allowed`: tells what may run, as a file may say anything.
+    """
+    if torch.compiler.is_compiling():
+        rows = _tables.get(_place(x.device))
+        if not rows:
+            return None
+        shapes = rows.get(key_of(chain, x, tensors, residual_kind(x, residual), sample_factor is not None))
+        return None if shapes is None else _checked(_compare(shapes, x), chain, x, tensors, sample_factor, allowed)
+    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+        return None  # a fake tensor, or one that stands for something else
+    rows = _tables.get(_place(x.device))
+    if rows is None:
+        rows = load(x.device)
+    if not rows:
+        return None
+    kind, sampled = residual_kind(x, residual), sample_factor is not None
+    forms = tuple([(own.weight.shape, own.bias is None) for own in tensors])
+    call = (chain, x.shape, forms, kind, sampled, x.dtype, x.device, environment(x))
+    answer = _recent.get(call, call)  # a call is no answer: hashed once
+    if answer is not call:
+        return answer
+    if len(_recent) >= _RECENT:
+        _recent.clear()
+    choice = rows.get(key_of(chain, x, tensors, kind, sampled), {}).get(tuple(x.shape))
+    _recent[call] = chosen = _checked(choice, chain, x, tensors, sample_factor, allowed)
+    return chosen
+
+
+def _compare(shapes: dict[Shape, Variant], x: Tensor) -> Variant | None:
+    """A look-up by comparisons: what a graph of symbolic sizes can guard on."""
+    for shape, choice in shapes.items():
+        if all(have == want for have, want in zip(x.shape, shape, strict=True)):
+            return choice
+    return None
+
+
+def _checked(choice: Variant | None, chain, x, tensors, sample_factor, allowed: Allowed) -> Chain | None:
+    if choice is None or choice not in allowed(chain, x, tensors, sample_factor):
+        return None
+    return choice.of(chain)

@@ -1,0 +1,273 @@
+"""What a fused model does and why: each block's plan, its traffic and expected time beside stock's. Runs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..blocks import norms
+from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
+from ..convert.fuse import fuse, report
+from ..convert.fused_module import FusedModule, stock_forward
+from ..convert.stem import FusedStem
+from ..plan import choose, devices
+from ..plan.devices import Device, Expected
+from .compiled import FusingCounter
+from .count import Counter, SavedBytes, Traffic
+
+Tensor = torch.Tensor
+_SIDES = {"fused": "fused", "stock": "stock", "compiled": "compile"}  # and their names in tables
+_BLOCKS = (FusedModule, FusedConvBNReLU, FusedResidualBlock)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One block, or the model: fused, stock, and stock under torch.compile. Figures are of the whole batch."""
+
+    name: str
+    shape: tuple[int, ...]  # of its input
+    plan: str
+    fused: Traffic
+    stock: Traffic
+    compiled: Traffic
+    fused_saved: int  # bytes kept for backward
+    stock_saved: int  # stock's; torch.compile keeps about as much
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Expected seconds of one step of the whole model on a device, by the cost model of :mod:`..plan.devices`."""
+
+    device: Device
+    fused: Expected
+    stock: Expected
+    compiled: Expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The result of :func:`explain`; ``str()`` is a table of figures per image, and of milliseconds per batch."""
+
+    blocks: tuple[Comparison, ...]
+    model: Comparison
+    left: tuple[str, ...]  # what stays stock, with reasons
+    training: bool
+    device: Device | None  # what the plans are made for; None: the CPU
+    predictions: tuple[Prediction, ...]  # for `device`; without one, for every known GPU if the dtype is a 16-bit one
+
+    def __str__(self) -> str:
+        entries = (*self.blocks, self.model)
+        plans = [plan for plan in dict.fromkeys(entry.plan for entry in entries) if plan]
+        lines = _table([self._head(), *(self._row(entry, plans) for entry in entries)])
+        passes = "forward and backward" if self.training else "forward"
+        lines += ["", f"MB moved, GFLOP and MB saved per image, {passes}; launches and ms per batch."]
+        lines += ["stock: PyTorch eager; compile: torch.compile, fused as far as its rules go."]
+        lines += ["Counted from the operations, and predicted from that; not measured."]
+        lines += [_predicted_how(row) for row in self.predictions[:1]]
+        lines += [f"Plan {number}: {text}" for number, text in enumerate(plans, 1)]
+        if self.predictions and self.device is None:
+            head = ["whole model on", "ms", "stock", "compile"]
+            lines += ["", *_table([head, *map(_prediction_row, self.predictions)])]
+        lines += [f"Left stock: {row}" for row in self.left]
+        return "\n".join(lines)
+
+    def _head(self) -> list[str]:
+        head = ["block", "input", "plan", "MB moved", "stock", "compile", "GFLOP", "stock"]
+        head += ["MB saved", "stock"] if self.training else []
+        head += ["launches", "stock", "compile"]
+        return head + (["ms", "stock", "compile"] if self.device else [])
+
+    def _row(self, entry: Comparison, plans: list[str]) -> list[str]:
+        programs = (entry.fused, entry.stock, entry.compiled)
+        images = entry.shape[0]
+        figures = [program.bytes / images / 1e6 for program in programs]
+        figures += [program.flops / images / 1e9 for program in programs[:2]]
+        figures += [entry.fused_saved / images / 1e6, entry.stock_saved / images / 1e6] if self.training else []
+        cells = [f"{figure:.2f}" for figure in figures] + [str(program.launches) for program in programs]
+        if self.device:
+            sides = zip(programs, _SIDES, strict=True)
+            cells += [_milliseconds(devices.expect(p.operations, self.device, side)) for p, side in sides]
+        number = str(plans.index(entry.plan) + 1) if entry.plan else ""
+        return [entry.name, "x".join(map(str, entry.shape[1:])), number, *cells]
+
+
+def _milliseconds(expected: Expected) -> str:
+    low, high = 1e3 * expected.low, 1e3 * expected.high
+    digits = 0 if low >= 10 else 1 if low >= 1 else 2
+    return f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+def _predicted_how(row: Prediction) -> str:
+    """What a range of milliseconds means, with the host's part of the whole model."""
+    hosts = ", ".join(f"{1e3 * getattr(row, side).host:.0f} ms {name}" for side, name in _SIDES.items())
+    return (
+        f"ms: from a roofline to {devices.SURE_SHARE} of it, or to the host's time, if that is longer: an assumed "
+        f"{hosts} for the whole model, which a CUDA graph saves."
+    )
+
+
+def _prediction_row(row: Prediction) -> list[str]:
+    return [row.device.name, *map(_milliseconds, (row.fused, row.stock, row.compiled))]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """A markdown table whose first two columns are text and whose others are figures."""
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
+    texts = 2 if len(rows[0]) > 4 else 1
+
+    def line(cells: list[str]) -> str:
+        padded = [c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return [line(rows[0]), line(rule), *map(line, rows[1:])]
+
+
+def explain(
+    model: nn.Module,
+    input_size: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+    device: str | Device | None = None,
+) -> Explanation:
+    """The plan of every fused block of `model`: bytes, FLOPs, saved bytes, kernels and expected time, beside stock's.
+
+    Works on a copy made of fake tensors: no arithmetic is done, the device need not be there, `model` is not touched,
+    and it need not be fused yet (the copy is).
+
+    Args:
+        model: the model.
+        input_size: ``(N, C, H, W)``.
+        dtype: of input and parameters. 16-bit stands for training under autocast.
+        training: count a training step (forward and backward, without the optimizer); else an evaluation. The gradient
+            of the model's input is not counted, that of a block's is; a model with no fused blocks in it is taken for
+            one.
+        device: plan for and predict the time on a GPU, one of "a100", "h100", "h200", "b200", "rtx4090", or a
+            :class:`~resnet_fused.plan.devices.Device` that describes another, where Triton and all of its kernels are
+            taken to be sound; None plans for where the model is and, in 16-bit, adds a prediction for each of them.
+
+    Raises:
+        ValueError: `input_size` does not have four positive entries, or `device` is unknown.
+    """
+    if len(input_size) != 4 or min(input_size) < 1:
+        raise ValueError(f"explain: input_size is {tuple(input_size)}; pass (N, C, H, W), e.g. (16, 3, 224, 224)")
+    target = devices.find(device) if isinstance(device, str) else device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model with nothing to fuse is explained all the same
+        fused = fuse(copy.deepcopy(model)).train(training)
+    left = tuple(report(fused).reasons())
+    mode = FakeTensorMode()
+    fake = _make_fake(fused, mode, dtype)
+    with mode:
+        place = next((p.device for p in fake.parameters()), None)  # a model on a GPU is planned for as it runs there
+        x = torch.empty(tuple(input_size), dtype=dtype, device=place).contiguous(memory_format=torch.channels_last)
+        inputs = _inputs(fake, x)
+        blocks = tuple(_compare(name, fake.get_submodule(name), h, training, target) for name, h in inputs.items())
+        total = _compare("whole model", fake, x, training, target, input_grad=not inputs)
+        predictions = _predict_all(fake, x, training, target, total, input_grad=not inputs)
+    return Explanation(blocks, dataclasses.replace(total, plan=""), left, training, target, predictions)
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+    """`model` itself with every tensor in it replaced by a fake one of `dtype`, as a step under autocast sees it.
+
+    Batch norms keep their own dtype, and what is no floating-point tensor does too.
+    """
+    made: dict[int, Tensor] = {}  # a tensor shared by two modules stays one tensor
+
+    def fake(t: Tensor, own: bool) -> Tensor:
+        if id(t) not in made:
+            made[id(t)] = mode.from_tensor(t.detach()).to(t.dtype if own or not t.is_floating_point() else dtype)
+        return made[id(t)]
+
+    for module in model.modules():
+        own = not norms.why_not(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(fake(parameter, own), requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer, own)
+    return model
+
+
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(module, _BLOCKS) and not isinstance(module, FusedStem)
+
+
+def _inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The input of every fused block, from one fake forward."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name and _is_block(module):
+
+            def note(_, args, name=name):
+                seen.setdefault(name, args[0])
+
+            handles.append(module.register_forward_pre_hook(note))
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _planning(target: Device | None):
+    return contextlib.nullcontext() if target is None else choose.planning_for(target)
+
+
+def _compare(
+    name: str, module: nn.Module, x: Tensor, training: bool, target: Device | None, input_grad: bool = True
+) -> Comparison:
+    with choose.observing() as notes, _planning(target):
+        fused, fused_saved = _count(module, x, training, input_grad, Counter())
+    stock = FusingCounter()
+    with stock_forward():
+        _, stock_saved = _count(module, x, training, input_grad, stock)
+    text = "; ".join(dict.fromkeys(notes)) or ("folded inference" if not training else "")
+    return Comparison(name, tuple(x.shape), text, fused, stock.total, stock.compiled(), fused_saved, stock_saved)
+
+
+def _count(module: nn.Module, x: Tensor, training: bool, input_grad: bool, counter: Counter) -> tuple[Traffic, int]:
+    parameters = list(module.parameters())
+    x = x.detach().requires_grad_(training and input_grad)
+    wanted = [t for t in (*parameters, x) if t.requires_grad]
+    with counter, torch.set_grad_enabled(training):
+        saved = SavedBytes([*parameters, *module.buffers()])
+        with saved:
+            out = module(x)
+        counter.keep(out)
+        if training and out.requires_grad:
+            counter.keep(*torch.autograd.grad(out, wanted, torch.empty_like(out), allow_unused=True))
+    return counter.total, saved.bytes
+
+
+def _predict_all(
+    model: nn.Module, x: Tensor, training: bool, target: Device | None, total: Comparison, input_grad: bool
+) -> tuple[Prediction, ...]:
+    """The whole model's times on `target`, else on every known GPU, with the plan made for that."""
+    if target is not None:
+        return (_predict(target, total.fused, total),)
+    if x.element_size() != 2:
+        return ()
+    found = []
+    for known in devices.DEVICES.values():
+        with _planning(known):
+            fused, _ = _count(model, x, training, input_grad, Counter())
+        found.append(_predict(known, fused, total))
+    return tuple(found)
+
+
+def _predict(target: Device, fused: Traffic, total: Comparison) -> Prediction:
+    programs = (fused, total.stock, total.compiled)
+    sides = zip(programs, _SIDES, strict=True)
+    return Prediction(target, *(devices.expect(program.operations, target, side) for program, side in sides))

@@ -1,0 +1,114 @@
+"""What is too small to gain runs in stock operations, and as stock's modules would run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from tuned import notes
+
+import resnet_fused
+from resnet_fused.models import BasicBlock, Bottleneck
+from resnet_fused.plan import too_small
+from resnet_fused.steps import conv
+
+SAID = "stock (stays in the cache)"
+
+
+@pytest.fixture(autouse=True)
+def where_it_was_measured(monkeypatch):
+    """On the CPU that the limit is for, with a cache of 1 MB."""
+    for module in (too_small, conv):
+        monkeypatch.setattr(module, "HAS_AVX512", True)
+    monkeypatch.setattr(conv, "SLOW_PRODUCTS", False)
+    monkeypatch.setattr(too_small, "cache_bytes", lambda: 1 << 20)
+
+
+def fits(n, size=8):
+    return torch.randn(n, 64, size, size).contiguous(memory_format=torch.channels_last)
+
+
+def fused(**kwargs):
+    return resnet_fused.fuse(Bottleneck(64, 16, **kwargs).to(memory_format=torch.channels_last))
+
+
+@pytest.mark.plans_small
+def test_the_limit_is_what_stock_saves():
+    """(64 + 2*(16 + 16 + 64)) * 8 * 8 * 4 bytes an image."""
+    model, image = fused(), 65536
+    assert notes(model, fits((1 << 20) // image)) == [SAID]
+    assert notes(model, fits((1 << 20) // image + 1)) != [SAID]
+
+
+@pytest.mark.plans_small
+def test_what_is_never_small(monkeypatch):
+    model = fused()
+    assert notes(model, fits(2)) == [SAID]
+    with resnet_fused.use("cpu"):
+        assert notes(model, fits(2)) != [SAID]
+    few = fits(1, 2)  # pixels beside the weights
+    assert notes(model, few) == [SAID]
+    monkeypatch.setattr(too_small, "_LARGE_WEIGHTS", 1 << 11)
+    assert notes(model, few) != [SAID]
+    monkeypatch.setattr(too_small, "HAS_AVX512", False)
+    assert notes(model, fits(2)) != [SAID]
+
+
+@pytest.mark.plans_small
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_has_a_limit_by_its_own_size(dtype):
+    model, image = fused().to(dtype), 65536 // 4 * dtype.itemsize
+    assert notes(model, fits((1 << 20) // image).to(dtype)) == [SAID]
+    assert notes(model, fits((1 << 20) // image + 1).to(dtype)) != [SAID]
+
+
+def test_sixteen_bits_are_faster_only_with_their_instructions(monkeypatch):
+    monkeypatch.setattr(too_small.onednn, "SERVED", frozenset({torch.float32, torch.bfloat16}))
+    rates = [too_small.rate(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+    assert [2 * rate / rates[1] for rate in rates] == [1, 2, 2, 4]
+
+
+@pytest.mark.plans_small
+def test_memory_is_worth_two_percent(monkeypatch):
+    """Six times (64*16 + 9*16*16 + 16*64) * 64 pixels FLOPs an image."""
+    monkeypatch.setattr(too_small, "threads", lambda: 4)
+    flops = 6 * 4352 * 64 * 2
+    for seconds, chosen in ((0.021, True), (0.019, False)):
+        monkeypatch.setattr(too_small, "_OVERHEAD", seconds)
+        monkeypatch.setattr(too_small, "_RATE", flops / 4)
+        assert (notes(fused(), fits(2)) == [SAID]) == chosen
+
+
+def test_not_where_everything_is_to_be_fused():
+    assert notes(fused(), fits(2)) != [SAID]
+
+
+@pytest.mark.plans_small
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("block", [lambda: Bottleneck(64, 16), lambda: BasicBlock(64, 64),
+                                   lambda: Bottleneck(64, 32, 2, nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128)))])  # fmt: skip  # noqa: E501
+def test_equals_stock_to_the_bit(block, momentum):
+    stock = block().to(memory_format=torch.channels_last)
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    ours = resnet_fused.fuse(copy.deepcopy(stock))
+    x, y = fits(2).requires_grad_(), fits(2)
+    for model in (stock, ours):
+        x.grad = None
+        for step in (x, y + x):
+            model(step).square().mean().backward()
+        model.grad_of_x = x.grad
+    assert notes(ours, x) == [SAID]
+    stock(x)
+    assert torch.equal(stock.grad_of_x, ours.grad_of_x)
+    for (name, theirs), mine in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(theirs.grad, mine.grad), name
+    for (name, theirs), mine in zip(stock.named_buffers(), ours.buffers(), strict=True):
+        assert torch.equal(theirs, mine), name
+
+
+def test_size_of_the_cache(monkeypatch):
+    monkeypatch.undo()
+    assert 1 << 17 <= too_small.cache_bytes() <= 1 << 31
+    assert too_small.cache_bytes() % 1024 == 0

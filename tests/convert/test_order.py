@@ -24,6 +24,7 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.relu, self.act, self.drop = nn.ReLU(inplace=True), nn.ReLU(), nn.Dropout(0.5)
+        self.drop1 = nn.Dropout(0.25)
         self.pool, self.norm = nn.AvgPool2d(3, 1, 1), nn.Sequential(self.bn2)
         self.calls = 0
 
@@ -93,6 +94,20 @@ class DropoutOnTheShortcut(Block):
         return self.act(out + self.drop(x))
 
 
+class DropoutOnBothBranches(Block):
+    def forward(self, x):
+        out = self.drop1(self.act(self.bn1(self.conv1(x))))
+        shortcut = self.drop(x)
+        return self.act(self.bn2(self.conv2(out)) + shortcut)
+
+
+class DropoutOnTheShortcutFirst(Block):
+    def forward(self, x):
+        shortcut = self.drop(x)
+        out = self.drop1(self.act(self.bn1(self.conv1(x))))
+        return self.act(self.bn2(self.conv2(out)) + shortcut)
+
+
 class BothOperators(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x + 1.0)))))
@@ -119,7 +134,8 @@ class PooledShortcut(Block):  # nothing here stands in the way
 
 KINDS = [
     ReluInPlace, FunctionalInPlace, MethodInPlace, OperatorInPlace, ThroughAView, IntoTheShortcut, NormTwice,
-    NormOnTheShortcut, DropoutOnTheShortcut, BothOperators, Counting, OwnRelu, PooledShortcut,
+    NormOnTheShortcut, DropoutOnTheShortcut, DropoutOnBothBranches, DropoutOnTheShortcutFirst, BothOperators, Counting,
+    OwnRelu, PooledShortcut,
 ]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """What folded inference keeps between calls: how much, for how long, and that every write is seen."""
 
+import contextlib
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.blocks import inference
+from resnet_fused.blocks import inference, plan
 from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
 
@@ -126,6 +128,37 @@ def test_threads_that_meet_keep_no_more_than_one(monkeypatch):
     for norm in (model.bn1, model.bn2, model.bn3):
         kept = inference._kept[norm].packed
         assert list(kept) == [torch.float32] and 1 <= len(kept[torch.float32]) <= inference.LAYOUTS
+
+
+def test_two_threads_that_pack_at_once_leave_no_more_than_the_limit(monkeypatch):
+    """Both meet in the middle of packing for shapes of their own; what is alive afterwards is what is kept."""
+    model, alive, met = resnet_fused.fuse(block(BasicBlock)), [], threading.Barrier(2)
+    original, meeting = onednn.prepack, threading.Event()
+
+    def noted(*args):
+        packed = original(*args)
+        alive.append(weakref.ref(packed))
+        if meeting.is_set():
+            with contextlib.suppress(threading.BrokenBarrierError):
+                met.wait(1)
+        return packed
+
+    def call(*sizes):
+        with torch.no_grad(), plan.fusing_all():  # in each thread
+            for size in sizes:
+                model(images(size)), model(images(size))
+
+    monkeypatch.setattr(onednn, "prepack", noted)
+    call(8, 10)
+    meeting.set()
+    threads = [threading.Thread(target=call, args=(size,)) for size in (12, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    meeting.clear()
+    call(*range(16, 48, 2))
+    assert 2 <= sum(one() is not None for one in alive) <= 2 * inference.LAYOUTS
 
 
 @needs_bf16

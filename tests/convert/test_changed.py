@@ -36,6 +36,8 @@ CHANGES = {
     "conv2 wider": lambda b: setattr(b, "conv2", nn.Conv2d(8, 8, 5, padding=2)),
     "relu's forward": lambda b: setattr(b.relu, "forward", types.MethodType(clamp, b.relu)),
     "conv2's _conv_forward": lambda b: setattr(b.conv2, "_conv_forward", types.MethodType(negate, b.conv2)),
+    "conv1's forward": lambda b: setattr(b.conv1, "forward", lambda x: x * 2),
+    "bn1's _check_input_dim": lambda b: setattr(b.bn1, "_check_input_dim", lambda x: x.detach().mul_(2)),
     "bn1's forward": lambda b: setattr(b.bn1, "forward", lambda x: x * 2),
     "the block's own forward": lambda b: setattr(b, "forward", lambda x: b.conv1(x)),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import resnet_fused
 
@@ -24,6 +25,7 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.relu, self.act, self.drop = nn.ReLU(inplace=True), nn.ReLU(), nn.Dropout(0.5)
+        self.drop1 = nn.Dropout(0.25)
         self.pool, self.norm = nn.AvgPool2d(3, 1, 1), nn.Sequential(self.bn2)
         self.calls = 0
 
@@ -93,6 +95,30 @@ class DropoutOnTheShortcut(Block):
         return self.act(out + self.drop(x))
 
 
+class DropoutOnBothBranches(Block):
+    def forward(self, x):
+        out = self.drop1(self.act(self.bn1(self.conv1(x))))
+        shortcut = self.drop(x)
+        return self.act(self.bn2(self.conv2(out)) + shortcut)
+
+
+class Noise(nn.Module):
+    def forward(self, weight):
+        return weight + 0.1 * torch.randn_like(weight)
+
+
+class RandomWeight(Block):
+    """The convolution draws its weight before the shortcut draws; the sum is behind both."""
+
+    def __init__(self):
+        super().__init__()
+        parametrize.register_parametrization(self.conv1, "weight", Noise(), unsafe=True)
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        return self.act(out + self.drop(x))
+
+
 class BothOperators(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x + 1.0)))))
@@ -119,7 +145,8 @@ class PooledShortcut(Block):  # nothing here stands in the way
 
 KINDS = [
     ReluInPlace, FunctionalInPlace, MethodInPlace, OperatorInPlace, ThroughAView, IntoTheShortcut, NormTwice,
-    NormOnTheShortcut, DropoutOnTheShortcut, BothOperators, Counting, OwnRelu, PooledShortcut,
+    NormOnTheShortcut, DropoutOnTheShortcut, DropoutOnBothBranches, RandomWeight, BothOperators, Counting,
+    OwnRelu, PooledShortcut,
 ]  # fmt: skip
 
 
@@ -151,6 +178,18 @@ def test_same_as_stock(kind, training):
             torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
         else:
             assert got[name] is value
+
+
+def test_draws_go_to_the_elements_that_stock_gives_them():
+    """Dropout draws in the order in which its input lies in memory."""
+    stock = DropoutOnBothBranches().double()
+    fused = resnet_fused.fuse(copy.deepcopy(stock))
+    assert resnet_fused.report(fused).fused
+    x, outs = torch.randn(3, 6, 7, 7, dtype=torch.double), []
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        outs.append(model(x))
+    torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_harmless_is_one_chain():

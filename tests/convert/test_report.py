@@ -191,6 +191,18 @@ def test_report_never_raises_and_says_what_was_changed(change):
     assert str(report)
 
 
+@pytest.mark.filterwarnings("ignore:fuse. only")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_can_be_fused_and_unfused(change):
+    model = resnet_fused.fuse(small_resnet())
+    edit, name = CHANGES[change]
+    edit(model)
+    resnet_fused.fuse(model)
+    assert not {"layer1.0", "layer2.0", "layer2.1"} - {name} - {row.name for row in resnet_fused.report(model).fused}
+    resnet_fused.unfuse(model)
+    assert not resnet_fused.report(model).fused
+
+
 def test_a_subclass_made_after_fuse_keeps_the_name_of_the_stock_class():
     model = resnet_fused.fuse(block())
     model.__class__ = type("Wrapped", (type(model),), {})

@@ -124,7 +124,7 @@ def judge(
     failed = [row for row in rows if row.status == "failed"]
     objection = f"failed its self-check on {key['device']}: {failed[0]}" if failed else ""
     if not any(row.passed for row in rows) and not failed:
-        objection = f"took none of its self-check's cases: {rows[0]}"
+        objection = f"took none of its self-check's cases: {rows[0]}" if rows else "has no case in its self-check"
     if configuration and any(row.status == "skipped" for row in rows) and not objection:
         objection = f"did not take a case of its self-check: {next(row for row in rows if row.status == 'skipped')}"
     _remember(backend, op, dtype, device, configuration, objection)

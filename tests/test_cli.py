@@ -268,6 +268,7 @@ MISTAKES = {
     "nothing to warm up": (["warmup", "--device", "cpu"], "not for cpu; pass a GPU, or --device-capability, e.g. 9.0"),
     "no model to verify": (["verify", "--batch", "8"], "name the model too"),
     "too small": (["explain", "resnet18", "--batch", "1", "--size", "1"], "an input of 1x3x1x1: Expected more than 1"),
+    "too small to bench": (["bench", "resnet18", "--batch", "1", "--size", "8"], "an input of 1x3x8x8: Expected more"),
     "too small to tune": (["tune", "resnet18", "--batch", "1", "--size", "8", "--device", "cpu"], "see --size"),
     "too small to warm up": (["warmup", "resnet18", "--batch", "1", "--size", "8", "--device", "H100"], "see --size"),
     "cannot be written": (["explain", "resnet18", "--json", "/proc/x.json"], "a file in a directory that exists"),

@@ -9,7 +9,7 @@ import torch
 
 from resnet_fused.bench import named
 from resnet_fused.bench.errors import Refused
-from resnet_fused.cli import main, parser, verify
+from resnet_fused.cli import parser
 
 TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
 
@@ -89,22 +89,6 @@ def test_verify():
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.rstrip().endswith("all within their limits")
     assert "Bottleneck, 8 groups, bf16" in ran.stdout
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kernels", "blocks"), [("f32", "float32", "f32"), ("bf16", "bfloat16", "bf16"), (None, None, None)]
-)
-def test_verify_selects_a_dtype(monkeypatch, capsys, dtype, kernels, blocks):
-    checked, compared = [], []
-    monkeypatch.setattr(verify, "check_all", lambda device, dtype: checked.append(dtype) or [])
-    monkeypatch.setattr(
-        verify.equality, "check_block", lambda *pair_block_cast: compared.append(pair_block_cast[2:]) or []
-    )
-    assert main(["verify", "--device", "cpu", *(["--dtype", dtype] if dtype else [])]) == 0
-    assert checked == [kernels and getattr(torch, kernels)]
-    casts = {block.name.rpartition(", ")[2]: cast for block, cast in compared}
-    every = {"f32": None, "bf16": torch.bfloat16}
-    assert casts == ({blocks: every[blocks]} if blocks else every)
 
 
 BREAK_A_KERNEL = """

@@ -67,9 +67,12 @@ def objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> s
     return selfcheck.objection(_backends[name], op, dtype, device)
 
 
-def check_all(device: torch.device | str) -> list[selfcheck.Verdict]:
-    """Run every kernel of every backend that serves `device` and compare it with float64: the rows of ``verify``."""
-    return selfcheck.check_all(device, backends().values())
+def check_all(device: torch.device | str, dtype: torch.dtype | None = None) -> list[selfcheck.Verdict]:
+    """Run every kernel of every backend that serves `device` and compare it with float64: the rows of ``verify``.
+
+    `dtype`: of the activations, see :func:`selfcheck.check_all`; None: every one.
+    """
+    return selfcheck.check_all(device, backends().values(), dtype)
 
 
 def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list[selfcheck.Verdict]:

@@ -72,7 +72,8 @@ def test_commands_share_their_arguments():
         found[name] = shared
         assert {"--model", "--batch", "--size", "--dtype", "--device", "MODEL"} <= {key[0] for key in shared}
         batch, dtype = (256, "bf16") if name in ("verify", "warmup") else (16, "f32")
-        assert commands[name].get_default("dtype") == dtype and f"(default {batch})" in commands[name].format_help()
+        assert f"(default {batch})" in commands[name].format_help()
+        assert commands[name].get_default("dtype") == ("" if name == "verify" else dtype)  # "": every one
     assert all(shared == found["bench"] for shared in found.values())
 
 
@@ -209,7 +210,7 @@ VERIFY_A_MODEL = """
 import sys
 from resnet_fused.cli import main, verify
 verify.BLOCKS.clear()
-verify.check_all = lambda device: []
+verify.check_all = lambda device, dtype: []
 sys.exit(main(["verify", *sys.argv[1:]]))
 """
 
@@ -251,6 +252,7 @@ MISTAKES = {
     "nothing to warm up": (["warmup", "--device", "cpu"], "not for cpu; pass a GPU, or --device-capability, e.g. 9.0"),
     "no model to verify": (["verify", "--batch", "8"], "name the model too"),
     "too small": (["explain", "resnet18", "--batch", "1", "--size", "1"], "an input of 1x3x1x1: Expected more than 1"),
+    "too small to bench": (["bench", "resnet18", "--batch", "1", "--size", "8"], "an input of 1x3x8x8: Expected more"),
     "too small to tune": (["tune", "resnet18", "--batch", "1", "--size", "8", "--device", "cpu"], "see --size"),
     "too small to warm up": (["warmup", "resnet18", "--batch", "1", "--size", "8", "--device", "H100"], "see --size"),
     "cannot be written": (["explain", "resnet18", "--json", "/proc/x.json"], "a file in a directory that exists"),

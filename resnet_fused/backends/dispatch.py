@@ -68,9 +68,12 @@ def objection(name: str, op: str, dtype: torch.dtype, device: torch.device) -> s
     return judge.objection(_backends[name], op, dtype, device)
 
 
-def check_all(device: torch.device | str) -> list[judge.Verdict]:
-    """Run every kernel of every backend that serves `device` and compare it with float64: the rows of ``verify``."""
-    return judge.check_all(device, backends().values())
+def check_all(device: torch.device | str, dtype: torch.dtype | None = None) -> list[judge.Verdict]:
+    """Run every kernel of every backend that serves `device` and compare it with float64: the rows of ``verify``.
+
+    `dtype`: of the activations, see :func:`judge.check_all`; None: every one.
+    """
+    return judge.check_all(device, backends().values(), dtype)
 
 
 def check_call(op: str, args: tuple, kwargs: dict, device: torch.device) -> list[judge.Verdict]:

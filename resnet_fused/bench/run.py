@@ -210,7 +210,8 @@ def run(options: Options) -> records.Report:
     """Build, fuse, prove equality on photographs, then time; returns the report.
 
     Raises:
-        Refused: unknown model, peer or device, nothing to fuse, or no photographs; the text says what is accepted.
+        Refused: unknown model, peer or device, a size that the model does not take, nothing to fuse, or no
+            photographs; the text says what is accepted.
         Disagreement: fused and stock differ.
     """
     device = device_of(options.device)
@@ -218,8 +219,9 @@ def run(options: Options) -> records.Report:
     torch.manual_seed(0)
     stock = named.build(options.model)
     equality.scatter_norms(stock)
-    stock = stock.to(device, memory_format=torch.channels_last)
     decided = plan_for(options, stock)
+    named.require_taken(stock.train(), (decided.batch, 3, decided.size, decided.size))
+    stock = stock.to(device, memory_format=torch.channels_last)
     settings = {"model": options.model, "dtype": options.dtype, "size": decided.size, "layout": "channels_last"}
     report = records.Report(records.provenance(device, **settings))
     parts = {"equality on photographs": 25.0, "training step": 50.0}

@@ -96,7 +96,7 @@ def conv_bn_add_relu(
         with torch.no_grad():
             return gpu_inference.output(chain, x, [tensors], residual)
     chain = choose_variant(chain, x, [tensors], [shape], sample_factor, residual)
-    return as_stock(run_chain(chain, x, [tensors], residual, sample_factor), x, [weight])
+    return as_stock(run_chain(chain, x, [tensors], residual, sample_factor), x, [weight], relu)
 
 
 def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias, training) -> None:

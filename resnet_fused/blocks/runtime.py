@@ -106,7 +106,7 @@ def needs_grad(x: Tensor, residual: Tensor | None, tensors: list[StepTensors]) -
 def run_placed(site: Site, x: Placed, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Placed:
     """:func:`run_site` between fused modules: the result in whatever layout the chain gives it."""
     out = run_site(site, x.value, residual, sample_factor)
-    return behind(out, x, [conv.weight for conv, _ in site.steps])
+    return behind(out, x, [conv.weight for conv, _ in site.steps], site.relu and site.pool is None)
 
 
 def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Tensor:

@@ -97,6 +97,7 @@ def parser() -> Parser:
 
     verify = commands.add_parser("verify", help="check every kernel and the blocks on this machine against float64")
     add_run_arguments(verify, GPU_BATCH, "bf16", model="", adds="; checks each GPU kernel that its step starts, too")
+    verify.set_defaults(dtype="")  # kernels and blocks in every dtype
     verify.add_argument("--eval", action="store_true", help="an evaluation instead of a training step")
     verify.add_argument("--json", type=output_file, metavar="FILE", help="write every kernel's verdict to FILE")
 
@@ -152,7 +153,8 @@ def add_run_arguments(
     command.add_argument("--model", help="the same, as an option")
     command.add_argument("--batch", type=count, default=0, help=f"images of a step (default {batch})")
     command.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
-    words = f"f32, or bf16 through autocast (default {dtype})"
+    every = "" if model else "all; a model's step: "
+    words = f"f32, or bf16 through autocast (default {every}{dtype})"
     command.add_argument("--dtype", choices=DTYPES, default=dtype, help=words)
     known = f", or one of {', '.join(DEVICES)}, which need not be there" if planned else ""
     command.add_argument("--device", default="", help=f"cpu, cuda or cuda:N{known} (default: a GPU if there is one)")

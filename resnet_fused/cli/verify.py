@@ -29,6 +29,7 @@ from . import GPU_BATCH
 from .info import table
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+MODEL_DTYPE = "bf16"  # of a model's step where none is named
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,13 +37,14 @@ def run(options: argparse.Namespace) -> int:
     if not options.model and (options.batch or options.size or options.eval):
         raise Refused("--batch, --size and --eval are of a model's step; name the model too")
     device = device_of(options.device)
-    verdicts = check_all(device)
+    dtypes = [options.dtype] if options.dtype else list(DTYPES)
+    verdicts = check_all(device, DTYPES.get(options.dtype))
     if options.model:
         verdicts += check_model(options, device)
     rows = kernel_rows(verdicts)
     print(table(["kernel", "dtype", "passed", "skipped", "worst error / allowed", "verdict"], rows))
     print()
-    found = [difference for name, make in BLOCKS.items() for difference in check_block(name, make, device)]
+    found = [difference for name, make in BLOCKS.items() for difference in check_block(name, make, device, dtypes)]
     print(table(["block", "tensors", "worst error / allowed", "verdict"], block_rows(found)))
     failures = [str(v) for v in verdicts if v.status == "failed"] + [str(d) for d in found if not d.agrees]
     if options.json:
@@ -62,7 +64,7 @@ def check_model(options: argparse.Namespace, device: torch.device) -> list[Verdi
     Without a GPU they are those for an H100, and run in Triton's interpreter, if that is on.
     """
     model = named.build(options.model)
-    size, dtype = options.size or named.input_size(model), DTYPES[options.dtype]
+    size, dtype = options.size or named.input_size(model), DTYPES[options.dtype or MODEL_DTYPE]
     x = torch.empty(options.batch or GPU_BATCH, 3, size, size, dtype=dtype, device="meta")
     named.require_taken(model.train(not options.eval), x.shape)
     target = devices.of(device) if device.type == "cuda" else devices.find("h100")
@@ -109,8 +111,8 @@ BLOCKS = {
 }
 
 
-def check_block(name: str, made: tuple, device: torch.device) -> list[equality.Difference]:
-    """Compare a block with its fused self in float32 and under bfloat16 autocast."""
+def check_block(name: str, made: tuple, device: torch.device, dtypes: list[str]) -> list[equality.Difference]:
+    """Compare a block with its fused self in `dtypes`: float32, and bfloat16 under autocast."""
     channels, make = made
     torch.manual_seed(0)
     stock = make()
@@ -119,7 +121,8 @@ def check_block(name: str, made: tuple, device: torch.device) -> list[equality.D
     fused = resnet_fused.fuse(copy.deepcopy(stock), strict=True)
     x = torch.randn(8, channels, 12, 12).relu().to(device, memory_format=torch.channels_last)
     check = functools.partial(equality.check_block, stock, fused)
-    return check(Block(f"{name}, f32", x), None) + check(Block(f"{name}, bf16", x), torch.bfloat16)
+    casts = {each: None if each == "f32" else DTYPES[each] for each in dtypes}
+    return [found for each, cast in casts.items() for found in check(Block(f"{name}, {each}", x), cast)]
 
 
 def block_rows(found: list[equality.Difference]) -> list[list[str]]:

@@ -21,7 +21,7 @@ import torch
 
 from ..backends import onednn
 from ..steps import Chain, Conv, StepTensors
-from ..steps.conv import HAS_AVX512, is_product
+from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
 from .keys import threads
 
 Tensor = torch.Tensor
@@ -30,7 +30,11 @@ _LARGE_WEIGHTS = 1 << 20  # elements
 #: What a chain may take longer for the memory that it saves, as a share of its time; also by `tune`'s measure.
 MARGIN = 0.02
 _OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
-_RATE = 100e9  # FLOP/s of a thread in float32 convolutions; measured: 170 to 210 by two threads
+#: FLOP/s of a thread in float32 convolutions; measured on Zen 4: 170 to 210 by two threads. Zen 5's units, which
+#: make plain products slow beside oneDNN, are twice as wide: 150 to 237 by one. Told by the processor's family, not by
+#: a measurement, which load disturbs and each process would make anew, nor by the frequency, which virtual machines
+#: state as 2.6 GHz where it is above 4. A processor that nobody measured has the lower rate, which keeps fusion.
+_RATE = 100e9
 
 
 def rate(dtype: torch.dtype) -> float:
@@ -38,7 +42,8 @@ def rate(dtype: torch.dtype) -> float:
 
     Without instructions for 16 bits, oneDNN converts, and is no faster than in float32.
     """
-    return _RATE * (4 / dtype.itemsize if dtype in onednn.SERVED or dtype.itemsize > 4 else 1)
+    single = 2 * _RATE if SLOW_PRODUCTS else _RATE
+    return single * (4 / dtype.itemsize if dtype in onednn.SERVED or dtype.itemsize > 4 else 1)
 
 
 @functools.cache

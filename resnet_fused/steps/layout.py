@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .saved import counter_of
+
 Tensor = torch.Tensor
 
 
@@ -33,6 +35,7 @@ class Placed(NamedTuple):
 
     value: Tensor
     channels_last: bool
+    clamped: bool = False  # by a ReLU: what stock saves for backward, and nobody may write to
 
 
 def arrived(x: Tensor) -> Placed:
@@ -44,7 +47,7 @@ def left(value: object) -> object:
     """A value in stock's layout: a :class:`Placed` one by a copy where it must be; everything else as it is."""
     if not isinstance(value, Placed):
         return value
-    return value.value if value.channels_last else value.value.contiguous()
+    return value.value if value.channels_last else contiguous(value.value, value.clamped)
 
 
 def is_channels_last(x: Tensor, weights: Iterable[Tensor]) -> bool:
@@ -52,14 +55,35 @@ def is_channels_last(x: Tensor, weights: Iterable[Tensor]) -> bool:
     return suggests_channels_last(x) or any(map(suggests_channels_last, weights))
 
 
-def behind(value: Tensor, before: Placed, weights: Iterable[Tensor]) -> Placed:
+def behind(value: Tensor, before: Placed, weights: Iterable[Tensor], clamped: bool) -> Placed:
     """The end of a chain of convolutions with `weights` on its main branch, from the value `before` it."""
-    return Placed(value, before.channels_last or any(map(suggests_channels_last, weights)))
+    return Placed(value, before.channels_last or any(map(suggests_channels_last, weights)), clamped)
 
 
-def as_stock(out: Tensor, x: Tensor, weights: Iterable[Tensor]) -> Tensor:
+def as_stock(out: Tensor, x: Tensor, weights: Iterable[Tensor], clamped: bool) -> Tensor:
     """The end of a chain in stock's layout. `x`: its input. `weights`: of the convolutions on its main branch."""
-    return out if is_channels_last(x, weights) else out.contiguous()
+    return out if is_channels_last(x, weights) else contiguous(out, clamped)
+
+
+class _Copied(torch.autograd.Function):
+    """A contiguous copy; backward raises where somebody wrote to it, as a ReLU's does that saved its result."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor) -> Tensor:
+        copy = out.contiguous()
+        ctx.save_for_backward(counter_of(copy))
+        return copy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        _ = ctx.saved_tensors  # compares versions
+        return grad
+
+
+def contiguous(out: Tensor, clamped: bool) -> Tensor:
+    """The end of a chain as a contiguous tensor. `clamped`: see :class:`Placed`; where it is one, its node watches."""
+    watched = clamped and out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return _Copied.apply(out) if watched and not out.is_contiguous() else out.contiguous()
 
 
 class _Converted(torch.autograd.Function):

@@ -16,7 +16,7 @@ from . import Chain, Lazy, StepGrads, StepTensors, conv_norm, flatten, join, laz
 from .conv import channels_last
 from .layout import is_channels_last, restrided, worked_on
 from .running import update_running_all
-from .saved import Kept, Recorder, Saved, counter_of, keep, layouts_of, unpacked
+from .saved import Kept, Recorder, Saved, counter_of, keep, layouts_of, refuses_inference_tensors, unpacked
 
 Tensor = torch.Tensor
 
@@ -50,13 +50,16 @@ class FusedChain(torch.autograd.Function):
         update_running_all([(own, step.norm, *stats) for step, own, stats in seen if stats is not None])
         has_residual = residual is not None or chain.from_input
         mask = out if chain.relu and (has_residual or chain.gram) and not chain.lazy else None
+        written = None
         if torch.compiler.is_compiling():
             kept, ctx.counters = _keep_all(chain, x, tensors), ()
         else:
+            if chain.relu and chain.pool is None and mask is None:
+                written = counter_of(out)  # stock saves it, and notices writes to it
             needs = [tuple(group[:4]) for group in regroup(ctx.needs_input_grad[5:])]
             kept = keep(chain, x, given, tensors, needs, ctx.needs_input_grad[2])
             ctx.counters = replay.counters(chain, tensors)
-        recorder = Recorder(Saved(kept.x, kept.given, sample_factor, mask, kept.tensors, inner, state))
+        recorder = Recorder(Saved(kept.x, kept.given, sample_factor, mask, written, kept.tensors, inner, state))
         ctx.save_for_backward(*recorder.flat)
         ctx.layouts = layouts_of(recorder.flat)
         ctx.shape, ctx.chain, ctx.aliased, ctx.has_residual = recorder.shape, chain, kept.aliased, residual is not None
@@ -151,7 +154,7 @@ def run_chain(
         residual: ``[N, K, H', W']`` or None; what is added before the last ReLU.
         sample_factor: ``[N]`` or None; multiplies the main branch (Stochastic Depth).
     """
-    if chain.stock:
+    if chain.stock or refuses_inference_tensors(tensors):
         return stock.chain_output(chain, x, residual, sample_factor, tensors, moves=True)
     if residual is x:  # one argument, whose gradient has two parts
         chain, residual = dataclasses.replace(chain, identity=True), None

@@ -25,6 +25,7 @@ class Saved(NamedTuple):
     given: Tensor | None  # without elements; counts the writes to what `x` is a copy of
     sample_factor: Tensor | None
     out: Tensor | None  # the ReLU's mask; None where it can be recomputed
+    written: Tensor | None  # without elements; counts the writes to a ReLU's result that is not saved itself
     tensors: list[StepTensors]
     inner: list[Lazy]  # one for each step but the last
     join: join.JoinState | lazy_join.LazyJoinState
@@ -82,6 +83,13 @@ def counter_of(x: Tensor) -> Tensor:
 def version(t: Tensor) -> int:
     """How often `t` was written to; inference tensors do not count."""
     return 0 if t.is_inference() else t._version
+
+
+def refuses_inference_tensors(tensors: list[StepTensors]) -> bool:
+    """Whether some parameter or buffer was made in inference mode, where stock decides which of them it takes."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return any(t is not None and t.is_inference() for own in tensors for t in own)
 
 
 class Alias(NamedTuple):

@@ -75,6 +75,14 @@ def test_kernel_that_takes_no_case_is_not_trusted(inject):
         assert injected.objection() != ""
 
 
+def test_kernel_without_a_case_is_not_trusted(inject, monkeypatch):
+    injected = inject("bn_stats")
+    monkeypatch.setattr(cases, "cases", lambda op, dtype: [])
+    with pytest.warns(RuntimeWarning, match="switched off injected bn_stats .*, which has no case in its self-check"):
+        assert injected.objection() == "has no case in its self-check"
+    assert injected.runs == 0
+
+
 def test_kernel_without_build_identity_is_checked_in_every_process(inject):
     assert inject("bn_stats", build="").objection() == ""
     assert files() == []

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
-from injected import CPU, F32, a_bit_off, files, z
+from injected import CPU, F32, Injected, a_bit_off, files, z
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fused import backends
+from resnet_fused.backends.declaration import Backend, Kernel
 from resnet_fused.backends.selfcheck import cases, judge
 from resnet_fused.ops import OPS
 
@@ -146,3 +147,12 @@ def test_check_all_gives_rows_and_replaces_verdicts(inject):
     assert {row.op for row in reference} == set(OPS)
     assert all(row.passed for row in reference), [str(row) for row in reference if not row.passed]
     assert not [str(row) for row in rows if row.status == "failed"]
+
+
+def test_check_all_of_a_dtype():
+    """With the statistics of its activations, which are float32, where a kernel takes those only."""
+    vectors = Backend("vectors", ("cpu",), {"bn_affine": Kernel(OPS["bn_affine"].reference, (F32, torch.float64))})
+    found = [Injected("bn_stats").backend, vectors]
+    for dtype, expected in ((F32, "float32"), (torch.bfloat16, "bfloat16")):
+        rows = {(row.backend, row.dtype) for row in judge.check_all(CPU, found, dtype)}
+        assert rows == {("injected", expected), ("vectors", "float32")}

@@ -1,14 +1,39 @@
 """Small settings for tests of a GPU's report, and parts that misbehave, which `install` makes modules of."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
 import time
 
-from resnet_fused.bench.gpu_report.context import Settings
+import torch
+
+from resnet_fused.bench.gpu_report.context import Context, Settings
+from resnet_fused.bench.gpu_report.parts import BY_NAME
+from resnet_fused.bench.gpu_report.stream import Stream
 
 TINY = Settings("cpu", models=("resnet18",), batch=2, size=32, quick=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """Settings in the dtype of a GPU."""
+
+    models: tuple = ("resnet50",)
+    batch: int = 2
+    size: int = 32
+    device: str = "cpu"
+    quick: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+
+def context_of(tmp_path, part, settings=TINY):
+    return Context(part, settings, Stream(tmp_path / "rows.jsonl"), 300, BY_NAME[part].checks)
+
+
+def rows_of(context):
+    return [line for line in context.stream.read() if line["kind"] == "row"]
 
 
 def row(context, number):

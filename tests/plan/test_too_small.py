@@ -20,7 +20,7 @@ def where_it_was_measured(monkeypatch):
     """On the CPU that the limit is for, with a cache of 1 MB."""
     for module in (too_small, conv):
         monkeypatch.setattr(module, "HAS_AVX512", True)
-    monkeypatch.setattr(conv, "SLOW_PRODUCTS", False)
+        monkeypatch.setattr(module, "SLOW_PRODUCTS", False)
     monkeypatch.setattr(too_small, "cache_bytes", lambda: 1 << 20)
 
 
@@ -77,6 +77,18 @@ def test_memory_is_worth_two_percent(monkeypatch):
         monkeypatch.setattr(too_small, "_OVERHEAD", seconds)
         monkeypatch.setattr(too_small, "_RATE", flops / 4)
         assert (notes(fused(), fits(2)) == [SAID]) == chosen
+
+
+@pytest.mark.plans_small
+def test_two_percent_are_of_the_time_that_this_processor_takes(monkeypatch):
+    """Half of Zen 4's where units are twice as wide."""
+    monkeypatch.setattr(too_small, "threads", lambda: 4)
+    flops = 6 * 4352 * 64 * 2
+    monkeypatch.setattr(too_small, "_RATE", flops / 4)
+    monkeypatch.setattr(too_small, "_OVERHEAD", 0.011)
+    for wide in (False, True):
+        monkeypatch.setattr(too_small, "SLOW_PRODUCTS", wide)
+        assert (notes(fused(), fits(2)) == [SAID]) == wide
 
 
 def test_not_where_everything_is_to_be_fused():

@@ -26,8 +26,9 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from ...ops import stat_dtype
 from .. import cards
-from ..declaration import Backend
+from ..declaration import Backend, Kernel
 from ..verdicts import Verdicts
 from . import cases, configurations
 from .compare import Verdict, check, check_case, difference, name_of, results
@@ -125,7 +126,7 @@ def judge(
     failed = [row for row in rows if row.status == "failed"]
     objection = f"failed its self-check on {key['device']}: {failed[0]}" if failed else ""
     if not any(row.passed for row in rows) and not failed:
-        objection = f"took none of its self-check's cases: {rows[0]}"
+        objection = f"took none of its self-check's cases: {rows[0]}" if rows else "has no case in its self-check"
     if configuration and any(row.status == "skipped" for row in rows) and not objection:
         objection = f"did not take a case of its self-check: {next(row for row in rows if row.status == 'skipped')}"
     _remember(backend, op, dtype, device, configuration, objection)
@@ -237,9 +238,17 @@ def _meet(key: tuple, backend: Backend, op: str, args: tuple, kwargs: dict) -> s
     return found
 
 
-def check_all(device: torch.device | str, backends: Iterable[Backend]) -> list[Verdict]:
+def _meant_by(dtype: torch.dtype, kernel: Kernel) -> list[torch.dtype]:
+    found = dtype if dtype in kernel.dtypes else stat_dtype(dtype)
+    return [found] if found in kernel.dtypes else []
+
+
+def check_all(
+    device: torch.device | str, backends: Iterable[Backend], dtype: torch.dtype | None = None
+) -> list[Verdict]:
     """Run every kernel of `backends` that serves `device`, in every dtype it takes, whatever was known before.
 
+    `dtype`: only for activations of that one; a kernel that does not take it is given their statistics, in theirs.
     Verdicts of kernels that need a self-check replace the remembered ones.
     """
     device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
@@ -248,9 +257,9 @@ def check_all(device: torch.device | str, backends: Iterable[Backend]) -> list[V
         if backend.unavailable or device.type not in backend.devices:
             continue
         for op, kernel in backend.kernels.items():
-            for dtype in kernel.dtypes:
-                checked = check_kernel(backend, op, dtype, device)
+            for each in kernel.dtypes if dtype is None else _meant_by(dtype, kernel):
+                checked = check_kernel(backend, op, each, device)
                 if kernel.needs_selfcheck:
-                    judge(backend, op, dtype, device, checked)
+                    judge(backend, op, each, device, checked)
                 rows += checked
     return rows

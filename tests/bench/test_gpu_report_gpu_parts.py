@@ -10,14 +10,14 @@ from injected_parts import TINY, Half, context_of, rows_of
 
 from resnet_fused.backends import backends
 from resnet_fused.backends.declaration import Kernel
-from resnet_fused.backends.selfcheck import Verdict
+from resnet_fused.backends.selfcheck.judge import Verdict
 from resnet_fused.bench.gpu_report import child, cuda_graph, measure, models, selfcheck, warmup
 from resnet_fused.bench.gpu_report.context import Context
 from resnet_fused.bench.gpu_report.parts import BY_NAME
 from resnet_fused.bench.gpu_report.stream import Document
 from resnet_fused.bench.timing import Samples
-from resnet_fused.blocks import devices
 from resnet_fused.ops import OPS
+from resnet_fused.plan import devices
 from resnet_fused.traffic.calls import Call, Spec
 from resnet_fused.traffic.warmup import Warmed
 

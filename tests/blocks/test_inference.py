@@ -11,9 +11,10 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.blocks import inference, plan
+from resnet_fused.blocks import inference
 from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
+from resnet_fused.plan import choose
 
 pytestmark = [
     pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}"),
@@ -144,7 +145,7 @@ def test_two_threads_that_pack_at_once_leave_no_more_than_the_limit(monkeypatch)
         return packed
 
     def call(*sizes):
-        with torch.no_grad(), plan.fusing_all():  # in each thread
+        with torch.no_grad(), choose.fusing_all():  # in each thread
             for size in sizes:
                 model(images(size)), model(images(size))
 

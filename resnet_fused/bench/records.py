@@ -9,7 +9,10 @@ import json
 import os
 import pathlib
 import platform
+import re
+import shlex
 import subprocess
+import sys
 
 import torch
 
@@ -87,25 +90,38 @@ class Report:
     rows: list[Row] = dataclasses.field(default_factory=list)
     equality: list[dict] = dataclasses.field(default_factory=list)
 
+    def document(self) -> dict:
+        """The report as what JSON can hold: schema, provenance, rows, equality."""
+        return {"schema": SCHEMA} | dataclasses.asdict(self)
+
     def to_json(self) -> str:
-        """The report as one JSON document: schema, provenance, rows, equality."""
-        return json.dumps({"schema": SCHEMA} | dataclasses.asdict(self), indent=1) + "\n"
+        """The report as one JSON document."""
+        return json.dumps(self.document(), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Inverse of :meth:`to_json`.
+    def from_document(cls, data: dict) -> Report:
+        """Inverse of :meth:`document`.
 
         Raises:
             ValueError: the document has another schema number.
         """
-        data = json.loads(text)
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"this is a report of schema {data.get('schema')}; this version reads {SCHEMA}")
+        check_schema(data)
         return cls(data["provenance"], [Row(**row) for row in data["rows"]], data["equality"])
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Inverse of :meth:`to_json`."""
+        return cls.from_document(json.loads(text))
 
     def markdown(self) -> str:
         """One table with a line per measurement and a column per peer, then a line that says where it is from."""
         return f"{markdown_table(self.rows)}\n\n{LEGEND}\n\n{provenance_line(self.provenance)}"
+
+
+def check_schema(data: dict) -> None:
+    """Refuse what another version wrote."""
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"this is a report of schema {data.get('schema')}; this version reads {SCHEMA}")
 
 
 def markdown_table(rows: list[Row]) -> str:
@@ -178,6 +194,12 @@ def provenance(device: torch.device, **settings: object) -> dict[str, str]:
 def provenance_line(found: dict[str, str]) -> str:
     """All of a provenance in one line."""
     return "; ".join(f"{key} {value}" for key, value in found.items())
+
+
+def command() -> str:
+    """What was typed. Of absolute paths the last part: the others say how a machine is laid out, and no more."""
+    words = (re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.orig_argv[1:])
+    return shlex.join(["python", *words])
 
 
 def allocator_environment() -> list[str]:

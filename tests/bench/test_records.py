@@ -87,3 +87,9 @@ def test_a_busy_machine_is_said(monkeypatch):
     monkeypatch.setattr(records.os, "getloadavg", lambda: (6.2, 0.0, 0.0))
     assert "load 6.2 on 4 cores" in records.busy()
     assert records.provenance(torch.device("cpu"))["load"] == "6.2"
+
+
+def test_the_command_tells_no_folders(monkeypatch):
+    words = ["/home/me/.venv/bin/python", "benchmarks/x.py", "--tests", "/home/me/timm/tests", "--log=/tmp/a b.txt"]
+    monkeypatch.setattr(records.sys, "orig_argv", [*words, "--batch", "1"])
+    assert records.command() == "python benchmarks/x.py --tests tests '--log=a b.txt' --batch 1"

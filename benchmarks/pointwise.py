@@ -73,10 +73,8 @@ def main() -> None:
         for batch in args.batch:
             for shape in SHAPES:
                 print(row(batch, *shape, args.rounds), flush=True)
-        print(
-            f"\nGFLOP/s, medians of {args.rounds} interleaved runs. Gradients: of input and weight. Added: the input's,"
-        )
-        print("to what is there.")
+        print(f"\nGFLOP/s, medians of {args.rounds} interleaved runs. Gradients: of input and weight.")
+        print("Added: the input's, to what is there.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Recorded runs: one file for every machine, one line for every run, only ever added to.
 
-``FOLDER/MACHINE/runs.jsonl`` holds JSON objects with ``schema``, ``kind`` and ``provenance``. Those of kind "bench" are a
-:class:`~.records.Report`; any other kind is the name of a script, and ``text`` what it printed.
+``FOLDER/MACHINE/runs.jsonl`` holds JSON objects with ``schema``, ``kind`` and ``provenance``. Those of kind "bench" are
+a :class:`~.records.Report`; any other kind is the name of a script, and ``text`` what it printed.
 """
 
 from __future__ import annotations

@@ -229,8 +229,18 @@ def git_revision() -> str:
     root = pathlib.Path(__file__).parents[2]
     if (root / ".git").exists():  # not just any repository around it, such as one that holds a virtual environment
         try:
-            command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return revision_of(root)
         except (OSError, subprocess.SubprocessError):
             pass  # no git, or a checkout of another user: the build knows its revision too
     return library.status().build_info.get("git", "unknown")
+
+
+def revision_of(root: pathlib.Path) -> str:
+    """Revision of a checkout, "-dirty" if its files are changed; not for results, to which the run before has added."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")

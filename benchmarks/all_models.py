@@ -2,6 +2,7 @@
 
     python benchmarks/all_models.py                      # ours, torchvision's and timm's resnet.py
     python benchmarks/all_models.py --family timm --only 'resnet*d' --max-parameters 80
+    python benchmarks/all_models.py --record benchmarks/results
 
 For each model: one training step on photographs-sized noise, stock and fused and stock in float64; every output, every
 gradient and every buffer may err at most twice as much as stock (``resnet_fused.bench.equality`` says how flipped ReLUs
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.bench import equality
+from resnet_fused.bench import equality, runs
 from resnet_fused.models import BUILDERS
 from resnet_fused.plan import choose
 from resnet_fused.testing.vision import import_torchvision
@@ -99,8 +100,16 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="models whose name matches, as in a shell")
     parser.add_argument("--size", type=int, default=64, help="resolution, default 64")
     parser.add_argument("--max-parameters", type=float, default=1e9, metavar="MILLIONS", help="leave larger models out")
+    runs.add_option(parser)
     options = parser.parse_args()
     options.family = options.family or list(FAMILIES)
+    with runs.printing("all_models", options.record, dtype="f32", size=options.size):
+        wrong = compare(options)
+    return 1 if wrong else 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print what became of every model asked for; returns how many disagree."""
     wrong = 0
     for family, name in selected(options):
         start = time.perf_counter()
@@ -117,7 +126,7 @@ def main() -> int:
         for difference in differences[:5]:
             print(f"    {difference}", flush=True)
     print(f"{wrong} models disagree")
-    return 1 if wrong else 0
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time the variants of ResNet-50's blocks on this CPU, and what memory costs them: page faults and system time.
 
-    python benchmarks/block_variants.py [--batch 16] > benchmarks/results/DATE-MACHINE-block-variants.md
+    python benchmarks/block_variants.py [--batch 16] [--record benchmarks/results]
 
 For each kind of block by itself, in training: stock, and fused with plain joins and with Gram joins, in turn, forward
 and backward. plan/join_cost.py, plan/too_small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
@@ -17,7 +17,7 @@ import time
 import torch
 
 import resnet_fused
-from resnet_fused.bench import records
+from resnet_fused.bench import runs
 from resnet_fused.models import resnet50
 from resnet_fused.plan import choose, join_cost
 
@@ -68,17 +68,18 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    runs.add_option(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = resnet50().train().to(memory_format=torch.channels_last)
     fused = resnet_fused.fuse(copy.deepcopy(model))
-    print("| block | variant | ms (q10-q90) | page faults | system ms |\n| --- | --- | ---: | ---: | ---: |")
-    for batch in args.batch:
-        for name, (channels, size) in BLOCKS.items():
-            with choose.fusing_all():
-                print("\n".join(measure(name, batch, channels, size, model, fused)), flush=True)
-    print(f"\nMedians of {REPEATS - 2} steps, forward and backward, variants in turn.\n")
-    print(records.provenance_line(records.provenance(torch.device("cpu"), dtype="f32", layout="channels_last")))
+    with runs.printing("block_variants", args.record, dtype="f32", layout="channels_last"):
+        print("| block | variant | ms (q10-q90) | page faults | system ms |\n| --- | --- | ---: | ---: | ---: |")
+        for batch in args.batch:
+            for name, (channels, size) in BLOCKS.items():
+                with choose.fusing_all():
+                    print("\n".join(measure(name, batch, channels, size, model, fused)), flush=True)
+        print(f"\nMedians of {REPEATS - 2} steps, forward and backward, variants in turn.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of the host in a training step planned for a GPU: Python and PyTorch around kernels that do not start.
 
-Run:  OMP_NUM_THREADS=1 python benchmarks/host_time.py
+Run:  OMP_NUM_THREADS=1 python benchmarks/host_time.py [--record benchmarks/results]
 
 Triton's launches are stubbed, so a ResNet-50 of very narrow layers runs its GPU plan on CPU tensors with little else to
 do than to be dispatched; eager, beside it, does all of its arithmetic. CPU time of one thread, the least of some steps.
@@ -9,6 +9,7 @@ What a launch takes in Triton itself comes to it. ``plan/devices.py`` assumes it
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import nn
 import resnet_fused
 from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.triton import common
+from resnet_fused.bench import runs
 from resnet_fused.models.resnet import Bottleneck, ResNet
 from resnet_fused.plan import choose, devices
 
@@ -58,6 +60,15 @@ def stub() -> Callable[[], int]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs.add_option(parser)
+    options = parser.parse_args()
+    with runs.printing("host_time", options.record, dtype="bf16"):
+        measure()
+
+
+def measure() -> None:
+    """Print the table."""
     eager = milliseconds(narrow_model())
     count, model = stub(), resnet_fused.fuse(narrow_model())
     with choose.planning_for(devices.find("h100")), resnet_fused.use("triton"):

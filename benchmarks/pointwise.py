@@ -1,6 +1,6 @@
 """GFLOP/s of 1x1 convolutions and their gradients on this CPU: oneDNN's, and plain matrix products.
 
-Run:  python benchmarks/pointwise.py [--batch 1 4 16] [--rounds 7] > benchmarks/results/DATE-MACHINE-pointwise.md
+Run:  python benchmarks/pointwise.py [--batch 1 4 16] [--rounds 7] [--record benchmarks/results]
 
 The shapes of ResNet-50 at 224x224. `steps/conv.py` chooses by these figures.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from resnet_fused.backends import run
-from resnet_fused.bench import records
+from resnet_fused.bench import runs
 from resnet_fused.bench.timing import Rounds, clock_for, interleave
 from resnet_fused.steps.conv import rows, transposed
 
@@ -62,20 +62,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=7)
+    runs.add_option(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     names = list(contenders(1, 1, 1, 1))
-    print("# 1x1 convolutions: oneDNN and plain products\n")
-    print(f"| batch | C, K, size | {' | '.join(names)} |")
-    print(f"| ---: | --- | {' | '.join(['---:'] * len(names))} |")
-    for batch in args.batch:
-        for shape in SHAPES:
-            print(row(batch, *shape, args.rounds), flush=True)
-    print(
-        f"\nGFLOP/s, medians of {args.rounds} interleaved runs. Gradients: of input and weight. Added: the input's, to"
-    )
-    print("what is there.\n")
-    print(records.provenance_line(records.provenance(torch.device("cpu"), dtype="f32", layout="channels_last")))
+    with runs.printing("pointwise", args.record, dtype="f32", layout="channels_last"):
+        print("# 1x1 convolutions: oneDNN and plain products\n")
+        print(f"| batch | C, K, size | {' | '.join(names)} |")
+        print(f"| ---: | --- | {' | '.join(['---:'] * len(names))} |")
+        for batch in args.batch:
+            for shape in SHAPES:
+                print(row(batch, *shape, args.rounds), flush=True)
+        print(f"\nGFLOP/s, medians of {args.rounds} interleaved runs. Gradients: of input and weight.")
+        print("Added: the input's, to what is there.")
 
 
 if __name__ == "__main__":

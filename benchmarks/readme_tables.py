@@ -22,6 +22,7 @@ import torch
 
 import resnet_fused
 from resnet_fused.backends import backends
+from resnet_fused.bench import runs
 from resnet_fused.bench.gpu_report import tables as gpu_tables
 from resnet_fused.bench.gpu_report.stream import Document
 from resnet_fused.bench.peers import OURS, STOCK
@@ -41,14 +42,15 @@ TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" /
 
 def results() -> str:
     """The newest recorded run, whole-model rows."""
-    runs = {path: Report.from_json(path.read_text()) for path in RESULTS.glob("*.json")}
-    if not runs:
+    recorded = [run for run in runs.read(RESULTS) if run.kind == runs.BENCH]
+    if not recorded:
         return "No results are recorded yet."
-    path, report = max(runs.items(), key=lambda item: item[1].provenance["date"])
+    newest = max(recorded, key=lambda run: run.provenance["date"])
+    report, place = newest.result, f"benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number}"
     rows = [row for row in report.rows if row.name.startswith(("training step", "evaluation"))]
     batch = f"ResNet-50, {report.provenance['dtype']}, {report.provenance['device']}, against stock PyTorch eager"
-    source = f"From [`{path.name}`](benchmarks/results/{path.name}), the newest run, with every block shape."
-    source += f"\n{ranges(rows, runs.values(), report)}"
+    source = f"From [`{newest.place}`]({place}), the newest run, with every block shape."
+    source += f"\n{ranges(rows, [run.result for run in recorded], report)}"
     return f"{batch}:\n\n{markdown_table(rows)}\n\n{source}\n{provenance_line(report.provenance)}"
 
 

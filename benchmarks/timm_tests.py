@@ -8,6 +8,7 @@ Every model that timm's ``create_model`` hands to a test goes through ``resnet_f
 (``timm_tests_plugin.py``); the tests themselves run from where they lie, with the timm that is installed here. Exits
 with 1 where stock passes and fused does not. Tests that ask for equal bits are listed apart, each with the difference
 that it saw: a fused chain sums in another order. Words behind ``--`` go to pytest. Needs pytest, pytest-xdist and timm.
+``--record benchmarks/results`` keeps the tables.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+
+from resnet_fused.bench import runs
 
 HERE = pathlib.Path(__file__).resolve().parent
 #: Not run unless asked for with ``-k``: they download weights.
@@ -146,6 +150,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="leave to stock what the plan leaves to it at the tests' small sizes (default: run all that is fused)",
     )
     parser.add_argument("--log", type=pathlib.Path, help="keep the outcomes in this file, a JSON object a line")
+    runs.add_option(parser)
     parser.add_argument("pytest", nargs="*", help="words for pytest, behind --")
     options = parser.parse_args(arguments)
     options.tests = options.tests.resolve()
@@ -168,9 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"pytest did not finish on the {side} side (exit code {code})", file=sys.stderr)
                 return 2
         pairs = read(log)
-    print("\n" + table(pairs) + "\n" + differences(pairs))
     worse = sum(pair.verdict == "worse" for pair in pairs)
-    print(f"{len(pairs)} tests: {worse} fail fused where stock passes")
+    with runs.printing("timm_tests", options.record, timm=importlib.metadata.version("timm")):
+        print("\n" + table(pairs) + "\n" + differences(pairs))
+        print(f"{len(pairs)} tests: {worse} fail fused where stock passes")
     return 1 if worse else 0
 
 

@@ -1,6 +1,6 @@
 """GFLOP/s of a convolution's weight gradient: ours, oneDNN's, and for 1x1 a plain matrix product.
 
-Run:  python benchmarks/weight_grad.py [--batch 16] [--rounds 5]
+Run:  python benchmarks/weight_grad.py [--batch 16] [--rounds 5] [--record benchmarks/results]
 
 The shapes of ResNet-50 at 224x224. `steps/conv.py` chooses by these figures.
 """
@@ -12,6 +12,7 @@ import argparse
 import torch
 
 from resnet_fused.backends import backends
+from resnet_fused.bench import runs
 from resnet_fused.bench.timing import Rounds, clock_for, interleave
 from resnet_fused.ops import OPS
 
@@ -68,13 +69,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    runs.add_option(parser)
     options = parser.parse_args()
-    print("| C, K, kernel, stride, size | ours | oneDNN | matrix product |\n| --- | ---: | ---: | ---: |")
-    for shape in SHAPES:
-        found = measure(options.batch, shape, options.rounds)
-        cells = [f"{found[name]:.0f}" if name in found else "" for name in ("ours", "oneDNN", "matrix product")]
-        print(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
-    print(f"\nGFLOP/s, medians of {options.rounds} interleaved runs, {torch.get_num_threads()} threads")
+    with runs.printing("weight_grad", options.record, dtype="f32", layout="channels_last", batch=options.batch):
+        print("| C, K, kernel, stride, size | ours | oneDNN | matrix product |\n| --- | ---: | ---: | ---: |")
+        for shape in SHAPES:
+            found = measure(options.batch, shape, options.rounds)
+            cells = [f"{found[name]:.0f}" if name in found else "" for name in ("ours", "oneDNN", "matrix product")]
+            print(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
+        print(f"\nGFLOP/s, medians of {options.rounds} interleaved runs")
 
 
 if __name__ == "__main__":

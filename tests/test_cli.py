@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from resnet_fused.bench import named
+from resnet_fused.bench import named, runs
 from resnet_fused.bench.errors import Refused
+from resnet_fused.bench.records import Report
 from resnet_fused.cli import parser
 
 TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
@@ -118,12 +119,16 @@ def test_bench(tmp_path):
     pytest.importorskip("skimage")
     pytest.importorskip("matplotlib")
     files = tmp_path / "rows.json", tmp_path / "bars.png"
-    ran = resnet_fused("bench", *TINY, "--device", "cpu", "--json", str(files[0]), "--plot", str(files[1]))
+    outputs = "--json", str(files[0]), "--plot", str(files[1]), "--record", str(tmp_path)
+    ran = resnet_fused("bench", *TINY, "--device", "cpu", *outputs)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("| measurement | eager ms (q10-q90) | fused ms (q10-q90) |")
     report = json.loads(files[0].read_text())
     assert report["schema"] == 1
     assert report["provenance"]["model"] == "resnet18"
+    (recorded,) = runs.read(tmp_path)
+    assert recorded.result == Report.from_json(files[0].read_text())
+    assert recorded.provenance["command"].endswith(f"--json rows.json --plot bars.png --record {tmp_path.name}")
     names = {(row["name"], row["unit"], row["peer"]) for row in report["rows"]}
     for name in ("training step, batch 2", "training backward, batch 2", "evaluation, batch 1", "evaluation, batch 4"):
         assert {(name, "ms", "eager"), (name, "ms", "fused")} <= names
@@ -243,6 +248,7 @@ MISTAKES = {
     "no batch": (["bench", "--batch", "-3"], "not a positive number"),
     "unknown part": (["gpu-report", "--parts", "weather"], "unknown part 'weather'; pass some of environment"),
     "no minutes": (["gpu-report", "--minutes", "-1"], "not a positive number of minutes"),
+    "nowhere to record": (["bench", "--record", "/no/such"], "no folder that can be written to; pass benchmarks"),
     "no such directory": (["bench", "--json", "/no/such/directory/x.json"], "a file in a directory that exists"),
     "no capability": (["warmup", "resnet50", "--device-capability", "hopper"], "pass one such as 9.0"),
     "capability given twice": (

@@ -1,7 +1,7 @@
 // Allocation of outputs. Buffers of 32 MiB and more are mapped anew by the C library at every call, and faulting them
 // in 4 KiB at a time can cost more than the arithmetic of a pointwise kernel, so huge pages are asked for under them.
 // Smaller ones come from the heap, whose pages may be there already. That the limit makes no difference to blocks by
-// themselves was measured: benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md.
+// themselves was measured: benchmarks/results/epyc-avx512-2core/runs.jsonl:5.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -9,7 +9,10 @@ import json
 import os
 import pathlib
 import platform
+import re
+import shlex
 import subprocess
+import sys
 
 import torch
 
@@ -87,25 +90,38 @@ class Report:
     rows: list[Row] = dataclasses.field(default_factory=list)
     equality: list[dict] = dataclasses.field(default_factory=list)
 
+    def document(self) -> dict:
+        """The report as what JSON can hold: schema, provenance, rows, equality."""
+        return {"schema": SCHEMA} | dataclasses.asdict(self)
+
     def to_json(self) -> str:
-        """The report as one JSON document: schema, provenance, rows, equality."""
-        return json.dumps({"schema": SCHEMA} | dataclasses.asdict(self), indent=1) + "\n"
+        """The report as one JSON document."""
+        return json.dumps(self.document(), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Inverse of :meth:`to_json`.
+    def from_document(cls, data: dict) -> Report:
+        """Inverse of :meth:`document`.
 
         Raises:
             ValueError: the document has another schema number.
         """
-        data = json.loads(text)
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"this is a report of schema {data.get('schema')}; this version reads {SCHEMA}")
+        check_schema(data)
         return cls(data["provenance"], [Row(**row) for row in data["rows"]], data["equality"])
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Inverse of :meth:`to_json`."""
+        return cls.from_document(json.loads(text))
 
     def markdown(self) -> str:
         """One table with a line per measurement and a column per peer, then a line that says where it is from."""
         return f"{markdown_table(self.rows)}\n\n{LEGEND}\n\n{provenance_line(self.provenance)}"
+
+
+def check_schema(data: dict) -> None:
+    """Refuse what another version wrote."""
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"this is a report of schema {data.get('schema')}; this version reads {SCHEMA}")
 
 
 def markdown_table(rows: list[Row]) -> str:
@@ -180,6 +196,12 @@ def provenance_line(found: dict[str, str]) -> str:
     return "; ".join(f"{key} {value}" for key, value in found.items())
 
 
+def command() -> str:
+    """What was typed. Of absolute paths the last part: the others say how a machine is laid out, and no more."""
+    words = (re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.orig_argv[1:])
+    return shlex.join(["python", *words])
+
+
 def allocator_environment() -> list[str]:
     """``NAME=value`` for every set variable that changes allocation or threading."""
     names = [*ENVIRONMENT, *sorted(name for name in os.environ if name.startswith("MALLOC_"))]
@@ -207,8 +229,18 @@ def git_revision() -> str:
     root = pathlib.Path(__file__).parents[2]
     if (root / ".git").exists():  # not just any repository around it, such as one that holds a virtual environment
         try:
-            command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return revision_of(root)
         except (OSError, subprocess.SubprocessError):
             pass  # no git, or a checkout of another user: the build knows its revision too
     return library.status().build_info.get("git", "unknown")
+
+
+def revision_of(root: pathlib.Path) -> str:
+    """Revision of a checkout, "-dirty" if its files are changed; not for results, to which the run before has added."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")

@@ -223,6 +223,7 @@ def run(options: Options) -> records.Report:
     named.require_taken(stock.train(), (decided.batch, 3, decided.size, decided.size))
     stock = stock.to(device, memory_format=torch.channels_last)
     settings = {"model": options.model, "dtype": options.dtype, "size": decided.size, "layout": "channels_last"}
+    settings["command"] = records.command()
     report = records.Report(records.provenance(device, **settings))
     parts = {"equality on photographs": 25.0, "training step": 50.0}
     parts |= {f"evaluation at batch {b}": 3.0 + b / 2 for b in decided.eval_batches} | {"blocks": 30.0}

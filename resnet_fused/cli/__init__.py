@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..bench import runs
 from ..bench.errors import Refused
 from ..plan.devices import DEVICES
 
@@ -125,6 +126,7 @@ def parser() -> Parser:
     )
     bench.add_argument("--peers", nargs="+", default=[], metavar="PEER", help="time these too, e.g. compile")
     bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
+    runs.add_option(bench)
     bench.add_argument("--plot", type=picture_file, metavar="FILE", help="draw every figure to FILE (.png, .svg, .pdf)")
 
     tune = commands.add_parser("tune", help="measure the variants of each block here, and keep the fastest for later")

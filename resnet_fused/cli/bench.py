@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..bench import plots
+from ..bench import plots, runs
 from ..bench.run import Disagreement, Options
 from ..bench.run import run as run_bench
 
@@ -19,6 +19,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"resnet-fused bench: {error}", file=sys.stderr)
         return 1
     print(report.markdown())
+    if options.record:
+        runs.record(options.record, report)
     if options.json:
         options.json.write_text(report.to_json())
     if options.plot:

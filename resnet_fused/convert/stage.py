@@ -6,8 +6,8 @@ Between the blocks values are nobody else's: they stay in channels_last whatever
 In evaluation images do not meet in a folded block, so a stage gives the same result piece by piece. It is worth it on
 the CPU, where the C library maps every result of 32 MiB or more anew and its pages are faulted in again: more than half
 of a stock training step of layer1.1 is system time
-(benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md). Smaller results can reuse memory that is there.
-Only the stage's own output is large, and lies in huge pages.
+(benchmarks/results/epyc-avx512-2core/runs.jsonl:5). Smaller results can reuse memory that is there. Only the
+stage's own output is large, and lies in huge pages.
 """
 
 from __future__ import annotations

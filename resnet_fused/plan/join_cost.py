@@ -23,7 +23,7 @@ from .devices import Device
 
 #: Share of the last convolution's forward and backward time that a Gram join may cost, for the memory it saves. Where
 #: the model expected +4% on a CPU with AVX-512 (ResNet-50's layer3.1), the whole block took 7 to 8% longer than with a
-#: plain join: benchmarks/results/2026-11-24-epyc-avx512-2core-block-variants.md.
+#: plain join: benchmarks/results/epyc-avx512-2core/runs.jsonl:5.
 TOLERATED = 0.0
 #: The same for a lazy chain, on a GPU, whose times are a roofline's with assumed shares: within this much, the variants
 #: count as equally fast, and bytes decide. For ResNet-50 in bfloat16 at batch 256 it decides layer4's joins on A100,

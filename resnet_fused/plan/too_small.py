@@ -3,7 +3,7 @@
 A fused chain takes about 1 ms longer to start than stock (forward and backward, in Python), and gains by passes over
 activations that it leaves out. Those cost little as long as everything lies in the last-level cache, so that is where
 the limit is drawn: where the tensors that stock keeps for backward fit into it. Measured on a CPU with AVX-512 and a
-cache of 32 MiB, ResNet-50's blocks by themselves: benchmarks/results/2026-11-24-epyc-avx512-2core-small-blocks.md. On
+cache of 32 MiB, ResNet-50's blocks by themselves: benchmarks/results/epyc-avx512-2core/runs.jsonl:8. On
 other CPUs our weight gradients are faster than oneDNN's at any size, and nothing is too small.
 
 Where that 1 ms is less than :data:`MARGIN` of the convolutions' time, the memory that fusion saves is worth it.

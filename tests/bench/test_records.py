@@ -1,6 +1,7 @@
 """Rows, their JSON, their table."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -87,3 +88,30 @@ def test_a_busy_machine_is_said(monkeypatch):
     monkeypatch.setattr(records.os, "getloadavg", lambda: (6.2, 0.0, 0.0))
     assert "load 6.2 on 4 cores" in records.busy()
     assert records.provenance(torch.device("cpu"))["load"] == "6.2"
+
+
+def test_the_command_tells_no_folders(monkeypatch):
+    words = ["/home/me/.venv/bin/python", "benchmarks/x.py", "--tests", "/home/me/timm/tests", "--log=/tmp/a b.txt"]
+    monkeypatch.setattr(records.sys, "orig_argv", [*words, "--batch", "1"])
+    assert records.command() == "python benchmarks/x.py --tests tests '--log=a b.txt' --batch 1"
+
+
+def test_a_recorded_run_does_not_make_the_next_one_dirty(tmp_path):
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", *identity, *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    code, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "gpu" / "runs.jsonl"
+    result.parent.mkdir(parents=True)
+    for file in (code, result):
+        file.write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    assert records.revision_of(tmp_path) == head
+    result.write_text("1\n2\n")
+    assert records.revision_of(tmp_path) == head
+    code.write_text("2\n")
+    assert records.revision_of(tmp_path) == f"{head}-dirty"

@@ -1,5 +1,17 @@
 """Architectures as stock PyTorch modules; pass one to ``resnet_fused.fuse``."""
 
+from .preact import (
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActResNet,
+    PreActResNetCifar,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet110,
+    preact_resnet152,
+    preact_resnet164,
+    preact_resnet1001,
+)
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -20,7 +32,17 @@ __all__ = [
     "BUILDERS",
     "BasicBlock",
     "Bottleneck",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "PreActResNetCifar",
     "ResNet",
+    "preact_resnet50",
+    "preact_resnet101",
+    "preact_resnet110",
+    "preact_resnet152",
+    "preact_resnet164",
+    "preact_resnet1001",
     "resnet18",
     "resnet34",
     "resnet50",

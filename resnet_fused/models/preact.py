@@ -169,9 +169,6 @@ class _Stages(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
 
-    def _head(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
-
     def _initialise(self, zero_init_residual: bool) -> None:
         """As our other networks, but what starts at zero is the last convolution of a block.
 
@@ -228,7 +225,8 @@ class PreActResNet(_Stages):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.conv1(x))
-        return self._head(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
 
 
 class PreActResNetCifar(_Stages):
@@ -266,7 +264,8 @@ class PreActResNetCifar(_Stages):
         self._initialise(zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._head(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
 
 
 def preact_resnet50(**options) -> PreActResNet:

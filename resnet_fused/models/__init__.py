@@ -1,5 +1,17 @@
 """Architectures as stock PyTorch modules; pass one to ``resnet_fused.fuse``."""
 
+from .preact import (
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActResNet,
+    PreActResNetCifar,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet110,
+    preact_resnet152,
+    preact_resnet164,
+    preact_resnet1001,
+)
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -20,7 +32,17 @@ __all__ = [
     "BUILDERS",
     "BasicBlock",
     "Bottleneck",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "PreActResNetCifar",
     "ResNet",
+    "preact_resnet50",
+    "preact_resnet101",
+    "preact_resnet110",
+    "preact_resnet152",
+    "preact_resnet164",
+    "preact_resnet1001",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -34,4 +56,8 @@ __all__ = [
 ]
 
 #: Builders by name, for command lines and tests; each takes the options of its architecture.
-BUILDERS = {name: globals()[name] for name in __all__ if name[0].islower()}
+BUILDERS = {
+    name: globals()[name]
+    for name in sorted(__all__, key=lambda name: name.startswith("preact_"))  # messages list what is usual first
+    if name[0].islower()
+}

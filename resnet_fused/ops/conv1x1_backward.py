@@ -15,12 +15,11 @@ They are :mod:`.conv1x1_wgrad` and :mod:`.conv1x1_dgrad` of the same dz, whose d
 join adds to the gradient of its input follows from grad_weight: without `x_mean`, grad_x stops before the ReLU of a
 lazy x, for a `conv1x1_dgrad` without a weight to go on from.
 
-`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
-bfloat16 and float16 (float32 and float64 by the reference alone: of float32 registers would hold half), channels_last;
-`weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32 (float64 for
-float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift, x_mean and constant,
-``[N]`` for sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at every
-call.
+`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype,
+channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32
+(float64 for float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift, x_mean and
+constant, ``[N]`` for sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at
+every call.
 """
 
 from __future__ import annotations

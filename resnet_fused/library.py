@@ -19,22 +19,7 @@ import torch
 from .ops import OPS
 
 #: Ops that ``_C`` defines; all others are Python over ATen.
-COMPILED_OPS = (
-    "bn_stats",
-    "bn_affine",
-    "bn_coefficients",
-    "norm_add_relu",
-    "norm_add_relu_backward",
-    "lazy_grad_apply",
-    "lazy_grad_apply_",
-    "gram",
-    "gram_norm",
-    "gram_grad",
-    "conv_weight_grad",
-    "norm_relu_pool",
-    "norm_relu_pool_backward",
-    "norm_relu_pool_apply",
-)
+COMPILED_OPS = tuple(name for name, op in OPS.items() if op.compiled)
 
 REBUILD = "run `pip install --no-build-isolation -e .` in the source tree (or without -e to install it)"
 _HERE = Path(__file__).parent

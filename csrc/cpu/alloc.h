@@ -15,7 +15,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../check.h"
+#include "../checks/common.h"
 
 namespace resnet_fused::cpu {
 

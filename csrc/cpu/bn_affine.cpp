@@ -6,7 +6,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "../check.h"
+#include "../checks/bn_affine.h"
 #include "alloc.h"
 #include "rows.h"
 
@@ -45,8 +45,7 @@ void run(const Results& out, const Tensor& mean, const Tensor& m2, const Optiona
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_affine(const Tensor& mean, const Tensor& m2,
                                                              const OptionalTensor& gamma, const OptionalTensor& beta,
                                                              const Tensor& z, double eps) {
-  check_vectors("bn_affine", mean,
-                {{"m2", &m2}, {"gamma", gamma ? &*gamma : nullptr}, {"beta", beta ? &*beta : nullptr}});
+  check_bn_affine(mean, m2, gamma, beta);
   const auto vector = [&] { return empty_strided<1>({mean.numel()}, {1}, mean.scalar_type()); };
   const Results out{vector(), vector(), vector(), vector(), vector()};
   const double count = static_cast<double>(z.size(0) * z.size(2) * z.size(3));

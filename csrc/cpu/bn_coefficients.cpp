@@ -4,7 +4,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "../check.h"
+#include "../checks/bn_coefficients.h"
 #include "alloc.h"
 #include "rows.h"
 
@@ -30,7 +30,7 @@ void run(const Tensor& b, const Tensor& d, const Tensor& grad_gamma, const Argum
 
 std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& sum_g, const Tensor& sum_gz, const Tensor& mean,
                                                    const Tensor& rstd, const Tensor& scale, const Tensor& z) {
-  check_vectors("bn_coefficients", sum_g, {{"sum_gz", &sum_gz}, {"mean", &mean}, {"rstd", &rstd}, {"scale", &scale}});
+  check_bn_coefficients(sum_g, sum_gz, mean, rstd, scale);
   const auto vector = [&] { return empty_strided<1>({sum_g.numel()}, {1}, sum_g.scalar_type()); };
   Tensor b = vector(), d = vector(), grad_gamma = vector();
   const double count = static_cast<double>(z.size(0) * z.size(2) * z.size(3));

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../checks/bn_stats.h"
 #include "alloc.h"
 #include "rows.h"
 

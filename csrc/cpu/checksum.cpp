@@ -12,7 +12,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../check.h"
+#include "../checks/common.h"
 #include "../cpu_levels.h"
 
 namespace resnet_fused::cpu {

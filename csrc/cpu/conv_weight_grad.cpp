@@ -11,7 +11,7 @@
 
 #include <vector>
 
-#include "../check.h"
+#include "../checks/conv_weight_grad.h"
 #include "alloc.h"
 #include "panels.h"
 #include "rows.h"

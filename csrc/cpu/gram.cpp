@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../checks/gram.h"
 #include "alloc.h"
 #include "panels.h"
 #include "rows.h"

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "../check_gram.h"
+#include "../checks/gram_norm.h"
 #include "alloc.h"
 #include "rows.h"
 #include "weight_rows.h"

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../check.h"
+#include "../checks/lazy_grad_apply.h"
 #include "alloc.h"
 #include "rows.h"
 

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../check.h"
+#include "../checks/common.h"
 #include "alloc.h"
 
 namespace resnet_fused::cpu {

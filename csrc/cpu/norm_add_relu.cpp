@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../checks/norm_add_relu.h"
 #include "alloc.h"
 #include "bits.h"
 #include "rows.h"

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../checks/norm_add_relu_backward.h"
 #include "alloc.h"
 #include "bits.h"
 #include "rows.h"

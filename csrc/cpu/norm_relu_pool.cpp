@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check_pool.h"
+#include "../checks/norm_relu_pool.h"
 #include "alloc.h"
 #include "pool.h"
 #include "rows.h"

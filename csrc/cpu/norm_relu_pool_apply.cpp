@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../check_pool.h"
+#include "../checks/norm_relu_pool_apply.h"
 #include "alloc.h"
 #include "pool.h"
 #include "rows.h"

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check_pool.h"
+#include "../checks/norm_relu_pool_backward.h"
 #include "alloc.h"
 #include "pool.h"
 #include "rows.h"

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../check.h"
+#include "../checks/common.h"
 #include "../params.h"
 #include "kernels/tile.cuh"  // CUDA's own headers
 

@@ -1,5 +1,6 @@
 // norm_add_relu for CUDA tensors; the meaning is in resnet_fused/ops/norm_add_relu.py, the kernel in kernels/.
 
+#include "../checks/norm_add_relu.h"
 #include "common.h"
 #include "kernels/norm_add_relu.cuh"
 

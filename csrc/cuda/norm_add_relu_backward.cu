@@ -1,5 +1,6 @@
 // norm_add_relu_backward for CUDA tensors; the meaning is in resnet_fused/ops/norm_add_relu_backward.py.
 
+#include "../checks/norm_add_relu_backward.h"
 #include "common.h"
 #include "kernels/norm_add_relu_backward.cuh"
 

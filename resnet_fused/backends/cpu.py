@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 
 from ..library import COMPILED_OPS, status
+from ..ops import OPS
 from ..ops.contract import is_channels_last
 from . import onednn
 from .declaration import Backend, Kernel, check_complete
 
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-VECTOR_OPS = ("bn_affine", "bn_coefficients")
-MATRIX_OPS = ("gram_norm", "gram_grad")
+VECTOR_DTYPES = (torch.float32, torch.float64)
 
 
 def loop_reasons(*args, **kwargs) -> list[str]:
@@ -63,16 +63,21 @@ def _compiled(name: str) -> Callable:
     return run
 
 
+#: Kernels that walk something else than rows of channels, and what may stand against that.
+_OTHERS = {"conv_weight_grad": weight_grad_reasons, "gram_norm": matrix_reasons, "gram_grad": matrix_reasons}
+
+
+def _declared(name: str) -> Kernel:
+    """The kernel of the compiled library."""
+    if OPS[name].vectors:
+        return Kernel(_compiled(name), VECTOR_DTYPES, vector_reasons)
+    return Kernel(_compiled(name), LOOP_DTYPES, _OTHERS.get(name, loop_reasons))
+
+
 BACKEND = check_complete(
     Backend(
         name="cpu",
         devices=("cpu",),
-        kernels={
-            **{name: Kernel(_compiled(name), LOOP_DTYPES, loop_reasons) for name in COMPILED_OPS},
-            **{name: Kernel(_compiled(name), (torch.float32, torch.float64), vector_reasons) for name in VECTOR_OPS},
-            **{name: Kernel(_compiled(name), LOOP_DTYPES, matrix_reasons) for name in MATRIX_OPS},
-            "conv_weight_grad": Kernel(_compiled("conv_weight_grad"), LOOP_DTYPES, weight_grad_reasons),
-            **onednn.KERNELS,
-        },
+        kernels={**{name: _declared(name) for name in COMPILED_OPS}, **onednn.KERNELS},
     )
 )

@@ -9,8 +9,6 @@ from ..ops import DATA_DTYPES
 from ..ops.contract import is_channels_last
 from .declaration import Backend, Kernel, check_complete
 
-CUDA_OPS = ("norm_add_relu", "norm_add_relu_backward")
-
 
 def layout_reasons(*args, **kwargs) -> list[str]:
     """A reason if any activation is not channels_last."""
@@ -19,6 +17,8 @@ def layout_reasons(*args, **kwargs) -> list[str]:
 
 
 def _kernels(status: library.Status) -> dict[str, Kernel]:
+    """Of the ops for which the library has registered a kernel."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     build = " ".join(status.build_info.get(fact, "") for fact in ("sources", "nvcc", "cuda_architectures"))
     return {
         name: Kernel(
@@ -28,7 +28,8 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
             needs_selfcheck=True,
             build=build,
         )
-        for name in CUDA_OPS
+        for name in library.COMPILED_OPS
+        if has_kernel(f"resnet_fused::{name}", "CUDA")
     }
 
 

@@ -26,6 +26,9 @@ class Kernel:
     run: Callable  # the op's arguments -> its results
     dtypes: tuple[torch.dtype, ...]  # of the activations
     unsupported: Callable = no_reasons  # the op's arguments -> reasons against this case, beyond device and dtype
+    #: Of what `unsupported` says, what a plan can ask for before there is a call; of a 1x1 op: numbers of output and
+    #: input channels, and whether the inputs are coupled -> reasons.
+    widths: Callable = no_reasons
     needs_selfcheck: bool = False  # compare with the reference on first use on a device architecture
     build: str = ""  # identity of the code that runs, e.g. a hash; without it a verdict is not kept beyond the process
     #: ``(args, kwargs, card) -> launches``, see :mod:`.triton.trace`: for a kernel that comes in many binaries, each of

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from ..ops import OPS
 from .dispatch import backends, objection
 from .selfcheck import judge
-
-#: Ops on batch norm's vectors alone: their first argument has the dtype of statistics.
-VECTOR_OPS = ("bn_affine", "bn_coefficients")
 
 _sound: dict[tuple, int] = {}  # a question whose answer was "none is lacking" -> the number of verdicts' changes then
 
@@ -39,10 +37,20 @@ def lacking(ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | Non
         return ""
     checks = checks and (device is None or device.type != "cuda" or torch.cuda.is_available())
     for op in ops:
-        if not _served(op, torch.float32 if op in VECTOR_OPS else dtype, device, checks):
+        if not _served(op, torch.float32 if OPS[op].vectors else dtype, device, checks):
             return op
     _sound[question] = judge.count_of_changes()
     return ""
+
+
+def takes(op: str, outputs: int, inputs: int, coupled: bool = False) -> bool:
+    """Whether there is a kernel of a 1x1 op, wherever it runs, for a weight of these sizes; the reference is none.
+
+    Args:
+        coupled: and for a coupling of the inputs beside it.
+    """
+    declared = (backend.kernels.get(op) for backend in backends().values() if backend.name != "reference")
+    return any(kernel is not None and not kernel.widths(outputs, inputs, coupled) for kernel in declared)
 
 
 def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bool) -> bool:

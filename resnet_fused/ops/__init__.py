@@ -1,52 +1,14 @@
-"""What each op means: formula, shapes, dtypes, reference, fake kernel, bytes and FLOPs. Nothing here runs a kernel."""
+"""What each op means: formula, shapes, dtypes, reference, fake kernel, bytes and FLOPs. Nothing here runs a kernel.
 
-from . import (
-    bn_affine,
-    bn_coefficients,
-    bn_stats,
-    conv1x1,
-    conv1x1_backward,
-    conv1x1_dgrad,
-    conv1x1_join,
-    conv1x1_wgrad,
-    conv_add_relu,
-    conv_weight_grad,
-    gram,
-    gram_grad,
-    gram_norm,
-    lazy_grad_apply,
-    norm_add_relu,
-    norm_add_relu_backward,
-    norm_relu_pool,
-    norm_relu_pool_apply,
-    norm_relu_pool_backward,
-    running_affine,
-)
+Each file of this room defines its op when it is imported, and all of them are, here.
+"""
+
+import importlib
+import pkgutil
+
 from .contract import DATA_DTYPES, OPS, Op, stat_dtype
 
-__all__ = [
-    "DATA_DTYPES",
-    "OPS",
-    "Op",
-    "bn_affine",
-    "bn_coefficients",
-    "bn_stats",
-    "conv1x1",
-    "conv1x1_backward",
-    "conv1x1_dgrad",
-    "conv1x1_join",
-    "conv1x1_wgrad",
-    "conv_add_relu",
-    "conv_weight_grad",
-    "gram",
-    "gram_grad",
-    "gram_norm",
-    "lazy_grad_apply",
-    "norm_add_relu",
-    "norm_add_relu_backward",
-    "norm_relu_pool",
-    "norm_relu_pool_apply",
-    "norm_relu_pool_backward",
-    "running_affine",
-    "stat_dtype",
-]
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f".{_file.name}", __name__)
+
+__all__ = ["DATA_DTYPES", "OPS", "Op", "stat_dtype"]

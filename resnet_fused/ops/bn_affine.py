@@ -29,6 +29,7 @@ SCHEMA = (
     "(Tensor mean, Tensor m2, Tensor? gamma, Tensor? beta, Tensor z, float eps) -> "
     "(Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)"
 )
+FORMS = "mean,m2,gamma,beta:C z:~Z"
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -65,4 +66,15 @@ def flops(mean, m2, gamma, beta, z, eps):
     return 20 * mean.numel()
 
 
-OP = define("bn_affine", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, small=True)
+OP = define(
+    "bn_affine",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    small=True,
+    compiled=True,
+    vectors=True,
+    forms=FORMS,
+)

@@ -23,6 +23,7 @@ SCHEMA = (
     "(Tensor sum_g, Tensor sum_gz, Tensor mean, Tensor rstd, Tensor scale, Tensor z) -> "
     "(Tensor b, Tensor d, Tensor grad_gamma)"
 )
+FORMS = "sum_g,sum_gz,mean,rstd,scale:C z:~Z"
 
 
 def reference(
@@ -53,4 +54,15 @@ def flops(sum_g, sum_gz, mean, rstd, scale, z):
     return 7 * sum_g.numel()
 
 
-OP = define("bn_coefficients", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, small=True)
+OP = define(
+    "bn_coefficients",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    small=True,
+    compiled=True,
+    vectors=True,
+    forms=FORMS,
+)

@@ -12,9 +12,10 @@ float64).
 
 from __future__ import annotations
 
-from .contract import Tensor, define, nbytes, stat_dtype
+from .contract import Tensor, define, nbytes, stat_dtype, two_launches
 
 SCHEMA = "(Tensor z) -> (Tensor mean, Tensor m2)"
+FORMS = "z:~C"
 
 
 def reference(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,4 +41,14 @@ def flops(z: Tensor) -> int:
     return 3 * z.numel()
 
 
-OP = define("bn_stats", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "bn_stats",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+    launches=two_launches,
+)

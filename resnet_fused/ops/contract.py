@@ -1,8 +1,8 @@
 """What an op promises, whoever runs it.
 
 An :class:`Op` bundles the parts that every other room reads: the schema (the same string that C++ registers), the
-reference, the fake kernel, and the bytes and FLOPs the op cannot avoid. Backends run it, ``explain`` and the plan
-count with it, and one contract test checks every backend against it.
+reference, the fake kernel, the bytes and FLOPs the op cannot avoid, and every other fact of it that a room asks for.
+Backends run it, ``explain`` and the plan count with it, and one contract test checks every backend against it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,21 @@ Tensor = torch.Tensor
 DATA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def one_launch(results: list[Tensor]) -> int:
+    """Of a kernel that leaves nothing to be added up."""
+    return 1
+
+
+def two_launches(results: list[Tensor]) -> int:
+    """Of a kernel that sums over all pixels: partial sums, and a second launch that adds them."""
+    return 2
+
+
+def one_more_for_sums(results: list[Tensor]) -> int:
+    """Of a kernel whose results after the first are such sums, empty where nobody asked for them."""
+    return 2 if len(results) > 1 else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One operation: its name, schema, meaning and cost."""
@@ -32,6 +47,15 @@ class Op:
     bytes: Callable  # same arguments -> int, the memory traffic in bytes that the op must cause
     flops: Callable  # same arguments -> int
     small: bool = False  # arithmetic per channel: a backend without a kernel for it leaves it to the others
+    compiled: bool = False  # csrc/ops.cpp has its schema, csrc/cpu a kernel
+    vectors: bool = False  # the first argument is a vector in the dtype of statistics, instead of activations
+    #: What tells a call of other sizes from this one, as :mod:`..backends.selfcheck.problems` reads it; "": a kernel of
+    #: it may not come in many binaries, each of which is judged by itself.
+    forms: str = ""
+    launches: Callable = one_launch  # the results that are not empty -> kernels that a GPU starts for them
+    full_precision: bool = False  # digits cancel: its products of float32 may not be rounded to TF32
+    sums_of_rounded: bool = False  # its sums are of values rounded to the activations' dtype first, see :mod:`.lazy`
+    ulps: int = 1  # units in the last place by which a rounded activation may differ from the exact one
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
@@ -41,7 +65,7 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def define(name: str, schema: str, **parts: Callable | bool) -> Op:
+def define(name: str, schema: str, **parts: Callable | bool | int | str) -> Op:
     """Make an :class:`Op` and enter it in :data:`OPS`."""
     OPS[name] = Op(name, schema, **parts)
     return OPS[name]

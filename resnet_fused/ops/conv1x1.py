@@ -15,12 +15,22 @@ from __future__ import annotations
 import math
 
 from . import bn_stats, lazy
-from .contract import Tensor, channels_last, channels_last_strides, define, nbytes, stat_dtype, takes_arguments_of
+from .contract import (
+    Tensor,
+    channels_last,
+    channels_last_strides,
+    define,
+    nbytes,
+    one_more_for_sums,
+    stat_dtype,
+    takes_arguments_of,
+)
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, bool emit_stats=True) "
     "-> (Tensor z, Tensor mean, Tensor m2)"
 )
+FORMS = "x:~C<stride weight:KxC x_scale,x_shift:C"
 
 
 def reference(
@@ -57,4 +67,15 @@ def flops(t):
     return 2 * math.prod(lazy.strided_shape(t.x, t.weight.shape[0], t.stride)) * t.x.shape[1]
 
 
-OP = define("conv1x1", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "conv1x1",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    forms=FORMS,
+    launches=one_more_for_sums,
+    sums_of_rounded=True,
+    ulps=4,
+)

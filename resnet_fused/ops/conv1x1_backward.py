@@ -15,22 +15,17 @@ They are :mod:`.conv1x1_wgrad` and :mod:`.conv1x1_dgrad` of the same dz, whose d
 join adds to the gradient of its input follows from grad_weight: without `x_mean`, grad_x stops before the ReLU of a
 lazy x, for a `conv1x1_dgrad` without a weight to go on from.
 
-`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of
-bfloat16 and float16 (float32 and float64 by the reference alone: of float32 registers would hold half), channels_last;
-`weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32 (float64 for
-float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift, x_mean and constant,
-``[N]`` for sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at every
-call.
+`g`, `z`: ``[N, K, H, W]``, `x`, `grad_x`: ``[N, C, H, W]``, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype,
+channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32
+(float64 for float64): ``[K]`` for a, b, d, scale, shift and weight_scale, ``[C]`` for x_scale, x_shift, x_mean and
+constant, ``[N]`` for sample_factor. `grad_weight`: ``[K, C]`` and the sums in the dtype of statistics, the same bits at
+every call.
 """
 
 from __future__ import annotations
 
 from . import conv1x1_dgrad, conv1x1_wgrad, lazy
 from .contract import Tensor, channels_last_strides, define, nbytes, stat_dtype, takes_arguments_of
-
-MOST_OUTPUTS = 256  # a program has all of them: so many channels fit into the registers, with the product they make
-NARROW = 128  # on one side at least: where both are wider, arithmetic takes longer than a second read
-MOST_COUPLED = 64, 128  # inputs, which a program then has to have all too, and outputs
 
 SCHEMA = (
     "(Tensor g, Tensor weight, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
@@ -39,22 +34,7 @@ SCHEMA = (
     "Tensor? residual=None, Tensor? residual_mask=None, int[2] residual_stride=1) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor sum_dz, Tensor sum_g, Tensor sum_gx)"
 )
-
-
-def obstacles(outputs: int, inputs: int, coupled: bool) -> list[str]:
-    """Why kernels do not take a weight of these sizes; empty: they do."""
-    most_inputs, most_outputs = MOST_COUPLED
-    found = []
-    if outputs > MOST_OUTPUTS:
-        found.append(f"takes up to {MOST_OUTPUTS} output channels, not {outputs}")
-    if min(outputs, inputs) > NARROW:
-        found.append(f"takes up to {NARROW} channels on one side, not {outputs} and {inputs}")
-    if outputs > NARROW and (outputs % 8 or inputs % 8):
-        found.append(f"takes more than {NARROW} output channels if 8 divides all counts, not {outputs} and {inputs}")
-    if coupled and (inputs > most_inputs or outputs > most_outputs):
-        found.append(f"takes up to {most_inputs} input and {most_outputs} output channels under a coupling, "
-                     f"not {inputs} and {outputs}")  # fmt: skip
-    return found
+FORMS = f"{lazy.GRADIENT_FORMS} weight_scale:K weight:KxC x:~C x_scale,x_shift,x_mean:C {lazy.ADDED_FORMS}"
 
 
 def reference(
@@ -118,4 +98,20 @@ def flops(t):
     return 2 * t.g[:, 0].numel() * c * (2 * k + (0 if t.coupling is None else c))
 
 
-OP = define("conv1x1_backward", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+def launches(results) -> int:
+    """Both gradients; the sum of the weight's; where the last two results are there, their sum too."""
+    return 2 if len(results) == 3 else 3
+
+
+OP = define(
+    "conv1x1_backward",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    forms=FORMS,
+    launches=launches,
+    sums_of_rounded=True,
+    ulps=4,
+)

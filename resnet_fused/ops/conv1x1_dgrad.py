@@ -36,6 +36,7 @@ from .contract import (
     define,
     keep_from,
     nbytes,
+    one_more_for_sums,
     per_channel,
     stat_dtype,
     takes_arguments_of,
@@ -48,6 +49,7 @@ SCHEMA = (
     "Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1) "
     "-> (Tensor grad_x, Tensor sum_g, Tensor sum_gx)"
 )
+FORMS = f"{lazy.GRADIENT_FORMS} weight:KxC x:~C<x_stride x_scale,x_shift,x_mean:C {lazy.ADDED_FORMS}"
 
 
 def reference(
@@ -126,4 +128,15 @@ def flops(t):
     return 2 * t.g[:, 0].numel() * c * (k + (0 if t.coupling is None else c))
 
 
-OP = define("conv1x1_dgrad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "conv1x1_dgrad",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    forms=FORMS,
+    launches=one_more_for_sums,
+    sums_of_rounded=True,
+    ulps=4,
+)

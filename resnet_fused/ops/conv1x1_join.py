@@ -43,6 +43,10 @@ SCHEMA = (
     "Tensor? weight2=None, Tensor? scale2=None, Tensor? shift2=None, int[2] stride2=1, Tensor? sample_factor=None, "
     "bool relu=True, bool emit_mask=False) -> (Tensor out, Tensor mask)"
 )
+FORMS = (
+    "x:~C weight:KxC scale,shift,residual_scale,residual_shift,scale2,shift2:K x_scale,x_shift:C "
+    "residual:~K x2:~D<stride2 weight2:KxD sample_factor:N"
+)
 
 
 def reference(
@@ -111,4 +115,13 @@ def flops(t):
     return 2 * math.prod(_output_shape(t.x, t.weight)) * depth
 
 
-OP = define("conv1x1_join", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "conv1x1_join",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    forms=FORMS,
+    ulps=4,
+)

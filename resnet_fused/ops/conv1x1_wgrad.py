@@ -15,13 +15,14 @@ of statistics, the same bits at every call. With a masked gradient as dz, both a
 from __future__ import annotations
 
 from . import lazy
-from .contract import Tensor, define, nbytes, stat_dtype, takes_arguments_of
+from .contract import Tensor, define, nbytes, stat_dtype, takes_arguments_of, two_launches
 
 SCHEMA = (
     "(Tensor g, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
     "Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x_scale=None, Tensor? x_shift=None, "
     "int[2] stride=1) -> (Tensor grad_weight, Tensor sum_g)"
 )
+FORMS = f"{lazy.GRADIENT_FORMS} x:~C<stride x_scale,x_shift:C"
 
 
 def reference(
@@ -64,4 +65,15 @@ def flops(t):
     return 2 * t.g.numel() * t.x.shape[1]
 
 
-OP = define("conv1x1_wgrad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "conv1x1_wgrad",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    forms=FORMS,
+    launches=two_launches,
+    sums_of_rounded=True,
+    ulps=4,
+)

@@ -80,7 +80,15 @@ def flops(x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), d
     return 2 * math.prod(output_shape(x.shape, weight.shape, stride, padding, dilation)) * weight[0].numel()
 
 
-OP = define("conv_add_relu", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "conv_add_relu",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    ulps=4,
+)
 
 
 INPLACE_SCHEMA = (
@@ -127,6 +135,7 @@ def inplace_flops(
 INPLACE_OP = define(
     "conv_add_relu_",
     INPLACE_SCHEMA,
+    ulps=4,
     reference=inplace_reference,
     fake=inplace_fake,
     bytes=inplace_bytes,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, define, nbytes
+from .contract import Tensor, define, nbytes, two_launches
 
 SCHEMA = "(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor grad_w"
 
@@ -39,4 +39,14 @@ def flops(grad, x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     return 2 * grad.numel() * weight[0].numel()
 
 
-OP = define("conv_weight_grad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "conv_weight_grad",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    launches=two_launches,
+    ulps=4,
+)

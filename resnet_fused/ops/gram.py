@@ -15,11 +15,12 @@ when \\|mean\\| >> std. `a`: ``[N, C, H, W]`` float32, bfloat16, float16 (float6
 from __future__ import annotations
 
 from . import lazy
-from .contract import Tensor, define, nbytes, per_channel
+from .contract import Tensor, define, nbytes, per_channel, two_launches
 
 SCHEMA = (
     "(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) -> (Tensor gram, Tensor total)"
 )
+FORMS = "a:~C<stride centre,scale,shift:C"
 
 
 def reference(
@@ -47,4 +48,15 @@ def flops(a, centre, scale=None, shift=None, stride=(1, 1)):
     return lazy.pixels(a, stride).numel() * (a.shape[1] + 1)
 
 
-OP = define("gram", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "gram",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+    launches=two_launches,
+    sums_of_rounded=True,
+)

@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, define, nbytes
+from .contract import Tensor, define, nbytes, two_launches
 
 SCHEMA = (
     "(Tensor weight, Tensor product, Tensor gram, Tensor total, Tensor centre, Tensor sum_g, Tensor scale, "
     "Tensor rstd, Tensor a) -> (Tensor grad_weight, Tensor grad_gamma, Tensor coupling, Tensor constant)"
 )
+FORMS = "weight:KxC product:K*C gram:C*C total,centre:C sum_g,scale,rstd:K a:~A"
 
 
 def reference(
@@ -94,4 +95,16 @@ def flops(weight, product, gram, total, centre, sum_g, scale, rstd, a):
     return 2 * k * c * c + k * c * (c + 1)
 
 
-OP = define("gram_grad", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, small=True)
+OP = define(
+    "gram_grad",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    small=True,
+    compiled=True,
+    forms=FORMS,
+    launches=two_launches,
+    full_precision=True,
+)

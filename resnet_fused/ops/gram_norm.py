@@ -22,6 +22,7 @@ import torch
 from .contract import Tensor, define, nbytes
 
 SCHEMA = "(Tensor weight, Tensor gram, Tensor total, Tensor centre, Tensor a) -> (Tensor mean, Tensor m2)"
+FORMS = "weight:KxC gram:C*C total,centre:C a:~A"
 
 
 def reference(weight: Tensor, gram: Tensor, total: Tensor, centre: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,4 +54,15 @@ def flops(weight, gram, total, centre, a):
     return 2 * k * c * (c + 2)
 
 
-OP = define("gram_norm", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, small=True)
+OP = define(
+    "gram_norm",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    small=True,
+    compiled=True,
+    forms=FORMS,
+    full_precision=True,
+)

@@ -20,6 +20,10 @@ import torch
 
 from .contract import Tensor, keep_from, nbytes, per_channel, per_sample, stat_dtype
 
+#: Of a lazy gradient's arguments, and of what is added to the gradient of an input: see :attr:`.contract.Op.forms`.
+GRADIENT_FORMS = "g,z:~K mask:!K a,b,d,scale,shift:K sample_factor:N"
+ADDED_FORMS = "residual:~C>residual_stride residual_mask:!C>residual_stride coupling:CxC constant:C"
+
 
 def activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """``x^``, rounded to the dtype of `x`."""

@@ -21,6 +21,7 @@ SCHEMA = (
     "(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, Tensor? shift=None, "
     "Tensor? sample_factor=None) -> Tensor dz"
 )
+FORMS = "g,z:~C a,b,d,scale,shift:C sample_factor:N"
 
 
 def reference(
@@ -68,7 +69,16 @@ def flops(g, z, a, b=None, d=None, scale=None, shift=None, sample_factor=None):
     return g.numel() * (1 + 3 * (b is not None) + 2 * (scale is not None) + (sample_factor is not None))
 
 
-OP = define("lazy_grad_apply", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "lazy_grad_apply",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+)
 
 
 INPLACE_SCHEMA = SCHEMA.replace("(Tensor g", "(Tensor(a!) g").replace("-> Tensor dz", "-> ()")
@@ -83,5 +93,11 @@ def inplace_fake(g: Tensor, *args, **kwargs) -> None:
 
 
 INPLACE_OP = define(
-    "lazy_grad_apply_", INPLACE_SCHEMA, reference=inplace_reference, fake=inplace_fake, bytes=bytes, flops=flops
+    "lazy_grad_apply_",
+    INPLACE_SCHEMA,
+    reference=inplace_reference,
+    fake=inplace_fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
 )

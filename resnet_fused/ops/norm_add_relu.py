@@ -35,6 +35,7 @@ SCHEMA = (
     "Tensor? residual_shift=None, Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) "
     "-> (Tensor out, Tensor mask)"
 )
+FORMS = "z,residual:~C scale,shift,residual_scale,residual_shift:C sample_factor:N"
 
 
 def reference(
@@ -109,4 +110,13 @@ def flops(
     return z.numel() * (per_element + (sample_factor is not None) + bool(relu))
 
 
-OP = define("norm_add_relu", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "norm_add_relu",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+)

@@ -29,6 +29,7 @@ from .contract import (
     define,
     keep_from,
     nbytes,
+    one_more_for_sums,
     per_channel,
     per_sample,
     stat_dtype,
@@ -41,6 +42,7 @@ SCHEMA = (
     "bool relu=True, bool emit_grad=True) "
     "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)"
 )
+FORMS = "grad_out,z,residual:~C mean,scale,shift,residual_mean:C mask:!C sample_factor:N"
 
 
 def reference(
@@ -114,4 +116,14 @@ def flops(t):
     return t.grad_out.numel() * (1 + 3 * (t.z is not None) + 4 * (t.residual is not None) + recompute)
 
 
-OP = define("norm_add_relu_backward", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "norm_add_relu_backward",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+    launches=one_more_for_sums,
+)

@@ -22,6 +22,7 @@ SCHEMA = (
     "(Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) "
     "-> (Tensor out, Tensor index)"
 )
+FORMS = "z:~C scale,shift:C"
 
 MAX_PLACES = 255  # of a window: places are uint8
 
@@ -86,4 +87,13 @@ def flops(z, scale, shift, kernel=(3, 3), stride=(2, 2), padding=(1, 1)):
     return 3 * z.numel() + n * c * h * w * kernel[0] * kernel[1]
 
 
-OP = define("norm_relu_pool", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "norm_relu_pool",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+)

@@ -20,6 +20,7 @@ SCHEMA = (
     "(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, "
     "int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz"
 )
+FORMS = "grad_out,index:^C z:~C a,b,d,scale,shift:C"
 
 
 def reference(
@@ -69,4 +70,13 @@ def flops(grad_out, index, z, a, b, d, scale, shift, kernel=(3, 3), stride=(2, 2
     return gather_flops(grad_out, z, kernel) + z.numel() * (1 + 3 * (b is not None))
 
 
-OP = define("norm_relu_pool_apply", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "norm_relu_pool_apply",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+)

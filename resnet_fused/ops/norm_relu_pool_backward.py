@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, define, nbytes, per_channel, stat_dtype
+from .contract import Tensor, define, nbytes, per_channel, stat_dtype, two_launches
 from .norm_relu_pool import pooled_shape
 
 SCHEMA = (
     "(Tensor grad_out, Tensor index, Tensor z, Tensor mean, Tensor scale, Tensor shift, int[2] kernel=3, "
     "int[2] stride=2, int[2] padding=1) -> (Tensor sum_g, Tensor sum_gz)"
 )
+FORMS = "grad_out,index:^C z:~C mean,scale,shift:C"
 
 
 def gradient(grad_out, index, z, scale, shift, kernel, stride, padding) -> Tensor:
@@ -99,4 +100,14 @@ def flops(grad_out, index, z, mean, scale, shift, kernel=(3, 3), stride=(2, 2), 
     return gather_flops(grad_out, z, kernel) + 4 * z.numel()
 
 
-OP = define("norm_relu_pool_backward", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops)
+OP = define(
+    "norm_relu_pool_backward",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    forms=FORMS,
+    launches=two_launches,
+)

@@ -24,6 +24,7 @@ SCHEMA = (
     "(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? bias, float eps) -> "
     "(Tensor own_mean, Tensor rstd, Tensor scale, Tensor shift)"
 )
+FORMS = "mean,var,gamma,beta,bias:C"
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -55,4 +56,13 @@ def flops(mean, var, gamma, beta, bias, eps):
     return 7 * mean.numel()
 
 
-OP = define("running_affine", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, small=True)
+OP = define(
+    "running_affine",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    small=True,
+    forms=FORMS,
+)

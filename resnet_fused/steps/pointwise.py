@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import run
-from ..ops import conv1x1_backward
+from ..backends import run, soundness
 from .batch_norm import Affine, Coefficients, Statistics, batch_affine, coefficients, running_affine
 from .lazy import Lazy, LazyGrad
 from .spec import Step, StepGrads, StepTensors
@@ -38,7 +37,7 @@ def serves(step: Step, tensors: StepTensors) -> bool:
 
 def narrow(step: Step, weight: Tensor, coupled: bool = False) -> bool:
     """Whether one pass over the gradient can make both of the step's. `coupled`: and add another path's correction."""
-    return step.conv.stride == (1, 1) and not conv1x1_backward.obstacles(*weight.shape[:2], coupled)
+    return step.conv.stride == (1, 1) and soundness.takes("conv1x1_backward", *weight.shape[:2], coupled)
 
 
 def parts(value: Value) -> tuple[Tensor, Tensor | None, Tensor | None]:

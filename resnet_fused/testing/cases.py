@@ -6,14 +6,16 @@ the same in every arithmetic. Statistics and products get normal deviates.
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import pathlib
 from collections.abc import Iterator
 
 import torch
 
 from ..backends.selfcheck.draws import Case, Draw
 from ..ops.contract import channels_last_strides, pack_mask
-from . import conv1x1_cases, conv1x1_gradient_cases, gram_cases, pool_cases, vector_cases
+from . import conv1x1_cases
 
 Tensor = torch.Tensor
 
@@ -221,10 +223,9 @@ def conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
 
 _CASES = {f.__name__: f for f in (bn_stats, norm_add_relu, norm_add_relu_backward, lazy_grad_apply, gram)}
 _CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_, conv_weight_grad)}
-_CASES |= conv1x1_cases.CASES | conv1x1_gradient_cases.CASES
-_CASES |= gram_cases.CASES | vector_cases.CASES
-_CASES |= pool_cases.CASES
 _CASES["lazy_grad_apply_"] = lazy_grad_apply
+for _file in sorted(pathlib.Path(__file__).parent.glob("*_cases.py")):  # every one has a table of its own
+    _CASES |= importlib.import_module(f".{_file.stem}", __package__).CASES
 
 
 def _exact(value):

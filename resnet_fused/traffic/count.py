@@ -44,11 +44,6 @@ BATCH_NORM_BACKWARD = {
 _OVERWRITES = {aten.copy_, aten.zero_, aten.fill_, aten.bernoulli_, aten.normal_, aten.uniform_}
 _FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach}
 _OWN = ("resnet_fused", "resnet_fused_auto", "resnet_fused_triton")
-#: Kernels of our ops that sum over all pixels: partial sums, and a second launch that adds them. The others are one.
-_SUMS_ALWAYS = ("bn_stats", "gram", "gram_grad", "conv1x1_wgrad", "conv_weight_grad", "norm_relu_pool_backward")
-_FULL = ("gram_norm", "gram_grad")  # ops on small matrices whose digits cancel
-_SUMS_IF_ASKED = ("conv1x1", "conv1x1_dgrad", "norm_add_relu_backward")  # results after the first that are not empty
-_BOTH = "conv1x1_backward"  # a second launch for the weight's gradient, a third where the last two results are there
 
 
 class Traffic:
@@ -111,11 +106,10 @@ def own_operation(func, args, kwargs, out) -> Operation:
     """One of this package's ops, by its own contract."""
     name = func._schema.name.split("::")[1]
     arguments = {key: value for key, value in kwargs.items() if key != "backend"}
-    results = [t for t in tensors(out) if t.numel()]
-    launches = 2 if name in _SUMS_ALWAYS or (name in _SUMS_IF_ASKED and len(results) > 1) else 1
-    launches = launches if name != _BOTH else 2 if len(results) == 3 else 3
-    counted = OPS[name].bytes(*args, **arguments), OPS[name].flops(*args, **arguments)
-    return Operation(name, *counted, data_dtype(args, kwargs, out), launches, name in _FULL)
+    op = OPS[name]
+    launches = op.launches([t for t in tensors(out) if t.numel()])
+    counted = op.bytes(*args, **arguments), op.flops(*args, **arguments)
+    return Operation(name, *counted, data_dtype(args, kwargs, out), launches, op.full_precision)
 
 
 def operation(func, args, kwargs, out) -> Operation:

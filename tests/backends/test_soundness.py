@@ -1,5 +1,6 @@
 """What the plan is told of kernels: missing, unavailable, of another dtype, failed, and mended again."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -91,6 +92,33 @@ def test_a_gpu_that_need_not_be_there():
     assert lacking(*room.OPS, dtype=torch.bfloat16, device=None) == ""
     assert lacking("conv1x1", dtype=torch.float64, device=None) == "conv1x1"
     assert lacking("conv_add_relu", dtype=torch.bfloat16, device=None) == "conv_add_relu"
+
+
+def narrow(outputs, inputs, coupled):
+    return ["is too wide"] if max(outputs, inputs) > (4 if coupled else 8) else []
+
+
+def test_widths_are_those_of_a_declared_kernel(only):
+    """Also where it cannot run: a plan may be for another machine. The reference, which takes all, is no kernel."""
+    injected = only("conv1x1_backward")
+    kernels = injected.backend.kernels
+    assert soundness.takes("conv1x1_backward", 512, 512) and not soundness.takes("conv1x1", 1, 1)
+    kernels["conv1x1_backward"] = dataclasses.replace(kernels["conv1x1_backward"], widths=narrow)
+    injected.backend.unavailable = "there is no GPU"
+    assert soundness.takes("conv1x1_backward", 8, 8) and not soundness.takes("conv1x1_backward", 9, 8)
+    assert soundness.takes("conv1x1_backward", 4, 4, True) and not soundness.takes("conv1x1_backward", 8, 8, True)
+
+
+def test_a_graph_asks_for_widths_while_it_is_traced(only):
+    injected = only("conv1x1_backward")
+    kernels = injected.backend.kernels
+    kernels["conv1x1_backward"] = dataclasses.replace(kernels["conv1x1_backward"], widths=narrow)
+
+    def double_if_narrow(x):
+        return 2 * x if soundness.takes("conv1x1_backward", *x.shape[:2]) else x
+
+    compiled = torch.compile(double_if_narrow, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(8, 8)).sum() == 128 and compiled(torch.ones(8, 9)).sum() == 72
 
 
 def test_a_graph_asks_while_it_is_traced(only):

@@ -33,6 +33,19 @@ def test_not_installed(monkeypatch, with_gpu):
         backend.kernels["bn_stats"].run(torch.ones(1, 1, 1, 1))
 
 
+def test_without_triton_the_kernels_are_declared_as_with_it(monkeypatch, with_gpu):
+    """So that a plan for a GPU that is not there does not depend on whether Triton is."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernels = room.kernels()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    refused = room.declare().kernels
+
+    def declared(kernel):
+        return kernel.dtypes, kernel.unsupported, kernel.widths
+
+    assert {op: declared(kernel) for op, kernel in refused.items()} == {op: declared(k) for op, k in kernels.items()}
+
+
 def test_too_old(monkeypatch, with_gpu):
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.5.1+git1"))
     assert room.why_not() == "Triton 3.5.1+git1 is too old; pip install 'triton>=3.6'"

@@ -8,12 +8,13 @@ import torch
 
 import build_support
 from resnet_fused.backends import Backend, Kernel
-from resnet_fused.backends.cuda import CUDA_OPS, layout_reasons
+from resnet_fused.backends.cuda import layout_reasons
 from resnet_fused.ops import DATA_DTYPES, OPS
 from resnet_fused.testing import cases, check, poisoned_allocations
 
 pytestmark = on_cpu.needed
 NAMESPACE = "resnet_fused_cuda_on_cpu"
+CUDA_OPS = sorted(path.stem for path in (on_cpu.HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
 
 
 @pytest.fixture(scope="module")

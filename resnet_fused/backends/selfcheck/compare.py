@@ -46,21 +46,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-#: Ops whose sums are of values that were rounded to the activations' dtype first, see `ops.lazy`.
-SUMS_OF_ROUNDED = ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "conv1x1_backward", "gram")
-
-
 def allowed_error(op: str, dtype: torch.dtype, result: Tensor) -> float:
-    """One unit in the last place for a rounded result and for sums of rounded values, four for a convolution's.
-
-    And float32's noise in sums.
-    """
+    """The op's units in the last place for a rounded result, one for sums of rounded values; and noise in all sums."""
     if dtype == torch.float64:
         return 1e-10  # no reference is more exact; what a float32 shortcut would cost is far above
     noise = 64 * torch.finfo(stat_dtype(dtype)).eps
     if result.dtype != dtype or result.dim() != 4:
-        return noise + (torch.finfo(dtype).eps if op in SUMS_OF_ROUNDED else 0.0)
-    return noise + (4 if op.startswith("conv") else 1) * torch.finfo(dtype).eps
+        return noise + (torch.finfo(dtype).eps if OPS[op].sums_of_rounded else 0.0)
+    return noise + OPS[op].ulps * torch.finfo(dtype).eps
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

@@ -1,8 +1,14 @@
 """A call of an op as a problem of any size: which of its arguments' dimensions are one, and values for all of them.
 
-A self-check makes of a real call a small one that runs the same binaries. :data:`FORMS` says how the arguments of an op
-hang together; a :class:`Problem` is a call in these terms, from which arguments of other sizes can be made, on the
-meta device to see what they would start, or with values on a coarse grid (:mod:`.draws`).
+A self-check makes of a real call a small one that runs the same binaries. An op's ``forms`` say how its arguments hang
+together; a :class:`Problem` is a call in these terms, from which arguments of other sizes can be made, on the meta
+device to see what they would start, or with values on a coarse grid (:mod:`.draws`).
+
+The language of ``forms``: names of tensors and their form. With letters for numbers of channels: ``C`` a vector,
+``KxC`` the weight of a 1x1 convolution, ``K*C`` a matrix, ``~C`` activations on the op's pixels, ``!C`` their packed
+bits (or activations that stand for them), ``^C`` what a pool leaves of them. ``<stride``: of more pixels, read at the
+stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample. What only lends its
+pixels has a letter of its own.
 """
 
 from __future__ import annotations
@@ -22,35 +28,6 @@ from .lazy_cases import GramJoin, PoolDraw
 Tensor = torch.Tensor
 Grid = tuple[int, int, int]  # samples, height and width
 
-#: By op: names of tensors and their form. With letters for numbers of channels: ``C`` a vector, ``KxC`` the weight of a
-#: 1x1 convolution, ``K*C`` a matrix, ``~C`` activations on the op's pixels, ``!C`` their packed bits (or activations
-#: that stand for them), ``^C`` what a pool leaves of them. ``<stride``: of more pixels, read at the stride of that
-#: name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample. What only lends its pixels has a
-#: letter of its own.
-_LAZY = "g,z:~K mask:!K a,b,d,scale,shift:K sample_factor:N"
-_ADDED = "residual:~C>residual_stride residual_mask:!C>residual_stride coupling:CxC constant:C"
-FORMS = {
-    "bn_stats": "z:~C",
-    "bn_affine": "mean,m2,gamma,beta:C z:~Z",
-    "running_affine": "mean,var,gamma,beta,bias:C",
-    "bn_coefficients": "sum_g,sum_gz,mean,rstd,scale:C z:~Z",
-    "norm_add_relu": "z,residual:~C scale,shift,residual_scale,residual_shift:C sample_factor:N",
-    "norm_add_relu_backward": "grad_out,z,residual:~C mean,scale,shift,residual_mean:C mask:!C sample_factor:N",
-    "lazy_grad_apply": "g,z:~C a,b,d,scale,shift:C sample_factor:N",
-    "gram": "a:~C<stride centre,scale,shift:C",
-    "gram_norm": "weight:KxC gram:C*C total,centre:C a:~A",
-    "gram_grad": "weight:KxC product:K*C gram:C*C total,centre:C sum_g,scale,rstd:K a:~A",
-    "conv1x1": "x:~C<stride weight:KxC x_scale,x_shift:C",
-    "conv1x1_join": "x:~C weight:KxC scale,shift,residual_scale,residual_shift,scale2,shift2:K x_scale,x_shift:C "
-    "residual:~K x2:~D<stride2 weight2:KxD sample_factor:N",
-    "conv1x1_dgrad": f"{_LAZY} weight:KxC x:~C<x_stride x_scale,x_shift,x_mean:C {_ADDED}",
-    "conv1x1_wgrad": f"{_LAZY} x:~C<stride x_scale,x_shift:C",
-    "conv1x1_backward": f"{_LAZY} weight_scale:K weight:KxC x:~C x_scale,x_shift,x_mean:C {_ADDED}",
-    "norm_relu_pool": "z:~C scale,shift:C",
-    "norm_relu_pool_backward": "grad_out,index:^C z:~C mean,scale,shift:C",
-    "norm_relu_pool_apply": "grad_out,index:^C z:~C a,b,d,scale,shift:C",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -64,9 +41,9 @@ class Form:
 
 @functools.cache
 def forms(op: str) -> dict[str, Form]:
-    """The forms of an op's tensors by name, from :data:`FORMS`."""
+    """The forms of an op's tensors by name."""
     found = {}
-    for entry in FORMS[op].split():
+    for entry in OPS[op].forms.split():
         names, _, text = entry.partition(":")
         if text == "N":
             form = Form("samples", "")

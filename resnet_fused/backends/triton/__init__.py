@@ -8,34 +8,17 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pkgutil
 
 import torch
 
-from ...ops import DATA_DTYPES
+from ... import ops
 from ..declaration import Backend, Kernel, check_complete
-from . import checks
+from . import limits
 
 MINIMUM = (3, 6)
-OPS = (
-    "bn_stats",
-    "bn_affine",
-    "bn_coefficients",
-    "running_affine",
-    "norm_add_relu",
-    "norm_add_relu_backward",
-    "lazy_grad_apply",
-    "norm_relu_pool",
-    "norm_relu_pool_backward",
-    "norm_relu_pool_apply",
-    "gram_norm",
-    "gram_grad",
-    "gram",
-    "conv1x1_dgrad",
-    "conv1x1",
-    "conv1x1_join",
-    "conv1x1_wgrad",
-    "conv1x1_backward",
-)
+#: A file that has an op's name is its kernel; the others here are what kernels share.
+OPS = tuple(file.name for file in pkgutil.iter_modules(__path__) if file.name in ops.OPS)
 
 
 def missing_triton() -> str:
@@ -76,7 +59,7 @@ def declare() -> Backend:
     reason = why_not()
     if reason:
         run = functools.partial(refuse, reason)
-        refused = {name: Kernel(run, DATA_DTYPES, checks.unsupported, needs_selfcheck=True) for name in OPS}
+        refused = {name: Kernel(run, **vars(limits.of(ops.OPS[name])), needs_selfcheck=True) for name in OPS}
         return Backend("triton", ("cuda",), refused, unavailable=reason)
     interpreting = importlib.import_module(".common", __name__).INTERPRETING
     return Backend("triton", ("cuda", "cpu") if interpreting else ("cuda",), dict(kernels()))

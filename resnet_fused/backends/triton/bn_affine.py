@@ -15,7 +15,6 @@ import triton.language as tl
 
 from ...ops import bn_affine as op
 from ...ops.contract import Tensor
-from ..declaration import no_reasons
 from . import checks, common
 from .common import widen
 
@@ -78,4 +77,4 @@ def run(mean: Tensor, m2: Tensor, gamma: Tensor | None, beta: Tensor | None, z: 
     return results
 
 
-KERNEL = common.register(op.OP, run, (torch.float32,), no_reasons)
+KERNEL = common.register(op.OP, run)

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from ...ops import bn_coefficients as op
 from ...ops.contract import Tensor
-from ..declaration import no_reasons
 from . import checks, common
 
 BLOCK_C = 128
@@ -56,4 +55,4 @@ def run(
     return results
 
 
-KERNEL = common.register(op.OP, run, (torch.float32,), no_reasons)
+KERNEL = common.register(op.OP, run)

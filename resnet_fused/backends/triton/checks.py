@@ -1,4 +1,4 @@
-"""Argument checks of the Triton ops, worded as `csrc/check.h` words them: what came, what is accepted, what to do.
+"""Argument checks of the Triton ops, worded as `csrc/checks` words them: what came, what is accepted, what to do.
 
 A kernel trusts shapes, dtypes, devices and strides after its check: a wrong one would read out of bounds.
 """

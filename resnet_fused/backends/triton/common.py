@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 
 from ...ops import Op
-from ...ops.contract import DATA_DTYPES, Tensor
+from ...ops.contract import Tensor
 from .. import cards
 from ..declaration import Kernel
-from . import checks, trace
+from . import limits, trace
 
 #: True where TRITON_INTERPRET=1 was set before Triton was imported: kernels run on CPU tensors, in numpy.
 INTERPRETING: bool = bool(triton.knobs.runtime.interpret)
@@ -134,13 +134,8 @@ def mode(dtype: torch.dtype) -> str:
     return precision(dtype) if dtype == torch.float32 else ""
 
 
-def register(
-    op: Op, run: Callable, dtypes: tuple[torch.dtype, ...] = DATA_DTYPES, unsupported=checks.unsupported
-) -> Kernel:
-    """Make `run` an op of its own in the dispatcher, opaque to torch.compile, and declare it.
-
-    `dtypes`: of the op's first argument. `unsupported`: see :class:`..declaration.Kernel`.
-    """
+def register(op: Op, run: Callable) -> Kernel:
+    """Make `run` an op of its own in the dispatcher, opaque to torch.compile, and declare it within its limits."""
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(op.name + op.schema, tags=tags)
     _library.impl(op.name, run, "CUDA")
@@ -150,7 +145,12 @@ def register(
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
     launches = functools.partial(trace.launches, run)
     return Kernel(
-        overload, dtypes, unsupported, needs_selfcheck=True, build=build_identity(), launches=launches, mode=mode
+        overload,
+        **vars(limits.of(op)),
+        needs_selfcheck=True,
+        build=build_identity(),
+        launches=launches,
+        mode=mode,
     )
 
 

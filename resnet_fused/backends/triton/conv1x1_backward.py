@@ -20,7 +20,7 @@ import triton.language as tl
 from ...ops import conv1x1_backward as op
 from ...ops.contract import Tensor, channels_last_strides, nbytes
 from .. import cards
-from . import checks, common, configs, conv1x1_wgrad, gemm, splits
+from . import checks, common, configs, conv1x1_wgrad, gemm, limits, splits
 from .common import first_row, load_factor, narrow, rows_in, widen
 from .conv1x1_wgrad import fold_rows
 from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
@@ -199,7 +199,7 @@ def run(
     checks.vector(NAME, "x_mean", x_mean, grad_x)
     if summed and x_scale is None:
         checks.fail(NAME, "got x_mean without x_scale; pass x_scale and x_shift too")
-    for reason in op.obstacles(k, c, coupling is not None):
+    for reason in limits.narrow_weight(k, c, coupling is not None):
         checks.fail(NAME, reason)
     vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
     grad_weight, sum_dz = vector((k, c), dtype=torch.float32), vector(k, dtype=torch.float32)
@@ -216,11 +216,4 @@ def run(
     return grad_x, grad_weight, sum_dz, *sums
 
 
-def unsupported(g: Tensor, weight: Tensor, x: Tensor, *args, **kwargs) -> list[str]:
-    """Reasons against a case, for dispatch."""
-    arguments = op.arguments(g, weight, x, *args, **kwargs)
-    reasons = op.obstacles(*weight.shape[:2], arguments.coupling is not None) if weight.dim() == 4 else []
-    return reasons + checks.unsupported(g, weight, x, *args, **kwargs)
-
-
-KERNEL = common.register(op.OP, run, dtypes=(torch.bfloat16, torch.float16), unsupported=unsupported)
+KERNEL = common.register(op.OP, run)

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from ...ops import running_affine as op
 from ...ops.contract import DATA_DTYPES, Tensor
-from ..declaration import no_reasons
 from . import checks, common
 from .common import widen
 
@@ -65,4 +64,4 @@ def run(
     return results
 
 
-KERNEL = common.register(op.OP, run, DATA_DTYPES, no_reasons)
+KERNEL = common.register(op.OP, run)

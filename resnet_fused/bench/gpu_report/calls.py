@@ -26,7 +26,7 @@ def drawn(call: Call, generator: torch.Generator) -> tuple:
     """Arguments for a real call on the device of `generator`, drawn anew; all of them by position."""
     window = math.prod(dict(call.arguments).get("kernel") or (3, 3))
     given = {n: draw(v, generator, window) if isinstance(v, Spec) else v for n, v in call.arguments}
-    if call.op.startswith("gram_"):
+    if "gram" in given:
         consistent_gram(given, generator)
     return tuple(given.values())
 

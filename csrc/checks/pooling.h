@@ -1,9 +1,10 @@
-// Argument errors of the ops that pool, as check.h words them; what stock refuses too, in stock's words.
+// What the ops that pool check alike; what stock refuses too, in stock's words.
 #pragma once
 
 #include <array>
+#include <vector>
 
-#include "check.h"
+#include "common.h"
 
 namespace resnet_fused {
 
@@ -46,16 +47,6 @@ inline std::array<int64_t, 2> check_pooling(const char* op, const Tensor& z, con
   return size;
 }
 
-inline void check_norm_relu_pool(const Tensor& z, const Tensor& scale, const Tensor& shift,
-                                 const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding) {
-  const char* op = "norm_relu_pool";
-  check_data(op, "z", z);
-  check_vector(op, "scale", scale, z);
-  check_vector(op, "shift", shift, z);
-  check_pooling(op, z, kernel, stride, padding);
-}
-
 // Two tensors of the shape of the pooled z: the gradient there, and the uint8 places that norm_relu_pool gave.
 inline void check_pooled_gradient(const char* op, const Tensor& grad_out, const Tensor& index, const Tensor& z,
                                   const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
@@ -78,29 +69,6 @@ inline void check_pooled_gradient(const char* op, const Tensor& grad_out, const 
     }
     check_layout(op, name, t);
   }
-}
-
-inline void check_norm_relu_pool_backward(const Tensor& grad_out, const Tensor& index, const Tensor& z,
-                                          const Tensor& mean, const Tensor& scale, const Tensor& shift,
-                                          const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                          const std::vector<int64_t>& padding) {
-  const char* op = "norm_relu_pool_backward";
-  check_pooled_gradient(op, grad_out, index, z, kernel, stride, padding);
-  check_vector(op, "mean", mean, z);
-  check_vector(op, "scale", scale, z);
-  check_vector(op, "shift", shift, z);
-}
-
-inline void check_norm_relu_pool_apply(const Tensor& grad_out, const Tensor& index, const Tensor& z, const Tensor& a,
-                                       const OptionalTensor& b, const OptionalTensor& d, const Tensor& scale,
-                                       const Tensor& shift, const std::vector<int64_t>& kernel,
-                                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  const char* op = "norm_relu_pool_apply";
-  check_pooled_gradient(op, grad_out, index, z, kernel, stride, padding);
-  check_vector(op, "a", a, z);
-  check_pair(op, "b", b, "d", d, z);
-  check_vector(op, "scale", scale, z);
-  check_vector(op, "shift", shift, z);
 }
 
 }  // namespace resnet_fused

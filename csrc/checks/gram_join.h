@@ -1,7 +1,9 @@
-// Argument errors of the ops on a Gram join's small matrices, as check.h words them.
+// What the ops on a Gram join's small matrices check alike.
 #pragma once
 
-#include "check.h"
+#include <vector>
+
+#include "common.h"
 
 namespace resnet_fused {
 
@@ -38,23 +40,6 @@ inline void check_gram_join(const char* op, const Tensor& weight, const Tensor& 
   if (a.dim() != 4) {
     fail(op, ": a has shape ", shape_of(a), "; pass a [N, C, H, W] tensor of as many pixels as gram was made from");
   }
-}
-
-inline void check_gram_norm(const Tensor& weight, const Tensor& gram, const Tensor& total, const Tensor& centre,
-                            const Tensor& a) {
-  check_gram_join("gram_norm", weight, gram, total, centre, a);
-}
-
-inline void check_gram_grad(const Tensor& weight, const Tensor& product, const Tensor& gram, const Tensor& total,
-                            const Tensor& centre, const Tensor& sum_g, const Tensor& scale, const Tensor& rstd,
-                            const Tensor& a) {
-  const char* op = "gram_grad";
-  check_gram_join(op, weight, gram, total, centre, a);
-  const int64_t K = weight.size(0);
-  check_statistics(op, "product", product, {K, weight.size(1)}, weight);
-  check_statistics(op, "sum_g", sum_g, {K}, weight);
-  check_statistics(op, "scale", scale, {K}, weight);
-  check_statistics(op, "rstd", rstd, {K}, weight);
 }
 
 }  // namespace resnet_fused

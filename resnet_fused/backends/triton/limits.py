@@ -1,0 +1,63 @@
+"""What the Triton kernels take, whatever else a call has: their declarations, as far as they do not need Triton.
+
+So that where Triton is missing a plan for a GPU that is not there is the one that would be made beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ...ops import DATA_DTYPES, Op, conv1x1_backward
+from ..declaration import no_reasons
+from . import checks
+
+Tensor = torch.Tensor
+
+# Of conv1x1_backward:
+MOST_OUTPUTS = 256  # a program has all of them: so many channels fit into the registers, with the product they make
+NARROW = 128  # on one side at least: where both are wider, arithmetic takes longer than a second read
+MOST_COUPLED = 64, 128  # inputs, which a program then has to have all too, and outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Fields of a :class:`..declaration.Kernel`."""
+
+    dtypes: tuple[torch.dtype, ...] = DATA_DTYPES
+    unsupported: Callable = checks.unsupported
+    widths: Callable = no_reasons
+
+
+def narrow_weight(outputs: int, inputs: int, coupled: bool) -> list[str]:
+    """Reasons against a weight of these sizes in `conv1x1_backward`."""
+    most_inputs, most_outputs = MOST_COUPLED
+    found = []
+    if outputs > MOST_OUTPUTS:
+        found.append(f"takes up to {MOST_OUTPUTS} output channels, not {outputs}")
+    if min(outputs, inputs) > NARROW:
+        found.append(f"takes up to {NARROW} channels on one side, not {outputs} and {inputs}")
+    if outputs > NARROW and (outputs % 8 or inputs % 8):
+        found.append(f"takes more than {NARROW} output channels if 8 divides all counts, not {outputs} and {inputs}")
+    if coupled and (inputs > most_inputs or outputs > most_outputs):
+        found.append(f"takes up to {most_inputs} input and {most_outputs} output channels under a coupling, "
+                     f"not {inputs} and {outputs}")  # fmt: skip
+    return found
+
+
+def both_gradients(*args, **kwargs) -> list[str]:
+    """Reasons against a call of `conv1x1_backward`."""
+    call = conv1x1_backward.arguments(*args, **kwargs)
+    reasons = narrow_weight(*call.weight.shape[:2], call.coupling is not None) if call.weight.dim() == 4 else []
+    return reasons + checks.unsupported(*args, **kwargs)
+
+
+#: Of float32, registers would hold half.
+_OTHERS = {"conv1x1_backward": Limits((torch.bfloat16, torch.float16), both_gradients, narrow_weight)}
+
+
+def of(op: Op) -> Limits:
+    """What the kernel of `op` takes: activations in channels_last, unless it says otherwise here."""
+    return Limits((torch.float32,), no_reasons) if op.vectors else _OTHERS.get(op.name, Limits())

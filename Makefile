@@ -46,7 +46,7 @@ abi: build $(if $(findstring .venv-abi,$(ABI_PYTHON)),.venv-abi/.torch)
 
 # Register counts are of $(TRITON), for which tiles were chosen; an older one spills a few.
 oldest-triton: build .triton-oldest/.installed
-	PYTHONPATH=$(CURDIR)/.triton-oldest $(PY) -m pytest tests/backends/test_triton_compile.py -k 'not spills'
+	PYTHONPATH=$(CURDIR)/.triton-oldest $(PY) -m pytest tests/triton/test_triton_compile.py -k 'not spills'
 
 .triton-oldest/.installed:
 	$(PY) -m pip install --no-deps --target .triton-oldest $(OLDEST_TRITON)

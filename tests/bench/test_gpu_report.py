@@ -21,7 +21,7 @@ from resnet_fused.bench.gpu_report.stream import Document, Stream
 def injected(tmp_path, monkeypatch):
     """A function that makes a part of a name in `injected_parts`."""
     injected_parts.install(tmp_path)
-    paths = [str(tmp_path), str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(tmp_path), str(pathlib.Path(injected_parts.__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
     def part(name, share=1.0, item_seconds=60.0, checks=False):

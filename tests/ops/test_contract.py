@@ -13,7 +13,7 @@ from resnet_fused.backends import backends
 from resnet_fused.ops import OPS
 from resnet_fused.testing import cases, check, poisoned_allocations
 
-#: Triton's interpreter is slow, and tests/backends runs the kernels in it too: every fifth case is enough here.
+#: Triton's interpreter is slow, and tests/triton runs the kernels in it too: every fifth case is enough here.
 STEP = 5 if os.environ.get("TRITON_INTERPRET") == "1" else 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

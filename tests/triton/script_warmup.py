@@ -1,6 +1,6 @@
 """Compile launches in worker processes, then take them through Triton's own launch in this one; print what was cached.
 
-Run by test_triton_warmup.py in a process of its own, where Triton does not interpret.
+Run by test_warmup.py in a process of its own, where Triton does not interpret.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Whole chains through the Triton kernels against stock operations in float64: values and the gradient of every input.
 
-Not collected by itself: test_triton_interpreter.py runs it in a process with TRITON_INTERPRET=1, test_triton_gpu.py
-imports it where there is a GPU.
+Collected where there is a GPU; test_interpreter.py runs it in a process with TRITON_INTERPRET=1.
 """
 
 import pytest
@@ -13,6 +12,7 @@ from resnet_fused.blocks import gpu_inference, run_chain
 from resnet_fused.steps import Chain, Conv, Norm, Step, StepTensors, lazy_join
 from resnet_fused.steps.stock import chain_output
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")
 DEVICE = torch.device("cpu" if common.INTERPRETING else "cuda")
 #: Beyond twice stock's own error: a few roundings of sums.
 FLOOR = {torch.float32: 4e-6, torch.bfloat16: 4e-3}

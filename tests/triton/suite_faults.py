@@ -1,6 +1,6 @@
 """Faults that show on some sizes alone, planted in the Triton kernels: the check before a first use must find each.
 
-Not collected by itself: test_triton_interpreter.py runs it in a process with TRITON_INTERPRET=1. The small cases of
+Not collected by itself: test_interpreter.py runs it in a process with TRITON_INTERPRET=1. The small cases of
 :mod:`resnet_fused.backends.selfcheck.cases` pass with every one of them.
 """
 

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from test_triton_compile import run_script
+from triton_processes import rows_of
 
 import resnet_fused
 from resnet_fused.backends import cards
@@ -18,7 +15,7 @@ from resnet_fused.traffic.calls import calls
 
 
 def test_a_launch_finds_what_workers_compiled(tmp_path):
-    (told,) = run_script("triton_warmup.py", tmp_path)
+    (told,) = rows_of("script_warmup.py", tmp_path)
     names = {"bn_coefficients_kernel", "lazy_grad_apply_kernel"}
     assert {tuple(done) for done in told["first"]} == {(name, False, "") for name in names}
     assert {tuple(done) for done in told["second"]} == {(name, True, "") for name in names}

@@ -9,9 +9,9 @@ import importlib
 import json
 import types
 
+from layer_calls import Layer, calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton_calls import Layer, calls
 
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import common

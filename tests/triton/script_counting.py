@@ -1,6 +1,6 @@
 """Count the bytes that every Triton op loads and stores, in the interpreter; print one JSON row for each call.
 
-Run by test_triton_counting.py in a process of its own, where TRITON_INTERPRET=1. Every load and store of the
+Run by test_counting.py in a process of its own, where TRITON_INTERPRET=1. Every load and store of the
 interpreter passes through `Counter`, which notes the addresses under the mask, launch by launch and buffer by buffer:
 
 * unique bytes: each byte of a buffer once per launch that reads it and once per launch that writes it. That is the
@@ -18,8 +18,8 @@ import json
 
 import numpy
 import torch
+from layer_calls import Layer, calls
 from triton.runtime.interpreter import InterpreterBuilder
-from triton_calls import Layer, calls
 
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import common

@@ -1,14 +1,7 @@
 """What the compiler makes of every Triton launch, for GPUs this machine need not have."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-pytest.importorskip("triton", reason="Triton is not installed")
+from triton_processes import rows_of
 
 from resnet_fused.backends.triton import splits
 from resnet_fused.backends.triton.configs import Config
@@ -40,19 +33,10 @@ SHARED_BYTES_OF = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 10
 TENSOR_CORES = {80: ["mma"], 90: ["wgmma"], 100: ["tcgen05", "mma"], 120: ["mma"]}  # one of these instructions
 
 
-def run_script(name, cache):
-    """The rows that a script beside this file prints, run where Triton does not interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    script = Path(__file__).with_name(name)
-    ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=1200)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return [json.loads(line) for line in ran.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """One row for each compiled launch, all from one process."""
-    return run_script("triton_compile.py", tmp_path_factory.mktemp("triton"))
+    return rows_of("script_compile.py", tmp_path_factory.mktemp("triton"))
 
 
 def label(row):
@@ -141,7 +125,7 @@ def test_relu_is_a_select_and_sums_have_no_atomics(rows):
 
 def test_launches_bind_and_sizes_do_not_recompile(tmp_path):
     """Batch and image size compile nothing new, but for how many splits a merge takes at once; widths, a few tiles."""
-    (variants,) = run_script("triton_binding.py", tmp_path)
+    (variants,) = rows_of("script_binding.py", tmp_path)
     for call, kernels in variants["sizes"].items():
         assert all(count == 1 or "merge" in name for name, count in kernels.items()), f"{call}: {kernels}"
     for kernels in (*variants["sizes"].values(), *variants["widths"].values()):

@@ -1,4 +1,4 @@
-"""Compile the CUDA sources for the CPU, see cuda_on_cpu.h."""
+"""Compile the CUDA sources for the CPU, see cuda_on_cpu/cuda_on_cpu.h."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parents[1] / "cuda_on_cpu"
 COMPILER = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
 FLAGS = "-std=c++20 -O1 -fno-strict-aliasing -shared -fPIC -Wall -Werror -Wno-unknown-pragmas".split()
 
@@ -21,9 +21,9 @@ needed = [
 
 
 def compiled(source: str, directory: Path, *flags: str) -> Path:
-    """The library made of the file `source` of this folder."""
+    """The library made of the file `source` of tests/cuda_on_cpu."""
     library = directory / f"{source}.so"
-    command = [COMPILER, *FLAGS, str(HERE / source), "-o", str(library), *flags]
+    command = [COMPILER, *FLAGS, str(SOURCES / source), "-o", str(library), *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return library

@@ -1,20 +1,11 @@
 """What every Triton op loads and stores, counted in the interpreter, is what its contract declares."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from test_triton_interpreter import OLD
+from triton_processes import needs_interpreter, rows_of
 
 from resnet_fused.backends import triton as room
 
-pytestmark = pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 needs numpy < 2.4; install either another")
+pytestmark = needs_interpreter
 
 NARROW = ("conv1x1_backward",)  # not of the deep layer
 SMALL = ("bn_affine", "bn_coefficients", "running_affine", "gram_norm", "gram_grad")  # of weights; all in L2
@@ -77,12 +68,7 @@ def again(kernel, sizes, names):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """One row for each call, all from one process."""
-    script = Path(__file__).with_name("triton_counting.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-W", "ignore", str(script)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    return rows_of("script_counting.py", tmp_path_factory.mktemp("cache"), interpret=True)
 
 
 def label(row):

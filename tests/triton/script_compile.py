@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 import triton
+from layer_calls import Layer, backward_calls, calls, forward_calls, narrow_calls, pool_calls, small_calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_calls import Layer, backward_calls, calls, forward_calls, narrow_calls, pool_calls, small_calls
 
 from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room

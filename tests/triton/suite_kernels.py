@@ -1,7 +1,6 @@
 """The Triton kernels against float64: on CPU tensors in the interpreter, or on a GPU.
 
-Not collected by itself: test_triton_interpreter.py runs it in a process with TRITON_INTERPRET=1, test_triton_gpu.py
-imports it where there is a GPU.
+Collected where there is a GPU; test_interpreter.py runs it in a process with TRITON_INTERPRET=1.
 """
 
 import itertools
@@ -10,7 +9,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_products import *  # noqa: F403
 
 from resnet_fused import backends
 from resnet_fused.backends import triton as room
@@ -20,18 +18,11 @@ from resnet_fused.backends.selfcheck.draws import ODD, Case, Draw, surrounded
 from resnet_fused.backends.triton import bn_stats, common, lazy_grad_apply, norm_add_relu, norm_add_relu_backward
 from resnet_fused.ops.contract import channels_last_like, pack_mask, unpack_mask
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")
 DEVICE = torch.device("cpu" if common.INTERPRETING else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE_ROW, MANY_CHANNELS, ALIGNED = (1, 64, 1, 1), (2, 73, 2, 3), (3, 24, 4, 5)
 SHAPES = (ODD, ONE_ROW, MANY_CHANNELS, ALIGNED, (5, 1, 2, 2))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Every uninitialised tensor is filled with NaN or the largest integer: an element not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(op, args, kwargs=None, dtype=torch.float32):

@@ -1,6 +1,6 @@
-"""The Triton kernels of 1x1 convolutions, of their gradients and of Gram matrices: part of `triton_suite`.
+"""The Triton kernels of 1x1 convolutions, of their gradients and of Gram matrices, against float64.
 
-In the interpreter, or on a GPU, where float32 is multiplied in full.
+Collected where there is a GPU; test_interpreter.py runs it in a process with TRITON_INTERPRET=1.
 """
 
 import pytest
@@ -14,17 +14,12 @@ from resnet_fused.ops.contract import unpack_mask
 from resnet_fused.testing import cases, check
 from resnet_fused.testing.conv1x1_cases import SHAPES, Pointwise
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")
 DEVICE = torch.device("cpu" if common.INTERPRETING else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRODUCTS = ("conv1x1", "conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "conv1x1_backward", "gram")
 EVERY = 10 if common.INTERPRETING else 1  # of the contract's cases; the interpreter is slow, and tests/ops has the rest
 OPS = torch.ops.resnet_fused_triton
-
-
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    """Bounds are those of float32; that TF32 is used where it is allowed, test_triton_compile.py sees."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def place(t):

@@ -26,10 +26,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)");
   m.def(
       "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
-      "Tensor? shift=None, Tensor? sample_factor=None) -> Tensor dz");
+      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> Tensor dz");
   m.def(
       "lazy_grad_apply_(Tensor(a!) g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
-      "Tensor? shift=None, Tensor? sample_factor=None) -> ()");
+      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> ()");
   m.def(
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");

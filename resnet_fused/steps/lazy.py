@@ -45,14 +45,18 @@ class LazyGrad(NamedTuple):
         vectors = {"a": c.a, "b": c.b, "d": c.d, "scale": scale, "shift": shift}
         return {"mask": self.mask, "z": z, "sample_factor": self.sample_factor} | vectors
 
-    def materialise(self, backend: str, into_g: bool = False) -> Tensor:
-        """Write the gradient down, for a consumer that cannot apply it on load; over `g` where the caller owns that."""
+    def materialise(self, backend: str, into_g: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Write the gradient down, for a consumer that cannot apply it on load; over `g` where the caller owns that.
+
+        Args:
+            residual: added to it, ``[N, C, H, W]``; in memory of its own where `g` is written over.
+        """
         if self.mask is not None:
             raise ValueError("a gradient that is still to be masked by bits is for the ops that do so on load")
         c = self.coefficients
         scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
         z = self.z if self.relu or c.b is not None else None
-        arguments = (self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor)
+        arguments = (self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor, residual)
         if into_g and self.g.device.type == "cpu":
             run("lazy_grad_apply_", *arguments, backend=backend)
             return self.g

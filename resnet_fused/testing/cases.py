@@ -143,19 +143,23 @@ def norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
-    def options(draw: Draw, affine: bool, masked: bool, factor: bool) -> dict:
+    def options(draw: Draw, affine: bool, masked: bool, factor: bool, residual: bool) -> dict:
         names = (("b", "d") if affine else ()) + (("scale", "shift") if masked else ())
-        return {name: draw.vector() for name in names} | ({"sample_factor": _factor(draw)} if factor else {})
+        given = {name: draw.vector() for name in names} | ({"sample_factor": _factor(draw)} if factor else {})
+        return given | ({"residual": draw.data()} if residual else {})
 
-    for affine, masked, factor in itertools.product(*[(False, True)] * 3):
+    for affine, masked, factor, residual in itertools.product(*[(False, True)] * 4):
         draw = NormalDraw(ODD)
         z = draw.data() if affine or masked else None
-        chosen = options(draw, affine, masked, factor)
-        yield Case(f"affine {affine}, masked {masked}, factor {factor}", (draw.data(), z, draw.vector()), chosen)
-    for name, draw in _shapes():
-        yield Case(name, (draw.data(), draw.data(), draw.vector()), options(draw, True, True, True))
+        chosen = options(draw, affine, masked, factor, residual)
+        name = f"affine {affine}, masked {masked}, factor {factor}, residual {residual}"
+        yield Case(name, (draw.data(), z, draw.vector()), chosen)
+    for (name, draw), residual in itertools.product(_shapes(), (False, True)):
+        chosen = options(draw, True, True, True, residual)
+        yield Case(f"{name}, residual {residual}", (draw.data(), draw.data(), draw.vector()), chosen)
     draw = NormalDraw((2, 24, 3, 5))
-    yield Case("not finite", (draw.data(), _specials(draw), draw.vector()), options(draw, False, True, False))
+    yield Case("not finite", (draw.data(), _specials(draw), draw.vector()), options(draw, False, True, False, False))
+    yield Case("residual not finite", (draw.data(), None, draw.vector()), {"residual": _specials(draw)})
 
 
 def gram(dtype: torch.dtype) -> Iterator[Case]:

@@ -18,6 +18,11 @@ def activations(*shape):
     return channels_last_like(torch.empty(shape)).copy_(torch.randn(shape))
 
 
+def late(z):
+    """One sample of the memory of `z`, from the last element of the first on."""
+    return z[:1].as_strided(z[:1].shape, z.stride(), z[0].numel() - 1)
+
+
 def narrow(value):
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
@@ -122,6 +127,10 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
         ("norm_add_relu_backward", lambda z, v: (z,), "with relu, pass mask, or z, scale and shift"),
         ("norm_add_relu_backward", lambda z, v: (z, z, None, v, v), "got z without mean; pass both or neither"),
         ("lazy_grad_apply", lambda z, v: (z, None, v, v, v), "got b without z; pass z too"),
+        ("lazy_grad_apply", lambda z, v: (z, None, v, *[None] * 5, z[:1]), r"residual has shape \[1, .* but g has"),
+        ("lazy_grad_apply", lambda z, v: (z, None, v, *[None] * 5, z.half()), "residual is Half but g is Float"),
+        ("lazy_grad_apply_", lambda z, v: (z, None, v, *[None] * 5, z), "residual shares memory with g, which"),
+        ("lazy_grad_apply_", lambda z, v: (z[:1], None, v, *[None] * 5, late(z)), "residual shares memory with g"),
         ("gram", lambda z, v: (z, v[:3]), r"centre has shape \[3\] but the activations have 8 channels"),
         ("gram", lambda z, v: (z, v, None, None, [0, 1]), r"stride is \[0, 1\]; pass two positive numbers"),
         ("bn_stats", lambda z, v: (v,), r"z has shape \[8\]; pass a \[N, C, H, W\] tensor"),

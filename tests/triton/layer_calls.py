@@ -153,7 +153,8 @@ def pixelwise_calls(at):
     yield "norm_add_relu_backward", "bits, residual, factor", (z,), bits | at.factor()
     yield "lazy_grad_apply", "frozen", (z, None, v), {}
     affine = at.vectors(k, "b", "d", "scale", "shift")
-    yield "lazy_grad_apply", "affine, sign, factor", (z, at.data(k), v), affine | at.factor()
+    options = affine | at.factor() | {"residual": at.data(k)}
+    yield "lazy_grad_apply", "affine, sign, factor, residual", (z, at.data(k), v), options
 
 
 def pool_calls(at):

@@ -60,7 +60,8 @@ def launches(dtype, channels=256, samples=64):
     yield "no relu", 0, lambda: backward(z, r, v, relu=False, emit_grad=False)
     yield "frozen", 0, lambda: apply(z, None, v)
     yield "affine", 1, lambda: apply(z, r, v, v, v)
-    yield "affine, sign, factor", 2, lambda: apply(z, r, v, v, v, v, v, f)
+    yield "affine, sign, factor", 0, lambda: apply(z, r, v, v, v, v, v, f)
+    yield "affine, sign, factor, residual", 2, lambda: apply(z, r, v, v, v, v, v, f, z)
 
 
 def products(at, *makers, richest=False):

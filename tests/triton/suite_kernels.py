@@ -64,7 +64,8 @@ def test_values(dtype, shape):
     for keep in ("recompute", "bits"):
         check("norm_add_relu_backward", (draw.data(),), backward_options(draw, keep, True, keep == "bits", True), dtype)
     vectors = {name: draw.vector() for name in ("a", "b", "d", "scale", "shift")}
-    check("lazy_grad_apply", (draw.data(), draw.data()), vectors | {"sample_factor": draw.factor()}, dtype)
+    options = vectors | {"sample_factor": draw.factor(), "residual": draw.data()}
+    check("lazy_grad_apply", (draw.data(), draw.data()), options, dtype)
 
 
 @pytest.mark.parametrize("op", room.OPS)
@@ -94,11 +95,12 @@ def test_every_option_of_backward(keep):
 
 def test_every_option_of_apply():
     draw = Draw(ODD)
-    for affine, sign, factor in itertools.product((False, True), repeat=3):
+    for affine, sign, factor, residual in itertools.product((False, True), repeat=4):
         options = {"z": draw.data() if affine or sign else None, "a": draw.vector()}
         options |= {"b": draw.vector(), "d": draw.vector()} if affine else {}
         options |= {"scale": draw.vector(), "shift": draw.vector()} if sign else {}
         options |= {"sample_factor": draw.factor()} if factor else {}
+        options |= {"residual": draw.data()} if residual else {}
         check("lazy_grad_apply", (draw.data(),), options, torch.bfloat16)
 
 
@@ -110,7 +112,7 @@ def test_empty_batch_launches_nothing(monkeypatch):
     check("norm_add_relu", (empty, v, v), {"residual": empty, "emit_mask": True})
     options = {"z": empty, "mean": v, "scale": v, "shift": v, "residual": empty, "residual_mean": v}
     check("norm_add_relu_backward", (empty,), options)
-    check("lazy_grad_apply", (empty, empty, v, v, v))
+    check("lazy_grad_apply", (empty, empty, v, v, v), {"residual": empty})
 
 
 @pytest.mark.parametrize("programs", [1, 3, 100])
@@ -129,7 +131,8 @@ def test_any_split_into_chunks(monkeypatch, programs):
     check("bn_stats", (draw.far_from_zero(torch.float32),))
     check("norm_add_relu", (draw.data(), draw.vector(), draw.vector()), {"emit_mask": True})
     check("norm_add_relu_backward", (draw.data(),), backward_options(draw, "bits", True, True, True))
-    check("lazy_grad_apply", (draw.data(), draw.data(), draw.vector(), draw.vector(), draw.vector()))
+    arguments = (draw.data(), draw.data(), draw.vector(), draw.vector(), draw.vector())
+    check("lazy_grad_apply", arguments, {"residual": draw.data()})
 
 
 @pytest.mark.parametrize("first_rows", [0, 1, 40])
@@ -254,6 +257,8 @@ def bad_calls():
     wrong_mask = torch.zeros(30, 2, dtype=torch.uint8, device=DEVICE)
     yield "pass the contiguous \\[30, 1\\] mask", lambda: ops.norm_add_relu_backward(z, mask=wrong_mask)
     yield "got b without z", lambda: ops.lazy_grad_apply(z, None, v, v, v)
+    yield "residual has shape .* pass tensors of one", lambda: ops.lazy_grad_apply(z, None, v, residual=z[:1])
+    yield "residual is torch.float16 but g is", lambda: ops.lazy_grad_apply(z, None, v, residual=z.half())
     yield "not contiguous; pass a.contiguous", lambda: ops.lazy_grad_apply(z, None, torch.ones(14, device=DEVICE)[::2])
 
 

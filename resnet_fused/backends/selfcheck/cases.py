@@ -54,6 +54,8 @@ def _lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
     vectors = {name: tail.vector() for name in ("b", "d", "scale", "shift")}
     options = {**vectors, "sample_factor": tail.factor()}
     yield Case("affine, sign, factor", (tail.data(), tail.data(), tail.vector()), options)
+    options = {**options, "residual": tail.data()}
+    yield Case("affine, sign, factor, residual", (tail.data(), tail.data(), tail.vector()), options)
 
 
 def _conv_add_relu(dtype: torch.dtype) -> Iterator[Case]:

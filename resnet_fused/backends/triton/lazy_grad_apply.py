@@ -1,7 +1,7 @@
-"""`lazy_grad_apply` in Triton: one program per tile column, one read of g and z, one write.
+"""`lazy_grad_apply` in Triton: one program per tile column, one read of g, z and residual, one write.
 
-Bytes moved per element (16-bit): 2 read, 2 more where z is needed, 2 written. The vectors cost 4 to 20 bytes per
-channel and program, out of L2. Memory-bound; not measured on hardware.
+Bytes moved per element (16-bit): 2 read, 2 more where z is needed, 2 more with a residual, 2 written. The vectors cost
+4 to 20 bytes per channel and program, out of L2. Memory-bound; not measured on hardware.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def lazy_grad_apply_kernel(
     g_ptr, z_ptr,  # [M, C], [M, C] or None
     a_ptr, b_ptr, d_ptr,  # [C], the last two together or None
     scale_ptr, shift_ptr,  # [C], both or None
-    factor_ptr,  # [N] or None
+    factor_ptr, residual_ptr,  # [N], [M, C], each or None
     dz_ptr,  # [M, C]
     M, UNITS, TILES, HW,
     DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -54,6 +54,8 @@ def lazy_grad_apply_kernel(
         dz = dz * a
         if b_ptr is not None:
             dz = dz + tl.fma(z, b, d)
+        if residual_ptr is not None:
+            dz = dz + widen(tl.load(residual_ptr + row * C + offsets, mask=inside, other=0.0))
         tl.store(dz_ptr + row * C + offsets, narrow(dz, dz_ptr.dtype.element_ty), mask=inside)
 
 
@@ -66,6 +68,7 @@ def run(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     sample_factor: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See :mod:`resnet_fused.ops.lazy_grad_apply`. Raises RuntimeError on wrong shapes, dtypes, devices, layouts."""
     name = "lazy_grad_apply"
@@ -77,12 +80,13 @@ def run(
     if z is None and (b is not None or scale is not None):
         checks.fail(name, f"got {'scale' if b is None else 'b'} without z; pass z too")
     checks.vector(name, "sample_factor", sample_factor, g, dim=0)
+    checks.same(name, "residual", residual, "g", g)
     dz = channels_last_like(g)
     if g.numel():
         used_z = z if b is not None or scale is not None else None
         plan = common.tiling(g, TILE, CAP, common.POINTWISE_PROGRAMS)
-        vectors = (a, b, d, scale, shift, sample_factor)
-        common.launch(lazy_grad_apply_kernel, plan, g, used_z, *vectors, dz, HW=g.shape[2] * g.shape[3])
+        optional = (a, b, d, scale, shift, sample_factor, residual)
+        common.launch(lazy_grad_apply_kernel, plan, g, used_z, *optional, dz, HW=g.shape[2] * g.shape[3])
     return dz
 
 

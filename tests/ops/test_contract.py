@@ -11,6 +11,7 @@ import torch
 
 from resnet_fused.backends import backends
 from resnet_fused.ops import OPS
+from resnet_fused.ops.contract import channels_last_like
 from resnet_fused.testing import cases, check, poisoned_allocations
 
 #: Triton's interpreter is slow, and tests/triton runs the kernels in it too: every fifth case is enough here.
@@ -60,3 +61,21 @@ def test_every_case(name, op, dtype):
     assert not failed, "\n".join(failed)
     if not ran:
         pytest.skip(f"{name} {op}: {'; '.join(sorted(refused))}")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("op", ("lazy_grad_apply", "lazy_grad_apply_"))
+@pytest.mark.parametrize("name", backends())
+def test_residual_of_a_lazy_gradient_is_added_before_it_is_rounded(name, op, dtype):
+    """1 + eps/2 alone would be rounded to 1, and so would 1 + eps/4 then."""
+    backend, eps = backends()[name], torch.finfo(dtype).eps
+    if backend.unavailable:
+        pytest.skip(f"{name}: {backend.unavailable}")
+    g = channels_last_like(torch.empty(2, 65, 3, 3, device=device_of(backend)), dtype).fill_(1)
+    a, residual = torch.full((65,), 1 + eps / 2, device=g.device), torch.full_like(g, eps / 4)
+    arguments = (g, None, a, *[None] * 5, residual)
+    reasons = backend.reasons(op, arguments, {})
+    if reasons:
+        pytest.skip(f"{name} {op}: {'; '.join(reasons)}")
+    returned = backend.kernels[op].run(*arguments)
+    assert (g if returned is None else returned).eq(1 + eps).all()

@@ -121,7 +121,7 @@ def differences(pairs: list[Pair]) -> str:
     lines = []
     for verdict, title in (
         ("worse", "Fails fused where stock passes"),
-        ("bitwise", "Asks for equal bits, and gets other rounding"),
+        ("bitwise", "Asks for equal bits, or for less than rounding, and gets other rounding"),
         ("better", "Passes fused where stock fails"),
     ):
         chosen = [pair for pair in pairs if pair.verdict == verdict]

@@ -22,6 +22,8 @@ import_torchvision()  # before timm's tests import it
 
 #: Tensors that differ by less, relative to the largest value, differ in rounding.
 ROUNDING = 1e-3
+#: Where a tolerance is given, it may be less than this many units in the last place of the largest value.
+ULPS = 8
 REASON = 300  # characters of a reason
 _sizes: dict[str, float] = {}  # millions of parameters, by the arguments of create_model
 _untouched: dict[str, bool] = {}  # by the name of a model
@@ -134,8 +136,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 def comparison(entry) -> tuple[str, str]:
     """What the assertion that failed at `entry` compares and by how much it differs, and under which name to log it.
 
-    "bitwise" where floating point is compared without tolerance and agrees to rounding, "difference" where it is
-    compared otherwise, or is another value; the text is empty where no tensors of one shape are compared.
+    "bitwise" where floating point is compared without tolerance, or with one below what its dtype resolves, and agrees
+    to rounding; "difference" where it is compared otherwise, or is another value. The text is empty where no tensors of
+    one shape are compared.
     """
     try:
         tree = ast.parse(str(entry.statement).strip())
@@ -146,10 +149,11 @@ def comparison(entry) -> tuple[str, str]:
         values = [entry.frame.eval(ast.unparse(operand)) for operand in found[0]] if found else []
         if not values or not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
             continue
+        unit = max(torch.finfo(value.dtype).eps for value in values)
         a, b = (value.detach().double() for value in values)
         if a.shape == b.shape and a.numel() and not torch.equal(a, b):
             error, largest = float((a - b).abs().max()), float(b.abs().max())
-            rounding = found[1] and error <= ROUNDING * largest
+            rounding = error <= (ROUNDING if found[1] else ULPS * unit) * largest
             text = f"{ast.unparse(node)}: largest difference {error:.1e} of {largest:.1e}"
             return ("bitwise" if rounding else "difference"), text
     return "difference", ""

@@ -57,7 +57,7 @@ class LazyGrad(NamedTuple):
         scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
         z = self.z if self.relu or c.b is not None else None
         arguments = (self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor, residual)
-        if into_g and self.g.device.type == "cpu":
+        if into_g and self.g.device.type == "cpu" and backend != "triton":  # whose interpreter has no such op
             run("lazy_grad_apply_", *arguments, backend=backend)
             return self.g
         return run("lazy_grad_apply", *arguments, backend=backend)

@@ -97,9 +97,12 @@ class Chain:
 
 
 class StepTensors(NamedTuple):
-    """The tensors of one :class:`Step`. `bias` is the convolution's; `gamma` and `beta` are batch norm's."""
+    """The tensors of one :class:`Step`. `bias` is the convolution's; `gamma` and `beta` are batch norm's.
 
-    weight: Tensor  # [K, C/groups, R, S]
+    Of a program's nodes, a convolution has the first two, a norm the others, an addition none.
+    """
+
+    weight: Tensor | None  # [K, C/groups, R, S]
     bias: Tensor | None = None  # [K]
     gamma: Tensor | None = None  # [K]
     beta: Tensor | None = None  # [K]
@@ -111,7 +114,8 @@ class StepTensors(NamedTuple):
         """With the convolution's parameters in `dtype`, as autocast has them; None: as they are."""
         if dtype is None:
             return self
-        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+        weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
 
 
 def flatten(steps: Iterable[StepTensors]) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from . import Chain, Norm, Step, StepTensors, layout
+from .program import Convolution, Normalisation, Program
 
 Tensor = torch.Tensor
 
@@ -15,12 +16,17 @@ def conv_norm(x: Tensor, tensors: StepTensors, step: Step, moves: bool = False) 
     in_channels_last = layout.suggests_channels_last(x) or layout.suggests_channels_last(tensors.weight)
     weight = layout.with_grad_strides(tensors.weight, in_channels_last) if moves else tensors.weight
     z = F.conv2d(x, weight, tensors.bias, *step.conv.args)
-    norm, running, momentum = step.norm, (tensors.running_mean, tensors.running_var), 0.0
-    if norm.batch_stats and not moves:
+    return norm(z, tensors, step.norm, moves)
+
+
+def norm(z: Tensor, tensors: StepTensors, settings: Norm, moves: bool = False) -> Tensor:
+    """``bn(z)``; running statistics are read where it uses them, and moved if `moves`, as stock does."""
+    running, momentum = (tensors.running_mean, tensors.running_var), 0.0
+    if settings.batch_stats and not moves:
         running = (None, None)
-    elif norm.batch_stats:
-        momentum = _count(tensors, norm)
-    return F.batch_norm(z, *running, tensors.gamma, tensors.beta, norm.batch_stats, momentum, norm.eps)
+    elif settings.batch_stats:
+        momentum = _count(tensors, settings)
+    return F.batch_norm(z, *running, tensors.gamma, tensors.beta, settings.batch_stats, momentum, settings.eps)
 
 
 def _count(tensors: StepTensors, norm: Norm) -> float:
@@ -56,3 +62,26 @@ def chain_output(
         y = y.add_(residual) if moves else y + residual
     y = F.relu(y, inplace=moves) if chain.relu else y
     return y if chain.pool is None else F.max_pool2d(y, *chain.pool.args)
+
+
+def program_output(
+    program: Program,
+    x: Tensor,
+    sample_factor: Tensor | None,
+    tensors: list[StepTensors],
+    moves: bool = False,
+) -> Tensor:
+    """A program's output by stock operations; `moves`: see :func:`chain_output`."""
+    values = [x]
+    for node, own in zip(program.nodes, tensors, strict=True):
+        h = values[node.reads[0]]
+        if isinstance(node, Convolution):
+            y = F.conv2d(h, own.weight, own.bias, *node.conv.args)
+        elif isinstance(node, Normalisation):
+            y = norm(h, own, node.norm, moves)
+        else:
+            if node.sampled and sample_factor is not None:
+                h = h * sample_factor.to(h.dtype).view(-1, 1, 1, 1)
+            y = h + values[node.other]
+        values.append(F.relu(y) if not isinstance(node, Convolution) and node.relu else y)
+    return values[-1]

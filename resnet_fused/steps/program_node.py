@@ -1,0 +1,136 @@
+"""A program as one autograd node: forward over its steps, backward over them in reverse.
+
+Forward saves the block's input, the raw tensor of every norm with a few numbers a channel, and an output that a ReLU
+clamped. Activations are written for the convolutions that read them, and again on the way back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..ops import stat_dtype
+from . import stock
+from .conv import channels_last
+from .flow import Backward, Forward, Pending, Value
+from .kinds import Kind
+from .layout import is_channels_last, is_transformed, restrided, worked_on
+from .lazy import Lazy
+from .program import Addition, Program
+from .running import update_running_all
+from .saved import Alias, Recorder, counter_of, layouts_of, originals, unpacked, version
+from .spec import StepGrads, StepTensors, flatten, regroup
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program and how it runs: its steps, in order."""
+
+    program: Program
+    steps: tuple[Kind, ...]
+
+
+def _kept(program: Program, f: Forward) -> list[Value | None]:
+    """Of the values, those that backward reads: the input, what norms made, what a ReLU behind a sum clamped.
+
+    And sums that are read within the program, which are nobody's output.
+    """
+    kept: list[Value | None] = [f.values[0]]
+    for number, node in enumerate(program.nodes, 1):
+        read = isinstance(node, Addition) and (program.readers(number) or (node.relu and number not in f.masks))
+        kept.append(f.values[number] if isinstance(f.values[number], Lazy) or read else None)
+    return kept
+
+
+def _held(tensors: list[StepTensors], wanted: list[bool]) -> tuple[list[StepTensors], tuple[Alias, ...]]:
+    """The parameters that stock saves, so that a write to them is noticed as there; and those that it does not."""
+    held, aliased, width = [], [], len(StepTensors._fields)
+    for i, (own, wants) in enumerate(zip(tensors, wanted, strict=True)):
+        saved = StepTensors(own.weight if wants else None, None, own.gamma if wants else None)
+        for place, (t, kept) in enumerate(zip(own[:4], saved, strict=False), 1 + i * width):
+            if t is not None and kept is None:
+                aliased.append(Alias(place, t, version(t)))
+        held.append(saved)
+    return held, tuple(aliased)
+
+
+class FusedProgram(torch.autograd.Function):
+    """Autograd node of a :class:`Lowered` program; use :func:`run_program`."""
+
+    @staticmethod
+    def forward(ctx, lowered: Lowered, given: Tensor | None, x: Tensor, sample_factor: Tensor | None, *flat):
+        tensors = regroup(flat)
+        f = Forward(lowered.program, x, tensors, sample_factor)
+        for step in lowered.steps:
+            step.forward(f)
+        update_running_all(f.statistics)  # only now, when nothing can fail any more
+        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
+        held, ctx.aliased = _held(tensors, lowered.program.wanted(needs, ctx.needs_input_grad[2])[1:])
+        ctx.masked = tuple(f.masks)
+        recorder = Recorder([given, sample_factor, held, _kept(lowered.program, f), list(f.masks.values())])
+        ctx.save_for_backward(*recorder.flat)
+        ctx.layouts, ctx.shape, ctx.lowered = layouts_of(recorder.flat), recorder.shape, lowered
+        return f.values[-1]
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        _, sample_factor, tensors, values, masks = Recorder.rebuild(ctx.shape, unpacked(ctx.saved_tensors, ctx.layouts))
+        lowered, needs_x = ctx.lowered, ctx.needs_input_grad[2]
+        program = lowered.program
+        if torch.is_grad_enabled() or is_transformed(grad_out):
+            return None, None, *_by_stock(ctx, program, grad_out, values[0], sample_factor, tensors)
+        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
+        b = Backward(program, values, tensors, sample_factor, needs, needs_x, dict(zip(ctx.masked, masks, strict=True)))
+        b.give(len(program.nodes), Pending(channels_last(grad_out.to(values[0].dtype)), owned=False))
+        for step in reversed(lowered.steps):
+            step.backward(b)
+        grad_x = b.dense(0, values[0])
+        if grad_x is not None and not grad_x.owned:  # never hand out a gradient that autograd lent us
+            grad_x = Pending(grad_x.grad.clone())
+        return None, None, None if grad_x is None else grad_x.grad, None, *_flat_grads(b.grads[1:], tensors)
+
+
+def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tensor | None]:
+    """Gradients in the order of :func:`flatten`, each in its tensor's dtype and strides; a node's vectors share one."""
+    flat: list[Tensor | None] = []
+    for grad, own in zip(grads, tensors, strict=True):
+        like = own.weight if own.gamma is None else own.gamma
+        found = [None if value is None or like is None else value.to(like.dtype) for value in grad]
+        flat += [None if found[0] is None else restrided(found[0], own.weight), *found[1:]]
+        flat += [None] * (len(own) - len(found))
+    return flat
+
+
+def _by_stock(ctx, program: Program, grad_out, x, sample_factor, tensors) -> tuple[Tensor | None, ...]:
+    """Gradients of x, sample factor and tensors by stock operations: to be differentiated again, or batched."""
+    x, *flat = originals(x, tensors, ctx.aliased)
+    create_graph, inputs = torch.is_grad_enabled(), [x, None, *flat]
+    with torch.enable_grad():
+        out = stock.program_output(program, x, sample_factor, regroup(flat))
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        sources = [inputs[i] for i in wanted]
+        grads = torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(wanted, grads, strict=True):
+        result[i] = grad
+    return tuple(result)
+
+
+def run_program(lowered: Lowered, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None = None) -> Tensor:
+    """The output of a lowered program on `x`, as one autograd node, in channels_last.
+
+    Args:
+        lowered: the program and its steps.
+        x: ``[N, C, H, W]``, any layout; worked on in channels_last.
+        tensors: one :class:`StepTensors` for each node. Weights in the dtype of `x`.
+        sample_factor: ``[N]`` or None; multiplies the branch of additions that are `sampled` (Stochastic Depth).
+    """
+    weights = [tensors[node].weight for node in lowered.program.main_convolutions()]
+    given, x = x, worked_on(x, is_channels_last(x, weights))
+    counter = counter_of(given) if given is not x and torch.is_grad_enabled() else None
+    if sample_factor is not None:
+        sample_factor = sample_factor.to(stat_dtype(x.dtype))
+    return FusedProgram.apply(lowered, counter, x, sample_factor, *flatten(tensors))

@@ -1,0 +1,120 @@
+"""Programs of nodes with tensors of their own: pre-activation blocks and whatever else has values with many readers."""
+
+import torch
+
+from resnet_fused.steps import Conv, Norm, StepTensors
+from resnet_fused.steps.program import Addition, Convolution, Normalisation, Program
+
+F64 = torch.float64
+P1, P3 = Conv(), Conv(padding=(1, 1))
+S1, S3 = Conv(stride=(2, 2)), Conv((2, 2), (1, 1))
+NORM = Norm()
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=F64, requires_grad=True)
+
+
+def conv_tensors(inputs, outputs, kernel=1, bias=False):
+    return StepTensors(leaf(outputs, inputs, kernel, kernel), leaf(outputs) if bias else None)
+
+
+def norm_tensors(channels):
+    running = torch.randn(channels, dtype=F64), torch.rand(channels, dtype=F64) + 0.5, torch.tensor(0)
+    return StepTensors(None, None, leaf(channels), leaf(channels), *running)
+
+
+NONE = StepTensors(None)
+
+
+def preact_bottleneck(stride=1, projected=False, sampled=False, bias=False, outputs=6):
+    """Value 2 is what the projection reads as well."""
+    s1, s3 = (S1, S3) if stride == 2 else (P1, P3)
+    nodes = [
+        Normalisation(0, NORM), Convolution(1, P1), Normalisation(2, NORM), Convolution(3, s3), Normalisation(4, NORM),
+        Convolution(5, P1),
+    ]  # fmt: skip
+    tensors = [norm_tensors(6), conv_tensors(6, 4, bias=bias), norm_tensors(4), conv_tensors(4, 4, 3), norm_tensors(4)]
+    tensors.append(conv_tensors(4, outputs, bias=bias))
+    if projected:
+        nodes.append(Convolution(1, s1))
+        tensors.append(conv_tensors(6, outputs))
+    nodes.append(Addition(6, 7 if projected else 0, sampled=sampled))
+    return Program(tuple(nodes)), [*tensors, NONE]
+
+
+def post_bottleneck(projected, relu=True, sampled=False):
+    nodes = [Convolution(0, P3), Normalisation(1, NORM), Convolution(2, P1), Normalisation(3, NORM, False)]
+    tensors = [conv_tensors(6, 4, 3), norm_tensors(4), conv_tensors(4, 6), norm_tensors(6)]
+    if projected:
+        nodes += [Convolution(0, P1), Normalisation(5, NORM, False)]
+        tensors += [conv_tensors(6, 6), norm_tensors(6)]
+    nodes.append(Addition(4, 6 if projected else 0, relu, sampled))
+    return Program(tuple(nodes)), [*tensors, NONE]
+
+
+def activated_shortcut():
+    """The first unit of a network: the shortcut is the activation itself."""
+    nodes = (
+        Normalisation(0, NORM),
+        Convolution(1, P3),
+        Normalisation(2, NORM),
+        Convolution(3, P3),
+        Addition(4, 1, True),
+    )
+    tensors = [norm_tensors(6), conv_tensors(6, 5, 3), norm_tensors(5), conv_tensors(5, 6, 3), NONE]
+    return Program(nodes), tensors
+
+
+def two_norms_of_one_value():
+    """Two branches, each with a norm of its own of the input, and a sum that a third adds to."""
+    nodes = (
+        Normalisation(0, NORM), Convolution(1, P1), Normalisation(0, NORM), Convolution(3, P3), Addition(2, 4),
+        Normalisation(5, NORM), Convolution(6, P1), Addition(7, 5), Convolution(0, P1), Addition(9, 8),
+    )  # fmt: skip
+    norms = [norm_tensors(6) for _ in range(3)]
+    tensors = [
+        norms[0], conv_tensors(6, 6), norms[1], conv_tensors(6, 6, 3), NONE, norms[2], conv_tensors(6, 6), NONE,
+        conv_tensors(6, 6), NONE,
+    ]  # fmt: skip
+    return Program(nodes), tensors
+
+
+def raw_value_read_twice():
+    """A convolution's output that a norm and an addition read."""
+    nodes = (Convolution(0, P3), Normalisation(1, NORM), Convolution(2, P1), Addition(3, 1))
+    return Program(nodes), [conv_tensors(6, 5, 3), norm_tensors(5), conv_tensors(5, 5), NONE]
+
+
+CASES = {
+    "identity": lambda: preact_bottleneck(),
+    "biases": lambda: preact_bottleneck(bias=True),
+    "projection": lambda: preact_bottleneck(projected=True, outputs=7),
+    "strided projection": lambda: preact_bottleneck(2, True, outputs=7),
+    "strided projection of few": lambda: preact_bottleneck(2, True, outputs=1),
+    "sampled": lambda: preact_bottleneck(sampled=True),
+    "post-activation": lambda: post_bottleneck(False),
+    "post-activation with projection": lambda: post_bottleneck(True),
+    "post-activation without ReLU": lambda: post_bottleneck(True, relu=False, sampled=True),
+    "activated shortcut": activated_shortcut,
+    "two norms of one value": two_norms_of_one_value,
+    "a raw value read twice": raw_value_read_twice,
+}
+
+
+def leaves_of(x, tensors):
+    found = {"x": x}
+    for i, own in enumerate(tensors):
+        found |= {f"{name}{i}": t for name, t in own._asdict().items() if t is not None and t.requires_grad}
+    return {name: t for name, t in found.items() if t.requires_grad}
+
+
+def observe(out, leaves):
+    cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def factor_of(program, x):
+    """A per-sample factor, where the program takes one."""
+    return torch.rand(x.shape[0], dtype=x.dtype) if program.sampled else None

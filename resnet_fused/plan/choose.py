@@ -68,6 +68,16 @@ def fusing_all() -> contextlib.AbstractContextManager[None]:
     return _set("fuses_all", True)
 
 
+def fuses_all() -> bool:
+    """Whether nothing counts as too small: within :func:`fusing_all`, and in graphs, where Python takes no time."""
+    return _settings.fuses_all or torch.compiler.is_compiling()
+
+
+def is_asked() -> bool:
+    """Whether somebody plans for another device now, or listens to what is chosen: then each call is to choose."""
+    return _settings.target is not None or bool(observers)
+
+
 def tuning(tuner: Callable[..., Chain]) -> contextlib.AbstractContextManager[None]:
     """Let `tuner`, called like :func:`choose_variant`, choose within a ``with`` block."""
     return _set("tuner", tuner)
@@ -85,13 +95,13 @@ def place_of(x: Tensor) -> torch.device | None:
     return x.device if _settings.target is None else None
 
 
-def _lazy_device(chain: Chain, x: Tensor) -> Device | None:
-    """The device whose 1x1 kernels would run the chain on values; None: there are none."""
+def value_device(backend: str, x: Tensor) -> Device | None:
+    """The device whose 1x1 kernels would run convolutions on values for `backend`; None: there are none."""
     if x.dtype not in DATA_DTYPES:
         return None
     if _settings.target is not None:
         return _settings.target if _settings.target is not CPU_CORE else None
-    if x.device.type != "cuda" or not _HAS_TRITON or chain.backend not in ("auto", "triton"):
+    if x.device.type != "cuda" or not _HAS_TRITON or backend not in ("auto", "triton"):
         return None
     return devices.of(x.device)
 
@@ -101,7 +111,7 @@ def pools(chain: Chain, x: Tensor) -> bool:
     if x.device.type == "cpu" and _settings.target is None:
         return chain.backend in ("auto", "cpu") and library.status().cpu.loaded
     stem = dataclasses.replace(chain, pool=Pool())
-    return _lazy_device(chain, x) is not None and not needed_ops.lacking(stem, x, [], place_of(x))
+    return value_device(chain.backend, x) is not None and not needed_ops.lacking(stem, x, [], place_of(x))
 
 
 def _runs_folded(chain: Chain, x: Tensor) -> bool:
@@ -138,7 +148,7 @@ class _Options(NamedTuple):
 
 def _options(chain: Chain, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> _Options | None:
     """None: as one thing only, not lazy and with plain joins."""
-    device = _lazy_device(chain, x)
+    device = value_device(chain.backend, x)
     lazy = device is not None and not lazy_obstacle(chain, tensors)
     if not lazy and (device is not None or not _runs_folded(chain, x)):
         return None
@@ -200,7 +210,7 @@ def _sound(found: list[Variant], chain: Chain, x: Tensor, tensors: list[StepTens
 
 def _is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
     """In a compiled graph nothing is: what small chains lose is the time of Python."""
-    if _settings.fuses_all or _settings.target is not None or torch.compiler.is_compiling():
+    if fuses_all() or _settings.target is not None:
         return False
     return too_small.is_small(chain, x, tensors, shapes)
 
@@ -283,7 +293,7 @@ def _why(
         return "stays in the cache"
     options, step, own = _options(chain, x, tensors, sample_factor), chain.steps[-1], tensors[len(chain.steps) - 1]
     if options is None:
-        none_there = _lazy_device(chain, x) is None
+        none_there = value_device(chain.backend, x) is None
         return "no convolution with an epilogue there" if none_there else lazy_obstacle(chain, tensors)
     if sample_factor is not None:
         return "a per-sample factor"

@@ -29,7 +29,7 @@ _USUAL_CACHE = 32 << 20
 _LARGE_WEIGHTS = 1 << 20  # elements
 #: What a chain may take longer for the memory that it saves, as a share of its time; also by `tune`'s measure.
 MARGIN = 0.02
-_OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
+OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
 #: FLOP/s of a thread in float32 convolutions; measured on Zen 4: 170 to 210 by two threads. Zen 5's units, which
 #: make plain products slow beside oneDNN, are twice as wide: 150 to 237 by one. Told by the processor's family, not by
 #: a measurement, which load disturbs and each process would make anew, nor by the frequency, which virtual machines
@@ -80,7 +80,7 @@ def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[t
         return False
     convolutions = _convolutions(chain, tensors, shapes)
     flops = sum(6 * weight.numel() * pixels for _, weight, pixels in convolutions)  # forward and both gradients
-    if _OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
+    if OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
         return False
     large = [weight.numel() for conv, weight, pixels in convolutions if is_product(pixels, weight, conv, x)]
     return sum(large) < _LARGE_WEIGHTS

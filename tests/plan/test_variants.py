@@ -89,7 +89,7 @@ def test_the_cost_model_chooses_among_the_variants(device, stride, kwargs):
 
 def test_lazy_variants_are_measured_and_run(clock, monkeypatch):
     """Where there are 1x1 kernels; here the reference stands in for them."""
-    monkeypatch.setattr(choose, "_lazy_device", lambda chain, x: DEVICES["h100"])
+    monkeypatch.setattr(choose, "value_device", lambda backend, x: DEVICES["h100"])
     wanted = Variant(True, True, False, True)
     clock.wins = lambda variant: variant == wanted
     model, x = block(), images()

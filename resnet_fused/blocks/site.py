@@ -169,7 +169,7 @@ def _tensor_obstacle(site: Site) -> str:
                 continue
             if t.device != device:
                 return "parameters on several devices"
-            if not _is_plain(t):
+            if not is_plain(t):
                 return f"a parameter of class {type(t).__name__}"
             if t is not weight and (t.dim() != 1 or t.numel() != entering):
                 return "a norm and a convolution of different widths"
@@ -178,7 +178,7 @@ def _tensor_obstacle(site: Site) -> str:
     return ""
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
     """Whether `t` is a tensor whose operations are PyTorch's own; in a graph, which knows no others, every one is."""
     cls = type(t)
     if cls is nn.Parameter or cls is torch.Tensor or torch.compiler.is_compiling() or _is_tracing_tensor(t):
@@ -221,7 +221,7 @@ def input_obstacle(x: object, site: Site) -> str:
         return "input and weight of different dtypes"
     if torch.compiler.is_compiling():
         return ""
-    if not _is_plain(x):
+    if not is_plain(x):
         return f"a tensor of class {type(x).__name__}"
     if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return "a tensor of inference mode, which autograd may not save"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 
 from ..backends import check_name
 from ..blocks import norms
+from ..blocks.program_site import Shape
 from . import program as programs
 from . import swap
 from .fused_module import FusedModule, FusedState, find, fused_class
@@ -18,6 +20,7 @@ from .stage import FusedStage, fuse_stage
 from .stem import FusedStem, fuse_stem, stem_modules
 from .swap import STATE, is_fused
 from .trace import Untraceable, fingerprint, names_read, state_of, trace
+from .whole import recognise
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -80,21 +83,34 @@ def fuse(
     return model
 
 
-def _program(module: nn.Module) -> tuple[programs.Program, list[str]]:
-    """What the stock forward of `module`, fused or not, is as a program, and why parts of it stay stock.
+class _Read(NamedTuple):
+    """What the stock forward of a module is."""
+
+    program: programs.Program
+    reasons: list[str]  # why parts of it stay stock
+    whole: Shape | None  # all of it as one program, where the chains leave something
+
+
+def _program(module: nn.Module) -> _Read:
+    """What the stock forward of `module`, fused or not, is, and why parts of it stay stock.
 
     Raises:
         Untraceable: nobody can tell.
     """
     with swap.seen_as_stock(module):
-        return programs.build(module, trace(module, swap.stock_class(module)))
+        graph = trace(module, swap.stock_class(module))
+        program, reasons = programs.build(module, graph)
+        if len(program.chains) == len(program.calls):
+            return _Read(program, reasons, None)
+        whole, reason = recognise(module, graph)
+        return _Read(program, [] if whole is not None else [*reasons, reason], whole)
 
 
 def _fuse_one(module: nn.Module, backend: str) -> str:
     """Make one module run its program, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
-        program, reasons = _program(module)
+        program, reasons, whole = _program(module)
         if not program.chains:
             raise Untraceable("; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm")
     except Untraceable as error:
@@ -107,6 +123,7 @@ def _fuse_one(module: nn.Module, backend: str) -> str:
         backend=backend,
         outside=read_by(cls.forward),
         reasons=tuple(dict.fromkeys(reasons)),
+        whole=whole,
     )
     return swap.put(module, fused_class, state)
 
@@ -140,7 +157,7 @@ def _why_left(module: nn.Module) -> str | None:
     if not _is_candidate(module):
         return None
     try:
-        program, reasons = _program(module)
+        program, reasons, _ = _program(module)
     except Untraceable as error:
         return str(error)
     if program.chains:

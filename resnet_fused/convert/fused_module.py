@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from ..blocks import program_site, whole
+from ..blocks.program_site import ProgramSite, Shape
 from ..blocks.runtime import run_placed
 from ..blocks.site import Site, hooked, hooked_within, input_obstacle, module_obstacle, why_not_passed
 from ..steps.layout import Placed, arrived, left
@@ -62,6 +64,7 @@ class FusedState:
     backend: str
     outside: Outside  # what the forward reads outside of the block
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
+    whole: Shape | None = None  # all of the forward as one program, where that is more than one chain
 
 
 def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
@@ -158,11 +161,11 @@ def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
     return all(value_of(block, name) == value for name, value in state.traced)
 
 
-def _drop_factor(block: nn.Module, call: ChainCall, x: Tensor, site: Site) -> Tensor | None:
-    """The per-sample factor of timm's drop path: its random call, its scaling."""
-    if call.drop_path is None:
+def drop_factor(block: nn.Module, name: str | None, x: Tensor) -> Tensor | None:
+    """The per-sample factor of timm's drop path of that name: its random call, its scaling."""
+    if name is None:
         return None
-    drop = block.get_submodule(call.drop_path)
+    drop = block.get_submodule(name)
     if drop.drop_prob == 0.0 or not drop.training:
         return None
     keep = 1 - drop.drop_prob
@@ -184,8 +187,52 @@ def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> 
     return call.target(*args, **kwargs)
 
 
+_whole_sites: weakref.WeakKeyDictionary[nn.Module, tuple[list[Site], ProgramSite]] = weakref.WeakKeyDictionary()
+
+
+def _whole_site(block: nn.Module, state: FusedState, sites: list[Site]) -> ProgramSite:
+    """The modules of the whole; looked up again only when those of the chains were."""
+    known = _whole_sites.get(block)
+    if known is None or known[0] is not sites:
+        shape = state.whole
+        modules = tuple(block.get_submodule(name) if name else None for name in shape.names)
+        bypassed = tuple(block.get_submodule(name) for name, _ in shape.bypassed)
+        known = sites, ProgramSite(shape, modules, bypassed, state.backend)
+        _whole_sites[block] = known
+    return known[1]
+
+
+def _run_whole(block: nn.Module, state: FusedState, sites: list[Site], x: Placed) -> object | None:
+    """The block's output as one program's, or, where that would not gain, its stock forward's; None: by chains."""
+    if torch.compiler.is_compiling() or is_stock_forced():
+        return None
+    site = _whole_site(block, state, sites)
+    if not whole.takes(site, x.value):
+        return None
+    out = whole.run_whole(site, x, lambda: drop_factor(block, site.shape.drop_path, x.value))
+    return swap.stock_class(block).forward(block, left(x)) if out is None else out
+
+
+def whole_obstacle(block: nn.Module, state: FusedState) -> str:
+    """Why a block that is one program runs as chains all the same, in training; empty if it does not, or is none."""
+    if state.whole is None:
+        return ""
+    site = _whole_site(block, state, sites_of(block, state))
+    reason = program_site.obstacle(site)
+    if reason or program_site.normalises_with_batch(site):
+        return reason
+    return "in evaluation, and with frozen batch norms, by chains"
+
+
 def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tensor | Placed) -> object:
-    """The block's output: chains fused, everything between them stock, and called with values in stock's layout."""
+    """The block's output: of the whole as one program; or chains fused, and everything between them stock.
+
+    What is called in between gets values in stock's layout.
+    """
+    if state.whole is not None:
+        out = _run_whole(block, state, sites, placed(x))
+        if out is not None:
+            return out
     values, remaining = {state.program.input: x}, iter(sites)
     for call in state.program.calls:
         if isinstance(call, StockCall):
@@ -193,7 +240,7 @@ def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tenso
             continue
         site, h = next(remaining), placed(values[call.input])
         residual = None if call.residual is None else placed(values[call.residual]).value
-        values[call.output] = run_placed(site, h, residual, _drop_factor(block, call, h.value, site))
+        values[call.output] = run_placed(site, h, residual, drop_factor(block, call.drop_path, h.value))
     result = state.program.result
     return values[result.name] if isinstance(result, Ref) else resolve(result, values)
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..blocks.site import as_gathered, module_obstacle
-from .fused_module import FusedModule, obstacle, sites_of
+from .fused_module import FusedModule, obstacle, sites_of, whole_obstacle
 from .program import modules_of
-from .shares import Own, Share, describe, join, of_program, unpaired
+from .shares import Own, Share, describe, describe_whole, join, of_program, of_whole, unpaired
 from .stem import FusedStem, stem_site
 from .swap import STATE, is_fused, stock_class
 
@@ -196,7 +196,10 @@ def _program_row(name: str, module: FusedModule, own: Own) -> Row:
         reason = f"a child {CHANGED} ({type(error).__name__}: {error})"
     if reason:
         return Row(name, kind, "", reason, Share(0, convolutions.total), Share(0, passes.total))
-    reasons = dict.fromkeys(filter(None, (*state.reasons, unpaired(module, state.program))))
+    reason = whole_obstacle(module, state)
+    if state.whole is not None and not reason:
+        return Row(name, kind, describe_whole(state.whole), "", *of_whole(own, state.whole))
+    reasons = dict.fromkeys(filter(None, (reason, *state.reasons, unpaired(module, state.program))))
     return Row(name, kind, describe(state.program), "; ".join(reasons), convolutions, passes)
 
 

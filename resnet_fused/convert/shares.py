@@ -12,6 +12,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..blocks import norms
+from ..blocks.program_site import Shape
+from ..steps.program import Addition, Convolution
 from .fused_module import find
 from .instructions import Program, Ref, StockCall
 from .program import modules_of
@@ -94,6 +96,28 @@ def of_program(own: Own, program: Program) -> tuple[Share, Share]:
             names.add(call.target)
     stock += own.passes(but=names)
     return Share(len(convolutions), own.convolutions()), Share(fused, fused + stock)
+
+
+def of_whole(own: Own, shape: Shape) -> tuple[Share, Share]:
+    """Convolutions and passes of a module that runs as one program: all that its forward was read to have."""
+    convolutions = sum(isinstance(node, Convolution) for node in shape.nodes)
+    passes = sum(1 + node.relu for node in shape.nodes if not isinstance(node, Convolution))
+    rest = own.passes(but={*shape.names, *(name for name, _ in shape.bypassed)})
+    return Share(convolutions, own.convolutions()), Share(passes, passes + rest)
+
+
+def describe_whole(shape: Shape) -> str:
+    """A program in words, e.g. ``bn1-relu-conv1-bn2-relu-conv2 + downsample``."""
+    names, text, value = dict(enumerate((*shape.names,), 1)), "", len(shape.nodes)
+    while value:
+        node = shape.nodes[value - 1]
+        relu = not isinstance(node, Convolution) and node.relu
+        if isinstance(node, Addition):
+            own = f" * {shape.drop_path}" * node.sampled + f" + {names.get(node.other) or 'x'}" + " -> relu" * relu
+        else:
+            own = f"-{names[value]}" + "-relu" * relu
+        text, value = own + text, node.reads[0]
+    return text.removeprefix("-")
 
 
 def unpaired(module: nn.Module, program: Program) -> str:

@@ -43,7 +43,7 @@ def run_whole(site: ProgramSite, x: Placed, draw: Callable[[], Tensor | None]) -
         return None
     with torch.autocast(x.value.device.type, enabled=False), bounds.private():
         out = run_program(lowered, x.value, [own.cast(dtype) for own in tensors], draw())
-    weights = [site.modules[node].weight for node in lowered.program.main_convolutions()]
+    weights = [site.modules[node].weight for node in lowered.program.main_convolutions]
     return behind(out, x, weights, lowered.program.nodes[-1].relu)
 
 

@@ -3,7 +3,7 @@
 ========================  ============================================================================================
 :class:`Convolve`         a convolution, written raw
 :class:`Normalise`        batch norm of a raw tensor, as a value: its statistics are one read, and nothing is written
-:class:`ConvolveAndAdd`   a convolution and the addition behind it: the sum is written once
+:class:`ConvolveAndAdd`   a convolution and the addition behind it, in its memory
 :class:`Join`             batch norms of raw tensors, their sum and the ReLU: one pass
 ========================  ============================================================================================
 
@@ -144,24 +144,16 @@ class Normalise:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveAndAdd:
-    """The addition that makes `value` and the convolution, read by it alone, that makes its branch.
-
-    `epilogue`: the convolution adds as it writes; else one more pass does.
-    """
+    """The addition that makes `value` and the convolution, read by it alone, that makes its branch."""
 
     ops: ClassVar[tuple[str, ...]] = ("norm_add_relu_backward",)
 
     value: int
-    epilogue: bool
 
     def forward(self, f: Forward) -> None:
         add, own = f.program.maker(self.value), f.tensors[f.program.maker(self.value).branch]
         node = f.program.maker(add.branch)
         read, other = f.tensor(node.source), f.tensor(add.other)
-        if self.epilogue:
-            arguments = (read, own.weight, own.bias, other, *node.conv.args, add.relu)
-            f.values[self.value] = run("conv_add_relu", *arguments, backend=f.backend)
-            return
         out = convolutions.conv2d(read, own.weight, own.bias, node.conv)
         if add.sampled and f.sample_factor is not None:
             out.mul_(f.sample_factor.to(out.dtype).view(-1, 1, 1, 1))

@@ -9,6 +9,7 @@ order, and a value may have any number of readers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -65,9 +66,16 @@ class Program:
     nodes: tuple[Node, ...]
     backend: str = "auto"
 
-    def readers(self, value: int) -> list[int]:
+    @functools.cached_property
+    def _readers(self) -> tuple[tuple[int, ...], ...]:
+        reads = [node.reads for node in self.nodes]
+        return tuple(
+            tuple(number for number, read in enumerate(reads, 1) if value in read) for value in range(len(reads) + 1)
+        )
+
+    def readers(self, value: int) -> tuple[int, ...]:
         """The values whose nodes read `value`."""
-        return [i + 1 for i, node in enumerate(self.nodes) if value in node.reads]
+        return self._readers[value]
 
     def maker(self, value: int) -> Node | None:
         """The node that makes `value`; None for the block's input."""
@@ -80,7 +88,8 @@ class Program:
             found.append(any(need) or any(found[value] for value in node.reads))
         return found
 
-    def main_convolutions(self) -> list[int]:
+    @functools.cached_property
+    def main_convolutions(self) -> tuple[int, ...]:
         """The nodes of convolutions between input and output along branches: they decide stock's layout."""
         found, value = [], len(self.nodes)
         while value:
@@ -88,7 +97,7 @@ class Program:
             if isinstance(node, Convolution):
                 found.append(value - 1)
             value = node.reads[0]
-        return found
+        return tuple(found)
 
     @property
     def sampled(self) -> bool:

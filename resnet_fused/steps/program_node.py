@@ -7,6 +7,7 @@ clamped. Activations are written for the convolutions that read them, and again 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -45,15 +46,15 @@ def _kept(program: Program, f: Forward) -> list[Value | None]:
     return kept
 
 
-def _held(tensors: list[StepTensors], wanted: list[bool]) -> tuple[list[StepTensors], tuple[Alias, ...]]:
-    """The parameters that stock saves, so that a write to them is noticed as there; and those that it does not."""
+def _held(tensors: list[StepTensors], wanted: list[bool]) -> tuple[list[Tensor | None], tuple[Alias, ...]]:
+    """The weight and gamma of each node, which stock saves, so that a write is noticed as there; and all others."""
     held, aliased, width = [], [], len(StepTensors._fields)
     for i, (own, wants) in enumerate(zip(tensors, wanted, strict=True)):
-        saved = StepTensors(own.weight if wants else None, None, own.gamma if wants else None)
-        for place, (t, kept) in enumerate(zip(own[:4], saved, strict=False), 1 + i * width):
+        for j, t in enumerate(own[:4]):
+            kept = t if wants and j in (0, 2) else None
+            held += [] if j in (1, 3) else [kept]
             if t is not None and kept is None:
-                aliased.append(Alias(place, t, version(t)))
-        held.append(saved)
+                aliased.append(Alias(1 + i * width + j, t, version(t)))
     return held, tuple(aliased)
 
 
@@ -77,7 +78,8 @@ class FusedProgram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        _, sample_factor, tensors, values, masks = Recorder.rebuild(ctx.shape, unpacked(ctx.saved_tensors, ctx.layouts))
+        _, sample_factor, held, values, masks = Recorder.rebuild(ctx.shape, unpacked(ctx.saved_tensors, ctx.layouts))
+        tensors = [StepTensors(*pair) for pair in zip(held[::2], itertools.repeat(None), held[1::2], strict=False)]
         lowered, needs_x = ctx.lowered, ctx.needs_input_grad[2]
         program = lowered.program
         if torch.is_grad_enabled() or is_transformed(grad_out):
@@ -128,7 +130,7 @@ def run_program(lowered: Lowered, x: Tensor, tensors: list[StepTensors], sample_
         tensors: one :class:`StepTensors` for each node. Weights in the dtype of `x`.
         sample_factor: ``[N]`` or None; multiplies the branch of additions that are `sampled` (Stochastic Depth).
     """
-    weights = [tensors[node].weight for node in lowered.program.main_convolutions()]
+    weights = [tensors[node].weight for node in lowered.program.main_convolutions]
     given, x = x, worked_on(x, is_channels_last(x, weights))
     counter = counter_of(given) if given is not x and torch.is_grad_enabled() else None
     if sample_factor is not None:

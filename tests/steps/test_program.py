@@ -82,7 +82,7 @@ def test_what_wants_no_gradient_gets_none(x, name, frozen):
 def test_running_statistics_move_as_in_stock(x):
     program, tensors = CASES["strided projection"]()
     mine = [StepTensors(*(None if t is None else t.detach().clone() for t in own)) for own in tensors]
-    run_program(steps_of(program, False), x, mine)
+    run_program(steps_of(program), x, mine)
     program_output(program, x, None, tensors, moves=True)
     for own, want in zip(mine, tensors, strict=True):
         for got, expected in zip(own[4:], want[4:], strict=True):
@@ -97,7 +97,7 @@ def test_first_and_second_derivatives():
     def run(x, gamma, weight):
         first = tensors[0]._replace(gamma=gamma)
         last = tensors[5]._replace(weight=weight)
-        return run_program(steps_of(program, False), x, [first, *tensors[1:5], last, NONE])
+        return run_program(steps_of(program), x, [first, *tensors[1:5], last, NONE])
 
     leaves = x, tensors[0].gamma, tensors[5].weight
     assert torch.autograd.gradcheck(run, leaves)
@@ -107,7 +107,7 @@ def test_first_and_second_derivatives():
 def test_batched_gradients(x):
     program, tensors = preact_bottleneck()
     leaves = [x, tensors[1].weight, tensors[2].beta]
-    out, want = run_program(steps_of(program, False), x, tensors), program_output(program, x, None, tensors)
+    out, want = run_program(steps_of(program), x, tensors), program_output(program, x, None, tensors)
     cotangents = torch.randn(2, *out.shape, dtype=F64)
     got = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True)
     for a, b in zip(got, torch.autograd.grad(want, leaves, cotangents, is_grads_batched=True), strict=True):
@@ -118,7 +118,7 @@ def test_batched_gradients(x):
 def test_writes_before_backward_raise_as_in_stock(x, what):
     program, tensors = preact_bottleneck()
     h = x * 1
-    out = run_program(steps_of(program, False), h, tensors)
+    out = run_program(steps_of(program), h, tensors)
     written = {"input": h, "weight": tensors[3].weight, "gamma": tensors[2].gamma}[what]
     with torch.no_grad():
         written.add_(1)
@@ -128,7 +128,7 @@ def test_writes_before_backward_raise_as_in_stock(x, what):
 
 def test_a_bias_may_be_written_to_before_backward_but_not_before_one_that_runs_again(x):
     program, tensors = preact_bottleneck()
-    out = run_program(steps_of(program, False), x, tensors)
+    out = run_program(steps_of(program), x, tensors)
     with torch.no_grad():
         tensors[2].beta.add_(1)
     out.sum().backward(retain_graph=True)
@@ -138,7 +138,7 @@ def test_a_bias_may_be_written_to_before_backward_but_not_before_one_that_runs_a
 
 def test_the_lent_gradient_is_left_alone(x):
     program, tensors = preact_bottleneck()
-    out = run_program(steps_of(program, False), x, tensors)
+    out = run_program(steps_of(program), x, tensors)
     cotangent = torch.randn_like(out)
     before = cotangent.clone()
     (grad,) = torch.autograd.grad(out, x, cotangent)
@@ -158,7 +158,7 @@ def test_errors_are_at_most_twice_stocks(name, dtype):
     mine = [StepTensors(*map(single, own[:4])) for own in tensors]
     h = x.detach().to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     leaves = leaves_of(h, mine)
-    fused = observe(run_program(steps_of(program, True), h, mine), leaves)
+    fused = observe(run_program(steps_of(program), h, mine), leaves)
     stock = observe(program_output(program, h, None, mine), leaves)
     unit = torch.finfo(dtype).eps
     for key, want in exact.items():
@@ -182,4 +182,4 @@ def test_programs_that_no_steps_run(reason):
     program = Program(tuple(WRONG[reason]))
     assert reason in obstacle(program)
     with pytest.raises(ValueError, match="no steps run this program"):
-        steps_of(program, True)
+        steps_of(program)

@@ -43,7 +43,7 @@ def stock(program, x, tensors, factor):
 def fused(program, x, tensors, factor):
     pairs = list(enumerate(zip(program.nodes, tensors, strict=True), 1))
     products = [v for v, (n, own) in pairs if isinstance(n, Convolution) and n.conv.is_pointwise(own.weight)]
-    lowered = steps_of(dataclasses.replace(program, backend="triton"), False, frozenset(products))
+    lowered = steps_of(dataclasses.replace(program, backend="triton"), frozenset(products))
     return run_program(lowered, x, tensors, factor)
 
 

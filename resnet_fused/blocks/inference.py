@@ -180,6 +180,11 @@ def _run(chain: Chain, folded: list[tuple[Tensor, Tensor]], x: Tensor, residual:
     return out
 
 
+def runs_as_stock(chain: Chain, x: Tensor) -> bool:
+    """Whether no convolution has an epilogue for this input: there is nothing to gain by folding at every call."""
+    return chain.backend == "auto" and x.device.type == "cpu" and x.dtype not in onednn.SERVED
+
+
 @torch.no_grad()
 def folded_output(
     chain: Chain,
@@ -191,14 +196,12 @@ def folded_output(
 ) -> Tensor:
     """The chain's output with running statistics and without autograd.
 
-    On a CPU it runs as stock where no convolution has an epilogue: there is nothing to gain by folding at every call.
-
     `norms`: the modules by which folded weights are kept. `dtype`: of the weights and biases as stock would cast them;
     None: as they are.
     """
     if gpu_inference.takes(x):
         return gpu_inference.output(chain, x, [t.cast(dtype) for t in tensors], residual)
-    if chain.backend == "auto" and x.device.type == "cpu" and x.dtype not in onednn.SERVED:
+    if runs_as_stock(chain, x):
         return stock.chain_output(chain, x, residual, None, [t.cast(dtype) for t in tensors], moves=True)
     given, x = x, channels_last(x)
     residual = x if residual is given else None if residual is None else channels_last(residual)

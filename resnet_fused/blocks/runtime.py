@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 
 import torch
 
@@ -14,10 +15,27 @@ from ..steps import Chain, Step, StepTensors, stock
 from ..steps.layout import Placed, arrived, behind, left
 from ..steps.node import run_chain
 from . import gpu_inference, norms
-from .inference import folded_output
+from .inference import folded_output, runs_as_stock
 from .site import Site, conv_geometry, pool_geometry
 
 Tensor = torch.Tensor
+
+
+class _Ran(threading.local):
+    fused = 0
+
+
+_ran = _Ran()
+
+
+def fused_chains() -> int:
+    """How many chains this thread has run as anything but stock operations by the plan's choice."""
+    return _ran.fused
+
+
+def _count_fused() -> None:
+    if not torch.compiler.is_compiling():
+        _ran.fused += 1
 
 
 def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Tensor:
@@ -66,9 +84,13 @@ def run_modules(
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     frozen = not any(step.norm.batch_stats for step in chain.all_steps)
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
+        if not runs_as_stock(chain, x):
+            _count_fused()
         return folded_output(chain, [norm for _, norm in site.pairs], x, tensors, residual, dtype)
     tensors = [own.cast(dtype) for own in tensors]
     chosen = choose_variant(chain, x, tensors, shapes, sample_factor, residual)
+    if not chosen.stock:
+        _count_fused()
     with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
         return run_chain(chosen, x, tensors, residual, sample_factor)
 

@@ -73,6 +73,11 @@ def tuning(tuner: Callable[..., Chain]) -> contextlib.AbstractContextManager[Non
     return _set("tuner", tuner)
 
 
+def is_directed() -> bool:
+    """Whether a ``with`` block directs or observes the choices, so that each must be made."""
+    return bool(_settings.fuses_all or _settings.target is not None or _settings.tuner is not None or observers)
+
+
 def on_gpu(x: Tensor) -> bool:
     """Whether `x` is on a GPU, or planned for as if it were."""
     if _settings.target is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import math
+import operator
 import threading
 import weakref
 from typing import NamedTuple
@@ -94,14 +95,12 @@ def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, w
     return weight, shift.to(torch.float32) if wide else shift
 
 
-def _keys(steps: tuple[Step, ...], tensors: list[StepTensors]) -> list[tuple]:
+def _keys(steps: tuple[Step, ...], tensors: list[StepTensors], checksums: list[int]) -> list[tuple]:
     """For each step, what its folded weight is made from: identity, version and content of each tensor.
 
     The content is that of the memory, in its own order, so that the weight's shape and strides belong to it.
     """
-    sources = [[t for t in own[:6] if t is not None] for own in tensors]
-    dense = [t if _is_dense(t) else t.contiguous() for own in sources for t in own]
-    sums = iter(torch.ops.resnet_fused.checksum(dense))
+    sources, sums = [[t for t in own[:6] if t is not None] for own in tensors], iter(checksums)
     return [
         (step, own[0].shape, own[0].stride(), *((*_identity(t), next(sums)) for t in own))
         for step, own in zip(steps, sources, strict=True)
@@ -187,9 +186,11 @@ def runs_as_stock(chain: Chain, x: Tensor) -> bool:
 
 
 class _Recent(NamedTuple):
-    """The last answer of :func:`_all_packed` for a chain."""
+    """The last answer of :func:`_all_packed` for a chain, and what it was asked for."""
 
-    question: tuple
+    case: tuple  # settings and shapes
+    places: list[tuple]  # of the tensors, all dense
+    sums: list[int]  # of their content
     kept: list[Packed] | None
     settled: bool  # asked twice, so that every weight is in the layout that oneDNN wants
 
@@ -199,17 +200,23 @@ _recent: weakref.WeakKeyDictionary[nn.Module, _Recent] = weakref.WeakKeyDictiona
 
 def _all_packed(chain: Chain, norms: list[nn.Module], x: Tensor, tensors: list[StepTensors]) -> list[Packed] | None:
     """The packed convolutions of a chain; None where one may overflow."""
-    keys = _keys(chain.all_steps, tensors)
-    question = (x.shape, x.dtype, torch.get_num_threads(), keys)
+    flat = [t for own in tensors for t in own[:6] if t is not None]
+    case = (x.shape, x.dtype, torch.get_num_threads(), chain.steps, chain.shortcut)
+    places = [(*_identity(t), t.shape, t.stride()) for t in flat]
     recent = _recent.get(norms[-1])
-    again = recent is not None and recent.question == question
+    dense = flat
+    if recent is None or recent.places != places:
+        recent, dense = None, [t if _is_dense(t) else t.contiguous() for t in flat]
+    sums = torch.ops.resnet_fused.checksum(dense)
+    again = recent is not None and recent.sums == sums and recent.case == case
     if again and recent.settled:
         return recent.kept
-    shapes = _input_shapes(chain, x.shape, tensors)
+    shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(chain.all_steps, tensors, sums)
     kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, chain.all_steps, shapes, strict=True)]
     if any(one.enlarges + one.bound == math.inf for one in kept):
         kept = None
-    _recent[norms[-1]] = _Recent(question, kept, again)
+    if dense is flat or all(map(operator.is_, dense, flat)):
+        _recent[norms[-1]] = _Recent(case, places, sums, kept, again)
     return kept
 
 

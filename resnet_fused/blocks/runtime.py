@@ -47,15 +47,28 @@ def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_facto
         ValueError: one value per channel in training, as stock.
     """
     backend = site.backend if current() == "auto" else current()
-    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
-    tensors = [StepTensors(conv.weight, conv.bias, *norms.tensors(norm)) for conv, norm in site.pairs]
-    n = len(site.steps)
-    chain = Chain(steps[:n], None if site.shortcut is None else steps[n], site.relu, backend=backend)
+    chain, tensors = _read(site, backend)
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return run_modules(chain, site, x, tensors, residual, sample_factor)
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return run_modules(chain, site, x.to(dtype), tensors, residual, sample_factor, dtype)
+
+
+def _read(site: Site, backend: str) -> tuple[Chain, list[StepTensors]]:
+    """The chain and the tensors of `site` as its modules are now; the same objects as long as those are."""
+    known = None if torch.compiler.is_compiling() else site.unchanged
+    if known is not None and not known.tensors_and_settings_hold():
+        known = None
+    if known is not None and known.read is not None and known.read[0].backend == backend:
+        return known.read
+    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
+    tensors = [StepTensors(conv.weight, conv.bias, *norms.tensors(norm)) for conv, norm in site.pairs]
+    n = len(site.steps)
+    chain = Chain(steps[:n], None if site.shortcut is None else steps[n], site.relu, backend=backend)
+    if known is not None:
+        known.read = chain, tensors
+    return chain, tensors
 
 
 def run_modules(

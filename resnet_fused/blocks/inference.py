@@ -245,7 +245,6 @@ def _run_packed(chain: Chain, kept: list[Packed], x: Tensor, residual: Tensor | 
     return bounds.remember(out, bound)
 
 
-@torch.no_grad()
 def folded_output(
     chain: Chain,
     norms: list[nn.Module],
@@ -259,6 +258,13 @@ def folded_output(
     `norms`: the modules by which folded weights are kept. `dtype`: of the weights and biases as stock would cast them;
     None: as they are.
     """
+    if not torch.is_grad_enabled():
+        return _folded_output(chain, norms, x, tensors, residual, dtype)
+    with torch.no_grad():
+        return _folded_output(chain, norms, x, tensors, residual, dtype)
+
+
+def _folded_output(chain, norms, x, tensors, residual, dtype) -> Tensor:
     if gpu_inference.takes(x):
         return gpu_inference.output(chain, x, [t.cast(dtype) for t in tensors], residual)
     if runs_as_stock(chain, x):

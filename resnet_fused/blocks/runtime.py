@@ -10,7 +10,7 @@ import torch
 
 from ..backends import bounds, current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
-from ..plan.choose import choose_variant, pools
+from ..plan.choose import choose_variant, is_small_stem, pools
 from ..steps import Chain, Step, StepTensors, stock
 from ..steps.layout import Placed, arrived, behind, left
 from ..steps.node import run_chain
@@ -79,10 +79,10 @@ def run_modules(
     `dtype`: to which the convolutions' parameters are cast, as autocast would; None: they stay.
     """
     shapes = output_shapes(chain, x, tensors)
-    if any(size <= 0 for shape in shapes for size in shape[2:]):  # stock's convolution says what is wrong
+    if any([shape[2] <= 0 or shape[3] <= 0 for shape in shapes]):  # stock's convolution says what is wrong
         return stock.chain_output(chain, x, residual, sample_factor, [own.cast(dtype) for own in tensors], moves=True)
     if site.pool is not None:
-        pooled = _pooled_chain(chain, site, x, tensors, shapes[-1])
+        pooled = _pooled_chain(chain, site, x, tensors, shapes)
         if pooled is None:
             return site.pool(run_modules(chain, dataclasses.replace(site, pool=None), x, tensors, None, None, dtype))
         chain = pooled
@@ -95,7 +95,7 @@ def run_modules(
     for step, shape in zip(chain.steps, shapes, strict=True):
         if step.norm.batch_stats and shape[0] * shape[2] * shape[3] == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    frozen = not any(step.norm.batch_stats for step in chain.all_steps)
+    frozen = not any([step.norm.batch_stats for step in chain.all_steps])
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
         if not runs_as_stock(chain, x):
             _count_fused()
@@ -108,7 +108,9 @@ def run_modules(
         return run_chain(chosen, x, tensors, residual, sample_factor)
 
 
-def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shape: torch.Size) -> Chain | None:
+def _pooled_chain(
+    chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]
+) -> Chain | None:
     """`chain` with its pool in it; None where the pool is better called, or raises stock's error for this size."""
     pool = pool_geometry(site.pool)
     wanted = needs_grad(x, None, tensors) or gpu_inference.takes(x)
@@ -116,7 +118,9 @@ def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors
         return None
     if not gpu_inference.takes(x) and not chain.steps[-1].norm.batch_stats:
         return None  # folded, as without a pool: somebody may compare what both give
-    if any(n + 2 * p < k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True)):
+    if is_small_stem(chain, x, tensors, shapes):
+        return None
+    if any(n + 2 * p < k for n, p, k in zip(shapes[-1][2:], pool.padding, pool.kernel, strict=True)):
         return None
     return dataclasses.replace(chain, pool=pool)
 

@@ -210,6 +210,11 @@ def _is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[
     return too_small.is_small(chain, x, tensors, shapes)
 
 
+def is_small_stem(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
+    """Whether the pool behind a chain is better called by itself, since the chain stays stock."""
+    return shapes[-1].numel() <= too_small.FEW_POOLED and _is_small(chain, x, tensors, shapes)
+
+
 def modelled(
     chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
 ) -> Chain:

@@ -79,7 +79,7 @@ def run_modules(
     `dtype`: to which the convolutions' parameters are cast, as autocast would; None: they stay.
     """
     shapes = output_shapes(chain, x, tensors)
-    if any([shape[2] <= 0 or shape[3] <= 0 for shape in shapes]):  # stock's convolution says what is wrong
+    if any(shape[2] <= 0 or shape[3] <= 0 for shape in shapes):  # stock's convolution says what is wrong
         return stock.chain_output(chain, x, residual, sample_factor, [own.cast(dtype) for own in tensors], moves=True)
     if site.pool is not None:
         pooled = _pooled_chain(chain, site, x, tensors, shapes)
@@ -95,7 +95,7 @@ def run_modules(
     for step, shape in zip(chain.steps, shapes, strict=True):
         if step.norm.batch_stats and shape[0] * shape[2] * shape[3] == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    frozen = not any([step.norm.batch_stats for step in chain.all_steps])
+    frozen = not any(step.norm.batch_stats for step in chain.all_steps)
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
         if not runs_as_stock(chain, x):
             _count_fused()

@@ -101,6 +101,6 @@ class Unchanged:
             not any(self._hooks)
             and self._pairs.holds()
             and self._bypassed.holds()
-            and all([known.holds() for known in self._classes])
+            and all(map(_Class.holds, self._classes))
             and [*map(_FACTS, self._tensors)] == self._facts
         )

@@ -265,3 +265,72 @@ def test_a_convolution_before_two_norms_is_kept_for_both(packs):
     for _ in range(3):
         first(images(12)), second(images(12))
     assert len(packs) == 6
+
+
+@torch.no_grad()
+def settled(model, x):
+    """The model after the calls from which on a chain's weights are kept by one key."""
+    for _ in range(3):
+        model(x)
+    return model
+
+
+def _write(t, value):
+    t.data.copy_(value)
+
+
+AFTERWARDS = {
+    "a write past the counter": lambda m: _write(m.conv1.weight, torch.randn_like(m.conv1.weight)),
+    "a write to a vector": lambda m: _write(m.bn2.bias, torch.randn_like(m.bn2.bias)),
+    "a write to a statistic": lambda m: m.bn3.running_var.mul_(2),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "other strides": lambda m: setattr(m.conv2.weight, "data", m.conv2.weight.data.transpose(2, 3)),
+    "another weight": lambda m: setattr(m, "conv3", nn.Conv2d(4, 16, 1, bias=False)),
+    "infinity": lambda m: m.conv1.weight[0, 0].fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("change", AFTERWARDS.values(), ids=AFTERWARDS)
+@torch.no_grad()
+def test_what_changes_after_weights_are_settled_is_seen(change):
+    stock = block().double().float()
+    model, x = resnet_fused.fuse(copy.deepcopy(stock)), images(6)
+    settled(model, x)
+    for one in (stock, model):
+        torch.manual_seed(3)
+        change(one)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), stock(x), rtol=2e-4, atol=2e-4, equal_nan=True)
+
+
+@torch.no_grad()
+def test_settled_weights_are_of_this_shape_and_number_of_threads(packs):
+    model = resnet_fused.fuse(block())
+    for size in (6, 10, 6, 10):
+        settled(model, images(size))
+    recent = inference._recent[model.bn3]
+    assert recent.settled and recent.case[0] == images(10).shape
+    inference._layouts = inference._Layouts()  # as if nothing were known: it need not be asked
+    model(images(10))
+    assert not inference._layouts._seen
+    model(images(6))
+    assert inference._layouts._seen
+
+
+@torch.no_grad()
+def test_a_mode_sees_the_ops_of_settled_weights():
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        sees_fused_ops = True
+
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = settled(resnet_fused.fuse(block()), images(6))
+    with Seen() as seen:
+        model(images(6))
+    assert sum("resnet_fused.conv_add_relu" in name for name in seen.names) == 3

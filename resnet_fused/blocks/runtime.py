@@ -10,7 +10,8 @@ import torch
 
 from ..backends import bounds, current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
-from ..plan.choose import choose_variant, is_small_stem, pools
+from ..plan import too_small
+from ..plan.choose import choose_variant, is_small, pools
 from ..steps import Chain, Step, StepTensors, stock
 from ..steps.layout import Placed, arrived, behind, left
 from ..steps.node import run_chain
@@ -118,8 +119,8 @@ def _pooled_chain(
         return None
     if not gpu_inference.takes(x) and not chain.steps[-1].norm.batch_stats:
         return None  # folded, as without a pool: somebody may compare what both give
-    if is_small_stem(chain, x, tensors, shapes):
-        return None
+    if shapes[-1].numel() <= too_small.FEW_POOLED and is_small(chain, x, tensors, shapes):
+        return None  # the chain stays stock
     if any(n + 2 * p < k for n, p, k in zip(shapes[-1][2:], pool.padding, pool.kernel, strict=True)):
         return None
     return dataclasses.replace(chain, pool=pool)

@@ -96,14 +96,14 @@ def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, w
 
 
 def _keys(steps: tuple[Step, ...], tensors: list[StepTensors], checksums: list[int]) -> list[tuple]:
-    """For each step, what its folded weight is made from: identity, version and content of each tensor.
+    """For each step, what its folded weight is made from: identity, version and content of each tensor, None where there is none.
 
     The content is that of the memory, in its own order, so that the weight's shape and strides belong to it.
     """
-    sources, sums = [[t for t in own[:6] if t is not None] for own in tensors], iter(checksums)
+    sums = iter(checksums)
     return [
-        (step, own[0].shape, own[0].stride(), *((*_identity(t), next(sums)) for t in own))
-        for step, own in zip(steps, sources, strict=True)
+        (step, own[0].shape, own[0].stride(), *(t if t is None else (*_identity(t), next(sums)) for t in own[:6]))
+        for step, own in zip(steps, tensors, strict=True)
     ]
 
 
@@ -189,7 +189,7 @@ class _Recent(NamedTuple):
     """The last answer of :func:`_all_packed` for a chain, and what it was asked for."""
 
     case: tuple  # settings and shapes
-    places: list[tuple]  # of the tensors, all dense
+    places: list[tuple | None]  # of the tensors, all dense
     sums: list[int]  # of their content
     kept: list[Packed] | None
     settled: bool  # asked twice, so that every weight is in the layout that oneDNN wants
@@ -202,7 +202,7 @@ def _all_packed(chain: Chain, norms: list[nn.Module], x: Tensor, tensors: list[S
     """The packed convolutions of a chain; None where one may overflow."""
     flat = [t for own in tensors for t in own[:6] if t is not None]
     case = (x.shape, x.dtype, torch.get_num_threads(), chain.steps, chain.shortcut)
-    places = [(*_identity(t), t.shape, t.stride()) for t in flat]
+    places = [t if t is None else (*_identity(t), t.shape, t.stride()) for own in tensors for t in own[:6]]
     recent = _recent.get(norms[-1])
     dense = flat
     if recent is None or recent.places != places:

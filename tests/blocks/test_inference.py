@@ -334,3 +334,18 @@ def test_a_mode_sees_the_ops_of_settled_weights():
     with Seen() as seen:
         model(images(6))
     assert sum("resnet_fused.conv_add_relu" in name for name in seen.names) == 3
+
+
+@torch.no_grad()
+def test_one_tensor_in_another_place_is_seen():
+    """The convolution's bias, handed to its norm as it is: the same tensors in the same order."""
+    stock = block(BasicBlock)
+    stock.bn1 = nn.BatchNorm2d(16, affine=False).eval()
+    stock.bn1.running_var.fill_(4)
+    stock.conv1.bias = nn.Parameter(torch.linspace(1, 2, 16))
+    model, x = resnet_fused.fuse(copy.deepcopy(stock)), images(6)
+    settled(model, x)
+    for one in (stock, model):
+        one.bn1.bias, one.conv1.bias = one.conv1.bias, None
+    for _ in range(3):
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)

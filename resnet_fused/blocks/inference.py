@@ -96,7 +96,7 @@ def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, w
 
 
 def _keys(steps: tuple[Step, ...], tensors: list[StepTensors], checksums: list[int]) -> list[tuple]:
-    """For each step, what its folded weight is made from: identity, version and content of each tensor, None where there is none.
+    """For each step, what its folded weight is made from: identity, version and content of each tensor (or None).
 
     The content is that of the memory, in its own order, so that the weight's shape and strides belong to it.
     """

@@ -131,7 +131,7 @@ def module_obstacle(site: Site) -> str:
             return _pool_obstacle(site.pool)
         known = Unchanged(site.pairs, site.bypassed) if known is not False else None
     reason = _obstacle_read(site)
-    if known is not None and not reason:
+    if known is not None and not reason and known.is_plain():
         site.__dict__["_unchanged"] = known if known.is_complete() else False
     return reason
 

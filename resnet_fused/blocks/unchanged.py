@@ -89,6 +89,10 @@ class Unchanged:
                 hides = any(name in own or hasattr(cls, name) for inner in _INNER for name in own[inner])
                 if cls not in _CLASSES or hides or not all(map(_is_fixed, settings)):
                     return False
+        return True
+
+    def is_plain(self) -> bool:
+        """Whether all tensors are PyTorch's own: others (fake ones, of `explain`) stand there for a while only."""
         return all(type(t) in _PLAIN for t in self._tensors)
 
     def tensors_and_settings_hold(self) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fused.blocks import runtime, site, unchanged
 from resnet_fused.blocks.site import Site, module_obstacle
@@ -107,6 +108,17 @@ def test_what_may_change_in_place_is_read_at_every_call(modules, change):
     place = Site(((conv, norm),), bypassed=(relu,))
     module_obstacle(place)
     assert place.unchanged is None
+
+
+def test_fake_tensors_leave_nothing_behind(modules):
+    conv, norm, relu = modules
+    place, real = Site(((conv, norm),), bypassed=(relu,)), conv.weight
+    conv._parameters["weight"] = FakeTensorMode().from_tensor(real)
+    module_obstacle(place)
+    assert place.unchanged is None
+    conv._parameters["weight"] = real
+    module_obstacle(place)
+    assert place.unchanged.holds()
 
 
 def test_the_short_way_is_taken(place, monkeypatch):

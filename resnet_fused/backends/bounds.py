@@ -66,8 +66,8 @@ def remember(t: Tensor, bound: float) -> Tensor:
     return t
 
 
-def _noted(t: Tensor) -> float:
-    """The noted bound of `t`; infinite where there is none."""
+def noted(t: Tensor) -> float:
+    """The noted bound of `t`; infinite where there is none, without reading it."""
     if _scope.notes is None:
         return math.inf
     ref, bound = _scope.notes.get(id(t), (None, math.inf))
@@ -76,14 +76,14 @@ def _noted(t: Tensor) -> float:
 
 def is_known(t: Tensor | None) -> bool:
     """Whether :func:`of` need not read `t`."""
-    return t is None or _noted(t) < SAFE
+    return t is None or noted(t) < SAFE
 
 
 def of(t: Tensor) -> float:
     """A bound of ``max |t|``: noted, or measured. NaN and infinity are infinite."""
-    noted = _noted(t)
-    if noted < SAFE:
-        return noted
+    known = noted(t)
+    if known < SAFE:
+        return known
     low, high = torch.aminmax(_flat(t)) if t.numel() else (torch.zeros(()), torch.zeros(()))
     bound = max(-low.item(), high.item())
     bound = bound if bound < math.inf else math.inf  # NaN too
@@ -114,9 +114,11 @@ def note_packed(packed: Tensor, weight: Tensor) -> Tensor:
 
 def of_result(x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> float:
     """A bound of ``max |conv(x, weight) + shift + residual|``; infinite where it is not below :data:`SAFE`."""
-    bound = of_weight(weight) * of(x)
-    if shift is not None and shift.numel():
-        bound += of(shift)
-    if residual is not None:
-        bound += of(residual)
+    shift_bound = of(shift) if shift is not None and shift.numel() else 0.0
+    return of_sum(of_weight(weight), of(x), shift_bound, 0.0 if residual is None else of(residual))
+
+
+def of_sum(enlarges: float, x: float, shift: float, residual: float = 0.0) -> float:
+    """As :func:`of_result`, of the bounds themselves."""
+    bound = enlarges * x + shift + residual
     return 1.01 * bound if bound < SAFE else math.inf  # NaN compares false

@@ -30,6 +30,10 @@ _PADDING = slice(struct.calcsize("=i4x12qi"), struct.calcsize("=i4x12qi4x"))
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+if _HAS_ONEDNN:
+    _pointwise = torch.ops.mkldnn._convolution_pointwise.default
+    _pointwise_add = torch.ops.mkldnn._convolution_pointwise.binary
+    _pointwise_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
 
 
 @functools.cache
@@ -96,7 +100,7 @@ def conv_add_relu(
         out = op(x, weight, bias, *where, "relu" if act else "none", [], None)
     else:
         _check_residual("conv_add_relu", residual, x, weight, stride, padding, dilation)
-        if residual.numel() * residual.element_size() >= _MAPPED and (out := _copy(residual)) is not None:
+        if is_mapped(residual) and (out := _copy(residual)) is not None:
             conv_add_relu_(out, x, weight, shift, stride, padding, dilation, groups, relu)
             return out
         out = op.binary(x, channels_last(residual), weight, bias, *where, "add", 1.0, "relu" if act else None, [], None)
@@ -122,6 +126,30 @@ def conv_add_relu_(
     if out.data_ptr() != residual.data_ptr():
         residual.copy_(out)
     _finish(residual, relu, bound)
+
+
+def is_mapped(residual: Tensor | None) -> bool:
+    """Whether adding to a copy of `residual` in huge pages pays, see :data:`_MAPPED`."""
+    return residual is not None and residual.numel() * residual.element_size() >= _MAPPED
+
+
+def conv_packed(
+    x: Tensor, weight: Tensor, bias: Tensor, conv, relu: bool, bound: float, residual=None, in_place: bool = False
+) -> Tensor:
+    """:func:`conv_add_relu` for one who has asked all that dispatch asks: float32, channels_last, `weight` packed.
+
+    `bound`: of the result. `in_place`: the sum lands in `residual`, which is returned.
+    """
+    act, where = relu and bound < bounds.SAFE, (conv.padding, conv.stride, conv.dilation, conv.groups)
+    if residual is None:
+        out = _pointwise(x, weight, bias, *where, "relu" if act else "none", [], None)
+    elif not in_place:
+        out = _pointwise_add(x, residual, weight, bias, *where, "add", 1.0, "relu" if act else None, [], None)
+    else:
+        out = _pointwise_add_(residual, x, weight, bias, *where, "add", 1.0, "relu" if act else None, [], None)
+        out = out if out.data_ptr() == residual.data_ptr() else residual.copy_(out)
+    out = channels_last(out)
+    return torch.relu_(out) if relu and not act else out
 
 
 def _has_epilogue(x: Tensor, residual: Tensor | None, groups: int) -> bool:

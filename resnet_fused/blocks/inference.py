@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import math
+import operator
 import threading
 import weakref
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class Packed(NamedTuple):
     weight: Tensor  # in the layout `layout`
     shift: Tensor  # [K]
     bound: float  # of the shift; see `bounds.of`
+    enlarges: float  # see `bounds.of_weight`
     layout: bytes
 
 
@@ -93,17 +95,15 @@ def fold(tensors: StepTensors, step: Step, like: torch.dtype, to: torch.dtype, w
     return weight, shift.to(torch.float32) if wide else shift
 
 
-def _keys(steps: tuple[Step, ...], tensors: list[StepTensors]) -> list[tuple]:
-    """For each step, what its folded weight is made from: identity, version and content of each tensor.
+def _keys(steps: tuple[Step, ...], tensors: list[StepTensors], checksums: list[int]) -> list[tuple]:
+    """For each step, what its folded weight is made from: identity, version and content of each tensor (or None).
 
     The content is that of the memory, in its own order, so that the weight's shape and strides belong to it.
     """
-    sources = [[t for t in own[:6] if t is not None] for own in tensors]
-    dense = [t if _is_dense(t) else t.contiguous() for own in sources for t in own]
-    sums = iter(torch.ops.resnet_fused.checksum(dense))
+    sums = iter(checksums)
     return [
-        (step, own[0].shape, own[0].stride(), *((*_identity(t), next(sums)) for t in own))
-        for step, own in zip(steps, sources, strict=True)
+        (step, own[0].shape, own[0].stride(), *(t if t is None else (*_identity(t), next(sums)) for t in own[:6]))
+        for step, own in zip(steps, tensors, strict=True)
     ]
 
 
@@ -130,7 +130,7 @@ def packed(
     with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
         weight, shift = fold(tensors, step, dtype, dtype, wide=True)
         weight = onednn.prepack(weight, shape, *step.conv.args)
-        made = Packed(weight, shift, bounds.of(shift), onednn.layout_of(weight))
+        made = Packed(weight, shift, bounds.of(shift), bounds.of_weight(weight), onednn.layout_of(weight))
     _layouts.learn(case, made.layout)
     return _keep(norm, key, dtype, made)
 
@@ -180,7 +180,71 @@ def _run(chain: Chain, folded: list[tuple[Tensor, Tensor]], x: Tensor, residual:
     return out
 
 
-@torch.no_grad()
+def runs_as_stock(chain: Chain, x: Tensor) -> bool:
+    """Whether no convolution has an epilogue for this input: there is nothing to gain by folding at every call."""
+    return chain.backend == "auto" and x.device.type == "cpu" and x.dtype not in onednn.SERVED
+
+
+class _Recent(NamedTuple):
+    """The last answer of :func:`_all_packed` for a chain, and what it was asked for."""
+
+    case: tuple  # settings and shapes
+    places: list[tuple | None]  # of the tensors, all dense
+    sums: list[int]  # of their content
+    kept: list[Packed] | None
+    settled: bool  # asked twice, so that every weight is in the layout that oneDNN wants
+
+
+_recent: weakref.WeakKeyDictionary[nn.Module, _Recent] = weakref.WeakKeyDictionary()  # by the norm of the last step
+
+
+def _all_packed(chain: Chain, norms: list[nn.Module], x: Tensor, tensors: list[StepTensors]) -> list[Packed] | None:
+    """The packed convolutions of a chain; None where one may overflow."""
+    flat = [t for own in tensors for t in own[:6] if t is not None]
+    case = (x.shape, x.dtype, torch.get_num_threads(), chain.steps, chain.shortcut)
+    places = [t if t is None else (*_identity(t), t.shape, t.stride()) for own in tensors for t in own[:6]]
+    recent = _recent.get(norms[-1])
+    dense = flat
+    if recent is None or recent.places != places:
+        recent, dense = None, [t if _is_dense(t) else t.contiguous() for t in flat]
+    sums = torch.ops.resnet_fused.checksum(dense)
+    again = recent is not None and recent.sums == sums and recent.case == case
+    if again and recent.settled:
+        return recent.kept
+    shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(chain.all_steps, tensors, sums)
+    kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, chain.all_steps, shapes, strict=True)]
+    if any(one.enlarges + one.bound == math.inf for one in kept):
+        kept = None
+    if dense is flat or all(map(operator.is_, dense, flat)):
+        _recent[norms[-1]] = _Recent(case, places, sums, kept, again)
+    return kept
+
+
+def _run_packed(chain: Chain, kept: list[Packed], x: Tensor, residual: Tensor | None) -> Tensor:
+    """The chain's output from packed weights, by oneDNN."""
+    if x.dtype != torch.float32 or torch._C._len_torch_dispatch_stack() or onednn.is_mapped(residual):
+        for one in kept:
+            bounds.remember(one.shift, one.bound)
+        return _run(chain, [one[:2] for one in kept], x, residual)
+    steps, last = chain.steps, len(chain.steps) - 1
+    h, entering = x, bounds.of(x) if last or chain.relu else bounds.noted(x)
+    bound = entering
+    for one, step in zip(kept[:last], steps, strict=False):
+        bound = bounds.of_sum(one.enlarges, bound, one.bound)
+        h = onednn.conv_packed(h, one.weight, one.shift, step.conv, True, bound)
+    one, into = kept[last], None
+    if chain.shortcut is not None:
+        added = bounds.of_sum(kept[-1].enlarges, entering, kept[-1].bound)
+        residual = into = onednn.conv_packed(x, kept[-1].weight, kept[-1].shift, chain.shortcut.conv, False, added)
+    elif residual is None:
+        added = 0.0
+    else:
+        added = entering if residual is x else bounds.of(residual) if chain.relu else bounds.noted(residual)
+    bound = bounds.of_sum(one.enlarges, bound, one.bound, added)
+    out = onednn.conv_packed(h, one.weight, one.shift, steps[last].conv, chain.relu, bound, residual, into is not None)
+    return bounds.remember(out, bound)
+
+
 def folded_output(
     chain: Chain,
     norms: list[nn.Module],
@@ -191,14 +255,19 @@ def folded_output(
 ) -> Tensor:
     """The chain's output with running statistics and without autograd.
 
-    On a CPU it runs as stock where no convolution has an epilogue: there is nothing to gain by folding at every call.
-
     `norms`: the modules by which folded weights are kept. `dtype`: of the weights and biases as stock would cast them;
     None: as they are.
     """
+    if not torch.is_grad_enabled():
+        return _folded_output(chain, norms, x, tensors, residual, dtype)
+    with torch.no_grad():
+        return _folded_output(chain, norms, x, tensors, residual, dtype)
+
+
+def _folded_output(chain, norms, x, tensors, residual, dtype) -> Tensor:
     if gpu_inference.takes(x):
         return gpu_inference.output(chain, x, [t.cast(dtype) for t in tensors], residual)
-    if chain.backend == "auto" and x.device.type == "cpu" and x.dtype not in onednn.SERVED:
+    if runs_as_stock(chain, x):
         return stock.chain_output(chain, x, residual, None, [t.cast(dtype) for t in tensors], moves=True)
     given, x = x, channels_last(x)
     residual = x if residual is given else None if residual is None else channels_last(residual)
@@ -209,11 +278,8 @@ def folded_output(
             for own, step in zip(tensors, steps, strict=True)
         ]
         return _run(chain, folded, x, residual)
-    shapes, keys = _input_shapes(chain, x.shape, tensors), _keys(steps, tensors)
-    kept = [packed(*one, x.dtype) for one in zip(norms, keys, tensors, steps, shapes, strict=True)]
-    if any(bounds.of_weight(one.weight) + one.bound == math.inf for one in kept):  # there, folding is not the same
+    kept = _all_packed(chain, norms, x, tensors)
+    if kept is None:  # there, folding is not the same
         return stock.chain_output(chain, given, residual, None, [t.cast(dtype) for t in tensors], moves=True)
     with bounds.private():
-        for one in kept:
-            bounds.remember(one.shift, one.bound)
-        return _run(chain, [one[:2] for one in kept], x, residual)
+        return _run_packed(chain, kept, x, residual)

@@ -120,6 +120,11 @@ def _look_at(cls: type, base: type | None) -> str:
     return ""
 
 
+def methods_of(cls: type) -> tuple[tuple[str, object], ...]:
+    """The methods of one of PyTorch's classes that a call goes through, as they were at import."""
+    return _KNOWN[cls].methods if cls in _KNOWN else (("forward", None), ("__call__", None))
+
+
 def why_changed(module: nn.Module, base: type | None = None) -> str:
     """Why `module` may not run as an unchanged `base`, one of PyTorch's classes; empty if it may.
 

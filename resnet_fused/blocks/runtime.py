@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 
 import torch
 
 from ..backends import bounds, current
 from ..ops.conv_add_relu import output_shape as conv_output_shape
-from ..plan.choose import choose_variant, pools
+from ..plan import too_small
+from ..plan.choose import choose_variant, is_small, pools
 from ..steps import Chain, Step, StepTensors, stock
 from ..steps.layout import Placed, arrived, behind, left
 from ..steps.node import run_chain
 from . import gpu_inference, norms
-from .inference import folded_output
+from .inference import folded_output, runs_as_stock
 from .site import Site, conv_geometry, pool_geometry
 
 Tensor = torch.Tensor
+
+
+class _Ran(threading.local):
+    fused = 0
+
+
+_ran = _Ran()
+
+
+def fused_chains() -> int:
+    """How many chains this thread has run as anything but stock operations by the plan's choice."""
+    return _ran.fused
+
+
+def _count_fused() -> None:
+    if not torch.compiler.is_compiling():
+        _ran.fused += 1
 
 
 def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Tensor:
@@ -29,15 +48,28 @@ def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_facto
         ValueError: one value per channel in training, as stock.
     """
     backend = site.backend if current() == "auto" else current()
-    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
-    tensors = [StepTensors(conv.weight, conv.bias, *norms.tensors(norm)) for conv, norm in site.pairs]
-    n = len(site.steps)
-    chain = Chain(steps[:n], None if site.shortcut is None else steps[n], site.relu, backend=backend)
+    chain, tensors = _read(site, backend)
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return run_modules(chain, site, x, tensors, residual, sample_factor)
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return run_modules(chain, site, x.to(dtype), tensors, residual, sample_factor, dtype)
+
+
+def _read(site: Site, backend: str) -> tuple[Chain, list[StepTensors]]:
+    """The chain and the tensors of `site` as its modules are now; the same objects as long as those are."""
+    known = None if torch.compiler.is_compiling() else site.unchanged
+    if known is not None and not known.tensors_and_settings_hold():
+        known = None
+    if known is not None and known.read is not None and known.read[0].backend == backend:
+        return known.read
+    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
+    tensors = [StepTensors(conv.weight, conv.bias, *norms.tensors(norm)) for conv, norm in site.pairs]
+    n = len(site.steps)
+    chain = Chain(steps[:n], None if site.shortcut is None else steps[n], site.relu, backend=backend)
+    if known is not None:
+        known.read = chain, tensors
+    return chain, tensors
 
 
 def run_modules(
@@ -48,10 +80,10 @@ def run_modules(
     `dtype`: to which the convolutions' parameters are cast, as autocast would; None: they stay.
     """
     shapes = output_shapes(chain, x, tensors)
-    if any(size <= 0 for shape in shapes for size in shape[2:]):  # stock's convolution says what is wrong
+    if any(shape[2] <= 0 or shape[3] <= 0 for shape in shapes):  # stock's convolution says what is wrong
         return stock.chain_output(chain, x, residual, sample_factor, [own.cast(dtype) for own in tensors], moves=True)
     if site.pool is not None:
-        pooled = _pooled_chain(chain, site, x, tensors, shapes[-1])
+        pooled = _pooled_chain(chain, site, x, tensors, shapes)
         if pooled is None:
             return site.pool(run_modules(chain, dataclasses.replace(site, pool=None), x, tensors, None, None, dtype))
         chain = pooled
@@ -66,14 +98,20 @@ def run_modules(
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     frozen = not any(step.norm.batch_stats for step in chain.all_steps)
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
+        if not runs_as_stock(chain, x):
+            _count_fused()
         return folded_output(chain, [norm for _, norm in site.pairs], x, tensors, residual, dtype)
     tensors = [own.cast(dtype) for own in tensors]
     chosen = choose_variant(chain, x, tensors, shapes, sample_factor, residual)
+    if not chosen.stock:
+        _count_fused()
     with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
         return run_chain(chosen, x, tensors, residual, sample_factor)
 
 
-def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shape: torch.Size) -> Chain | None:
+def _pooled_chain(
+    chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]
+) -> Chain | None:
     """`chain` with its pool in it; None where the pool is better called, or raises stock's error for this size."""
     pool = pool_geometry(site.pool)
     wanted = needs_grad(x, None, tensors) or gpu_inference.takes(x)
@@ -81,7 +119,9 @@ def _pooled_chain(chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors
         return None
     if not gpu_inference.takes(x) and not chain.steps[-1].norm.batch_stats:
         return None  # folded, as without a pool: somebody may compare what both give
-    if any(n + 2 * p < k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True)):
+    if shapes[-1].numel() <= too_small.FEW_POOLED and is_small(chain, x, tensors, shapes):
+        return None  # the chain stays stock
+    if any(n + 2 * p < k for n, p, k in zip(shapes[-1][2:], pool.padding, pool.kernel, strict=True)):
         return None
     return dataclasses.replace(chain, pool=pool)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..steps import Conv, Pool
 from . import norms, proven
+from .unchanged import Unchanged
 
 Tensor = torch.Tensor
 _PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
@@ -39,6 +40,11 @@ class Site:
     @property
     def pairs(self) -> tuple[tuple[nn.Conv2d, nn.Module], ...]:
         return self.steps if self.shortcut is None else (*self.steps, self.shortcut)
+
+    @property
+    def unchanged(self) -> Unchanged | None:
+        """The modules as :func:`module_obstacle` last found nothing against them; None: it reads them at every call."""
+        return self.__dict__.get("_unchanged") or None
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -118,6 +124,20 @@ def module_obstacle(site: Site) -> str:
         return "global module hooks"
     if proven.functions_exchanged():
         return "a function of torch that the modules call was replaced"
+    known = None
+    if not torch.compiler.is_compiling():
+        known = site.__dict__.get("_unchanged")
+        if known and known.holds():
+            return _pool_obstacle(site.pool)
+        known = Unchanged(site.pairs, site.bypassed) if known is not False else None
+    reason = _obstacle_read(site)
+    if known is not None and not reason and known.is_plain():
+        site.__dict__["_unchanged"] = known if known.is_complete() else False
+    return reason
+
+
+def _obstacle_read(site: Site) -> str:
+    """:func:`module_obstacle` by reading every module."""
     for conv, norm in site.pairs:
         reason = why_not_conv(conv) or norms.why_not(norm) or norms.obstacle(norm)
         if reason:

@@ -20,7 +20,7 @@ from ..blocks.program_site import ProgramSite, Shape
 from ..blocks.runtime import run_placed
 from ..blocks.site import Site, hooked, hooked_within, input_obstacle, module_obstacle, why_not_passed
 from ..steps.layout import Placed, arrived, left
-from . import swap
+from . import as_stock, swap
 from .instructions import ChainCall, Program, Ref, StockCall, resolve
 from .order import module_effect
 from .outside import Outside, globals_reader
@@ -261,10 +261,15 @@ def runnable(block: nn.Module) -> tuple[FusedState, list[Site]] | None:
 
 def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
     """A fused block's output: its program's, or that of its stock forward."""
+    if as_stock.is_known(block, x):
+        return stock(x)
     found = runnable(block)
     if found is None or input_obstacle(x, found[1][0]):
         return stock(x)
-    return left(run_program(block, *found, x))
+    before = as_stock.fused_so_far()
+    out = left(run_program(block, *found, x))
+    as_stock.note(block, found[1], x, before)
+    return out
 
 
 class FusedModule(swap.Swapped):

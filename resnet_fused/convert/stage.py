@@ -23,7 +23,7 @@ from ..blocks import norms
 from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_obstacle
 from ..ops.conv_add_relu import output_shape
 from ..steps.layout import Placed, left
-from . import swap
+from . import as_stock, swap
 from .fused_module import FusedModule, FusedState, is_stock_forced, placed, run_program, runnable
 from .instructions import ChainCall
 from .swap import is_fused
@@ -93,6 +93,13 @@ def _run(entry: Entry, x: object) -> object:
     value = x.value if isinstance(x, Placed) else x
     if input_obstacle(value, entry.sites[0]):
         return entry.block(left(x))
+    if value is x or x.channels_last or value.is_contiguous():  # stock's forward needs no copy
+        if as_stock.is_known(entry.block, value):
+            return entry.block._resnet_fused_current("forward")(value)
+        before = as_stock.fused_so_far()
+        out = run_program(*entry, x)
+        as_stock.note(entry.block, entry.sites, value, before)
+        return out
     return run_program(*entry, x)
 
 
@@ -167,11 +174,14 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
         return _one_by_one(stage, x)
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
+    before = as_stock.fused_so_far()
     with bounds.private():
         images = images_in_piece(entries, x)
         if 0 < images < x.shape[0]:
             return _in_pieces(entries, x, images)
-        return left(_all_images(entries, x))
+        out = left(_all_images(entries, x))
+    as_stock.note(stage, [site for entry in entries for site in entry.sites], x, before)
+    return out
 
 
 def _is_traced(x: object) -> bool:
@@ -184,7 +194,7 @@ class _Stage(swap.Swapped):
     def forward(self, x):
         if not is_fused(self) or type(self) is not FusedStage or self._resnet_fused_replaced("forward"):
             return super().forward(x)
-        if is_stock_forced() or globally_hooked() or _is_traced(x):
+        if is_stock_forced() or globally_hooked() or _is_traced(x) or as_stock.is_known(self, x):
             return super().forward(x)
         return run_stage(self, x)
 

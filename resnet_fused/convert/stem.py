@@ -26,7 +26,7 @@ from torch import nn
 from ..blocks import norms
 from ..blocks.runtime import run_as_stock
 from ..blocks.site import Site, input_obstacle, module_obstacle, pool_geometry, why_not_conv
-from . import source, swap
+from . import as_stock, source, swap
 from .fused_module import is_stock_forced
 from .rewrite import Rewriter, Stem
 from .swap import STATE
@@ -69,7 +69,7 @@ class FusedStem(swap.Swapped):
     def _resnet_fused_runs(self, stem: Stem, x: object) -> bool:
         """Whether :meth:`_resnet_fused_run` may stand in for the calls of `stem`."""
         state: StemState | None = self.__dict__.get(STATE)
-        if state is None or stem not in state.stems or is_stock_forced():
+        if state is None or stem not in state.stems or is_stock_forced() or as_stock.is_known(self, x, stem):
             return False
         site = stem_site(self, stem, state.backend)
         return site is not None and not module_obstacle(site) and not input_obstacle(x, site)
@@ -77,12 +77,12 @@ class FusedStem(swap.Swapped):
     def _resnet_fused_run(self, stem: Stem, x):
         """``pool(act(norm(conv(x))))``, fused; the pool may be any module, called if it cannot be fused."""
         site = stem_site(self, stem, self.__dict__[STATE].backend)
-        pool = self._modules[stem[3]] if stem[3] else None
-        if pool is None:
-            return run_as_stock(site, x)
-        if pool_geometry(pool) is not None:
-            return run_as_stock(dataclasses.replace(site, pool=pool), x)
-        return pool(run_as_stock(site, x))
+        pool, before = self._modules[stem[3]] if stem[3] else None, as_stock.fused_so_far()
+        if pool is not None and pool_geometry(pool) is not None:
+            site, pool = dataclasses.replace(site, pool=pool), None
+        out = run_as_stock(site, x)
+        as_stock.note(self, [site], x, before, stem)
+        return out if pool is None else pool(out)
 
 
 class _Rewritten:

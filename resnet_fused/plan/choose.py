@@ -7,7 +7,6 @@ Which join, a cost model tells (:mod:`.join_cost`). In 16 bits the gradients of 
 which moves fewer bytes and multiplies as much.
 
 What is too small to gain at all runs in stock operations (:mod:`.too_small`).
-
 Where :func:`resnet_fused.tune` has measured the variants of this very case, the model is not asked (:mod:`.measured`).
 """
 
@@ -81,6 +80,11 @@ def is_asked() -> bool:
 def tuning(tuner: Callable[..., Chain]) -> contextlib.AbstractContextManager[None]:
     """Let `tuner`, called like :func:`choose_variant`, choose within a ``with`` block."""
     return _set("tuner", tuner)
+
+
+def is_directed() -> bool:
+    """Whether a ``with`` block directs or observes the choices, so that each must be made."""
+    return bool(_settings.fuses_all or _settings.target is not None or _settings.tuner is not None or observers)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -208,7 +212,7 @@ def _sound(found: list[Variant], chain: Chain, x: Tensor, tensors: list[StepTens
     return [variant for variant in found if not needed_ops.lacking(variant.of(chain), x, tensors, place)]
 
 
-def _is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
+def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
     """In a compiled graph nothing is: what small chains lose is the time of Python."""
     if fuses_all() or _settings.target is not None:
         return False
@@ -219,7 +223,7 @@ def modelled(
     chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
 ) -> Chain:
     """`chain` with its variants chosen by the cost model."""
-    if _is_small(chain, x, tensors, shapes):
+    if is_small(chain, x, tensors, shapes):
         return dataclasses.replace(chain, stock=True)
     options = _options(chain, x, tensors, sample_factor)
     if options is None:
@@ -289,7 +293,7 @@ def _why(
     chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size], sample_factor: Tensor | None
 ) -> str:
     """Why the cost model chose as it did."""
-    if _is_small(chain, x, tensors, shapes):
+    if is_small(chain, x, tensors, shapes):
         return "stays in the cache"
     options, step, own = _options(chain, x, tensors, sample_factor), chain.steps[-1], tensors[len(chain.steps) - 1]
     if options is None:

@@ -132,6 +132,7 @@ def store(device: torch.device, rows: list[dict]) -> None:
     for key, shapes in _table(rows).items():
         known.setdefault(key, {}).update(shapes)
     _recent.clear()
+    _Seen.changes += 1
     disk.write_json(file_of(device), {"key": identity(device), "rows": [*kept, *rows]})
 
 
@@ -141,8 +142,18 @@ _tables: dict[tuple[str, int], Rows] = {}  # by device type and index
 _recent: dict[tuple, Chain | None] = {}  # a call of `recall`, as cheaply hashed as possible -> its answer
 
 
+class _Seen:
+    changes = 0
+
+
+def changes() -> int:
+    """How often what may be recalled has changed: for whoever keeps an answer."""
+    return _Seen.changes
+
+
 def forget() -> None:
     """Drop what this process remembers; the files stay."""
+    _Seen.changes += 1
     _tables.clear()
     _recent.clear()
 

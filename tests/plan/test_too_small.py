@@ -50,6 +50,9 @@ def test_what_is_never_small(monkeypatch):
     assert notes(model, few) == [SAID]
     monkeypatch.setattr(too_small, "_LARGE_WEIGHTS", 1 << 11)
     assert notes(model, few) != [SAID]
+    for module in (too_small, conv):
+        monkeypatch.setattr(module, "SLOW_PRODUCTS", True)
+    assert notes(model, few) == [SAID]
     monkeypatch.setattr(too_small, "HAS_AVX512", False)
     assert notes(model, fits(2)) != [SAID]
 

@@ -1,0 +1,110 @@
+"""Whether the modules of a site are what they were when they were last read, object by object: a short way to the
+answer that :mod:`.site` and :mod:`.norms` would find again.
+
+What a module does is decided by its class and its ``__dict__``. While every attribute is the very object it was, no
+hook has been registered, the tensors in ``_parameters`` and ``_buffers`` are the same and have the same dtype, device
+and shape, and the classes have the methods and the number of attributes that they had, everything read of them would
+be read again. Whatever differs, by an equal object too, is read anew. Only PyTorch's own classes with settings that
+cannot change in place are taken; all others are read at every call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from . import proven
+
+_CLASSES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential))
+_OWN, _INNER = operator.attrgetter("__dict__"), ("_parameters", "_buffers")
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FACTS = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")
+_PLAIN = (torch.Tensor, nn.Parameter)
+_FIXED = (bool, int, float, str, type(None))
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether a setting cannot be changed but by another object."""
+    return type(value) in _FIXED or (type(value) is tuple and all(type(item) in _FIXED for item in value))
+
+
+class _Same:
+    """Modules and the dictionaries that they consist of, whose entries are to be the very objects they were."""
+
+    def __init__(self, modules: list[nn.Module], inner: bool) -> None:
+        self.modules, self.classes = modules, [*map(type, modules)]
+        self.owns = [*map(_OWN, modules)]
+        self.dicts = [*self.owns, *([own[name] for own in self.owns for name in _INNER] if inner else ())]
+        self.sizes, self.keys = [*map(len, self.dicts)], [*itertools.chain.from_iterable(self.dicts)]
+        self.values = [*itertools.chain.from_iterable(map(dict.values, self.dicts))]
+
+    def holds(self) -> bool:
+        """Compare what there is now; every loop is C's."""
+        return (
+            all(map(operator.is_, map(type, self.modules), self.classes))
+            and all(map(operator.is_, map(_OWN, self.modules), self.owns))
+            and [*map(len, self.dicts)] == self.sizes
+            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.dicts)), self.values))
+            and all(map(operator.is_, itertools.chain.from_iterable(self.dicts), self.keys))
+        )
+
+
+class _Class:
+    """The methods that a call of a class goes through, and how many attributes its bases have."""
+
+    def __init__(self, cls: type) -> None:
+        known = proven.methods_of(cls)
+        self.cls, self.bases = cls, [base.__dict__ for base in cls.__mro__]
+        self.get, self.methods = operator.attrgetter(*(name for name, _ in known)), [method for _, method in known]
+        self.counts = [*map(len, self.bases)]
+
+    def holds(self) -> bool:
+        return all(map(operator.is_, self.get(self.cls), self.methods)) and [*map(len, self.bases)] == self.counts
+
+
+class Unchanged:
+    """The pairs of a site and the modules that it passes over, as they are now."""
+
+    #: What was read of the pairs, for whoever reads them again while :meth:`tensors_and_settings_hold`.
+    read: object = None
+
+    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], bypassed: Iterable[nn.Module]) -> None:
+        self._pairs = _Same([module for pair in pairs for module in pair], inner=True)
+        self._bypassed = _Same(list(bypassed), inner=False)
+        owns = [*self._pairs.owns, *self._bypassed.owns]
+        self._classes = [*map(_Class, {*self._pairs.classes, *self._bypassed.classes})]
+        self._hooks = [hooks for own in owns for hooks in _HOOKS(own)]
+        self._tensors = [t for own in self._pairs.owns for name in _INNER for t in own[name].values() if t is not None]
+        self._facts = [*map(_FACTS, self._tensors)]
+
+    def is_complete(self) -> bool:
+        """Whether nothing else decides how these modules are read."""
+        for same in (self._pairs, self._bypassed):
+            for own, cls in zip(same.owns, same.classes, strict=True):
+                settings = [value for name, value in own.items() if not name.startswith("_")]
+                hides = any(name in own or hasattr(cls, name) for inner in _INNER for name in own[inner])
+                if cls not in _CLASSES or hides or not all(map(_is_fixed, settings)):
+                    return False
+        return True
+
+    def is_plain(self) -> bool:
+        """Whether all tensors are PyTorch's own: others (fake ones, of `explain`) stand there for a while only."""
+        return all(type(t) in _PLAIN for t in self._tensors)
+
+    def tensors_and_settings_hold(self) -> bool:
+        """Whether the convolutions and norms have the settings, and the very tensors, that they had."""
+        return self._pairs.holds()
+
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        return (
+            not any(self._hooks)
+            and self._pairs.holds()
+            and self._bypassed.holds()
+            and all(map(_Class.holds, self._classes))
+            and [*map(_FACTS, self._tensors)] == self._facts
+        )

@@ -1,0 +1,87 @@
+"""Calls that are known to run wholly in stock operations, by the plan's choice: their modules run stock's forward.
+
+The stock forward is right in every state that a module can be in, so such a call proves nothing, and costs what stock
+costs. The key only says when the plan would choose the same again; whatever it does not name (a weight of another shape
+in an old one's place) may miss a gain, never a result.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..backends import current
+from ..blocks import runtime
+from ..blocks.site import Site
+from ..plan import choose, keys, measured
+
+_LIMIT = 64  # keys of a module after which they are collected anew
+
+
+class _Kept(NamedTuple):
+    """What is known of a module."""
+
+    children: tuple[nn.Module | None, ...]  # as they were
+    norms: tuple[nn.Module, ...]
+    parameters: tuple[dict, ...]  # of the convolutions, by name
+    keys: set[tuple]
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def is_known(module: nn.Module, x: object, part: object = None) -> bool:
+    """Whether a call of `module`, or of `part` of it, with `x` would run stock's operations alone, as one before."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return False
+    kept = _kept.get(module)
+    return kept is not None and _is_current(kept, module) and _key(kept, module, x, part) in kept.keys
+
+
+def _is_current(kept: _Kept, module: nn.Module) -> bool:
+    now = module._modules
+    return len(now) == len(kept.children) and all(map(operator.is_, now.values(), kept.children))
+
+
+def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple | None:
+    """All that decides whether the plan leaves a call to stock; None where it must be asked."""
+    if choose.is_directed() or not x.is_cpu:
+        return None
+    return (
+        part,
+        x.shape,
+        x.dtype,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        current(),
+        keys.threads(),
+        measured.changes(),
+        module.training,
+        *[norm.training for norm in kept.norms],
+        *[own["weight"].requires_grad for own in kept.parameters if "weight" in own],
+    )
+
+
+def fused_so_far() -> int:
+    """For :func:`note`: how many chains this thread has run fused."""
+    return 0 if torch.compiler.is_compiling() else runtime.fused_chains()
+
+
+def note(module: nn.Module, sites: Sequence[Site], x: object, before: int, part: object = None) -> None:
+    """Note that `module`, whose chains are `sites`, ran on `x`, if none of them ran fused since `before`."""
+    if torch.compiler.is_compiling() or runtime.fused_chains() != before or type(x) is not torch.Tensor:
+        return
+    kept = _kept.get(module)
+    if kept is None or not _is_current(kept, module) or len(kept.keys) >= _LIMIT:
+        pairs = [pair for site in sites for pair in site.pairs]
+        parameters = tuple(conv._parameters for conv, _ in pairs)
+        _kept[module] = kept = _Kept(tuple(module._modules.values()), tuple(n for _, n in pairs), parameters, set())
+    key = _key(kept, module, x, part)
+    if key is not None:
+        kept.keys.add(key)

@@ -1,0 +1,139 @@
+"""The short way past the modules of a site holds for them as they were, and for nothing else."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resnet_fused.blocks import runtime, site, unchanged
+from resnet_fused.blocks.site import Site, module_obstacle
+
+
+@pytest.fixture
+def modules():
+    return nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+
+
+@pytest.fixture
+def place(modules):
+    conv, norm, relu = modules
+    found = Site(((conv, norm),), bypassed=(relu,))
+    assert not module_obstacle(found)
+    return found
+
+
+def _swap_class(module):
+    module.__class__ = type("Own", (type(module),), {})
+
+
+def _rename(module):
+    module.__dict__["forward"] = module.__dict__.popitem()[1]
+
+
+def _data(t, value):
+    t.data = value
+
+
+CHANGES = {
+    "eps": lambda c, n, r: setattr(n, "eps", 0.5),
+    "momentum": lambda c, n, r: setattr(n, "momentum", None),
+    "evaluation": lambda c, n, r: n.eval(),
+    "tracking": lambda c, n, r: setattr(n, "track_running_stats", False),
+    "stride": lambda c, n, r: setattr(c, "stride", (2, 2)),
+    "padding mode": lambda c, n, r: setattr(c, "padding_mode", "circular"),
+    "an equal setting": lambda c, n, r: setattr(c, "padding", tuple(int(n) for n in "11")),
+    "a method": lambda c, n, r: setattr(c, "forward", lambda x: x),
+    "another name": lambda c, n, r: _rename(r),
+    "an activation's method": lambda c, n, r: setattr(r, "forward", lambda x: x),
+    "forward hook": lambda c, n, r: c.register_forward_hook(print),
+    "pre-hook": lambda c, n, r: n.register_forward_pre_hook(print),
+    "backward hook": lambda c, n, r: r.register_full_backward_hook(print),
+    "backward pre-hook": lambda c, n, r: c.register_full_backward_pre_hook(print),
+    "weight": lambda c, n, r: setattr(c, "weight", nn.Parameter(c.weight.detach())),
+    "bias": lambda c, n, r: setattr(c, "bias", None),
+    "buffer": lambda c, n, r: setattr(n, "running_mean", torch.zeros(4)),
+    "no buffers": lambda c, n, r: (setattr(n, "running_mean", None), setattr(n, "running_var", None)),
+    "another buffer": lambda c, n, r: n.register_buffer("extra", torch.zeros(1)),
+    "dtype": lambda c, n, r: _data(c.weight, c.weight.data.double()),
+    "shape": lambda c, n, r: _data(c.weight, torch.zeros(5, 4, 3, 3)),
+    "statistics with gradients": lambda c, n, r: n.running_var.requires_grad_(),
+    "class": lambda c, n, r: _swap_class(c),
+    "shadow": lambda c, n, r: c.__dict__.update(weight=torch.zeros(4, 4, 1, 1)),
+    "dictionary": lambda c, n, r: setattr(c, "__dict__", dict(c.__dict__)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_is_seen(place, modules, change):
+    known = place.unchanged
+    assert known.holds()
+    change(*modules)
+    assert not known.holds()
+    fresh = Site(place.steps, bypassed=place.bypassed)
+    assert module_obstacle(place) == module_obstacle(fresh)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(nn.Conv2d, "_conv_forward", lambda *args: None),
+        lambda patch: patch.setattr(nn.ReLU, "forward", lambda *args: None),
+        lambda patch: patch.setattr(nn.BatchNorm2d, "weight", property(lambda self: None), raising=False),
+        lambda patch: patch.setattr(nn.Module, "stride", (7, 7), raising=False),
+    ],
+    ids=["method", "activation", "property", "attribute of a base"],
+)
+def test_changes_of_classes_are_seen(place, monkeypatch, change):
+    change(monkeypatch)
+    assert not place.unchanged.holds()
+    monkeypatch.undo()
+    assert place.unchanged.holds()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c, n, r: setattr(c, "stride", [1, 1]),
+        lambda c, n, r: setattr(n, "eps", torch.tensor(1e-5)),
+        lambda c, n, r: setattr(n, "notes", []),
+        lambda c, n, r: _swap_class(r),
+    ],
+    ids=["a list", "a tensor", "somebody's attribute", "a subclass"],
+)
+def test_what_may_change_in_place_is_read_at_every_call(modules, change):
+    change(*modules)
+    conv, norm, relu = modules
+    known = unchanged.Unchanged(((conv, norm),), (relu,))
+    assert not known.is_complete()
+    place = Site(((conv, norm),), bypassed=(relu,))
+    module_obstacle(place)
+    assert place.unchanged is None
+
+
+def test_fake_tensors_leave_nothing_behind(modules):
+    conv, norm, relu = modules
+    place, real = Site(((conv, norm),), bypassed=(relu,)), conv.weight
+    conv._parameters["weight"] = FakeTensorMode().from_tensor(real)
+    module_obstacle(place)
+    assert place.unchanged is None
+    conv._parameters["weight"] = real
+    module_obstacle(place)
+    assert place.unchanged.holds()
+
+
+def test_the_short_way_is_taken(place, monkeypatch):
+    monkeypatch.setattr(site, "_obstacle_read", lambda site: pytest.fail("was read again"))
+    assert not module_obstacle(place)
+
+
+def test_what_was_read_is_read_again_after_a_change(place, modules):
+    conv, norm, _ = modules
+    chain, tensors = runtime._read(place, "auto")
+    again = runtime._read(place, "auto")
+    assert again[0] is chain and again[1] is tensors
+    norm.momentum = 0.5
+    assert runtime._read(place, "auto")[0].steps[0].norm.momentum == 0.5
+    norm.momentum = chain.steps[0].norm.momentum
+    conv.weight = nn.Parameter(torch.zeros(4, 4, 3, 3))
+    assert runtime._read(place, "auto")[1][0].weight is conv.weight
+    assert runtime._read(place, "reference")[0].backend == "reference"

@@ -34,7 +34,7 @@ def fused_chains() -> int:
     return _ran.fused
 
 
-def _count_fused() -> None:
+def count_fused() -> None:
     if not torch.compiler.is_compiling():
         _ran.fused += 1
 
@@ -99,12 +99,12 @@ def run_modules(
     frozen = not any(step.norm.batch_stats for step in chain.all_steps)
     if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
         if not runs_as_stock(chain, x):
-            _count_fused()
+            count_fused()
         return folded_output(chain, [norm for _, norm in site.pairs], x, tensors, residual, dtype)
     tensors = [own.cast(dtype) for own in tensors]
     chosen = choose_variant(chain, x, tensors, shapes, sample_factor, residual)
     if not chosen.stock:
-        _count_fused()
+        count_fused()
     with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
         return run_chain(chosen, x, tensors, residual, sample_factor)
 

@@ -13,6 +13,7 @@ from ..steps.program_node import Lowered, run_program
 from ..steps.spec import StepTensors
 from . import program_site
 from .program_site import ProgramSite
+from .runtime import count_fused
 
 Tensor = torch.Tensor
 KEPT = 64  # ways to run one block that are kept: image sizes, dtypes, settings
@@ -41,6 +42,7 @@ def run_whole(site: ProgramSite, x: Placed, draw: Callable[[], Tensor | None]) -
     lowered = _lowered(site, x.value, tensors)
     if lowered is None:
         return None
+    count_fused()
     with torch.autocast(x.value.device.type, enabled=False), bounds.private():
         out = run_program(lowered, x.value, [own.cast(dtype) for own in tensors], draw())
     weights = [site.modules[node].weight for node in lowered.program.main_convolutions]

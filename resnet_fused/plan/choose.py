@@ -84,7 +84,7 @@ def tuning(tuner: Callable[..., Chain]) -> contextlib.AbstractContextManager[Non
 
 def is_directed() -> bool:
     """Whether a ``with`` block directs or observes the choices, so that each must be made."""
-    return bool(_settings.fuses_all or _settings.target is not None or _settings.tuner is not None or observers)
+    return _settings.fuses_all or _settings.tuner is not None or is_asked()
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -347,3 +347,18 @@ def test_what_was_decided_is_kept_and_decided_anew_for_other_settings(monkeypatc
     assert (calls(x), calls(x)) == (1, 0)
     with resnet_fused.use("cpu"):
         assert (calls(x), calls(x)) == (1, 0)
+
+
+@pytest.mark.plans_small
+def test_a_call_that_ran_fused_is_not_taken_for_one_that_ran_as_stock(monkeypatch):
+    from resnet_fused.plan import lower
+
+    block, x = made("bottleneck")
+    fused = resnet_fused.fuse(copy.deepcopy(block))
+    monkeypatch.setattr(lower, "is_small", lambda *args: False)
+    ran = []
+    original = whole.run_program
+    monkeypatch.setattr(whole, "run_program", lambda *args: ran.append(1) or original(*args))
+    for _ in range(3):
+        fused(x)
+    assert len(ran) == 3

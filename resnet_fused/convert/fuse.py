@@ -102,8 +102,8 @@ def _program(module: nn.Module) -> _Read:
         program, reasons = programs.build(module, graph)
         if len(program.chains) == len(program.calls):
             return _Read(program, reasons, None)
-        whole, reason = recognise(module, graph)
-        return _Read(program, [] if whole is not None else [*reasons, reason], whole)
+        whole, _ = recognise(module, graph)
+        return _Read(program, reasons if whole is None else [], whole)
 
 
 def _fuse_one(module: nn.Module, backend: str) -> str:

@@ -75,7 +75,8 @@ def shares(row):
     [
         (block(), (4, 4), (8, 8)),  # four norms, three ReLUs, an addition
         (block(32, 8), (3, 3), (7, 7)),
-        (PreActivation(), (2, 3), (4, 7)),
+        (PreActivation(), (3, 3), (7, 7)),
+        (PreActivation().eval(), (2, 3), (4, 7)),
         (Gated(), (2, 3), (3, 5)),
         (resnet_fused.FusedBottleneck(32, 8), (3, 3), (7, 7)),
         (resnet_fused.FusedConvBNReLU(3, 4), (1, 1), (2, 2)),
@@ -90,8 +91,9 @@ def test_a_block_counts_its_convolutions_and_passes(model, convolutions, passes)
 
 
 def test_what_a_fused_block_leaves_has_a_reason():
-    report = resnet_fused.report(resnet_fused.fuse(PreActivation()))
-    assert report.fused[0].reason == "no batch norm right behind conv3, no convolution right before bn1"
+    report = resnet_fused.report(resnet_fused.fuse(PreActivation().eval()))
+    reasons = "in evaluation, and with frozen batch norms, by chains", "no batch norm right behind conv3"
+    assert report.fused[0].reason == "; ".join(reasons) + ", no convolution right before bn1"
     assert report.fused[0].reason in str(report)
 
 

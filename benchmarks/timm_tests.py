@@ -27,6 +27,7 @@ import tempfile
 from resnet_fused.bench import runs
 
 HERE = pathlib.Path(__file__).resolve().parent
+SHOWN = 20  # differences in rounding that are listed; all are in the log
 #: Not run unless asked for with ``-k``: they download weights.
 DOWNLOADS = "not pretrained and not test_model_inference"
 
@@ -126,9 +127,11 @@ def differences(pairs: list[Pair]) -> str:
     ):
         chosen = [pair for pair in pairs if pair.verdict == verdict]
         lines += [f"\n{title} ({len(chosen)}):"] if chosen else []
-        for pair in chosen:
+        shown = chosen[:SHOWN] if verdict == "bitwise" else chosen
+        for pair in shown:
             reason = pair.stock.reason if verdict == "better" else pair.fused.bitwise or pair.fused.reason
             lines.append(f"  {pair.test.rpartition('::')[2]}: {pair.fused.outcome}; {reason}")
+        lines += [f"  and {len(chosen) - len(shown)} more"] if len(chosen) > len(shown) else []
     return "\n".join(lines)
 
 

@@ -60,7 +60,7 @@ def test_commands_share_their_arguments():
     """In flags and spelling; those that plan a GPU's step take another batch and dtype where none is named."""
     commands = parser()._subparsers._group_actions[0].choices
     own = {
-        "bench": {"--quick", "--peers", "--json", "--plot", "--fresh"},
+        "bench": {"--quick", "--peers", "--json", "--plot", "--fresh", "--record"},
         "tune": set(),
         "explain": {"--input", "--eval", "--json"},
         "verify": {"--eval", "--json"},

@@ -84,6 +84,8 @@ def tensors(module: nn.Module) -> tuple[Tensor | None, ...]:
         return gamma, beta, module.running_mean, module.running_var, None
     if module.training and not module.track_running_stats:
         return gamma, beta, None, None, None
+    if not module.training and module.running_mean is None:  # the batch's statistics, which nothing counts
+        return gamma, beta, None, None, None
     return gamma, beta, module.running_mean, module.running_var, module.num_batches_tracked
 
 

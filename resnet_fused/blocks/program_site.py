@@ -94,6 +94,8 @@ def _parameter_obstacle(weight: Tensor | None, vectors: tuple[Tensor | None, ...
     """Why a node's parameters do not fit: a convolution's have the dtype of `first`, a norm's may be wider."""
     dtype, is_conv = first.dtype, weight is not None
     allowed = (dtype,) if is_conv or dtype.itemsize != 2 else (dtype, torch.float32)
+    if not is_conv and len({t.dtype for t in vectors if t is not None}) > 1:
+        return "a batch norm of several dtypes"
     for t in (weight, *vectors):
         if t is None:
             continue
@@ -111,6 +113,13 @@ def _parameter_obstacle(weight: Tensor | None, vectors: tuple[Tensor | None, ...
 def normalises_with_batch(site: ProgramSite) -> bool:
     """Whether every batch norm of `site` would normalise with the batch now."""
     return all(own.batch_stats for own in settings_of(site) if isinstance(own, Norm))
+
+
+def channels_of(site: ProgramSite) -> int:
+    """Channels of the input."""
+    pairs = zip(site.shape.nodes, site.modules, strict=True)
+    first, module = next((n, m) for n, m in pairs if 0 in n.reads and not isinstance(n, Addition))
+    return module.weight.size(1) * module.groups if isinstance(first, Convolution) else norms.channels(module)
 
 
 def settings_of(site: ProgramSite) -> tuple[Conv | Norm | None, ...]:

@@ -47,8 +47,8 @@ class Site:
         return self.__dict__.get("_unchanged") or None
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
 
 
 def conv_geometry(conv: nn.Conv2d) -> Conv | None:
@@ -63,7 +63,9 @@ def conv_geometry(conv: nn.Conv2d) -> Conv | None:
         if any(t % 2 for t in total):
             return None
         padding = (total[0] // 2, total[1] // 2)
-    return Conv(_pair(conv.stride), _pair(padding), dilation, conv.groups)
+    stride, padding = _pair(conv.stride), _pair(padding)
+    usual = len(stride) == len(padding) == len(dilation) == 2 and min(*stride, *dilation, conv.groups) > 0
+    return Conv(stride, padding, dilation, conv.groups) if usual else None
 
 
 def why_not_conv(conv: nn.Module) -> str:
@@ -71,8 +73,10 @@ def why_not_conv(conv: nn.Module) -> str:
     reason = proven.why_changed(conv, nn.Conv2d)
     if reason:
         return reason
-    usual = conv.padding_mode == "zeros" and type(conv.padding) is not str
-    return "" if usual or conv_geometry(conv) is not None else f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
+    if conv_geometry(conv) is not None:
+        return ""
+    geometry = f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
+    return geometry if conv.padding_mode != "zeros" or type(conv.padding) is str else "a geometry of odd numbers"
 
 
 def why_not_passed(module: nn.Module) -> str:
@@ -224,8 +228,11 @@ def as_gathered(model: nn.Module) -> Iterator[None]:
         _settings.gathered = before
 
 
-def input_obstacle(x: object, site: Site) -> str:
-    """Why this input needs the stock forward (unusual, or an error that stock words better); empty if it does not."""
+def input_obstacle(x: object, site: Site, channels: bool = True) -> str:
+    """Why this input needs the stock forward (unusual, or an error that stock words better); empty if it does not.
+
+    `channels`: whether it is what the chain of `site` reads, so that it must have as many.
+    """
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "traced for a graph of stock operations"
     if not isinstance(x, torch.Tensor) or x.is_nested or x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
@@ -233,7 +240,7 @@ def input_obstacle(x: object, site: Site) -> str:
     if x.device.type not in ("cpu", "cuda"):
         return f"a tensor on {x.device.type}"
     weight = site.steps[0][0].weight
-    if x.shape[1] != weight.shape[1] * site.steps[0][0].groups:
+    if channels and x.shape[1] != weight.shape[1] * site.steps[0][0].groups:
         return "channels that the convolution does not take"
     if x.device != weight.device or not x.is_floating_point():
         return "device or dtype of another kind"

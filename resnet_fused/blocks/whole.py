@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ..backends import bounds, current
 from ..plan.lower import decided_by, lower
 from ..steps.layout import Placed, behind
 from ..steps.program_node import Lowered, run_program
+from ..steps.saved import refuses_inference_tensors
 from ..steps.spec import StepTensors
 from . import program_site
 from .program_site import ProgramSite
@@ -26,9 +28,14 @@ def takes(site: ProgramSite, x: Tensor) -> bool:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype != torch.get_autocast_dtype(x.device.type):
         return False  # the identity path keeps the wider dtype in stock
-    return not program_site.obstacle(site) and program_site.normalises_with_batch(site)
+    if program_site.obstacle(site) or not program_site.normalises_with_batch(site):
+        return False
+    weight = next(module.weight for module in site.modules if isinstance(module, nn.Conv2d))
+    fits = x.dtype == weight.dtype or (autocast and weight.dtype != torch.float64)
+    return fits and x.shape[1] == program_site.channels_of(site)
 
 
 def run_whole(site: ProgramSite, x: Placed, draw: Callable[[], Tensor | None]) -> Placed | None:
@@ -39,7 +46,7 @@ def run_whole(site: ProgramSite, x: Placed, draw: Callable[[], Tensor | None]) -
     dtype, tensors = None, program_site.tensors_of(site)
     if torch.is_autocast_enabled(x.value.device.type):
         dtype = torch.get_autocast_dtype(x.value.device.type)
-    lowered = _lowered(site, x.value, tensors)
+    lowered = None if refuses_inference_tensors(tensors) else _lowered(site, x.value, tensors)
     if lowered is None:
         return None
     count_fused()
@@ -56,8 +63,9 @@ def _lowered(site: ProgramSite, x: Tensor, tensors: list[StepTensors]) -> Lowere
     key = backend, settings, decided, *(own.weight.shape for own in tensors if own.weight is not None)
     if decided is None:
         return lower(program_site.program_of(site, settings, backend), x, tensors)
-    if key not in site.kept:
+    found = site.kept.get(key, key)  # a key is no answer
+    if found is key:
         if len(site.kept) >= KEPT:
             site.kept.clear()
-        site.kept[key] = lower(program_site.program_of(site, settings, backend), x, tensors)
-    return site.kept[key]
+        site.kept[key] = found = lower(program_site.program_of(site, settings, backend), x, tensors)
+    return found

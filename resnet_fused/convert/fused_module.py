@@ -259,12 +259,20 @@ def runnable(block: nn.Module) -> tuple[FusedState, list[Site]] | None:
     return None if obstacle(block, state, sites) else (state, sites)
 
 
+def entry_obstacle(x: object, state: FusedState, sites: list[Site]) -> str:
+    """Why this input of a block needs the stock forward; empty if not. Only who reads it can tell its channels."""
+    for call, site in zip(state.program.chains, sites, strict=True):
+        if call.input == state.program.input:
+            return input_obstacle(x, site)
+    return input_obstacle(x, sites[0], channels=False)
+
+
 def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
     """A fused block's output: its program's, or that of its stock forward."""
     if as_stock.is_known(block, x):
         return stock(x)
     found = runnable(block)
-    if found is None or input_obstacle(x, found[1][0]):
+    if found is None or entry_obstacle(x, *found):
         return stock(x)
     before = as_stock.fused_so_far()
     out = left(run_program(block, *found, x))

@@ -113,7 +113,8 @@ def describe_whole(shape: Shape) -> str:
         node = shape.nodes[value - 1]
         relu = not isinstance(node, Convolution) and node.relu
         if isinstance(node, Addition):
-            own = f" * {shape.drop_path}" * node.sampled + f" + {names.get(node.other) or 'x'}" + " -> relu" * relu
+            other = (names[node.other] or "sum") if node.other else "x"
+            own = f" * {shape.drop_path}" * node.sampled + f" + {other}" + " -> relu" * relu
         else:
             own = f"-{names[value]}" + "-relu" * relu
         text, value = own + text, node.reads[0]

@@ -24,7 +24,7 @@ from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_ob
 from ..ops.conv_add_relu import output_shape
 from ..steps.layout import Placed, left
 from . import as_stock, swap
-from .fused_module import FusedModule, FusedState, is_stock_forced, placed, run_program, runnable
+from .fused_module import FusedModule, FusedState, entry_obstacle, is_stock_forced, placed, run_program, runnable
 from .instructions import ChainCall
 from .swap import is_fused
 
@@ -91,7 +91,7 @@ def _entries(stage: nn.Sequential) -> list[Entry] | None:
 def _run(entry: Entry, x: object) -> object:
     """A block's output for the next one; of a call like any other where its input is unusual."""
     value = x.value if isinstance(x, Placed) else x
-    if input_obstacle(value, entry.sites[0]):
+    if entry_obstacle(value, entry.state, entry.sites):
         return entry.block(left(x))
     if value is x or x.channels_last or value.is_contiguous():  # stock's forward needs no copy
         if as_stock.is_known(entry.block, value):

@@ -50,6 +50,9 @@ class _Reader:
         return obstacle(Program(tuple(self.nodes)))
 
     def _node(self, node: fx.Node) -> str:
+        adds = node.op in ("call_function", "call_method") and node.target in _ADDS
+        if not adds and not self.dropped.isdisjoint(node.all_input_nodes) and not self._is_identity(node):
+            return "a drop path that no addition follows"
         if node.op == "placeholder":
             self.values[node] = 0
             return ""
@@ -59,11 +62,14 @@ class _Reader:
             return "" if is_last else "a result that is not its last value"
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
             return self._module(node, self.block.get_submodule(node.target))
-        if node.target in _ADDS:
+        if adds:
             return self._addition(node)
         if node.target in _RELUS:
             return self._relu(node)
         return f"{getattr(node.target, '__name__', node.target)} in its forward"
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and type(self.block.get_submodule(node.target)) is nn.Identity
 
     def _make(self, node: fx.Node, made: Node, name: str = "") -> str:
         self.nodes.append(made)
@@ -129,7 +135,8 @@ class _Reader:
             return "an addition to something that is neither a convolution nor a batch norm, or is read elsewhere too"
         if _ADDS[node.target] and first is not node.args[0]:
             return "an addition in place to what others may read"
-        addition = Addition(self.values[first], self.values[second], sampled=first in self.dropped)
+        sampled, other_first = first in self.dropped, first is not node.args[0]
+        addition = Addition(self.values[first], self.values[second], False, sampled, other_first)
         return self._make(node, addition)
 
     def _is_branch(self, node: fx.Node) -> bool:

@@ -29,6 +29,8 @@ def obstacle(program: Program) -> str:
     for value, node in enumerate(program.nodes, 1):
         if any(not 0 <= read < value for read in node.reads):
             return f"node {value - 1} reads a value that nobody made before it"
+        if value < len(program.nodes) and not program.readers(value):
+            return "a value that nobody reads"
         if isinstance(node, Addition):
             reason = _addition_obstacle(program, node)
             if reason:

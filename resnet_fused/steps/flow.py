@@ -43,7 +43,16 @@ class _Written:
 class Forward:
     """The values of one call, as its steps make them."""
 
-    def __init__(self, program: Program, x: Tensor, tensors: list[StepTensors], sample_factor: Tensor | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        x: Tensor,
+        tensors: list[StepTensors],
+        sample_factor: Tensor | None,
+        wanted: list[bool],
+    ) -> None:
+        """`wanted`: of each value, whether a gradient goes through it."""
+        self.wanted = wanted
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
         self.values: list[Value | None] = [x, *(None for _ in program.nodes)]
         self.tensors = [StepTensors(None), *tensors]  # by the value that they make
@@ -77,9 +86,10 @@ class Backward:
         needs: list[StepGrads],
         needs_x: bool,
         masks: dict[int, Tensor],
+        shapes: list[torch.Size],
     ) -> None:
         """`values`: those that were kept. `needs`: of each node's tensors, which want a gradient."""
-        self.masks = masks
+        self.masks, self.shapes = masks, shapes
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
         self.values, self.tensors, self.needs = values, [StepTensors(None), *tensors], [StepGrads(), *needs]
         self.grads = [StepGrads() for _ in self.tensors]  # of the parameters, by the value that they make
@@ -91,10 +101,11 @@ class Backward:
         """A value as a tensor, for a step that read it once."""
         return self._written.tensor(number, self.values[number], self.backend)
 
-    def like(self, number: int) -> Tensor:
-        """A tensor of the shape of a value, whose elements are nobody's business."""
+    def like(self, number: int, grad: Tensor) -> Tensor:
+        """A tensor of the shape of a value, whose elements are nobody's business; of the kind of `grad`."""
         value = self.values[number]
-        return value.z if isinstance(value, Lazy) else value
+        value = value.z if isinstance(value, Lazy) else value
+        return _empty(self.shapes[number], grad) if value is None else value
 
     def take(self, number: int) -> Pending | None:
         """The gradient of a value; the caller has it then. None: nobody before it wants one."""
@@ -112,16 +123,25 @@ class Backward:
         if not self.wanted[number]:
             return
         known = self._pending.pop(number, None)
+        if known is not None and known.pixels != grad.pixels and EVERY not in (known.pixels, grad.pixels):
+            known = _spread(known, self.shapes[number])
         self._pending[number] = grad if known is None else _sum(known, grad)
 
-    def dense(self, number: int, like: Tensor) -> Pending | None:
-        """The gradient of a value at all pixels, those of `like`."""
+    def dense(self, number: int) -> Pending | None:
+        """The gradient of a value at all pixels; the caller has it then."""
         known = self.take(number)
-        if known is None or known.pixels == EVERY:
-            return known
-        full = torch.zeros_like(like, memory_format=torch.channels_last)
-        full[:, :, :: known.pixels[0], :: known.pixels[1]] = known.grad
-        return Pending(full)
+        return known if known is None or known.pixels == EVERY else _spread(known, self.shapes[number])
+
+
+def _empty(shape: torch.Size, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _spread(grad: Pending, shape: torch.Size) -> Pending:
+    """A gradient of some pixels as one of all."""
+    full = _empty(shape, grad.grad).zero_()
+    full[:, :, :: grad.pixels[0], :: grad.pixels[1]] = grad.grad
+    return Pending(full)
 
 
 def _sum(a: Pending, b: Pending) -> Pending:

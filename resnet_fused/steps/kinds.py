@@ -34,7 +34,7 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     """Gradients of a convolution's parameters and of what it read, from the one at its output (value `value`)."""
     node, own, need = b.program.maker(value), b.tensors[value], b.needs[value]
     conv, pixels = node.conv, EVERY
-    read = b.tensor(node.source) if need.weight else b.like(node.source)
+    read = b.tensor(node.source) if need.weight else b.like(node.source, grad.grad)
     if conv.is_pointwise(own.weight) and conv.stride != (1, 1):  # of the pixels that it reads: nobody else gets any
         read, conv, pixels = convolutions.strided(read, conv), POINTWISE, conv.stride
     grad_weight = grad_read = None
@@ -73,7 +73,7 @@ class Convolve:
         f.values[self.value] = convolutions.conv2d(f.tensor(node.source), own.weight, own.bias, node.conv)
 
     def backward(self, b: Backward) -> None:
-        grad = b.take(self.value)
+        grad = b.dense(self.value)
         if grad is not None:
             conv_backward(b, self.value, materialised(grad, b.backend))
 
@@ -101,7 +101,7 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
     if isinstance(b.program.maker(node.source), Convolution) and len(b.program.readers(node.source)) == 1:
         b.give(node.source, Pending(through, owned))
         return
-    other = b.dense(node.source, through.z)
+    other = b.dense(node.source)
     total = through.materialise(b.backend, into_g=owned, residual=None if other is None else other.grad)
     b.give(node.source, Pending(total))
 
@@ -128,14 +128,16 @@ class Normalise:
             bn, statistics = batch_affine(*emitted, own, node.norm, z, f.backend)
         else:
             bn, statistics = conv_norm.normalise(z, own, as_step(node), f.backend)
-        f.values[self.value] = Lazy(z, bn)
+        lazy = Lazy(z, bn)
+        # Without a gradient to take, stock keeps what it wrote, and not what it read, which others may write to.
+        f.values[self.value] = lazy if f.wanted[self.value] or not node.relu else lazy.materialise(f.backend)
         if statistics is not None:
             f.statistics.append((own, node.norm, *statistics))
 
     def backward(self, b: Backward) -> None:
         """Without a ReLU nothing is done: whoever read the value has given its source the gradient."""
         node, lazy = b.program.maker(self.value), b.values[self.value]
-        grad = b.dense(self.value, lazy.z) if node.relu else None
+        grad = b.dense(self.value) if node.relu else None
         if grad is None:
             return
         through = conv_norm.mask_and_sum(grad.grad, lazy.z, lazy.bn, as_step(node), b.backend)
@@ -161,8 +163,9 @@ class ConvolveAndAdd:
         f.values[self.value] = out.relu_() if add.relu else out
 
     def backward(self, b: Backward) -> None:
-        add = b.program.maker(self.value)
-        grad = b.take(self.value)
+        add, grad = b.program.maker(self.value), b.dense(self.value)
+        if grad is None:
+            return
         if add.relu:
             mask = b.values[self.value]
             grad = Pending(run("norm_add_relu_backward", grad.grad, mask=mask, backend=b.backend)[0])
@@ -195,7 +198,9 @@ class Join:
         f.values[self.value] = run("norm_add_relu", *arguments, backend=f.backend)[0]
 
     def backward(self, b: Backward) -> None:
-        add, grad = b.program.maker(self.value), b.take(self.value)
+        add, grad = b.program.maker(self.value), b.dense(self.value)
+        if grad is None:
+            return
         branch, other = b.values[add.branch], b.values[add.other] if _is_affine(b.program, add.other) else None
         options = {"z": branch.z, "mean": branch.bn.mean, "relu": add.relu, "emit_grad": add.relu}
         options |= {"mask": b.values[self.value] if add.relu else None}

@@ -44,12 +44,16 @@ class Normalisation:
 
 @dataclasses.dataclass(frozen=True)
 class Addition:
-    """``branch + other``, clamped if `relu`; `sampled`: the branch is multiplied by a factor for each sample."""
+    """``branch + other``, clamped if `relu`; `sampled`: the branch is multiplied by a factor for each sample.
+
+    `other_first`: stock adds the branch to the other, whose memory layout the sum has then.
+    """
 
     branch: int
     other: int
     relu: bool = False
     sampled: bool = False
+    other_first: bool = False
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -90,13 +94,16 @@ class Program:
 
     @functools.cached_property
     def main_convolutions(self) -> tuple[int, ...]:
-        """The nodes of convolutions between input and output along branches: they decide stock's layout."""
+        """The nodes of convolutions between input and output along what stock's operations take first.
+
+        They decide the memory layout of stock's result.
+        """
         found, value = [], len(self.nodes)
         while value:
             node = self.nodes[value - 1]
             if isinstance(node, Convolution):
                 found.append(value - 1)
-            value = node.reads[0]
+            value = node.other if isinstance(node, Addition) and node.other_first else node.reads[0]
         return tuple(found)
 
     @property

@@ -18,7 +18,7 @@ from .flow import Backward, Forward, Pending, Value
 from .kinds import Kind
 from .layout import is_channels_last, is_transformed, restrided, worked_on
 from .lazy import Lazy
-from .program import Addition, Program
+from .program import Addition, Convolution, Normalisation, Program
 from .running import update_running_all
 from .saved import Alias, Recorder, counter_of, layouts_of, originals, unpacked, version
 from .spec import StepGrads, StepTensors, flatten, regroup
@@ -35,14 +35,17 @@ class Lowered:
 
 
 def _kept(program: Program, f: Forward) -> list[Value | None]:
-    """Of the values, those that backward reads: the input, what norms made, what a ReLU behind a sum clamped.
+    """Of the values, those that backward reads: what norms made, what convolutions read, what a ReLU clamped.
 
-    And sums that are read within the program, which are nobody's output.
+    Only where a gradient passes. An addition's ReLU may have left bits in their place.
     """
-    kept: list[Value | None] = [f.values[0]]
-    for number, node in enumerate(program.nodes, 1):
-        read = isinstance(node, Addition) and (program.readers(number) or (node.relu and number not in f.masks))
-        kept.append(f.values[number] if isinstance(f.values[number], Lazy) or read else None)
+    kept: list[Value | None] = []
+    for number, value in enumerate(f.values):
+        node, readers = program.maker(number), program.readers(number)
+        kinds = Convolution if number else (Convolution, Normalisation)  # a norm has its source with it
+        read = any(f.wanted[reader] and isinstance(program.maker(reader), kinds) for reader in readers)
+        clamped = isinstance(node, Addition) and node.relu and number not in f.masks and f.wanted[number]
+        kept.append(value if read or clamped or (isinstance(value, Lazy) and f.wanted[number]) else None)
     return kept
 
 
@@ -64,14 +67,22 @@ class FusedProgram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lowered: Lowered, given: Tensor | None, x: Tensor, sample_factor: Tensor | None, *flat):
         tensors = regroup(flat)
-        f = Forward(lowered.program, x, tensors, sample_factor)
+        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
+        wanted = lowered.program.wanted(needs, ctx.needs_input_grad[2])
+        f = Forward(lowered.program, x, tensors, sample_factor, wanted)
         for step in lowered.steps:
             step.forward(f)
         update_running_all(f.statistics)  # only now, when nothing can fail any more
-        needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
-        held, ctx.aliased = _held(tensors, lowered.program.wanted(needs, ctx.needs_input_grad[2])[1:])
-        ctx.masked = tuple(f.masks)
-        recorder = Recorder([given, sample_factor, held, _kept(lowered.program, f), list(f.masks.values())])
+        held, ctx.aliased = _held(tensors, wanted[1:])
+        kept = _kept(lowered.program, f)
+        if kept[0] is None:  # stock does not save it: only a backward that runs all of it again needs it
+            given, ctx.aliased = None, (Alias(0, x, version(x)), *ctx.aliased)
+        ctx.masked, ctx.dtype = tuple(f.masks), x.dtype
+        ctx.dtypes = [None if t is None else t.dtype for own in tensors for t in own[:4]]
+        ctx.shapes = [
+            value.z.shape if isinstance(value, Lazy) else None if value is None else value.shape for value in f.values
+        ]
+        recorder = Recorder([given, sample_factor, held, kept, list(f.masks.values())])
         ctx.save_for_backward(*recorder.flat)
         ctx.layouts, ctx.shape, ctx.lowered = layouts_of(recorder.flat), recorder.shape, lowered
         return f.values[-1]
@@ -85,22 +96,25 @@ class FusedProgram(torch.autograd.Function):
         if torch.is_grad_enabled() or is_transformed(grad_out):
             return None, None, *_by_stock(ctx, program, grad_out, values[0], sample_factor, tensors)
         needs = [StepGrads(*group[:4]) for group in regroup(ctx.needs_input_grad[4:])]
-        b = Backward(program, values, tensors, sample_factor, needs, needs_x, dict(zip(ctx.masked, masks, strict=True)))
-        b.give(len(program.nodes), Pending(channels_last(grad_out.to(values[0].dtype)), owned=False))
+        masks = dict(zip(ctx.masked, masks, strict=True))
+        b = Backward(program, values, tensors, sample_factor, needs, needs_x, masks, ctx.shapes)
+        b.give(len(program.nodes), Pending(channels_last(grad_out.to(ctx.dtype)), owned=False))
         for step in reversed(lowered.steps):
             step.backward(b)
-        grad_x = b.dense(0, values[0])
+        grad_x = b.dense(0)
         if grad_x is not None and not grad_x.owned:  # never hand out a gradient that autograd lent us
             grad_x = Pending(grad_x.grad.clone())
-        return None, None, None if grad_x is None else grad_x.grad, None, *_flat_grads(b.grads[1:], tensors)
+        return None, None, None if grad_x is None else grad_x.grad, None, *_flat_grads(b.grads[1:], tensors, ctx.dtypes)
 
 
-def _flat_grads(grads: list[StepGrads], tensors: list[StepTensors]) -> list[Tensor | None]:
-    """Gradients in the order of :func:`flatten`, each in its tensor's dtype and strides; a node's vectors share one."""
+def _flat_grads(
+    grads: list[StepGrads], tensors: list[StepTensors], dtypes: list[torch.dtype | None]
+) -> list[Tensor | None]:
+    """Gradients in the order of :func:`flatten`, each in its tensor's dtype and strides. `dtypes`: four for a node."""
     flat: list[Tensor | None] = []
-    for grad, own in zip(grads, tensors, strict=True):
-        like = own.weight if own.gamma is None else own.gamma
-        found = [None if value is None or like is None else value.to(like.dtype) for value in grad]
+    for i, (grad, own) in enumerate(zip(grads, tensors, strict=True)):
+        pairs = zip(grad, dtypes[4 * i : 4 * i + 4], strict=True)
+        found = [None if value is None or dtype is None else value.to(dtype) for value, dtype in pairs]
         flat += [None if found[0] is None else restrided(found[0], own.weight), *found[1:]]
         flat += [None] * (len(own) - len(found))
     return flat
@@ -110,7 +124,7 @@ def _by_stock(ctx, program: Program, grad_out, x, sample_factor, tensors) -> tup
     """Gradients of x, sample factor and tensors by stock operations: to be differentiated again, or batched."""
     x, *flat = originals(x, tensors, ctx.aliased)
     create_graph, inputs = torch.is_grad_enabled(), [x, None, *flat]
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad_out.device.type, enabled=False):
         out = stock.program_output(program, x, sample_factor, regroup(flat))
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
         sources = [inputs[i] for i in wanted]

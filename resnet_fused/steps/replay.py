@@ -43,7 +43,7 @@ def gradients(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
     create_graph, chain = torch.is_grad_enabled(), ctx.chain
     needs = ctx.needs_input_grad[2:]
     grad_residual = None
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad_out.device.type, enabled=False):
         if ctx.has_residual:  # its value is in the mask, which is all that a gradient wants of it
             grad_out = grad_residual = _behind_relu(chain, grad_out, saved)
             chain = dataclasses.replace(chain, relu=False)

@@ -74,7 +74,7 @@ class ConvolveValue:
             f.emitted[self.value] = mean, m2
 
     def backward(self, b: Backward) -> None:
-        grad = b.take(self.value)
+        grad = b.dense(self.value)
         if grad is not None:
             value_backward(b, self.value, as_lazy(grad))
 
@@ -102,7 +102,9 @@ class ConvolveValueAdd:
             f.masks[self.value] = mask
 
     def backward(self, b: Backward) -> None:
-        add, grad = b.program.maker(self.value), b.take(self.value)
+        add, grad = b.program.maker(self.value), b.dense(self.value)
+        if grad is None:
+            return
         mask = b.masks.get(self.value)
         factor = b.sample_factor if add.sampled else None
         branch = LazyGrad(grad.grad, None, _AS_IS, None, sample_factor=factor, mask=mask)

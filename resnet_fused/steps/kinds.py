@@ -201,19 +201,25 @@ class Join:
         add, grad = b.program.maker(self.value), b.dense(self.value)
         if grad is None:
             return
-        branch, other = b.values[add.branch], b.values[add.other] if _is_affine(b.program, add.other) else None
-        options = {"z": branch.z, "mean": branch.bn.mean, "relu": add.relu, "emit_grad": add.relu}
-        options |= {"mask": b.values[self.value] if add.relu else None}
-        options |= {"sample_factor": b.sample_factor if add.sampled else None}
+        branch, other = _normalised(b, add.branch), _normalised(b, add.other)
+        factor = b.sample_factor if add.sampled else None
+        options = {"mask": b.values[self.value] if add.relu else None, "relu": add.relu, "emit_grad": add.relu}
+        options |= {"sample_factor": factor}
+        options |= {} if branch is None else {"z": branch.z, "mean": branch.bn.mean}
         options |= {} if other is None else {"residual": other.z, "residual_mean": other.bn.mean}
         g, *sums = run("norm_add_relu_backward", grad.grad, **options, backend=b.backend)
         g = Pending(g) if add.relu else grad
-        factor = b.sample_factor if add.sampled else None
-        _through_norm(b, add.branch, g._replace(owned=False), branch.bn, sums[:2], factor)
+        if branch is not None:
+            _through_norm(b, add.branch, g._replace(owned=False), branch.bn, sums[:2], factor)
         if other is not None:
             _through_norm(b, add.other, g, other.bn, sums[2:])
-        else:
+        elif not _is_affine(b.program, add.other):
             b.give(add.other, g)
+
+
+def _normalised(b: Backward, value: int) -> Lazy | None:
+    """What a batch norm without ReLU made, where it wants a gradient."""
+    return b.values[value] if _is_affine(b.program, value) and b.wanted[value] else None
 
 
 def _is_affine(program: Program, value: int) -> bool:

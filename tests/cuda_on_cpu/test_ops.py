@@ -14,7 +14,7 @@ from resnet_fused.testing import cases, check, poisoned_allocations
 
 pytestmark = on_cpu.needed
 NAMESPACE = "resnet_fused_cuda_on_cpu"
-CUDA_OPS = sorted(path.stem for path in (on_cpu.HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
+CUDA_OPS = sorted(path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cu"))
 
 
 @pytest.fixture(scope="module")

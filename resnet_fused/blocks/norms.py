@@ -70,7 +70,7 @@ def settings(module: nn.Module) -> Norm:
     """Eps, momentum and whether this call normalises with the batch: what stock's forward would do now."""
     if is_frozen_class(module):
         return Norm(module.eps, None, False)
-    batch_stats = module.training or (module.running_mean is None and module.running_var is None)
+    batch_stats = bool(module.training) or (module.running_mean is None and module.running_var is None)
     return Norm(module.eps, module.momentum, batch_stats)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..steps.program import Addition, Convolution, Node, Normalisation, Program
 from ..steps.spec import Conv, Norm, StepTensors
 from . import norms
-from .site import conv_geometry, hooked, is_plain, why_not_conv, why_not_passed
+from .site import conv_geometry, hooked, is_odd, is_plain, why_not_conv, why_not_passed
 
 Tensor = torch.Tensor
 
@@ -103,6 +103,8 @@ def _parameter_obstacle(weight: Tensor | None, vectors: tuple[Tensor | None, ...
             return "parameters on several devices"
         if not is_plain(t):
             return f"a parameter of class {type(t).__name__}"
+        if is_odd(t):
+            return "a parameter of an unusual layout"
         if t.dtype not in allowed:
             return "parameters of different dtypes"
         if t.dim() != (4 if t is weight else 1) or (t is not weight and t.numel() != channels):

@@ -52,6 +52,9 @@ _FUNCTIONS = tuple(
     )
 )  # fmt: skip
 
+#: Modules that call them by way of this name.
+_CALLERS = (nn.modules.conv, nn.modules.batchnorm, nn.modules.activation, nn.modules.pooling)
+
 _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
 
 #: Classes elsewhere that are known by name, so that nothing is imported for them.
@@ -93,6 +96,9 @@ def functions_exchanged() -> bool:
     """Whether somebody replaced a function of PyTorch that the stock modules call."""
     if _EXCHANGED_BEFORE:
         return True
+    for caller in _CALLERS:
+        if caller.F is not F:
+            return True
     for place, name, known in _FUNCTIONS:  # noqa: SIM110  a loop is half the time of any()
         if getattr(place, name) is not known:
             return True

@@ -57,18 +57,18 @@ def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_facto
 
 
 def _read(site: Site, backend: str) -> tuple[Chain, list[StepTensors]]:
-    """The chain and the tensors of `site` as its modules are now; the same objects as long as those are."""
-    known = None if torch.compiler.is_compiling() else site.unchanged
-    if known is not None and not known.tensors_and_settings_hold():
-        known = None
-    if known is not None and known.read is not None and known.read[0].backend == backend:
-        return known.read
-    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
+    """The chain and the tensors of `site` as its modules are now; the same chain as long as their settings are."""
     tensors = [StepTensors(conv.weight, conv.bias, *norms.tensors(norm)) for conv, norm in site.pairs]
+    known = None if torch.compiler.is_compiling() else site.unchanged
+    if known is not None and not known.settings_hold():
+        known = None
+    if known is not None and known.read is not None and known.read.backend == backend:
+        return known.read, tensors
+    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
     n = len(site.steps)
     chain = Chain(steps[:n], None if site.shortcut is None else steps[n], site.relu, backend=backend)
     if known is not None:
-        known.read = chain, tensors
+        known.read = chain
     return chain, tensors
 
 
@@ -82,6 +82,8 @@ def run_modules(
     shapes = output_shapes(chain, x, tensors)
     if any(shape[2] <= 0 or shape[3] <= 0 for shape in shapes):  # stock's convolution says what is wrong
         return stock.chain_output(chain, x, residual, sample_factor, [own.cast(dtype) for own in tensors], moves=True)
+    if chain.shortcut is not None and not _shortcut_fits(chain, x, tensors[-1], shapes[-1]):
+        return _broadcast_sum(chain, site, x, sample_factor, [own.cast(dtype) for own in tensors])
     if site.pool is not None:
         pooled = _pooled_chain(chain, site, x, tensors, shapes)
         if pooled is None:
@@ -107,6 +109,21 @@ def run_modules(
         count_fused()
     with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
         return run_chain(chosen, x, tensors, residual, sample_factor)
+
+
+def _shortcut_fits(chain: Chain, x: Tensor, own: StepTensors, shape: torch.Size) -> bool:
+    """Whether the projection's result has the shape of the main branch's."""
+    conv = chain.shortcut.conv
+    return tuple(conv_output_shape(x.shape, own.weight.shape, conv.stride, conv.padding, conv.dilation)) == shape
+
+
+def _broadcast_sum(chain: Chain, site: Site, x: Tensor, sample_factor, tensors: list[StepTensors]) -> Tensor:
+    """A chain whose projection has another shape than its main branch: broadcasting, and its errors, are stock's."""
+    main = dataclasses.replace(chain, relu=False, shortcut=None)
+    y = stock.chain_output(main, x, None, sample_factor, tensors[:-1], moves=True)
+    residual = stock.conv_norm(x, tensors[-1], chain.shortcut, moves=True)
+    total = y.add_(residual) if site.inplace_add else y + residual
+    return torch.relu(total) if chain.relu else total
 
 
 def _pooled_chain(

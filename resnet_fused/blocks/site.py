@@ -73,6 +73,8 @@ def why_not_conv(conv: nn.Module) -> str:
     reason = proven.why_changed(conv, nn.Conv2d)
     if reason:
         return reason
+    if conv.weight is None:
+        return "a convolution without a weight"
     if conv_geometry(conv) is not None:
         return ""
     geometry = f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
@@ -195,11 +197,20 @@ def _tensor_obstacle(site: Site) -> str:
                 return "parameters on several devices"
             if not is_plain(t):
                 return f"a parameter of class {type(t).__name__}"
+            if is_odd(t):
+                return "a parameter of an unusual layout"
             if t is not weight and (t.dim() != 1 or t.numel() != entering):
                 return "a norm and a convolution of different widths"
         if any(t is not None and t.dtype != dtype and t.dtype != wide for t in vectors):
             return "a batch norm of a dtype that its convolution's result has not"
     return ""
+
+
+def is_odd(t: Tensor) -> bool:
+    """Whether the memory of a parameter or buffer is not simply that of its elements."""
+    if torch.compiler.is_compiling():
+        return False
+    return t.layout is not torch.strided or t.is_neg() or (t.dim() == 1 and t.stride(0) == 0 and t.numel() > 1)
 
 
 def is_plain(t: Tensor) -> bool:

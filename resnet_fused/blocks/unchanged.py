@@ -38,9 +38,15 @@ class _Same:
     def __init__(self, modules: list[nn.Module], inner: bool) -> None:
         self.modules, self.classes = modules, [*map(type, modules)]
         self.owns = [*map(_OWN, modules)]
-        self.dicts = [*self.owns, *([own[name] for own in self.owns for name in _INNER] if inner else ())]
+        self.inner = [own[name] for own in self.owns for name in _INNER] if inner else []
+        self.dicts = [*self.owns, *self.inner]
         self.sizes, self.keys = [*map(len, self.dicts)], [*itertools.chain.from_iterable(self.dicts)]
-        self.values = [*itertools.chain.from_iterable(map(dict.values, self.dicts))]
+        self.values = [*itertools.chain.from_iterable(map(dict.values, self.owns))]
+        self.ids = self._ids()
+
+    def _ids(self) -> list[int]:
+        """Of the tensors, which are not kept: one in the memory of another that has gone is read as that was."""
+        return [*map(id, itertools.chain.from_iterable(map(dict.values, self.inner)))]
 
     def holds(self) -> bool:
         """Compare what there is now; every loop is C's."""
@@ -48,7 +54,8 @@ class _Same:
             all(map(operator.is_, map(type, self.modules), self.classes))
             and all(map(operator.is_, map(_OWN, self.modules), self.owns))
             and [*map(len, self.dicts)] == self.sizes
-            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.dicts)), self.values))
+            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.owns)), self.values))
+            and self._ids() == self.ids
             and all(map(operator.is_, itertools.chain.from_iterable(self.dicts), self.keys))
         )
 
@@ -69,7 +76,7 @@ class _Class:
 class Unchanged:
     """The pairs of a site and the modules that it passes over, as they are now."""
 
-    #: What was read of the pairs, for whoever reads them again while :meth:`tensors_and_settings_hold`.
+    #: What was read of the pairs' settings, for whoever reads them again while :meth:`settings_hold`.
     read: object = None
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], bypassed: Iterable[nn.Module]) -> None:
@@ -78,8 +85,13 @@ class Unchanged:
         owns = [*self._pairs.owns, *self._bypassed.owns]
         self._classes = [*map(_Class, {*self._pairs.classes, *self._bypassed.classes})]
         self._hooks = [hooks for own in owns for hooks in _HOOKS(own)]
-        self._tensors = [t for own in self._pairs.owns for name in _INNER for t in own[name].values() if t is not None]
-        self._facts = [*map(_FACTS, self._tensors)]
+        self._facts = self._read_facts()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [t for inner in self._pairs.inner for t in inner.values() if t is not None]
+
+    def _read_facts(self) -> list[tuple]:
+        return [*map(_FACTS, self._tensors())]
 
     def is_complete(self) -> bool:
         """Whether nothing else decides how these modules are read."""
@@ -93,10 +105,10 @@ class Unchanged:
 
     def is_plain(self) -> bool:
         """Whether all tensors are PyTorch's own: others (fake ones, of `explain`) stand there for a while only."""
-        return all(type(t) in _PLAIN for t in self._tensors)
+        return all(type(t) in _PLAIN for t in self._tensors())
 
-    def tensors_and_settings_hold(self) -> bool:
-        """Whether the convolutions and norms have the settings, and the very tensors, that they had."""
+    def settings_hold(self) -> bool:
+        """Whether the convolutions and norms have the settings that they had."""
         return self._pairs.holds()
 
     def holds(self) -> bool:
@@ -106,5 +118,5 @@ class Unchanged:
             and self._pairs.holds()
             and self._bypassed.holds()
             and all(map(_Class.holds, self._classes))
-            and [*map(_FACTS, self._tensors)] == self._facts
+            and self._read_facts() == self._facts
         )

@@ -63,8 +63,8 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         keys.threads(),
         measured.changes(),
         module.training,
-        *[norm.training for norm in kept.norms],
-        *[own["weight"].requires_grad for own in kept.parameters if "weight" in own],
+        *[bool(norm.training) for norm in kept.norms],
+        *[weight.requires_grad for own in kept.parameters if (weight := own.get("weight")) is not None],
     )
 
 

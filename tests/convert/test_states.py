@@ -1,6 +1,8 @@
 """States that users bring modules and inputs into, where stock does something of its own: as stock, or its error."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -163,3 +165,98 @@ def test_a_quantizable_block(training):
     fused = resnet_fused.fuse(copy.deepcopy(stock))
     str(resnet_fused.report(fused))
     torch.testing.assert_close(fused(images().double()), stock(images().double()), rtol=1e-9, atol=1e-9)
+
+
+# Odd modules, met cold and after calls that kept what they proved -----------------------------------------------
+
+
+def _narrow_shortcut(model):
+    model.layer1[0].downsample = nn.Sequential(nn.Conv2d(8, 1, 1, bias=False), nn.BatchNorm2d(1))
+
+
+def _far_shortcut(model):
+    model.layer2[0].downsample[0].stride = (6, 6)
+
+
+def _training_is_a_number(model):
+    model.layer1[0].bn1.training = 1
+
+
+def _no_weight(model):
+    model.layer1[0].conv1._parameters["weight"] = None
+
+
+def _expanded_statistics(model):
+    model.layer1[0].bn1.running_var = torch.ones(1).expand(8)
+
+
+def _sparse_weight(model):
+    conv = model.layer1[0].conv1
+    conv.weight = nn.Parameter(conv.weight.detach().to_sparse(), requires_grad=False)
+
+
+class TwoStages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shortcut = nn.Sequential(nn.Conv2d(8, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.layer1 = nn.Sequential(BasicBlock(8, 8))
+        self.layer2 = nn.Sequential(BasicBlock(8, 8, 2, shortcut))
+
+    def forward(self, x):
+        return self.layer2(self.layer1(x))
+
+
+ODD = [
+    _narrow_shortcut, _far_shortcut, _training_is_a_number, _no_weight, _expanded_statistics, _sparse_weight,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ODD)
+@pytest.mark.parametrize("calls", [0, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_odd_modules_are_as_in_stock(change, calls, training):
+    torch.manual_seed(0)
+    model = TwoStages().train(training)
+    fused, x = resnet_fused.fuse(copy.deepcopy(model)), images(size=12)
+    found = []
+    for side in (fused, model):
+        with torch.set_grad_enabled(training):
+            for _ in range(calls):
+                side(x)
+            torch.manual_seed(1)
+            change(side)
+            try:
+                found.append(side(x))
+            except Exception as error:
+                found.append(type(error))
+    assert type(found[0]) is type(found[1])
+    if isinstance(found[1], torch.Tensor):
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    else:
+        assert found[0] is found[1]
+
+
+def test_a_namespace_bound_anew_is_noticed(monkeypatch):
+    class Doubles:
+        def __getattr__(self, name):
+            value = getattr(torch.nn.functional, name)
+            return (lambda *args, **kwargs: 2 * value(*args, **kwargs)) if name == "batch_norm" else value
+
+    torch.manual_seed(0)
+    model, x = TwoStages().eval(), images(size=12)
+    fused = resnet_fused.fuse(copy.deepcopy(model))
+    fused(x)
+    monkeypatch.setattr(nn.modules.batchnorm, "F", Doubles())
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_replaced_parameters_are_freed():
+    model = TwoStages().eval()
+    fused, x = resnet_fused.fuse(model), images(size=12)
+    with torch.no_grad():
+        for _ in range(3):
+            fused(x)
+    held = [weakref.ref(p) for p in fused.layer1.parameters()]
+    fused.to("meta")
+    gc.collect()
+    assert not any(ref() is not None for ref in held)

@@ -86,7 +86,7 @@ def chains_of(out):
     nodes = [out.grad_fn]
     for node in nodes:
         nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
-    return [node for node in nodes if node.name() == "FusedChainBackward"]
+    return [node for node in nodes if node.name() in ("FusedChainBackward", "FusedProgramBackward")]
 
 
 def laid_out(model, dtype=None):
@@ -218,3 +218,16 @@ def test_with_no_kernel_at_all_everything_is_stock(fails):
     for run in (step, evaluation):
         calls = run(resnet50(), torch.empty(16, 3, 64, 64))
         assert not calls.ours and any("batch_norm" in name for name in calls.others)
+
+
+def test_a_pre_activation_block_is_a_program_on_values(h100):
+    """1x1 convolutions on values, the 3x3 on a tensor, and the identity path's gradient in the pass that writes."""
+    from resnet_fused.models.preact import PreActBottleneck
+
+    x = torch.empty(8, 256, 56, 56, dtype=torch.bfloat16)
+    calls = step(PreActBottleneck(256, 64), x)
+    forward = "bn_stats bn_affine conv1x1 bn_affine norm_add_relu bn_stats bn_affine conv1x1_join"
+    last = "conv1x1_wgrad conv1x1_dgrad bn_coefficients lazy_grad_apply"
+    inner = "norm_add_relu norm_add_relu_backward bn_coefficients conv1x1_wgrad conv1x1_dgrad bn_coefficients"
+    assert [op for op, *_ in calls.ours] == f"{forward} {last} {inner} lazy_grad_apply".split()
+    assert calls.ours[-1][1][-1] is not None  # the residual

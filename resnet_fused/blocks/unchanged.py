@@ -91,7 +91,8 @@ class Unchanged:
         return [t for inner in self._pairs.inner for t in inner.values() if t is not None]
 
     def _read_facts(self) -> list[tuple]:
-        return [*map(_FACTS, self._tensors())]
+        tensors = self._tensors()
+        return [*map(_FACTS, tensors), *map(torch.Tensor.stride, tensors)]
 
     def is_complete(self) -> bool:
         """Whether nothing else decides how these modules are read."""

@@ -102,7 +102,7 @@ def _program(module: nn.Module) -> _Read:
         program, reasons = programs.build(module, graph)
         if len(program.chains) == len(program.calls):
             return _Read(program, reasons, None)
-        whole, _ = recognise(module, graph)
+        whole = recognise(module, graph)
         return _Read(program, reasons if whole is None else [], whole)
 
 

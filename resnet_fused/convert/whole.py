@@ -146,11 +146,10 @@ class _Reader:
         return isinstance(made, Convolution) or (isinstance(made, Normalisation) and not made.relu)
 
 
-def recognise(block: nn.Module, graph: fx.Graph) -> tuple[Shape | None, str]:
-    """The whole of a traced block as a program's shape; or None, and why it is none."""
+def recognise(block: nn.Module, graph: fx.Graph) -> Shape | None:
+    """The whole of a traced block as a program's shape; None where it is none."""
     reader = _Reader(block, graph)
-    reason = reader.read()
-    if reason:
-        return None, reason
+    if reader.read():
+        return None
     kinds = tuple((name, type(block.get_submodule(name)).__name__) for name in sorted(reader.bypassed))
-    return Shape(tuple(reader.nodes), tuple(reader.names), kinds, reader.drop_path), ""
+    return Shape(tuple(reader.nodes), tuple(reader.names), kinds, reader.drop_path)

@@ -25,7 +25,7 @@ from .. import library
 from ..backends import backends, onednn, soundness
 from ..ops import DATA_DTYPES
 from ..steps import Chain, Pool, Step, StepTensors, pointwise
-from . import devices, join_cost, measured, needed_ops, too_small
+from . import devices, join_cost, measured, needed_ops, too_small, words
 from .devices import CPU_CORE, Device
 from .measured import Variant
 
@@ -182,8 +182,6 @@ def _keeps(x: Tensor, chain: Chain, tensors: list[StepTensors], shapes: list[tor
 
 def _has_narrow(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> bool:
     """Whether a lazy chain has a convolution whose gradients one pass can make, in a dtype for which there is one."""
-    if x.dtype == torch.float32:
-        return False
     steps = zip(chain.all_steps, tensors, strict=True)
     if not any(pointwise.serves(step, own) and pointwise.narrow(step, own.weight) for step, own in steps):
         return False
@@ -261,7 +259,7 @@ def choose_variant(
     chosen, missing = needed_ops.next_sound(chosen, x, tensors, place_of(x))
     why = f"no sound kernel of {missing}" if missing else why
     for observer in observers:
-        observer(f"{describe(chosen)} ({why})")
+        observer(f"{words.of_chain(chosen)} ({why})")
     return chosen
 
 
@@ -278,15 +276,6 @@ def observing() -> Iterator[list[str]]:
         yield said
     finally:
         observers.pop()
-
-
-def describe(chain: Chain) -> str:
-    """The variant of `chain` in words."""
-    if chain.stock:
-        return "stock"
-    kind = {True: "Gram join", False: "plain join"}
-    text = ("lazy, " if chain.lazy else "") + kind[chain.gram]
-    return text + (f", shortcut {kind[chain.gram_shortcut]}" if chain.shortcut is not None else "")
 
 
 def _why(

@@ -18,7 +18,7 @@ from ..steps.program import Addition, Convolution, Normalisation, Program
 from ..steps.program_node import Lowered
 from ..steps.spec import StepTensors
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-from . import choose, too_small
+from . import choose, too_small, words
 from .keys import threads
 
 Tensor = torch.Tensor
@@ -36,28 +36,23 @@ def obstacle(program: Program) -> str:
             if reason:
                 return reason
         for read in node.reads:
-            if not isinstance(node, Addition) and _is_affine(program, read):
+            if not isinstance(node, Addition) and program.is_affine(read):
                 return "a batch norm without ReLU that something but an addition reads"
     last = program.nodes[-1] if program.nodes else None
     return "" if isinstance(last, Addition) else "it does not end in an addition"
-
-
-def _is_affine(program: Program, value: int) -> bool:
-    node = program.maker(value)
-    return isinstance(node, Normalisation) and not node.relu
 
 
 def _addition_obstacle(program: Program, node: Addition) -> str:
     if node.branch == node.other:
         return "an addition of a value to itself"
     branch = program.maker(node.branch)
-    if not (isinstance(branch, Convolution) or _is_affine(program, node.branch)):
+    if not (isinstance(branch, Convolution) or program.is_affine(node.branch)):
         return "an addition to something that is neither a convolution nor a batch norm"
     if len(program.readers(node.branch)) > 1:
         return "an addition to something that is read elsewhere too"
-    if not _is_affine(program, node.other):
+    if not program.is_affine(node.other):
         return ""
-    return "" if _is_affine(program, node.branch) else "a shortcut in a batch norm, added to a convolution"
+    return "" if program.is_affine(node.branch) else "a shortcut in a batch norm, added to a convolution"
 
 
 @functools.lru_cache(maxsize=512)
@@ -109,10 +104,8 @@ def is_small(program: Program, x: Tensor, shapes: list[torch.Size], tensors: lis
     """Whether stock's operations are expected to be faster, as :mod:`.too_small` tells it of a chain."""
     if choose.fuses_all() or not too_small.HAS_AVX512 or program.backend != "auto":
         return False
-    if stock_bytes(program, shapes, x.element_size()) > too_small.cache_bytes():
-        return False
-    work = flops(program, shapes, tensors)
-    return too_small.OVERHEAD * too_small.rate(x.dtype) * threads() >= too_small.MARGIN * work
+    saved = stock_bytes(program, shapes, x.element_size())
+    return too_small.stays_in_cache(saved, flops(program, shapes, tensors), x.dtype)
 
 
 def decided_by(x: Tensor) -> tuple | None:
@@ -134,16 +127,12 @@ def lower(program: Program, x: Tensor, tensors: list[StepTensors]) -> Lowered | 
         return None
     lowered, why = _on_gpu(program, x, tensors) if choose.on_gpu(x) else _on_cpu(program, x, shapes, tensors)
     for observer in choose.observers:
-        observer(f"stock ({why})" if lowered is None else describe(lowered))
+        observer(f"stock ({why})" if lowered is None else words.of_steps(lowered))
     return lowered
 
 
 def _on_cpu(program: Program, x: Tensor, shapes, tensors) -> tuple[Lowered | None, str]:
-    """Everything on tensors.
-
-    A sum is a pass of its own, in place: in ResNet-50's shapes at batch 8, on a Zen 5, oneDNN's convolutions that add
-    as they write took longer than those that do not and that pass together.
-    """
+    """Everything on tensors; a sum is a pass of its own, in place."""
     if is_small(program, x, shapes, tensors):
         return None, "stays in the cache"
     return steps_of(program), ""
@@ -181,18 +170,3 @@ def _values(shape: torch.Size) -> int:
 
 def _adds_fit(program: Program, shapes: list[torch.Size]) -> bool:
     return all(shapes[n.branch] == shapes[n.other] for n in program.nodes if isinstance(n, Addition))
-
-
-_WORDS = {
-    Convolve: "convolution",
-    ConvolveAndAdd: "convolution and sum",
-    ConvolveValue: "1x1 on values",
-    ConvolveValueAdd: "1x1 on values that adds",
-    Normalise: "norm on load",
-    Join: "norm, add and ReLU in one pass",
-}
-
-
-def describe(lowered: Lowered) -> str:
-    """The steps in words, equal ones once: what ``explain`` says of a block."""
-    return ", ".join(dict.fromkeys(_WORDS[type(step)] for step in lowered.steps))

@@ -17,7 +17,7 @@ import torch
 
 from ..steps import Chain, StepTensors, flatten
 from ..steps.node import run_chain
-from . import choose
+from . import words
 from .measured import Variant
 from .too_small import MARGIN
 
@@ -39,7 +39,7 @@ class Candidate:
 def name(chain: Chain) -> str:
     """A variant as the report calls it."""
     more = ", activations kept" if chain.keep else ""
-    return choose.describe(chain) + more + (", narrow gradients in one pass" if chain.one_pass else "")
+    return words.of_chain(chain) + more + (", narrow gradients in one pass" if chain.one_pass else "")
 
 
 def fastest(candidates: dict[Variant, Candidate]) -> Variant:

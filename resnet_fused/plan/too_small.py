@@ -26,18 +26,17 @@ from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
 from .keys import threads
 
 Tensor = torch.Tensor
-#: Elements of a stem's convolution up to which its pass with the pool saves less than Python takes for it: on the CPU
-#: above, 5 ns an element in training, against 0.3 to 0.5 ms.
+#: Elements of a stem's convolution up to which its pass with the pool is taken to save less than Python takes for it.
 FEW_POOLED = 1 << 16
 _USUAL_CACHE = 32 << 20
 _LARGE_WEIGHTS = 1 << 20  # elements
 #: What a chain may take longer for the memory that it saves, as a share of its time; also by `tune`'s measure.
 MARGIN = 0.02
-OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
+_OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
 #: FLOP/s of a thread in float32 convolutions; measured on Zen 4: 170 to 210 by two threads. Zen 5's units, which
-#: make plain products slow beside oneDNN, are twice as wide: 150 to 237 by one. Told by the processor's family, not by
-#: a measurement, which load disturbs and each process would make anew, nor by the frequency, which virtual machines
-#: state as 2.6 GHz where it is above 4. A processor that nobody measured has the lower rate, which keeps fusion.
+#: make plain products slow beside oneDNN, are twice as wide. Told by the processor's family, not by a
+#: measurement, which load disturbs and each process would make anew, nor by the frequency, which virtual machines may
+#: misstate. A processor that nobody measured has the lower rate, which keeps fusion.
 _RATE = 100e9
 
 
@@ -76,15 +75,18 @@ def _convolutions(chain: Chain, tensors: list[StepTensors], shapes: list[torch.S
     return [(step.conv, own.weight, shape[0] * shape[2] * shape[3]) for step, own, shape in places]
 
 
+def stays_in_cache(saved: int, flops: int, dtype: torch.dtype) -> bool:
+    """Whether passes over what stock saves cost little, and Python much beside the convolutions' FLOPs."""
+    return saved <= cache_bytes() and _OVERHEAD * rate(dtype) * threads() >= MARGIN * flops
+
+
 def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
     """Whether stock's operations are expected to be faster than any variant of the chain."""
     if not HAS_AVX512 or x.device.type != "cpu" or chain.backend != "auto":
         return False
-    if stock_bytes(chain, x, shapes) > cache_bytes():
-        return False
     convolutions = _convolutions(chain, tensors, shapes)
     flops = sum(6 * weight.numel() * pixels for _, weight, pixels in convolutions)  # forward and both gradients
-    if OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
+    if not stays_in_cache(stock_bytes(chain, x, shapes), flops, x.dtype):
         return False
     if SLOW_PRODUCTS:
         return True

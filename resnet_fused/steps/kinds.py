@@ -22,12 +22,12 @@ from . import conv as convolutions
 from . import conv_norm
 from .batch_norm import Affine, batch_affine, coefficients
 from .flow import EVERY, Backward, Forward, Pending
+from .folded_join import POINTWISE
 from .lazy import Lazy, LazyGrad
-from .program import Convolution, Normalisation, Program
-from .spec import Conv, Step, StepGrads
+from .program import Convolution, Normalisation
+from .spec import Step, StepGrads
 
 Tensor = torch.Tensor
-POINTWISE = Conv()
 
 
 def conv_backward(b: Backward, value: int, grad: Pending) -> None:
@@ -188,7 +188,7 @@ class Join:
     def forward(self, f: Forward) -> None:
         add = f.program.maker(self.value)
         branch = f.values[add.branch]
-        if _is_affine(f.program, add.other):
+        if f.program.is_affine(add.other):
             other = f.values[add.other]
             residual = (other.z, other.bn.scale, other.bn.shift)
         else:
@@ -213,19 +213,13 @@ class Join:
             _through_norm(b, add.branch, g._replace(owned=False), branch.bn, sums[:2], factor)
         if other is not None:
             _through_norm(b, add.other, g, other.bn, sums[2:])
-        elif not _is_affine(b.program, add.other):
+        elif not b.program.is_affine(add.other):
             b.give(add.other, g)
 
 
 def _normalised(b: Backward, value: int) -> Lazy | None:
     """What a batch norm without ReLU made, where it wants a gradient."""
-    return b.values[value] if _is_affine(b.program, value) and b.wanted[value] else None
-
-
-def _is_affine(program: Program, value: int) -> bool:
-    """Whether a value is a batch norm without ReLU, which an addition applies as it reads."""
-    node = program.maker(value)
-    return isinstance(node, Normalisation) and not node.relu
+    return b.values[value] if b.program.is_affine(value) and b.wanted[value] else None
 
 
 def _through_norm(

@@ -85,6 +85,11 @@ class Program:
         """The node that makes `value`; None for the block's input."""
         return self.nodes[value - 1] if value else None
 
+    def is_affine(self, value: int) -> bool:
+        """Whether a value is a batch norm without ReLU, which an addition applies as it reads."""
+        node = self.maker(value)
+        return isinstance(node, Normalisation) and not node.relu
+
     def wanted(self, needs: list[StepGrads], needs_x: bool) -> list[bool]:
         """Of each value, whether it, or anything that it is made of, wants a gradient; `needs`: of each node's own."""
         found = [needs_x]

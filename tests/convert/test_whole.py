@@ -246,3 +246,17 @@ def test_a_call_that_ran_fused_is_not_taken_for_one_that_ran_as_stock(monkeypatc
     for _ in range(3):
         fused(x)
     assert len(ran) == 3
+
+
+def test_a_norm_that_has_lost_its_activation_raises_as_in_stock():
+    from resnet_fused.testing.vision import import_torchvision
+
+    import_torchvision()
+    timm = pytest.importorskip("timm")
+    block = timm.create_model("resnetv2_50", num_classes=5).stages[0].blocks[1].train()
+    fused, x = resnet_fused.fuse(copy.deepcopy(block)), torch.randn(2, 256, 6, 6)
+    fused(x)
+    for side in (fused, block):
+        side.norm1.act = None
+        with pytest.raises(TypeError, match="not callable"):
+            side(x)

@@ -7,9 +7,9 @@ from tuned import unsound
 
 import resnet_fused
 from resnet_fused.models import preact_resnet50
-from resnet_fused.plan import choose, too_small
+from resnet_fused.plan import choose, too_small, words
 from resnet_fused.plan.devices import DEVICES
-from resnet_fused.plan.lower import decided_by, describe, flops, lower, stock_bytes
+from resnet_fused.plan.lower import decided_by, flops, lower, stock_bytes
 from resnet_fused.steps.kinds import Convolve, ConvolveAndAdd, Join, Normalise
 from resnet_fused.steps.value_kinds import ConvolveValue, ConvolveValueAdd
 
@@ -39,7 +39,7 @@ def test_on_gpus_1x1_convolutions_are_on_values(device):
         lowered = lower(program, torch.randn(2, 6, 5, 5), tensors)
     expected = [Normalise, ConvolveValue, Normalise, Convolve, Normalise, ConvolveValueAdd]
     assert kinds(lowered) == expected
-    assert describe(lowered) == "norm on load, 1x1 on values, convolution, 1x1 on values that adds"
+    assert words.of_steps(lowered) == "norm on load, 1x1 on values, convolution, 1x1 on values that adds"
     assert [step.statistics for step in lowered.steps if isinstance(step, ConvolveValue)] == [True]
 
 
@@ -73,7 +73,7 @@ def test_small_programs_are_stocks(monkeypatch):
         monkeypatch.setattr(too_small, "cache_bytes", lambda cache=cache: cache)
         assert (lower(program, x, tensors) is None) == small
     monkeypatch.setattr(too_small, "cache_bytes", lambda: 1 << 40)
-    monkeypatch.setattr(too_small, "OVERHEAD", 1e-12)
+    monkeypatch.setattr(too_small, "_OVERHEAD", 1e-12)
     assert lower(program, x, tensors) is not None
 
 

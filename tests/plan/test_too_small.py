@@ -77,7 +77,7 @@ def test_memory_is_worth_two_percent(monkeypatch):
     monkeypatch.setattr(too_small, "threads", lambda: 4)
     flops = 6 * 4352 * 64 * 2
     for seconds, chosen in ((0.021, True), (0.019, False)):
-        monkeypatch.setattr(too_small, "OVERHEAD", seconds)
+        monkeypatch.setattr(too_small, "_OVERHEAD", seconds)
         monkeypatch.setattr(too_small, "_RATE", flops / 4)
         assert (notes(fused(), fits(2)) == [SAID]) == chosen
 
@@ -88,7 +88,7 @@ def test_two_percent_are_of_the_time_that_this_processor_takes(monkeypatch):
     monkeypatch.setattr(too_small, "threads", lambda: 4)
     flops = 6 * 4352 * 64 * 2
     monkeypatch.setattr(too_small, "_RATE", flops / 4)
-    monkeypatch.setattr(too_small, "OVERHEAD", 0.011)
+    monkeypatch.setattr(too_small, "_OVERHEAD", 0.011)
     for wide in (False, True):
         monkeypatch.setattr(too_small, "SLOW_PRODUCTS", wide)
         assert (notes(fused(), fits(2)) == [SAID]) == wide

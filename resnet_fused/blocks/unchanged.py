@@ -2,7 +2,7 @@
 answer that :mod:`.site` and :mod:`.norms` would find again.
 
 What a module does is decided by its class and its ``__dict__``. While every attribute is the very object it was, no
-hook has been registered, the tensors in ``_parameters`` and ``_buffers`` are the same and have the same dtype, device
+hook has been registered, the tensors in ``_parameters`` and ``_buffers`` have the same ids, strides, dtype, device
 and shape, and the classes have the methods and the number of attributes that they had, everything read of them would
 be read again. Whatever differs, by an equal object too, is read anew. Only PyTorch's own classes with settings that
 cannot change in place are taken; all others are read at every call.

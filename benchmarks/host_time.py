@@ -1,5 +1,7 @@
 """Time of the host in a training step planned for a GPU: Python and PyTorch around kernels that do not start.
 
+Of a whole ResNet-50, and of one identity bottleneck, forward and backward apart.
+
 Run:  OMP_NUM_THREADS=1 python benchmarks/host_time.py [--record benchmarks/results]
 
 Triton's launches are stubbed, so a ResNet-50 of very narrow layers runs its GPU plan on CPU tensors with little else to
@@ -27,7 +29,9 @@ from resnet_fused.models.resnet import Bottleneck, ResNet
 from resnet_fused.plan import choose, devices
 
 STEPS = 12
+BLOCK_STEPS = 300
 SIZE = (2, 3, 32, 32)
+BLOCK_SIZE = (2, 256, 8, 8)
 
 
 def narrow_model() -> nn.Module:
@@ -51,6 +55,26 @@ def milliseconds(model: nn.Module) -> float:
     return min([step() for _ in range(3 + STEPS)][3:])
 
 
+def block_milliseconds(block: nn.Module) -> tuple[float, float]:
+    """CPU time of a bottleneck's forward and of its backward, as it is within a model: its input wants a gradient."""
+    x = torch.randn(BLOCK_SIZE).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(BLOCK_SIZE).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    def step() -> tuple[float, float]:
+        begun = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(x)
+        between = time.process_time()
+        out.backward(grad)
+        done = time.process_time()
+        block.zero_grad()
+        x.grad = None
+        return 1e3 * (between - begun), 1e3 * (done - between)
+
+    forward, backward = zip(*[step() for _ in range(3 + BLOCK_STEPS)][3:], strict=True)
+    return min(forward), min(backward)
+
+
 def stub() -> Callable[[], int]:
     """Start no kernel from now on, and check none; returns a function that tells how many would have been started."""
     started = []
@@ -67,17 +91,38 @@ def main() -> None:
         measure()
 
 
+def bottleneck() -> nn.Module:
+    """One identity bottleneck of ResNet-50's first stage."""
+    torch.manual_seed(0)
+    return nn.Sequential(Bottleneck(256, 64)).to(memory_format=torch.channels_last)
+
+
 def measure() -> None:
-    """Print the table."""
-    eager = milliseconds(narrow_model())
-    count, model = stub(), resnet_fused.fuse(narrow_model())
+    """Print the tables."""
+    eager, eager_block = milliseconds(narrow_model()), block_milliseconds(bottleneck())
+    count, model, block = stub(), resnet_fused.fuse(narrow_model()), resnet_fused.fuse(bottleneck())
     with choose.planning_for(devices.find("h100")), resnet_fused.use("triton"):
         fused = milliseconds(model)
+        triton = count()
+        fused_block = block_milliseconds(block)
     counted = resnet_fused.explain(narrow_model(), SIZE, dtype=torch.bfloat16, device="h100").model
     print("| step with launches stubbed | ms of the host | kernels | us a kernel |\n| --- | ---: | ---: | ---: |")
     for name, taken, launches in (("fused", fused, counted.fused.launches), ("eager", eager, counted.stock.launches)):
         print(f"| {name} | {taken:.1f} | {launches} | {1e3 * taken / launches:.0f} |")
-    print(f"\n{count() // (3 + STEPS)} kernels of Triton's a step were not started.")
+    print(f"\n{triton // (3 + STEPS)} kernels of Triton's a step were not started.\n")
+    print_block(fused_block, eager_block)
+
+
+def print_block(fused: tuple[float, float], eager: tuple[float, float]) -> None:
+    """The table of one identity bottleneck. Its launches are counted behind a convolution: its input wants a gradient.
+
+    Casts of autocast's are in the times and not among the launches.
+    """
+    behind = nn.Sequential(nn.Conv2d(256, 256, 1), *bottleneck()).to(memory_format=torch.channels_last)
+    counted = resnet_fused.explain(behind, BLOCK_SIZE, dtype=torch.bfloat16, device="h100").blocks[0]
+    print("| identity bottleneck | ms forward | ms backward | kernels |\n| --- | ---: | ---: | ---: |")
+    for name, taken, launches in (("fused", fused, counted.fused.launches), ("eager", eager, counted.stock.launches)):
+        print(f"| {name} | {taken[0]:.3f} | {taken[1]:.3f} | {launches} |")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from collections.abc import Iterator
 import torch
 
 import resnet_fused
-from resnet_fused.backends import backends
+from resnet_fused.backends import backends, onednn
 from resnet_fused.bench import runs
 from resnet_fused.bench.gpu_report import tables as gpu_tables
 from resnet_fused.bench.gpu_report.stream import Document
 from resnet_fused.bench.peers import OURS, STOCK
 from resnet_fused.bench.records import Report, markdown_table, provenance_line
-from resnet_fused.library import COMPILED_OPS
 from resnet_fused.models import resnet50
 from resnet_fused.ops import OPS
 
@@ -138,7 +137,7 @@ def support() -> str:
     cpu, recorded = backends()["cpu"].kernels, recorded_on_gpus()
     lines = ["| op | CPU | Triton | CUDA C++ | reference |", "| --- | --- | --- | --- | --- |"]
     for name in OPS:
-        where = "C++" if name in COMPILED_OPS else "oneDNN, else ATen"
+        where = "oneDNN, else ATen" if name in onednn.KERNELS else "C++"
         tried = f"{where}: {dtypes(cpu[name].dtypes)}" if name in cpu else ""
         have = {"triton": TRITON_OPS, "cuda": CUDA_OPS}
         gpu = [recorded.get((b, name), "compiled, not run") if name in ops else "" for b, ops in have.items()]

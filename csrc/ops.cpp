@@ -8,7 +8,10 @@
 #include "cpu_levels.h"
 
 STABLE_TORCH_LIBRARY(resnet_fused, m) {
-  m.def("bn_stats(Tensor z) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_stats(Tensor z, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
+      "-> (Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
+  m.def("add_stats_(Tensor(a!) out, Tensor other, Tensor? sample_factor=None) -> (Tensor mean, Tensor m2)");
   m.def(
       "bn_affine(Tensor mean, Tensor m2, Tensor? gamma, Tensor? beta, Tensor z, float eps) "
       "-> (Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
@@ -36,7 +39,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
-  m.def("gram_norm(Tensor weight, Tensor gram, Tensor total, Tensor centre, Tensor a) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "gram_norm(Tensor weight, Tensor gram, Tensor total, Tensor centre, Tensor a, Tensor? gamma=None, "
+      "Tensor? beta=None, float? eps=None) "
+      "-> (Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
   m.def(
       "gram_grad(Tensor weight, Tensor product, Tensor gram, Tensor total, Tensor centre, Tensor sum_g, Tensor scale, "
       "Tensor rstd, Tensor a) -> (Tensor grad_weight, Tensor grad_gamma, Tensor coupling, Tensor constant)");

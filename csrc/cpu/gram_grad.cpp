@@ -58,8 +58,8 @@ RESNET_FUSED_CLONES void find_coefficients(Coefficients<A>* found, A* grad_gamma
 }
 
 // The weight gradient's rows: b * y + d0 * total' + scale * shifted.
-template <class A>
-RESNET_FUSED_CLONES void write_rows(A* __restrict grad_weight, const Coefficients<A>* __restrict found,
+template <class T, class A>
+RESNET_FUSED_CLONES void write_rows(T* __restrict grad_weight, const Coefficients<A>* __restrict found,
                                     const A* __restrict scale, const A* __restrict total, const A* __restrict y,
                                     const A* __restrict shifted, int64_t rows, int64_t C) {
   constexpr int64_t P = kPanel<A>;
@@ -68,7 +68,7 @@ RESNET_FUSED_CLONES void write_rows(A* __restrict grad_weight, const Coefficient
     for (int64_t c = 0; c < C; c += P) {
       const int64_t width = std::min(P, C - c), from = c * kBlockRows;
       for (int64_t i = 0; i < width; ++i) {
-        grad_weight[c + i] = b * y[from + i] + d0 * total[c + i] + s * shifted[from + i];
+        store(grad_weight + c + i, b * y[from + i] + d0 * total[c + i] + s * shifted[from + i]);
       }
     }
   }
@@ -136,7 +136,7 @@ class Run {
   }
 
   // Coefficients of all rows, and the gradients of weight and gamma.
-  void rows(A* grad_weight, A* grad_gamma) {
+  void rows(T* grad_weight, A* grad_gamma) {
     std::vector<A> mean(columns), centre(columns);
     for (int64_t c = 0; c < C; ++c) {
       mean[c] = t.total[c] / static_cast<A>(t.count);
@@ -199,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_grad(const Tensor& weight, const
   const int64_t K = weight.size(0), C = weight.size(1), count = a.size(0) * a.size(2) * a.size(3);
   const ScalarType dtype = stat_dtype(weight.scalar_type());
   const int64_t pitch = std::max<int64_t>(C, 1);  // as torch counts the strides of empty tensors
-  Tensor grad_weight = empty_strided<2>({K, C}, {pitch, 1}, dtype), grad_gamma = empty_vector(K, dtype);
+  Tensor grad_weight = empty_strided<2>({K, C}, {pitch, 1}, weight.scalar_type());
+  Tensor grad_gamma = empty_vector(K, dtype);
   Tensor coupling = empty_strided<4>({C, C, 1, 1}, {pitch, 1, 1, 1}, weight.scalar_type());
   Tensor constant = empty_vector(C, dtype);
   if (count == 0) {
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_grad(const Tensor& weight, const
     const Arguments<A> arguments{data<A>(product), data<A>(gram),  data<A>(total), data<A>(centre),
                                  data<A>(sum_g),   data<A>(scale), data<A>(rstd),  static_cast<double>(count)};
     Run<T> run(weight, arguments);
-    run.rows(data<A>(grad_weight), data<A>(grad_gamma));
+    run.rows(data<T>(grad_weight), data<A>(grad_gamma));
     run.square(data<T>(coupling), data<A>(constant));
   });
   return {grad_weight, grad_gamma, coupling, constant};

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../checks/gram_norm.h"
+#include "affine.h"
 #include "alloc.h"
 #include "rows.h"
 #include "weight_rows.h"
@@ -58,17 +59,20 @@ void run(const Tensor& mean, const Tensor& m2, const Tensor& weight, const Tenso
   });
 }
 
-std::tuple<Tensor, Tensor> gram_norm(const Tensor& weight, const Tensor& gram, const Tensor& total,
-                                     const Tensor& centre, const Tensor& a) {
-  check_gram_norm(weight, gram, total, centre, a);
+Statistics gram_norm(const Tensor& weight, const Tensor& gram, const Tensor& total, const Tensor& centre,
+                     const Tensor& a, const OptionalTensor& gamma, const OptionalTensor& beta,
+                     std::optional<double> eps) {
+  check_gram_norm(weight, gram, total, centre, a, gamma, beta, eps);
   const ScalarType dtype = stat_dtype(weight.scalar_type());
   Tensor mean = empty_vector(weight.size(0), dtype), m2 = empty_vector(weight.size(0), dtype);
   const int64_t count = a.size(0) * a.size(2) * a.size(3);
-  if (count == 0) return {torch::stable::zero_(mean), torch::stable::zero_(m2)};
+  if (count == 0) {
+    return statistics(torch::stable::zero_(mean), torch::stable::zero_(m2), gamma, beta, a, eps);
+  }
   for_element_type(weight.scalar_type(), [&](auto* tag) {
     run<std::remove_pointer_t<decltype(tag)>>(mean, m2, weight, gram, total, centre, static_cast<double>(count));
   });
-  return {mean, m2};
+  return statistics(mean, m2, gamma, beta, a, eps);
 }
 
 }  // namespace

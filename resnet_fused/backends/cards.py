@@ -46,11 +46,16 @@ def assuming(card: Card | None) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def assumed() -> Card | None:
+    """The card of the innermost :func:`assuming`, if it names one."""
+    return _assumed.get()
+
+
 def of(device: torch.device) -> Card:
     """The card to shape a launch for."""
-    assumed = _assumed.get()
-    if assumed is not None:
-        return assumed
+    found = _assumed.get()
+    if found is not None:
+        return found
     if device.type != "cuda":  # the interpreter, or meta tensors
         return H100
     return _card(torch.cuda.current_device() if device.index is None else device.index)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..library import COMPILED_OPS, status
-from ..ops import OPS
+from ..ops import OPS, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from . import onednn
 from .declaration import Backend, Kernel, check_complete
@@ -74,10 +74,19 @@ def _declared(name: str) -> Kernel:
     return Kernel(_compiled(name), LOOP_DTYPES, _OTHERS.get(name, loop_reasons))
 
 
+#: Ops that are two of the compiled ones, one after the other: on a CPU it is the pass over memory that counts.
+_TWO = {
+    "norm_relu_coefficients": Kernel(
+        norm_relu_coefficients.in_two(_compiled("norm_add_relu_backward"), _compiled("bn_coefficients")),
+        LOOP_DTYPES,
+        loop_reasons,
+    )
+}
+
 BACKEND = check_complete(
     Backend(
         name="cpu",
         devices=("cpu",),
-        kernels={**{name: _declared(name) for name in COMPILED_OPS}, **onednn.KERNELS},
+        kernels={**{name: _declared(name) for name in COMPILED_OPS}, **_TWO, **onednn.KERNELS},
     )
 )

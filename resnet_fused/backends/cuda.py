@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import library
-from ..ops import DATA_DTYPES
+from ..ops import DATA_DTYPES, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from .declaration import Backend, Kernel, check_complete
 
@@ -20,16 +20,16 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
     """Of the ops for which the library has registered a kernel."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     build = " ".join(status.build_info.get(fact, "") for fact in ("sources", "nvcc", "cuda_architectures"))
-    return {
-        name: Kernel(
-            getattr(torch.ops.resnet_fused, name).default,
-            DATA_DTYPES,
-            layout_reasons,
-            needs_selfcheck=True,
-            build=build,
-        )
+    runs = {
+        name: getattr(torch.ops.resnet_fused, name).default
         for name in library.COMPILED_OPS
         if has_kernel(f"resnet_fused::{name}", "CUDA")
+    }
+    if "norm_add_relu_backward" in runs:  # the pass over memory, and PyTorch's operations on a few hundred channels
+        two = runs["norm_add_relu_backward"], bn_coefficients.reference
+        runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
+    return {
+        name: Kernel(run, DATA_DTYPES, layout_reasons, needs_selfcheck=True, build=build) for name, run in runs.items()
     }
 
 

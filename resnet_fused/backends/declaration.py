@@ -19,6 +19,10 @@ def no_mode(dtype: torch.dtype) -> None:
     """The default of :attr:`Kernel.mode`."""
 
 
+def no_shorter_way(args: tuple, kwargs: dict) -> None:
+    """The default of :attr:`Kernel.prepare`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One op on one backend."""
@@ -35,6 +39,9 @@ class Kernel:
     #: which is judged by itself. None: one verdict for all cases.
     launches: Callable | None = None
     mode: Callable = no_mode  # dtype of the activations -> what else than a call's arguments decides its binaries
+    #: ``(args, kwargs) -> call``, which runs all calls of the same form (:mod:`.met`) on their arguments in one tuple,
+    #: those by name last, in fewer steps than `run`; None where it knows of none.
+    prepare: Callable = no_shorter_way
 
 
 @dataclasses.dataclass

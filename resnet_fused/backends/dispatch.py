@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import OPS
-from . import opaque
-from .declaration import Backend
+from . import met, opaque
+from .declaration import Backend, Kernel
 from .selfcheck import judge
 
 
@@ -22,6 +23,32 @@ class _Settings:
 
 _settings = _Settings()
 _backends: dict[str, Backend] = {}
+MOST_ANSWERS = 8192  # remembered; more come from ever new sizes of images
+
+
+class _Answer(NamedTuple):
+    """Who runs all calls of one form, and how; it holds while nothing has changed that it was derived from."""
+
+    call: Callable | None  # arguments in one tuple -> results; None: `kernel.run` on them
+    backend: Backend
+    kernel: Kernel
+    mode: str | None
+    table: dict[str, Backend]
+    doubt: Callable
+    changes: int
+
+    def holds(self, op: str, dtype: torch.dtype) -> bool:
+        return (
+            self.changes == judge.count_of_changes()
+            and self.doubt is judge.doubt
+            and self.table is _backends
+            and self.backend.kernels.get(op) is self.kernel
+            and not self.backend.unavailable
+            and (self.mode is None or self.mode == self.kernel.mode(dtype))
+        )
+
+
+_answers: dict[Hashable, _Answer] = {}
 
 
 def register(backend: Backend) -> None:
@@ -96,10 +123,15 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
     Raises:
         RuntimeError: no backend can; the text lists every backend's reasons.
     """
+    return _choose(op, args, kwargs, name)[0]
+
+
+def _choose(op: str, args: tuple, kwargs: dict, name: str) -> tuple[Backend, bool]:
+    """The backend of :func:`choose`, and whether that follows from the call's form, no kernel being in doubt."""
     if name != "auto" and OPS[op].small and _backends[check_name(name)].reasons(op, args, kwargs):
         name = "auto"
     candidates = _backends.values() if name == "auto" else [_backends[check_name(name)]]
-    refused = []
+    refused, doubted = [], False
     for backend in candidates:
         if name == "auto" and (backend.unavailable or op not in backend.kernels):
             continue  # the common case, worth no text
@@ -107,8 +139,9 @@ def choose(op: str, args: tuple, kwargs: dict, name: str = "auto") -> Backend:
         if not reasons and backend.kernels[op].needs_selfcheck:
             doubt = judge.doubt(backend, op, args, kwargs)
             reasons = [doubt] if doubt else []
+            doubted = doubted or bool(doubt)
         if not reasons:
-            return backend
+            return backend, not doubted
         refused.append(f"  {backend.name}: {'; '.join(reasons)}")
     refused = _refusals(op, args, kwargs) if name == "auto" else refused
     raise RuntimeError(f"{op}: no backend can run this case\n" + "\n".join(refused))
@@ -120,8 +153,32 @@ def _refusals(op: str, args: tuple, kwargs: dict) -> list[str]:
 
 def run_now(op: str, *args, backend: str = "auto", **kwargs):
     """Run `op` on the first backend that can, or on `backend`; for real tensors."""
-    chosen = choose(op, args, kwargs, backend)
-    return chosen.kernels[op].run(*args, **kwargs)
+    form = met.form(op, backend, args, kwargs)
+    if form is None:
+        return choose(op, args, kwargs, backend).kernels[op].run(*args, **kwargs)
+    return _run_plain(form, op, args, kwargs, backend)
+
+
+def _run_plain(form: Hashable, op: str, args: tuple, kwargs: dict, backend: str):
+    """Run a call of this form: as the last one was, or as is found out now."""
+    answer = _answers.get(form)
+    if answer is None or not answer.holds(op, args[0].dtype):
+        chosen, lasting = _choose(op, args, kwargs, backend)
+        kernel = chosen.kernels[op]
+        if not lasting:
+            return kernel.run(*args, **kwargs)
+        known = (kernel.mode(args[0].dtype) or None, _backends, judge.doubt, judge.count_of_changes())
+        if len(_answers) >= MOST_ANSWERS:
+            _answers.clear()
+        answer = _answers[form] = _Answer(kernel.prepare(args, kwargs), chosen, kernel, *known)
+    if answer.call is None:
+        return answer.kernel.run(*args, **kwargs)
+    return answer.call((*args, *kwargs.values()))
+
+
+def forget() -> None:
+    """Drop what calls were answered: settings have changed that launches are shaped by."""
+    _answers.clear()
 
 
 def run(op: str, *args, backend: str = "auto", **kwargs):
@@ -129,9 +186,13 @@ def run(op: str, *args, backend: str = "auto", **kwargs):
 
     On fake tensors nobody is chosen: the op stands for itself, and is counted as what it is.
     """
-    if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
-        return getattr(getattr(torch.ops, opaque.NAMESPACE), op)(*args, backend=backend, **kwargs)
-    return run_now(op, *args, backend=backend, **kwargs)
+    if not torch.compiler.is_compiling():
+        form = met.form(op, backend, args, kwargs)
+        if form is not None:
+            return _run_plain(form, op, args, kwargs, backend)
+        if not isinstance(args[0], FakeTensor):
+            return run_now(op, *args, backend=backend, **kwargs)
+    return getattr(getattr(torch.ops, opaque.NAMESPACE), op)(*args, backend=backend, **kwargs)
 
 
 opaque.define_all(run_now)

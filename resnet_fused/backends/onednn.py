@@ -155,12 +155,14 @@ def conv_packed(
 def _has_epilogue(x: Tensor, residual: Tensor | None, groups: int) -> bool:
     """Whether oneDNN runs the case as one.
 
-    Not in 16 bits with a residual to grouped convolutions or to images of one pixel: ATen adds it by itself there,
-    rounds twice, and with a ReLU has no kernel for it.
+    Not in 16 bits with a residual to grouped convolutions, or where images of one pixel or one channel leave open
+    whether they are channels_last: ATen adds it by itself there, rounds twice, and with a ReLU has no kernel for it.
     """
     if x.dtype not in SERVED:
         return False
-    return residual is None or x.element_size() > 2 or (groups == 1 and tuple(residual.shape[2:]) != (1, 1))
+    if residual is None or x.element_size() > 2:
+        return True
+    return groups == 1 and x.shape[1] > 1 and (1, 1) not in (tuple(x.shape[2:]), tuple(residual.shape[2:]))
 
 
 def _in_steps(x, weight, shift, residual, stride, padding, dilation, groups, relu) -> Tensor:

@@ -12,6 +12,9 @@ so that batch norm is ``scale*z + shift``. `centre`, the mean of ``relu(scale*z 
 Gram matrix of that activation is shifted by (:mod:`.gram`): any finite value is correct there, and NaN has to come from
 the data alone.
 
+Ops that take statistics take gamma, beta and eps too, and with eps return these five in the place of m2
+(:func:`after`): a GPU starts one kernel less.
+
 `mean`, `m2` and all results: ``[C]``, float32 (float64 by the reference). `gamma`, `beta`: ``[C]``, any floating dtype.
 `z`: ``[N, C', H, W]``; only N, H and W are read (a number of pixels as an argument of the op would be a symbolic
 integer, which Dynamo cannot pass).
@@ -30,6 +33,9 @@ SCHEMA = (
     "(Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)"
 )
 FORMS = "mean,m2,gamma,beta:C z:~Z"
+#: Of an op that takes statistics: its last arguments and its last results.
+PARAMETERS = "Tensor? gamma=None, Tensor? beta=None, float? eps=None"
+RESULTS = "Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre"
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -54,6 +60,22 @@ def _relu_mean(like: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tenso
 
 def fake(mean: Tensor, m2: Tensor, gamma: Tensor | None, beta: Tensor | None, z: Tensor, eps: float) -> Vectors:
     return tuple(mean.new_empty(mean.shape) for _ in range(5))
+
+
+def after(
+    mean: Tensor, m2: Tensor, gamma: Tensor | None, beta: Tensor | None, z: Tensor, eps: float | None
+) -> tuple[Tensor, ...]:
+    """:data:`RESULTS` of an op that found `mean` and `m2`: with `eps` the five results of this op, and m2 empty."""
+    none = mean.new_empty(0)
+    if eps is None or not mean.numel():
+        return mean, m2, *(none.clone() for _ in range(5))
+    return mean, none, *reference(mean, m2, gamma, beta, z, eps)
+
+
+def fake_after(mean: Tensor, eps: float | None) -> tuple[Tensor, ...]:
+    """:data:`RESULTS` in the form of `mean`."""
+    c, affine = mean.shape[0], eps is not None
+    return mean, mean.new_empty(0 if affine else c), *(mean.new_empty(c if affine else 0) for _ in range(5))
 
 
 def bytes(mean, m2, gamma, beta, z, eps):

@@ -60,6 +60,17 @@ class Op:
     def __repr__(self) -> str:
         return f"Op({self.name})"
 
+    @functools.cached_property
+    def results(self) -> tuple[str, ...]:
+        """Names of what it returns."""
+        return tuple(result.name for result in torch._C.parse_schema(self.name + self.schema).returns)
+
+    @functools.cached_property
+    def written(self) -> tuple[int, ...]:
+        """Positions of the arguments that it writes."""
+        arguments = torch._C.parse_schema(self.name + self.schema).arguments
+        return tuple(i for i, argument in enumerate(arguments) if argument.is_write)
+
 
 #: Every op by name; filled by the modules of this package.
 OPS: dict[str, Op] = {}

@@ -4,17 +4,19 @@ Formula (x^ as in :mod:`.lazy`)::
 
     z    = x^[:, :, ::stride, ::stride] W'      rounded to the dtype of x
     mean, m2 = bn_stats(z)                      with emit_stats, of z as rounded; else empty
+    with eps, the results of `bn_affine` instead of m2, as in `bn_stats`
 
 `x`: ``[N, C, H, W]`` float32, bfloat16, float16 (float64 by the reference), channels_last; `weight`: ``[K, C, 1, 1]``
 of the same dtype; `x_scale`, `x_shift`: ``[C]`` float32 (float64 for float64), both or neither. `z`:
-``[N, K, ceil(H/stride), ceil(W/stride)]``; `mean`, `m2`: ``[K]``, in the dtype of statistics, merged by Chan's rule.
+``[N, K, ceil(H/stride), ceil(W/stride)]``; `gamma`, `beta`: ``[K]``, any floating dtype; all other results: ``[K]``,
+in the dtype of statistics, merged by Chan's rule.
 """
 
 from __future__ import annotations
 
 import math
 
-from . import bn_stats, lazy
+from . import bn_affine, bn_stats, lazy
 from .contract import (
     Tensor,
     channels_last,
@@ -27,10 +29,10 @@ from .contract import (
 )
 
 SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, bool emit_stats=True) "
-    "-> (Tensor z, Tensor mean, Tensor m2)"
+    "(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, bool emit_stats=True, "
+    f"{bn_affine.PARAMETERS}) -> (Tensor z, {bn_affine.RESULTS})"
 )
-FORMS = "x:~C<stride weight:KxC x_scale,x_shift:C"
+FORMS = "x:~C<stride weight:KxC x_scale,x_shift:C gamma,beta:K"
 
 
 def reference(
@@ -40,18 +42,22 @@ def reference(
     x_shift: Tensor | None = None,
     stride=(1, 1),
     emit_stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, ...]:
     a = lazy.pixels(lazy.activation(x, x_scale, x_shift), stride)
     z = channels_last(lazy.product(a, weight).to(x.dtype))
-    none = x.new_empty(0, dtype=stat_dtype(x.dtype))
-    return z, *(bn_stats.reference(z) if emit_stats else (none, none.clone()))
+    if emit_stats:
+        return z, *bn_stats.reference(z, gamma, beta, eps)
+    return z, *(x.new_empty(0, dtype=stat_dtype(x.dtype)) for _ in range(7))
 
 
 @takes_arguments_of(reference)
 def fake(t):
     shape = lazy.strided_shape(t.x, t.weight.shape[0], t.stride)
     z = t.x.new_empty_strided(shape, channels_last_strides(shape))
-    return z, *(t.x.new_empty(shape[1] if t.emit_stats else 0, dtype=stat_dtype(t.x.dtype)) for _ in range(2))
+    return z, *bn_affine.fake_after(t.x.new_empty(shape[1] if t.emit_stats else 0, dtype=stat_dtype(t.x.dtype)), t.eps)
 
 
 @takes_arguments_of(reference)

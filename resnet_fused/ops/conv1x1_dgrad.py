@@ -9,6 +9,8 @@ Formula (dz and x^ as in :mod:`.lazy`; terms whose tensors are absent are 0)::
                                                            (x_scale and residual exclude each other)
     sum_g[c]  = sum_m grad_x                                 x_scale given, of grad_x as rounded; else empty
     sum_gx[c] = sum_m grad_x * (x - x_mean)                  the two sums that batch norm's backward needs
+    b, d, grad_gamma = bn_coefficients(...)                  x_rstd given: of them, x_mean, x_rstd, x_scale and the
+                                                           pixels of x, and sum_gx empty; else these are empty
 
 `residual` is the gradient of another path into the same tensor: the identity path's, still to be masked by the bits
 that its forward wrote, or a strided projection's, which belongs to the pixels
@@ -20,15 +22,15 @@ from, ``[::x_stride, ::x_stride]``.
 `g`, `z`: ``[N, K, H, W]``, `grad_x`: ``[N, C, H, W]``, `x`: ``[N, C, H', W']`` with ``H = ceil(H'/x_stride)`` and W
 alike, `residual`: ``[N, C, ceil(H/s), ceil(W/s)]``, one dtype of float32, bfloat16, float16 (float64 by the reference),
 channels_last; `weight`: ``[K, C, 1, 1]`` and `coupling`: ``[C, C, 1, 1]``, symmetric, of that dtype; vectors float32
-(float64 for float64): ``[K]`` for a, b, d, scale and shift, ``[C]`` for x_scale, x_shift, x_mean and constant,
-``[N]`` for sample_factor. Source of the correction: ``steps.folded_join``.
+(float64 for float64): ``[K]`` for a, b, d, scale and shift, ``[C]`` for x_scale, x_shift, x_mean, x_rstd and
+constant, ``[N]`` for sample_factor. Source of the correction: ``steps.folded_join``.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import lazy
+from . import bn_coefficients, lazy
 from .contract import (
     Tensor,
     channels_last,
@@ -46,10 +48,10 @@ SCHEMA = (
     "(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, Tensor? d=None, "
     "Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, Tensor? x_scale=None, "
     "Tensor? x_shift=None, Tensor? x_mean=None, Tensor? coupling=None, Tensor? constant=None, Tensor? residual=None, "
-    "Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1) "
-    "-> (Tensor grad_x, Tensor sum_g, Tensor sum_gx)"
+    "Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1, Tensor? x_rstd=None) "
+    f"-> (Tensor grad_x, {bn_coefficients.RESULTS})"
 )
-FORMS = f"{lazy.GRADIENT_FORMS} weight:KxC x:~C<x_stride x_scale,x_shift,x_mean:C {lazy.ADDED_FORMS}"
+FORMS = f"{lazy.GRADIENT_FORMS} weight:KxC x:~C<x_stride x_scale,x_shift,x_mean,x_rstd:C {lazy.ADDED_FORMS}"
 
 
 def reference(
@@ -73,8 +75,9 @@ def reference(
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
     x_stride=(1, 1),
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = None if x is None else lazy.pixels(x, x_stride)
+    x_rstd: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    whole, x = x, None if x is None else lazy.pixels(x, x_stride)
     y, dtype = lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor), stat_dtype(g.dtype)
     y = y.to(dtype) if weight is None else lazy.product(y, weight.transpose(0, 1))
     if coupling is not None:
@@ -84,11 +87,12 @@ def reference(
     none = g.new_empty(0, dtype=dtype)
     if x_scale is None:
         y = y if residual is None else _add_residual(y, residual, residual_mask, residual_stride)
-        return channels_last(y.to(g.dtype)), none, none.clone()
+        return channels_last(y.to(g.dtype)), *(none.clone() for _ in range(5))
     keep = ~(x.to(dtype) * per_channel(x_scale) + per_channel(x_shift) <= 0)
     grad_x = channels_last(torch.where(keep, y, torch.zeros_like(y)).to(g.dtype))
     wide = grad_x.double() if g.device.type == "cpu" else grad_x.to(dtype)
-    return grad_x, wide.sum((0, 2, 3)).to(dtype), (wide * (x - per_channel(x_mean))).sum((0, 2, 3)).to(dtype)
+    sums = wide.sum((0, 2, 3)).to(dtype), (wide * (x - per_channel(x_mean))).sum((0, 2, 3)).to(dtype)
+    return grad_x, *bn_coefficients.after(*sums, x_mean, x_rstd, x_scale, whole)
 
 
 def _add_residual(y: Tensor, residual: Tensor, mask: Tensor | None, stride) -> Tensor:
@@ -108,8 +112,8 @@ def inputs(t) -> int:
 @takes_arguments_of(reference)
 def fake(t):
     g, shape = t.g, (t.g.shape[0], inputs(t), *t.g.shape[2:])
-    sums = [g.new_empty(0 if t.x_scale is None else shape[1], dtype=stat_dtype(g.dtype)) for _ in range(2)]
-    return g.new_empty_strided(shape, channels_last_strides(shape)), *sums
+    sum_g = g.new_empty(0 if t.x_scale is None else shape[1], dtype=stat_dtype(g.dtype))
+    return g.new_empty_strided(shape, channels_last_strides(shape)), *bn_coefficients.fake_after(sum_g, t.x_rstd)
 
 
 @takes_arguments_of(reference)

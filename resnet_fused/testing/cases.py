@@ -76,6 +76,28 @@ def bn_stats(dtype: torch.dtype) -> Iterator[Case]:
     huge = 1e4 + 1e-2 * draw.normal()
     if dtype in (torch.float32, torch.float64):
         yield Case("mean 1e4, deviation 1e-2", (huge.to(dtype).double(),), {})
+    for name, draw in _shapes():
+        parameters = {"gamma": draw.vector(), "beta": draw.vector(), "eps": 1e-3}
+        for absent in ((), ("gamma",), ("beta",), ("gamma", "beta")):
+            given = {key: value for key, value in parameters.items() if key not in absent}
+            yield Case(f"{name}, batch norm without {', '.join(absent) or 'nothing'}", (draw.normal() + 1,), given)
+
+
+def add_stats_(dtype: torch.dtype) -> Iterator[Case]:
+    for (name, draw), factor in itertools.product(_shapes(), (False, True)):
+        options = {"sample_factor": _factor(draw)} if factor else {}
+        yield Case(f"{name}, factor {factor}", (draw.normal() + 1, draw.normal()), options)
+    draw = NormalDraw((3, 24, 30, 30))
+    for factor in (False, True):
+        options = {"sample_factor": draw.factor()} if factor else {}
+        yield Case(f"large mean, factor {factor}", (draw.far_from_zero(dtype), draw.far_from_zero(dtype)), options)
+        yield Case(f"not finite, factor {factor}", (_specials(draw), draw.data()), options)
+    half = torch.full_like(draw.data(), 0.1875)
+    yield Case("constant", (half, half.clone()), {})
+    yield Case("not finite on the other side", (draw.data(), _specials(draw)), {})
+    if dtype in (torch.float32, torch.float64):
+        huge = (1e4 + 1e-2 * draw.normal()).to(dtype).double()
+        yield Case("mean 1e4, deviation 1e-2", (draw.data() / 1024, huge), {})
 
 
 def _residual(draw: Draw, kind: str) -> dict:
@@ -140,6 +162,22 @@ def norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
     options = {"z": far.far_from_zero(dtype), "residual": far.far_from_zero(dtype), "relu": False}
     options |= {"mean": torch.full((24,), 64.0).double(), "residual_mean": torch.full((24,), 64.0).double()}
     yield Case("means far from zero", (far.data(),), options)
+
+
+def norm_relu_coefficients(dtype: torch.dtype) -> Iterator[Case]:
+    for (name, draw), keep, factor in itertools.product(_shapes(), ("bits", "output", "recompute"), (False, True)):
+        options = _keep(draw, keep)
+        options = {key: value for key, value in options.items() if key in ("mask", "shift")}
+        options |= {"sample_factor": _factor(draw)} if factor else {}
+        args = (draw.data(), draw.data(), draw.vector(), draw.vector().abs(), draw.vector())
+        yield Case(f"{name}, keep {keep}, factor {factor}", args, options)
+    draw = NormalDraw((2, 24, 3, 5))
+    output = _specials(draw).clamp_min(0)
+    args = (draw.data(), draw.data(), draw.vector(), draw.vector().abs(), draw.vector())
+    yield Case("NaN output", args, {"mask": output})
+    far = NormalDraw((2, 24, 20, 20))
+    args = (far.data(), far.far_from_zero(dtype), torch.full((24,), 64.0).double(), far.vector().abs(), far.vector())
+    yield Case("means far from zero", args, {"mask": pack_mask(far.data() > 0)})
 
 
 def lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
@@ -226,8 +264,9 @@ def conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
 
 
 _CASES = {f.__name__: f for f in (bn_stats, norm_add_relu, norm_add_relu_backward, lazy_grad_apply, gram)}
+_CASES["norm_relu_coefficients"] = norm_relu_coefficients
 _CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_, conv_weight_grad)}
-_CASES["lazy_grad_apply_"] = lazy_grad_apply
+_CASES |= {"lazy_grad_apply_": lazy_grad_apply, "add_stats_": add_stats_}
 for _file in sorted(pathlib.Path(__file__).parent.glob("*_cases.py")):  # every one has a table of its own
     _CASES |= importlib.import_module(f".{_file.stem}", __package__).CASES
 

@@ -143,6 +143,10 @@ def conv1x1(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(name, (draw.normal(), draw.normal_weight()), options)
     for name, draw in draws():
         yield Case(name, (draw.normal(), draw.normal_weight()), draw.lazy())
+        norm = {"gamma": draw.vector(draw.outputs), "beta": draw.vector(draw.outputs), "eps": 1e-3}
+        yield Case(f"{name}, batch norm", (draw.normal(), draw.normal_weight()), draw.lazy() | norm)
+    draw = Pointwise()
+    yield Case("batch norm without parameters", (draw.normal(), draw.normal_weight()), {"eps": 1e-3})
     for (name, (shape, outputs)), stride in zip(SHAPES.items(), itertools.cycle(STRIDES[1:]), strict=False):
         draw = Pointwise(shape, outputs)
         yield Case(f"{name}, stride {stride}", (draw.normal(), draw.normal_weight()), {"stride": list(stride)})

@@ -25,6 +25,8 @@ def _summed(draw: Pointwise) -> dict:
 
 def _asked(draw: Pointwise, kind: str) -> dict:
     """What is added to the product and asked of it; by name."""
+    if "coefficients" in kind:
+        return _asked(draw, kind.replace("coefficients", "sums")) | {"x_rstd": draw.vector().abs() + 0.0625}
     if kind in ("nothing", "sums"):
         return {} if kind == "nothing" else {"x": draw.data()} | _summed(draw)
     if kind == "constant":
@@ -42,6 +44,8 @@ def _asked(draw: Pointwise, kind: str) -> dict:
 ASKED = (
     "nothing",
     "sums",
+    "coefficients",
+    "coupling, coefficients",
     "constant",
     "coupling",
     "coupling, sums",
@@ -151,6 +155,8 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
         draw = Pointwise(shape, outputs)
         options = draw.gradient("bits", "a", False) | {"stride": [2, 2]}
         yield Case(f"{name}, stride 2", (draw.data(draw.wide), draw.data(draw.dense(draw.inputs, (2, 2)))), options)
+        rounded = {"mask": draw.bits(draw.wide), "rounded": True}
+        yield Case(f"{name}, rounded", (draw.data(draw.wide), draw.data()), rounded | draw.lazy())
     for name, shape in {"several tiles of both": (2, 200, 9, 9), "long": (3, 24, 40, 41)}.items():
         draw = Pointwise(shape, 136 if shape[1] > 136 else 8)
         yield Case(name, (draw.normal(draw.wide) + 0.25, draw.normal()), draw.lazy())
@@ -200,6 +206,9 @@ def _both_shapes() -> Iterator[Case]:
         draw = Pointwise(shape, outputs)
         asked = "coupling, sums" if shape[1] <= 64 and outputs <= 128 else "sums"
         yield _both(draw, f"{name}, everything lazy", draw.gradient("recompute", "abd", True), asked)
+        draw = Pointwise(shape, outputs)
+        gradient = draw.gradient("recompute", "abd", False) | {"rounded": True}
+        yield _both(draw, f"{name}, rounded", gradient, asked.replace("sums", "coefficients"))
         draw = Pointwise(shape, outputs)
         scale = {"weight_scale": draw.vector(outputs)}
         yield _both(draw, f"{name}, Gram join", draw.gradient("bits", "none", False), "nothing", True, **scale)

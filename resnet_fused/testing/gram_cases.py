@@ -55,6 +55,11 @@ def _joins(dtype: torch.dtype) -> Iterator[tuple[str, GramJoin]]:
 def gram_norm(dtype: torch.dtype) -> Iterator[Case]:
     for name, join in _joins(dtype):
         yield Case(name, join.norm(), {})
+    for name, (shape, outputs) in SHAPES.items():
+        join = NormalJoin(shape, outputs)
+        parameters = {"gamma": join.vector(outputs), "beta": join.vector(outputs), "eps": 1e-3}
+        yield Case(f"{name}, batch norm", join.norm(), parameters)
+        yield Case(f"{name}, batch norm without parameters", join.norm(), {"eps": 1e-3})
     join = NormalJoin((2, 24, 5, 7), 65)
     weight, gram, total, centre, a = join.norm()
     yield Case("some variances below zero", (weight, gram - gram.flip(0, 1), total * 0, centre, a), {})

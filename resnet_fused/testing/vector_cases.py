@@ -104,4 +104,19 @@ def running_affine(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("parameters not finite", (mean, var, *special, 1e-5), {})
 
 
-CASES = {f.__name__: f for f in (bn_affine, bn_coefficients, running_affine)}
+def running_update(dtype: torch.dtype) -> Iterator[Case]:
+    def update(channels: int, counter: int | None, factor: float) -> tuple:
+        draw = Vectors(channels)
+        (mean, var), running = draw.statistics(1), (draw.vector(), draw.vector().exp())
+        return (*running, None if counter is None else torch.tensor(counter), mean, var, factor)
+
+    for momentum, count in itertools.product((0.0, 0.1, 1.0), (1, 2, 3, 4)):
+        first, *others = [update(CHANNELS[i], (None, 0, 1 << 40, 7)[i], 1 + 1 / (i + 1)) for i in range(count)]
+        yield Case(f"{count} norms, momentum {momentum}", (*first, momentum, *itertools.chain(*others)), {})
+    yield Case("2048 channels", (*update(2048, 1, 784 / 783), 0.1), {})
+    running_mean, running_var, counter, mean, var, factor = update(65, 1, 1.0)
+    not_finite = (running_mean, running_var, counter, _special(mean, 8), _special(var, 16), factor, 0.1)
+    yield Case("statistics not finite", not_finite, {})
+
+
+CASES = {f.__name__: f for f in (bn_affine, bn_coefficients, running_affine, running_update)}

@@ -69,7 +69,9 @@ def test_kernel_that_raises_is_off_for_this_process_only(inject):
 def test_kernel_that_takes_no_case_is_not_trusted(inject):
     injected = inject("bn_stats")
     kernel = injected.backend.kernels["bn_stats"]
-    picky = Kernel(kernel.run, kernel.dtypes, lambda z: ["takes multiples of 64"], needs_selfcheck=True, build="b")
+    picky = Kernel(
+        kernel.run, kernel.dtypes, lambda z, **kwargs: ["takes multiples of 64"], needs_selfcheck=True, build="b"
+    )
     injected.backend.kernels["bn_stats"] = picky
     with pytest.warns(RuntimeWarning, match="took none of its self-check's cases: .* takes multiples of 64"):
         assert injected.objection() != ""

@@ -39,6 +39,8 @@ def test_every_binary_of_resnet50_is_run_by_the_cases_of_its_calls():
             *(configurations.of_call(kernel, *c.problem.meta(), c.card).features for c in covering)
         )
         assert wanted.features <= reached, call.op
+        if call.op == "running_update":  # of vectors alone, which need not be smaller
+            continue
         assert all(c.cost < 3e10 and c.problem.grid[0] == 3 for c in covering), f"{call.op} is checked on its own size"
 
 

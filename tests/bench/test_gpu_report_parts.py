@@ -63,6 +63,8 @@ def test_drawn_arguments_of_a_gpus_plan_leave_no_right_kernel_in_doubt(tmp_path,
     """The reference in bfloat16 stands for a right kernel: a sign near zero, or a variance below it, would fail it."""
     monkeypatch.setattr(calls.devices, "of", lambda device: devices.find("h100"))
     context = context_of(tmp_path, "bandwidth", Half())
+    # more than two values a channel in the last layer: of two that are nearly equal nobody can tell the deviation
+    context.settings = dataclasses.replace(context.settings, size=96)
     found = calls.calls_of(context, "resnet50", training)
     assert {"conv1x1_join", "conv1x1_backward", "gram_norm"} <= {call.op for call in found} or not training
     for call in found:

@@ -55,6 +55,8 @@ def test_results_do_not_depend_on_the_thread_count(shape):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append([t for op, *args in calls for t in getattr(torch.ops.resnet_fused, op)(*args)])
+            total = z.clone()
+            results[-1] += [*torch.ops.resnet_fused.add_stats_(total, g), total]
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -76,16 +78,20 @@ def test_every_half_and_bfloat16_survives_and_rounding_is_to_nearest_even():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("groups", "size"), [(1, 1), (1, 3), (4, 3)])
-def test_joins_that_onednn_does_not_run_as_one_are_rounded_once(groups, size, dtype):
-    x, weight = activations(2, 16, size, size).to(dtype), torch.randn(8, 16 // groups, 1, 1).to(dtype)
+@pytest.mark.parametrize(
+    ("groups", "size", "channels", "padding"),
+    [(1, 1, 16, 0), (1, 1, 16, 1), (1, 3, 16, 0), (1, 3, 1, 0), (4, 3, 16, 0)],
+)
+def test_joins_that_onednn_does_not_run_as_one_are_rounded_once(groups, size, channels, padding, dtype):
+    x = torch.randn(2, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, channels // groups, 1, 1).to(dtype)
     residual, shift = (
-        activations(2, 8, size, size).to(dtype),
+        activations(2, 8, size + 2 * padding, size + 2 * padding).to(dtype),
         torch.randn(8, dtype=torch.promote_types(dtype, torch.float32)),
     )
-    exact = torch.conv2d(x.double(), weight.double(), shift.double(), groups=groups) + residual.double()
-    expected = torch.relu(exact).to(dtype)
-    places = ([1, 1], [0, 0], [1, 1], groups, True)
+    exact = torch.conv2d(x.double(), weight.double(), shift.double(), padding=padding, groups=groups)
+    expected = torch.relu(exact + residual.double()).to(dtype)
+    places = ([1, 1], [padding] * 2, [1, 1], groups, True)
     got = backends.run("conv_add_relu", x, weight, shift, residual, *places, backend="cpu")
     backends.run("conv_add_relu_", residual, x, weight, shift, *places, backend="cpu")
     for value in (got, residual):
@@ -131,6 +137,11 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
         ("lazy_grad_apply", lambda z, v: (z, None, v, *[None] * 5, z.half()), "residual is Half but g is Float"),
         ("lazy_grad_apply_", lambda z, v: (z, None, v, *[None] * 5, z), "residual shares memory with g, which"),
         ("lazy_grad_apply_", lambda z, v: (z[:1], None, v, *[None] * 5, late(z)), "residual shares memory with g"),
+        ("add_stats_", lambda z, v: (z, z), "other shares memory with out, which is written"),
+        ("add_stats_", lambda z, v: (z[:1], late(z)), "other shares memory with out, which is written"),
+        ("add_stats_", lambda z, v: (z, z[:1]), r"other has shape \[1, 8, 4, 4\] but out has \[2, 8, 4, 4\]"),
+        ("add_stats_", lambda z, v: (z, z.half()), "other is Half but out is Float; pass one dtype"),
+        ("add_stats_", lambda z, v: (z, z.clone(), v), r"sample_factor has shape \[8\] but .* 2 samples"),
         ("gram", lambda z, v: (z, v[:3]), r"centre has shape \[3\] but the activations have 8 channels"),
         ("gram", lambda z, v: (z, v, None, None, [0, 1]), r"stride is \[0, 1\]; pass two positive numbers"),
         ("bn_stats", lambda z, v: (v,), r"z has shape \[8\]; pass a \[N, C, H, W\] tensor"),
@@ -199,7 +210,7 @@ def test_gram_join_takes_contiguous_matrices_and_reads_only_the_shape_of_the_act
         ({3: torch.ones(4, 1)}, r"centre has shape \[4, 1\] but weight has .* pass centre of shape \[4\]"),
         ({4: torch.ones(4)}, r"a has shape \[4\]; pass a \[N, C, H, W\] tensor of as many pixels"),
     ],
-    ids=str,
+    ids=[f"case{i}" for i in range(9)],
 )
 def test_gram_join_argument_errors(change, text):
     weight, square, vector, rows, a = (

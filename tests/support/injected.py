@@ -33,8 +33,8 @@ def files():
 
 
 def a_bit_off(results, *args, **kwargs):
-    mean, m2 = results
-    return mean * 1.001, m2
+    mean, *others = results
+    return mean * 1.001, *others
 
 
 def z(dtype=F32):

@@ -5,6 +5,7 @@ richest that blocks ask for, so that every optional argument of every kernel is 
 """
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -48,12 +49,23 @@ class Layer:
     def factor(self):
         return {"sample_factor": self.vector(self.samples)}
 
+    def update(self, channels):
+        """One norm's arguments of `running_update`."""
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
+        running_mean, running_var, mean, var = (self.vector(channels) for _ in range(4))
+        return running_mean, running_var, count, mean, var, 1.5
+
+    def norm(self, channels):
+        """What an op that takes statistics needs for batch norm; parameters lie in the data's dtype."""
+        vectors = (self.vector(channels).to(self.dtype) for _ in range(2))
+        return dict(zip(("gamma", "beta"), vectors, strict=True)) | {"eps": 1e-5}
+
 
 def forward_calls(at):
     """1x1 convolutions and joins: (op, options, arguments, keywords)."""
     c, k = at.narrow, at.wide
     lazy = at.vectors(c, "x_scale", "x_shift")
-    yield "conv1x1", "lazy, narrow to wide, statistics", (at.data(c), at.weight(k, c)), lazy
+    yield "conv1x1", "lazy, narrow to wide, batch norm", (at.data(c), at.weight(k, c)), lazy | at.norm(k)
     yield "conv1x1", "wide to narrow", (at.data(k), at.weight(c, k)), {"emit_stats": False}
     yield "conv1x1", "stride 2, statistics", (at.data(k, 2 * at.size), at.weight(c, k)), {"stride": [2, 2]}
     arguments = (at.data(c), at.weight(k, c), at.vector(k), at.vector(k))
@@ -80,7 +92,7 @@ def backward_calls(at):
     projection = {"mask": at.bits(k), "a": at.vector(k), "x": at.data(c, 2 * at.size - 1), "x_stride": [2, 2]}
     yield "conv1x1_dgrad", "strided projection: bits, coupling", arguments, projection | coupling
     through = {"z": at.data(k)} | at.vectors(k, "a", "b", "d", "scale", "shift")
-    yield "conv1x1_dgrad", "lazy gradient, sums", arguments, through | lazy
+    yield "conv1x1_dgrad", "lazy gradient, coefficients", arguments, through | lazy | at.vectors(c, "x_rstd")
     through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d", "scale", "shift")
     arguments = (at.data(c), at.weight(c, k))
     masked = {"residual": at.data(k), "residual_mask": at.bits(k)}
@@ -91,7 +103,8 @@ def backward_calls(at):
     lazy = at.vectors(c, "x_scale", "x_shift")
     yield "conv1x1_wgrad", "Gram join: bits, lazy", (at.data(k), at.data(c)), {"mask": joined["mask"]} | lazy
     lazy = at.vectors(k, "x_scale", "x_shift")
-    yield "conv1x1_wgrad", "lazy gradient and input", (at.data(c), at.data(k)), through | lazy
+    rounded = {"rounded": True}
+    yield "conv1x1_wgrad", "lazy gradient and input, rounded", (at.data(c), at.data(k)), through | lazy | rounded
     options = {"mask": joined["mask"], "stride": [2, 2]} | joined
     yield "conv1x1_wgrad", "bits, factor, stride 2", (at.data(k), at.data(c, 2 * at.size)), options
 
@@ -114,7 +127,8 @@ def narrow_calls(at):
         coupled = {"coupling": at.weight(c, c), "constant": at.vector(c), "residual": at.data(c)}
         yield "conv1x1_backward", "lazy gradient, coupling, residual", arguments, through | coupled
     sums = lazy | at.vectors(c, "x_mean") | at.factor()
-    yield "conv1x1_backward", "lazy gradient, factor, sums", arguments, through | sums
+    rounded = at.vectors(c, "x_rstd") | {"rounded": True}
+    yield "conv1x1_backward", "lazy gradient, factor, coefficients, rounded", arguments, through | sums | rounded
     if k > 256:
         return
     arguments = (at.data(k), at.weight(k, c), at.data(c))
@@ -132,10 +146,18 @@ def small_calls(at):
     yield "bn_affine", "", (*v[:4], at.data(k), 1e-5), {}
     yield "bn_coefficients", "", (*v, at.data(k)), {}
     yield "running_affine", "", (*v, 1e-5), {}
+    updates = [at.update(c), at.update(c), at.update(k), at.update(k)]
+    (*first, factor), *others = updates
+    yield "running_update", "one norm", (*first, factor, 0.1), {}
+    yield "running_update", "four norms", (*first, factor, 0.1, *itertools.chain(*others)), {}
     yield "running_affine", "parameters of the data's dtype", (*(t.to(at.dtype) for t in v), 1e-5), {}
     gram = (at.matrix(c, c), at.vector(c), at.vector(c))
     yield "gram_norm", "", (at.weight(k, c), *gram, at.data(c)), {}
+    yield "gram_norm", "batch norm", (at.weight(k, c), *gram, at.data(c)), at.norm(k)
     yield "gram_grad", "", (at.weight(k, c), at.matrix(k, c), *gram, *v[:3], at.data(c)), {}
+    gram = (at.matrix(k, k), at.vector(k), at.vector(k))
+    v = [at.vector(c) for _ in range(3)]
+    yield "gram_grad", "wide input", (at.weight(c, k), at.matrix(c, k), *gram, *v, at.data(k)), {}
 
 
 def pixelwise_calls(at):
@@ -143,6 +165,7 @@ def pixelwise_calls(at):
     k = at.wide
     z, v = at.data(k), at.vector(k)
     yield "bn_stats", "", (z,), {}
+    yield "bn_stats", "batch norm", (z,), at.norm(k)
     yield "norm_add_relu", "plain", (z, v, at.vector(k)), {}
     shortcut = {"residual": at.data(k)} | at.vectors(k, "residual_scale", "residual_shift")
     options = shortcut | at.factor() | {"emit_mask": True}
@@ -151,6 +174,9 @@ def pixelwise_calls(at):
     yield "norm_add_relu_backward", "recompute, sums only", (z,), recompute | {"emit_grad": False}
     bits = {"z": at.data(k), "mask": at.bits(k), "residual": at.data(k)} | at.vectors(k, "mean", "residual_mean")
     yield "norm_add_relu_backward", "bits, residual, factor", (z,), bits | at.factor()
+    vectors = (v, at.vector(k), at.vector(k))
+    yield "norm_relu_coefficients", "recompute", (z, at.data(k), *vectors, at.vector(k)), {}
+    yield "norm_relu_coefficients", "bits, factor", (z, at.data(k), *vectors), {"mask": at.bits(k)} | at.factor()
     yield "lazy_grad_apply", "frozen", (z, None, v), {}
     affine = at.vectors(k, "b", "d", "scale", "shift")
     options = affine | at.factor() | {"residual": at.data(k)}

@@ -29,6 +29,7 @@ from resnet_fused.backends.triton import bn_stats, lazy_grad_apply, norm_add_rel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+POINTERS[torch.int64] = "*i64"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ARCHS = (80, 90, 100, 120)
 NARROW = ((64, 56, 64, 256), (64, 28, 128, 512), (64, 56, 128, 256))  # ResNet-50's, ResNeXt-50's
@@ -48,6 +49,7 @@ def launches(dtype, channels=256, samples=64):
     z, r, v, f, bits = tensors(dtype, channels, samples)
     forward, backward, apply = norm_add_relu.run, norm_add_relu_backward.run, lazy_grad_apply.run
     yield "", 2, lambda: bn_stats.run(z)
+    yield "batch norm", 2, lambda: bn_stats.run(z, v, v, 1e-5)
     yield "plain", 0, lambda: forward(z, v, v)
     yield "residual, mask", 1, lambda: forward(z, v, v, r, emit_mask=True)
     yield "affine residual, factor, mask", 2, lambda: forward(z, v, v, r, v, v, f, emit_mask=True)
@@ -74,14 +76,15 @@ def products(at, *makers, richest=False):
 
 
 RICHEST = {
-    ("conv1x1", "lazy, narrow to wide, statistics"),
+    ("conv1x1", "lazy, narrow to wide, batch norm"),
     ("conv1x1_join", "lazy, affine residual, factor, mask"),
     ("conv1x1_join", "lazy, strided projection, factor, mask"),
     ("conv1x1_dgrad", "Gram join: bits, factor, coupling, sums"),
     ("conv1x1_dgrad", "strided projection: bits, coupling"),
     ("conv1x1_dgrad", "lazy gradient, masked residual"),
-    ("conv1x1_wgrad", "lazy gradient and input"),
+    ("conv1x1_wgrad", "lazy gradient and input, rounded"),
     ("conv1x1_dgrad", "no weight: coupling, sums"),
+    ("conv1x1_dgrad", "lazy gradient, coefficients"),
     ("conv1x1_backward", "lazy gradient, masked residual"),
     ("conv1x1_backward", "lazy gradient, coupling, residual"),
     ("conv1x1_backward", "Gram join: bits, lazy"),
@@ -94,8 +97,10 @@ RICHEST = {
     ("bn_affine", ""),
     ("bn_coefficients", ""),
     ("running_affine", ""),
-    ("gram_norm", ""),
+    ("running_update", "four norms"),
+    ("gram_norm", "batch norm"),
     ("gram_grad", ""),
+    ("gram_grad", "wide input"),
 }
 
 
@@ -124,6 +129,8 @@ def source(launch):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attrs[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             # specialised on the value 1, an integer would become a constant without methods such as `.to`
             assert parameter.do_not_specialize, f"{kernel.fn.__name__}: {name} is not in do_not_specialize"

@@ -122,9 +122,9 @@ def count(op, args, kwargs, run):
     module = importlib.import_module(f"{room.__name__}.{op}")
     with Counter(run) as counter:
         results = module.run(*args, **kwargs)
-    results = [results] if isinstance(results, torch.Tensor) else results
+    results = [results] if isinstance(results, torch.Tensor) else results or ()
     seen = [t for t in (*args, *kwargs.values(), *results) if isinstance(t, torch.Tensor)]
-    kinds = {t.untyped_storage()._cdata: "vectors" if t.dim() == 1 else "tensors" for t in seen}
+    kinds = {t.untyped_storage()._cdata: "vectors" if t.dim() <= 1 else "tensors" for t in seen}
     launches = []
     for launch in counter.launches:
         buffers = {}

@@ -3,6 +3,7 @@
 Run by test_warmup.py in a process of its own, where Triton does not interpret.
 """
 
+import dataclasses
 import json
 
 import torch
@@ -11,7 +12,7 @@ import triton
 from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck import cases, draws
-from resnet_fused.backends.triton import common, compile, trace
+from resnet_fused.backends.triton import common, compile
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def main():
         cases.append((op, case))
         found += launches
     first = compile.compile_all(found, 90, workers=2)
-    broken = trace.Launch(found[0].kernel, 1, found[0].values | {"BLOCK_C": 3}, found[0].options)
+    broken = dataclasses.replace(found[0], named=found[0].named | {"BLOCK_C": 3})
     second = compile.compile_all([*found, broken], 90, workers=1)
     hits = []
     triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])

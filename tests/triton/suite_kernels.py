@@ -15,7 +15,14 @@ from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.selfcheck.cases import cases
 from resnet_fused.backends.selfcheck.draws import ODD, Case, Draw, surrounded
-from resnet_fused.backends.triton import bn_stats, common, lazy_grad_apply, norm_add_relu, norm_add_relu_backward
+from resnet_fused.backends.triton import (
+    bn_stats,
+    chunk_sums,
+    common,
+    lazy_grad_apply,
+    norm_add_relu,
+    norm_add_relu_backward,
+)
 from resnet_fused.ops.contract import channels_last_like, pack_mask, unpack_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")
@@ -123,7 +130,8 @@ def test_any_split_into_chunks(monkeypatch, programs):
     for module in (bn_stats, norm_add_relu_backward):
         monkeypatch.setattr(module, "MIN_TILES", 1)
         monkeypatch.setattr(module, "TILE", 64)
-        monkeypatch.setattr(module, "MERGE_CHUNKS", 4)
+    monkeypatch.setattr(bn_stats, "MERGE_CHUNKS", 4)
+    monkeypatch.setattr(chunk_sums, "CHUNKS", 4)
     for module in (norm_add_relu, lazy_grad_apply):
         monkeypatch.setattr(module, "TILE", 64)
     draw = Draw((3, 12, 5, 5))
@@ -142,7 +150,7 @@ def test_statistics_far_from_zero(first_rows):
     rows = 1e4 + 1e-2 * torch.randn(300, 5, generator=generator)
     rows[:first_rows] = 0
     z = on_device(rows.view(3, 10, 10, 5).permute(0, 3, 1, 2))
-    mean, m2 = torch.ops.resnet_fused_triton.bn_stats(z)
+    mean, m2, *_ = torch.ops.resnet_fused_triton.bn_stats(z)
     wide = z.double().cpu().permute(0, 2, 3, 1).reshape(300, 5)
     torch.testing.assert_close(mean.double().cpu(), wide.mean(0), rtol=1e-7, atol=0)
     torch.testing.assert_close(m2.double().cpu(), wide.var(0, correction=0) * 300, rtol=1e-5, atol=0)
@@ -234,7 +242,7 @@ def test_opcheck(op):
     def move(t):
         if not isinstance(t, torch.Tensor):
             return t
-        return t.to(DEVICE) if t.dtype == torch.uint8 else on_device(t)
+        return on_device(t) if t.is_floating_point() else t.to(DEVICE)
 
     args, kwargs = tuple(map(move, case.args)), {name: move(t) for name, t in case.kwargs.items()}
     torch.library.opcheck(getattr(torch.ops.resnet_fused_triton, op).default, args, kwargs)
@@ -272,7 +280,7 @@ def test_dispatch_checks_the_kernel_and_uses_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     judge.forget()
     z = on_device(Draw(ODD).data())
-    mean, _ = backends.run("bn_stats", z, backend="triton")
+    mean, *_ = backends.run("bn_stats", z, backend="triton")
     torch.testing.assert_close(mean, z.mean((0, 2, 3)))
     assert [file.name.split("-")[:3] for file in judge.cache_dir().iterdir()] == [["triton", "bn_stats", "float32"]]
     assert backends.choose("bn_stats", (z.contiguous(),), {}).name != "triton"

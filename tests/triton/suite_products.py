@@ -94,6 +94,7 @@ def test_empty_batch_launches_no_product(monkeypatch):
     for op in PRODUCTS:
         dtype = dtypes_of(op)[0]
         empty = [case for case in cases(op, dtype) if case.name.startswith("empty batch")]
+        empty = [case for case in empty if not {"eps", "x_rstd"} & set(case.kwargs)]  # what follows for a channel is
         assert empty
         check_all(op, empty, dtype)
 
@@ -115,13 +116,13 @@ def test_statistics_and_sums_are_of_results_as_rounded():
         return t.to(DEVICE, torch.bfloat16)
 
     lazy = {name: place(t) for name, t in draw.lazy().items()}
-    z, mean, m2 = OPS.conv1x1(narrow(draw.normal()), narrow(draw.normal_weight()), **lazy)
+    z, mean, m2, *_ = OPS.conv1x1(narrow(draw.normal()), narrow(draw.normal_weight()), **lazy)
     wide = z.double()
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(m2.double() / 243, wide.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
     x, g, weight = narrow(draw.normal()), narrow(draw.normal(draw.wide)), narrow(draw.normal_weight())
     x_mean = place(draw.vector())
-    grad_x, sum_g, sum_gx = OPS.conv1x1_dgrad(g, weight, x=x, **lazy, x_mean=x_mean)
+    grad_x, sum_g, sum_gx, *_ = OPS.conv1x1_dgrad(g, weight, x=x, **lazy, x_mean=x_mean)
     wide = grad_x.double()
     torch.testing.assert_close(sum_g.double(), wide.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
     about_mean = x.double() - x_mean.double().view(1, -1, 1, 1)

@@ -8,7 +8,14 @@ from resnet_fused.backends import triton as room
 pytestmark = needs_interpreter
 
 NARROW = ("conv1x1_backward",)  # not of the deep layer
-SMALL = ("bn_affine", "bn_coefficients", "running_affine", "gram_norm", "gram_grad")  # of weights; all in L2
+SMALL = (
+    "bn_affine",
+    "bn_coefficients",
+    "running_affine",
+    "running_update",
+    "gram_norm",
+    "gram_grad",
+)  # of weights; all in L2
 #: Vectors and partial sums, which `bytes()` leaves out, as a share of it at 56 x 56 and batch 256. Sums over rows into
 #: a matrix take more in deeper layers, which would leave most SMs idle otherwise; all fit into an L2 of 40 MB.
 OVERHEAD = 0.02

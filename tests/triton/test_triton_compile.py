@@ -13,6 +13,7 @@ REGISTERS = {
     "norm_add_relu_kernel": 128,
     "norm_add_relu_backward_kernel": 168,
     "sum_chunks_kernel": 48,
+    "coefficients_of_chunks_kernel": 64,
     "lazy_grad_apply_kernel": 128,
     "conv1x1_wgrad_merge_kernel": 64,
     "gram_merge_kernel": 64,
@@ -22,11 +23,13 @@ REGISTERS = {
     "bn_affine_kernel": 64,
     "bn_coefficients_kernel": 64,
     "running_affine_kernel": 64,
+    "running_update_kernel": 64,
 }
 PIXELWISE = ["bn_stats_kernel", "norm_add_relu_kernel", "norm_add_relu_backward_kernel", "lazy_grad_apply_kernel"]
 NARROW = ["conv1x1_backward_kernel"]  # in 16 bits alone
 PRODUCTS = [f"conv1x1{name}_kernel" for name in ("", "_join", "_dgrad", "_wgrad")] + ["gram_kernel", *NARROW]
-SMALL_PRODUCTS = ["gram_norm_kernel", "gram_grad_rows_kernel", "gram_grad_coupling_kernel"]  # float32, once a layer
+SMALL_PRODUCTS = ["gram_norm_kernel", "gram_grad_rows_kernel", "gram_grad_coupling_kernel"]
+SMALL_PRODUCTS += ["gram_grad_narrow_kernel"]  # float32, once a layer
 ARCHS = (80, 90, 100, 120)
 SHARED_BYTES = 4096  # without products: only for reductions across threads and for laying out vectors
 SHARED_BYTES_OF = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a block can have
@@ -49,7 +52,8 @@ def test_everything_is_compiled_for_every_architecture(rows):
     assert {(name, dtype, arch) for name in PIXELWISE for dtype in dtypes for arch in ARCHS} <= compiled
     products = PRODUCTS + SMALL_PRODUCTS
     assert {(name, "bfloat16", arch) for name in products for arch in ARCHS} <= compiled
-    assert {(name, dtype, 90) for name in products for dtype in dtypes[name in NARROW :]} <= compiled
+    assert {(name, dtype, 90) for name in PRODUCTS for dtype in dtypes[name in NARROW :]} <= compiled
+    assert {(name, dtype, 90) for name in SMALL_PRODUCTS for dtype in dtypes[:2]} <= compiled  # of 16 bits, one
     assert {(row["kernel"], row["arch"]) for row in rows} == {
         (n, arch) for n in (*REGISTERS, *products) for arch in ARCHS
     }

@@ -21,6 +21,14 @@ Tensor = torch.Tensor
 def _bn_stats(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("odd channels", (Draw(ODD).data(),), {})
     yield Case("large mean, tail rows", (Draw(TAIL).far_from_zero(dtype),), {})
+    tail = Draw(TAIL)
+    yield Case("batch norm, tail rows", (tail.data(),), lazy_cases.norm(tail, 40))
+
+
+def _add_stats(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    yield Case("odd channels", (odd.data(), odd.data()), {})
+    yield Case("factor, large mean", (tail.data(), tail.far_from_zero(dtype)), {"sample_factor": tail.factor()})
 
 
 def _norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
@@ -46,6 +54,14 @@ def _norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
     bits |= {"residual": tail.data(), "residual_mean": tail.vector()}
     yield Case("bits, projection shortcut, factor", (tail.data(),), {**bits, "sample_factor": tail.factor()})
     yield Case("no relu", (odd.data(),), {"z": odd.data(), "mean": odd.vector(), "relu": False})
+
+
+def _norm_relu_coefficients(dtype: torch.dtype) -> Iterator[Case]:
+    odd, tail = Draw(ODD), Draw(TAIL)
+    vectors = (odd.vector(), odd.vector().abs(), odd.vector(), odd.vector())
+    yield Case("recomputed sign, odd channels", (odd.data(), odd.data(), *vectors), {})
+    bits = {"mask": pack_mask(tail.data() > 0), "sample_factor": tail.factor()}
+    yield Case("bits, factor", (tail.data(), tail.data(), tail.vector(), tail.vector().abs(), tail.vector()), bits)
 
 
 def _lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
@@ -84,11 +100,14 @@ def _conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
 
 _CASES = {
     "bn_stats": _bn_stats,
+    "add_stats_": _add_stats,
     "bn_affine": lazy_cases.bn_affine,
     "bn_coefficients": lazy_cases.bn_coefficients,
     "running_affine": lazy_cases.running_affine,
+    "running_update": lazy_cases.running_update,
     "norm_add_relu": _norm_add_relu,
     "norm_add_relu_backward": _norm_add_relu_backward,
+    "norm_relu_coefficients": _norm_relu_coefficients,
     "lazy_grad_apply": _lazy_grad_apply,
     "lazy_grad_apply_": _lazy_grad_apply,
     "gram": lazy_cases.gram,

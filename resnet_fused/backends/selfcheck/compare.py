@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ...ops import OPS, stat_dtype
+from ...ops import OPS, Op, stat_dtype
 from .. import cards
 from ..declaration import Backend
 from . import draws
@@ -46,13 +46,20 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def allowed_error(op: str, dtype: torch.dtype, result: Tensor) -> float:
-    """The op's units in the last place for a rounded result, one for sums of rounded values; and noise in all sums."""
+#: Results that follow from sums of rounded values by products and a difference: of so many errors of such a sum.
+_FROM_SUMS = {"b": 4, "d": 4, "grad_gamma": 4}
+
+
+def allowed_error(op: str, dtype: torch.dtype, result: Tensor, name: str = "") -> float:
+    """The op's units in the last place for a rounded result, one for sums of rounded values; and noise in all sums.
+
+    `name`: of the result.
+    """
     if dtype == torch.float64:
         return 1e-10  # no reference is more exact; what a float32 shortcut would cost is far above
     noise = 64 * torch.finfo(stat_dtype(dtype)).eps
-    if result.dtype != dtype or result.dim() != 4:
-        return noise + (torch.finfo(dtype).eps if OPS[op].sums_of_rounded else 0.0)
+    if result.dtype != dtype or (result.dim() != 4 and dtype.itemsize > 2):  # of 16 bits, a weight's gradient too
+        return noise + (torch.finfo(dtype).eps * _FROM_SUMS.get(name, 1) if OPS[op].sums_of_rounded else 0.0)
     return noise + OPS[op].ulps * torch.finfo(dtype).eps
 
 
@@ -68,11 +75,15 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return (got[finite] - expected[finite]).abs().max().item() / scale
 
 
-def results(returned, args: tuple) -> list[Tensor]:
-    """What an op produced; an in-place op returns nothing and leaves it in its first argument."""
+def results(returned, args: tuple, op: Op) -> list[Tensor]:
+    """What an op produced: what an in-place op left in the arguments that it writes, and what it returned.
+
+    `args`: in the order of its schema, as far as it writes them.
+    """
+    written = [args[i] for i in op.written if i < len(args) and args[i] is not None]
     if returned is None:
-        return [args[0]]
-    return [returned] if isinstance(returned, torch.Tensor) else list(returned)
+        return written
+    return [*written, *([returned] if isinstance(returned, torch.Tensor) else returned)]
 
 
 def check_case(backend: Backend, op: str, case: Case, dtype: torch.dtype, device: torch.device) -> Verdict:
@@ -83,10 +94,13 @@ def check_case(backend: Backend, op: str, case: Case, dtype: torch.dtype, device
     if reasons:
         return row("skipped", note="; ".join(reasons))
     wide = draws.place(placed, torch.float64, torch.device("cpu"))
-    promised = results(OPS[op].fake(*placed.args, **placed.kwargs), placed.args)
+    given = (*placed.args, *placed.kwargs.values())
+    promised = results(OPS[op].fake(*placed.args, **placed.kwargs), given, OPS[op])
     with cards.assuming(case.card):
-        got = results(backend.kernels[op].run(*placed.args, **placed.kwargs), placed.args)
-    expected = results(OPS[op].reference(*wide.args, **wide.kwargs), wide.args)
+        got = results(
+            backend.kernels[op].run(*placed.args, **placed.kwargs), (*placed.args, *placed.kwargs.values()), OPS[op]
+        )
+    expected = results(OPS[op].reference(*wide.args, **wide.kwargs), (*wide.args, *wide.kwargs.values()), OPS[op])
     measured = [(0.0, 0.0)]
     for index, (g, e, p) in enumerate(zip(got, expected, promised, strict=True)):
         form, wanted = (tuple(g.shape), g.stride(), g.dtype), (tuple(p.shape), p.stride(), p.dtype)
@@ -94,7 +108,8 @@ def check_case(backend: Backend, op: str, case: Case, dtype: torch.dtype, device
             return row("failed", note=f"result {index} has shape, strides, dtype {form} instead of {wanted}")
         if g.numel() == 0:
             continue
-        error, bound = difference(g, e), 0.0 if g.dtype == torch.uint8 else allowed_error(op, dtype, g)
+        name = OPS[op].results[index] if index < len(OPS[op].results) else ""
+        error, bound = difference(g, e), 0.0 if g.dtype == torch.uint8 else allowed_error(op, dtype, g, name)
         if not error <= bound:
             return row("failed", error, bound, "" if bound else f"result {index} (mask) has wrong bits")
         measured.append((error, bound))

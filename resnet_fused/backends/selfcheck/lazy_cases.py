@@ -36,12 +36,18 @@ def lazy_gradient(draw: Draw, shape: tuple[int, int, int, int]) -> dict:
     return {"z": draw.data(shape)} | {name: draw.vector(shape[1]) for name in names}
 
 
+def norm(draw: Draw, channels: int) -> dict:
+    """What an op that takes statistics needs for batch norm."""
+    return {"gamma": draw.vector(channels), "beta": draw.vector(channels), "eps": 1e-3}
+
+
 def conv1x1(dtype: torch.dtype) -> Iterator[Case]:
     odd, tail = Draw(ODD), Draw(TAIL)
     yield Case("plain, odd channels, no statistics", (odd.data(), _weight(odd, 7, 5)), {"emit_stats": False})
     lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
     yield Case("lazy input, tail rows", (tail.data(), _weight(tail, 40)), lazy)
     yield Case("stride 2", (tail.data(), _weight(tail, 40)), {"stride": [2, 2]})
+    yield Case("lazy input, batch norm", (tail.data(), _weight(tail, 40)), lazy | norm(tail, OUTPUTS))
 
 
 def conv1x1_join(dtype: torch.dtype) -> Iterator[Case]:
@@ -76,6 +82,8 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
     read = {"x": tail.data(), "x_stride": [2, 2], "mask": pack_mask(tail.data(small) > 0)}
     yield Case("Gram join: bits, stride 2", (tail.data(small), _weight(tail, 40)), read | coupling)
     yield Case("no weight: coupling, sums", (tail.data(), None), coupling | lazy)
+    through = lazy | {"x_rstd": tail.vector().abs()}
+    yield Case("Gram join: coefficients", (tail.data(wide), _weight(tail, 40)), masked | coupling | through)
 
 
 def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
@@ -83,6 +91,8 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("plain, odd channels", (odd.data(), odd.data((2, 5, 5, 3))), {})
     lazy = {"x_scale": tail.vector(), "x_shift": tail.vector()}
     yield Case("lazy gradient and input", (tail.data(wide), tail.data()), lazy_gradient(tail, wide) | lazy)
+    rounded = lazy | {"rounded": True}
+    yield Case("lazy gradient and input, rounded", (tail.data(wide), tail.data()), lazy_gradient(tail, wide) | rounded)
     bits = {"mask": pack_mask(tail.data(wide) > 0), "stride": [2, 2], "sample_factor": tail.factor()}
     yield Case("bits, factor, stride 2", (tail.data(wide), tail.data((3, 40, 17, 14))), bits)
 
@@ -96,6 +106,8 @@ def conv1x1_backward(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("Gram join: bits", arguments, gram | lazy)
     sums = lazy | {"x_mean": tail.vector(), "sample_factor": tail.factor()}
     yield Case("lazy gradient, sums", arguments, lazy_gradient(tail, wide) | sums)
+    through = sums | {"x_rstd": tail.vector().abs(), "rounded": True}
+    yield Case("lazy gradient, coefficients, rounded", arguments, lazy_gradient(tail, wide) | through)
     bits = {"residual": tail.data(), "residual_mask": pack_mask(tail.data() > 0)}
     yield Case("lazy gradient, masked residual", arguments, lazy_gradient(tail, wide) | bits)
     half = _weight(tail, 40, 40)
@@ -130,6 +142,8 @@ def gram_norm(dtype: torch.dtype) -> Iterator[Case]:
     far = Draw(TAIL).far_from_zero(dtype)
     yield Case("odd channels", GramJoin(ODD, 5).norm(), {})
     yield Case("large mean, tail rows", GramJoin(TAIL, OUTPUTS, far, far[0, :, 0, 0].clone()).norm(), {})
+    join = GramJoin(TAIL)
+    yield Case("batch norm, tail rows", join.norm(), norm(join, OUTPUTS))
 
 
 def gram_grad(dtype: torch.dtype) -> Iterator[Case]:
@@ -160,6 +174,20 @@ def running_affine(dtype: torch.dtype) -> Iterator[Case]:
     vectors = (tail.vector(200), tail.vector(200).abs() * 64)
     yield Case("several programs", (*vectors, tail.vector(200), tail.vector(200), None, 1e-3), {})
     yield Case("no gamma, no beta", (*vectors, None, None, None, 1e-5), {})
+
+
+def _update(draw: Draw, channels: int, counter: int | None, factor: float = 1.0) -> tuple:
+    """The arguments of one norm in `running_update`."""
+    count = None if counter is None else torch.tensor(counter)
+    running = draw.vector(channels), draw.vector(channels).abs()
+    return (*running, count, draw.vector(channels), draw.vector(channels).abs(), factor)
+
+
+def running_update(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(ODD)
+    yield Case("one norm, no counter", (*_update(draw, 7, None), 0.5), {})
+    others = (*_update(draw, 40, 3, 1.5), *_update(draw, 1, None, 1.25), *_update(draw, 129, 1 << 40, 2.0))
+    yield Case("four norms", (*_update(draw, 200, 0, 1.125), 0.125, *others), {})
 
 
 class PoolDraw(Draw):

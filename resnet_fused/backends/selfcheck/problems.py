@@ -7,8 +7,8 @@ device to see what they would start, or with values on a coarse grid (:mod:`.dra
 The language of ``forms``: names of tensors and their form. With letters for numbers of channels: ``C`` a vector,
 ``KxC`` the weight of a 1x1 convolution, ``K*C`` a matrix, ``~C`` activations on the op's pixels, ``!C`` their packed
 bits (or activations that stand for them), ``^C`` what a pool leaves of them. ``<stride``: of more pixels, read at the
-stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample. What only lends its
-pixels has a letter of its own.
+stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample; ``1``: a
+count. What only lends its pixels has a letter of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Grid = tuple[int, int, int]  # samples, height and width
 class Form:
     """How one tensor follows from the sizes of a problem."""
 
-    kind: str  # "vector", "samples", "weight", "matrix", "~", "!" or "^"
+    kind: str  # "vector", "samples", "count", "weight", "matrix", "~", "!" or "^"
     letters: str
     direction: str = ""  # "<" or ">"
     stride: str = ""  # name of the argument
@@ -45,8 +45,8 @@ def forms(op: str) -> dict[str, Form]:
     found = {}
     for entry in OPS[op].forms.split():
         names, _, text = entry.partition(":")
-        if text == "N":
-            form = Form("samples", "")
+        if text in ("N", "1"):
+            form = Form("samples" if text == "N" else "count", "")
         elif "x" in text[1:2] or "*" in text:
             form = Form("weight" if "x" in text else "matrix", text[0] + text[2])
         elif text[0] in "~!^":
@@ -99,7 +99,7 @@ class Problem:
         sizes = tuple(self.channels[letter] for letter in form.letters)
         if form.kind == "samples":
             return self.grid[:1]
-        if form.kind in ("vector", "matrix"):
+        if form.kind in ("vector", "matrix", "count"):
             return sizes
         if form.kind == "weight":
             return (*sizes, 1, 1)
@@ -187,7 +187,8 @@ def _values(p: Problem, names: set[str]) -> dict[str, Tensor]:
     if p.op in ("gram_norm", "gram_grad"):
         join = GramJoin(shape, p.channels["K"])
         drawn = join.norm() if p.op == "gram_norm" else join.grad()
-        return dict(zip((name for name, _ in _arguments(p.op)), drawn, strict=True))
+        values = dict(zip((name for name, _ in _arguments(p.op)), drawn, strict=False))
+        return values | {name: join.vector(p.channels["K"]) for name in ("gamma", "beta") if name in names}
     if p.op.startswith("norm_relu_pool"):
         return _pool_values(p, shape)
     draw, table = _Draw(shape), forms(p.op)
@@ -205,10 +206,14 @@ def _value(p: Problem, draw: _Draw, name: str, form: Form) -> Tensor:
     shape = p.shape(form)
     if form.kind == "samples":
         return draw.factor()
+    if form.kind == "count":
+        return torch.tensor(7)
     if form.kind == "vector":
         if name in ("x_scale", "x_shift"):
             return draw.affine(shape[0])[name == "x_shift"]
         vector = draw.vector(shape[0])
+        if name == "x_rstd":  # near 1: what it multiplies are sums, each as exact as the largest
+            return vector / 8 + 1
         return vector.abs() + 0.0625 if name in ("m2", "rstd", "var") else vector
     if form.kind == "weight":
         weight = draw.data(shape) / 16

@@ -9,6 +9,8 @@ nearest (`div_rn`, `sqrt_rn`): at a thread a channel they cost nothing, and ever
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,19 +34,16 @@ def relu_mean(mu, sigma):
     return tl.where(tl.abs(centre) < _INFINITY, centre, 0.0)
 
 
-@triton.jit(do_not_specialize=["M", "C"])
-def bn_affine_kernel(
-    mean_ptr, m2_ptr, gamma_ptr, beta_ptr,  # [C]; gamma, beta: or None
+@triton.jit
+def store_affine(
+    mean, m2, M, cols, in_cols,  # of the channels `cols`: mean and second moment of M pixels
+    gamma_ptr, beta_ptr,  # [C], or None
     var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr,  # [C]
-    M, C,
-    EPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_cols = cols < C
-    mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)
-    m2 = tl.load(m2_ptr + cols, mask=in_cols, other=0.0)
-    sigma = tl.full((BLOCK_C,), 1.0, tl.float32)
-    mu = tl.zeros((BLOCK_C,), tl.float32)
+    """What this op makes of statistics that are in registers."""
+    sigma = tl.full(mean.shape, 1.0, tl.float32)
+    mu = tl.zeros(mean.shape, tl.float32)
     if beta_ptr is not None:
         mu = widen(tl.load(beta_ptr + cols, mask=in_cols, other=0.0))
     var = tl.where(M > 0, tl.div_rn(m2, tl.maximum(M, 1).to(tl.float32)), 0.0)
@@ -59,6 +58,73 @@ def bn_affine_kernel(
     tl.store(scale_ptr + cols, scale, mask=in_cols)
     tl.store(shift_ptr + cols, tl.fma(-mean, scale, mu), mask=in_cols)
     tl.store(centre_ptr + cols, relu_mean(mu, sigma), mask=in_cols)
+
+
+@triton.jit
+def store_statistics(
+    mean, m2, M, cols, in_cols, mean_ptr, m2_ptr, gamma_ptr, beta_ptr,
+    var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr, EPS: tl.constexpr,
+):  # fmt: skip
+    """The results of an op that takes statistics: the mean, and the second moment or what this op makes of both."""
+    tl.store(mean_ptr + cols, mean, mask=in_cols)
+    if m2_ptr is not None:
+        tl.store(m2_ptr + cols, m2, mask=in_cols)
+    else:
+        store_affine(mean, m2, M, cols, in_cols, gamma_ptr, beta_ptr,
+                     var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr, EPS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "C"])
+def bn_affine_kernel(
+    mean_ptr, m2_ptr, gamma_ptr, beta_ptr,  # [C]; gamma, beta: or None
+    var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr,  # [C]
+    M, C,
+    EPS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_cols = cols < C
+    mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)
+    m2 = tl.load(m2_ptr + cols, mask=in_cols, other=0.0)
+    store_affine(mean, m2, M, cols, in_cols, gamma_ptr, beta_ptr,
+                 var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr, EPS)  # fmt: skip
+
+
+# For ops that take statistics -----------------------------------------------------------------------------------------
+
+
+class Outputs(NamedTuple):
+    """Where an op that takes statistics stores them, and the parameters that it does so with."""
+
+    results: tuple[Tensor, ...]  # `op.RESULTS`
+    parameters: tuple[Tensor | None, Tensor | None]
+    eps: float | None
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Of :func:`store_statistics`, from `mean_ptr` to `centre_ptr`."""
+        mean, m2, *affine = self.results
+        if self.eps is None:
+            return mean, m2, None, None, *(None for _ in affine)
+        return mean, None, *self.parameters, *affine
+
+    def of_nothing(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The results where there is nothing to sum."""
+        mean, m2, *affine = self.results
+        mean.zero_()
+        if self.eps is not None:
+            affine = run(mean, torch.zeros_like(mean), *self.parameters, z, self.eps)
+        return mean, m2.zero_(), *affine
+
+
+def outputs(name: str, like: Tensor, c: int, gamma: Tensor | None, beta: Tensor | None, eps: float | None) -> Outputs:
+    """Of the op `name` for `c` channels, on the device of `like`. Raises RuntimeError on parameters that do not fit."""
+    affine = eps is not None
+    if not affine and not (gamma is None and beta is None):
+        checks.fail(name, "got gamma or beta without eps; pass eps too")
+    vectors = [like.new_empty(c if there else 0, dtype=torch.float32) for there in (True, not affine, *[affine] * 5)]
+    gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
+    checks.vectors(name, {"mean": vectors[0], "gamma": gamma, "beta": beta}, checks.PARAMETER_DTYPES)
+    return Outputs(tuple(vectors), (gamma, beta), eps)
 
 
 def run(mean: Tensor, m2: Tensor, gamma: Tensor | None, beta: Tensor | None, z: Tensor, eps: float) -> op.Vectors:

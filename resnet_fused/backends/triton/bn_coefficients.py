@@ -17,6 +17,24 @@ from . import checks, common
 BLOCK_C = 128
 
 
+@triton.jit
+def store_coefficients(
+    sum_g, sum_gz, M, cols, in_cols,  # of the channels `cols`: the sums over M pixels
+    mean_ptr, rstd_ptr, scale_ptr,  # [C]
+    b_ptr, d_ptr, grad_gamma_ptr,  # [C]
+):  # fmt: skip
+    """What this op makes of sums that are in registers."""
+    mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)
+    rstd = tl.load(rstd_ptr + cols, mask=in_cols, other=0.0)
+    scale = tl.load(scale_ptr + cols, mask=in_cols, other=0.0)
+    grad_gamma = rstd * sum_gz
+    unit = tl.div_rn(scale, tl.maximum(M, 1).to(tl.float32))
+    b = -unit * (rstd * grad_gamma)
+    tl.store(b_ptr + cols, tl.where(M > 0, b, 0.0), mask=in_cols)
+    tl.store(d_ptr + cols, tl.where(M > 0, tl.fma(-b, mean, -unit * sum_g), 0.0), mask=in_cols)
+    tl.store(grad_gamma_ptr + cols, grad_gamma, mask=in_cols)
+
+
 @triton.jit(do_not_specialize=["M", "C"])
 def bn_coefficients_kernel(
     sum_g_ptr, sum_gz_ptr, mean_ptr, rstd_ptr, scale_ptr,  # [C]
@@ -28,15 +46,7 @@ def bn_coefficients_kernel(
     in_cols = cols < C
     sum_g = tl.load(sum_g_ptr + cols, mask=in_cols, other=0.0)
     sum_gz = tl.load(sum_gz_ptr + cols, mask=in_cols, other=0.0)
-    mean = tl.load(mean_ptr + cols, mask=in_cols, other=0.0)
-    rstd = tl.load(rstd_ptr + cols, mask=in_cols, other=0.0)
-    scale = tl.load(scale_ptr + cols, mask=in_cols, other=0.0)
-    grad_gamma = rstd * sum_gz
-    unit = tl.div_rn(scale, tl.maximum(M, 1).to(tl.float32))
-    b = -unit * (rstd * grad_gamma)
-    tl.store(b_ptr + cols, tl.where(M > 0, b, 0.0), mask=in_cols)
-    tl.store(d_ptr + cols, tl.where(M > 0, tl.fma(-b, mean, -unit * sum_g), 0.0), mask=in_cols)
-    tl.store(grad_gamma_ptr + cols, grad_gamma, mask=in_cols)
+    store_coefficients(sum_g, sum_gz, M, cols, in_cols, mean_ptr, rstd_ptr, scale_ptr, b_ptr, d_ptr, grad_gamma_ptr)
 
 
 def run(

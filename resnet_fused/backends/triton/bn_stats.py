@@ -19,6 +19,7 @@ import triton.language as tl
 from ...ops import bn_stats as op
 from ...ops.contract import Tensor
 from . import checks, common
+from .bn_affine import Outputs, outputs, store_statistics
 from .common import first_row, rows_in, widen
 
 TILE, CAP, MIN_TILES = 1024, 64, 4
@@ -77,9 +78,10 @@ def chunk_mean(partial_ptr, origin, k, cols, inside, chunks, M, C, chunk_rows, B
 @triton.jit(do_not_specialize=["chunks", "M", "C", "chunk_rows"])
 def bn_stats_merge_kernel(
     partial_ptr,  # [3, chunks, C]
-    mean_ptr, m2_ptr,  # [C], [C]
+    mean_ptr, m2_ptr,  # [C], [C] or None
+    gamma_ptr, beta_ptr, var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr,  # without m2_ptr, see `store_affine`
     chunks, M, C, chunk_rows,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_cols = cols < C
@@ -96,29 +98,33 @@ def bn_stats_merge_kernel(
         n, mean_k, m2_k = chunk_mean(partial_ptr, origin, k, cols, inside, chunks, M, C, chunk_rows, BLOCK_K)
         away = mean_k - mean[None, :]
         total += tl.fma(n * away, away, m2_k)
-    tl.store(mean_ptr + cols, origin + mean, mask=in_cols)
-    tl.store(m2_ptr + cols, tl.sum(total, axis=0), mask=in_cols)
+    store_statistics(origin + mean, tl.sum(total, axis=0), M, cols, in_cols, mean_ptr, m2_ptr, gamma_ptr, beta_ptr,
+                     var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_ptr, EPS)  # fmt: skip
 
 
-def run(z: Tensor) -> tuple[Tensor, Tensor]:
+def merge(partial: Tensor, rows: int, chunk_rows: int, outputs: Outputs, block: int, warps: int) -> None:
+    """Start the second stage for chunks of `chunk_rows` of `rows` pixels, `block` of them at once."""
+    _, chunks, c = partial.shape
+    sizes = {"chunks": chunks, "M": rows, "C": c, "chunk_rows": chunk_rows}
+    meta = {"EPS": 0.0 if outputs.eps is None else outputs.eps, "BLOCK_K": block, "BLOCK_C": MERGE_CHANNELS}
+    programs = common.cdiv(c, MERGE_CHANNELS)
+    common.start(bn_stats_merge_kernel, programs, partial, *outputs.arguments, **sizes, **meta, warps=warps)
+
+
+def run(
+    z: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.bn_stats`. Raises RuntimeError on a wrong shape, dtype or layout."""
     checks.data("bn_stats", "z", z)
     c = z.shape[1]
+    found = outputs("bn_stats", z, c, gamma, beta, eps)
     if z.numel() == 0:
-        return z.new_zeros(c, dtype=torch.float32), z.new_zeros(c, dtype=torch.float32)
+        return found.of_nothing(z)
     plan = common.tiling(z, TILE, CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
     partial = z.new_empty((3, plan.chunks, c), dtype=torch.float32)
-    mean, m2 = (z.new_empty(c, dtype=torch.float32) for _ in range(2))
     common.launch(bn_stats_kernel, plan, z, partial, plan.chunks)
-    sizes = {
-        "chunks": plan.chunks,
-        "M": plan.meta["M"],
-        "C": c,
-        "chunk_rows": plan.meta["TILES"] * plan.meta["BLOCK_M"],
-    }
-    blocks = {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
-    common.start(bn_stats_merge_kernel, common.cdiv(c, MERGE_CHANNELS), partial, mean, m2, **sizes, **blocks)
-    return mean, m2
+    merge(partial, plan.meta["M"], plan.meta["TILES"] * plan.meta["BLOCK_M"], found, MERGE_CHUNKS, common.NUM_WARPS)
+    return found.results
 
 
 KERNEL = common.register(op.OP, run)

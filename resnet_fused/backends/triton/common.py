@@ -28,7 +28,8 @@ from ...ops import Op
 from ...ops.contract import Tensor
 from .. import cards
 from ..declaration import Kernel
-from . import limits, trace
+from . import limits, plans, trace
+from .bound import Bound
 
 #: True where TRITON_INTERPRET=1 was set before Triton was imported: kernels run on CPU tensors, in numpy.
 INTERPRETING: bool = bool(triton.knobs.runtime.interpret)
@@ -104,18 +105,38 @@ def launch(kernel, plan: Tiling, x: Tensor, *args, **meta) -> None:
 
 def start(
     kernel, programs: int, x: Tensor, *args,
-    warps: int = NUM_WARPS, stages: int = NUM_STAGES, registers: int | None = None, **meta,
+    warps: int = NUM_WARPS, stages: int = NUM_STAGES, registers: int | None = None, bound: Bound | None = None, **meta,
 ) -> None:  # fmt: skip
     """Start `programs` programs of `kernel`, whose first argument is `x`, on the device of `x`.
 
     The one place where a kernel is launched: tests replace it to count, and on meta tensors it only takes notes.
+    `bound`: what a plan knows of this launch from the last time; it is given that here.
     """
+    device = x.device
+    other_gpu = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if bound is not None and not other_gpu and bound.start(programs, device, (x, *args)):
+        return
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": ENABLE_FP_FUSION}
-    if x.device.type == "meta":
-        return trace.note(kernel, programs, (x, *args), meta, options)
-    other_gpu = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if other_gpu else contextlib.nullcontext():
-        kernel[(programs,)](x, *args, **meta, **options)
+    if device.type == "meta":
+        settings = {"warps": warps, "stages": stages, "registers": registers}
+        return trace.note(kernel, programs, (x, *args), meta, options, settings)
+    with torch.cuda.device(device) if other_gpu else contextlib.nullcontext():
+        compiled = kernel[(programs,)](x, *args, **meta, **options)
+    if bound is not None and device.type == "cuda":
+        bound.keep(compiled, 1 + len(args), meta)
+
+
+_own_start = start
+
+
+def _prepare(run: Callable, args: tuple, kwargs: dict) -> plans.Plan | None:
+    """The plan of calls like this one. It asks for :func:`start` whenever it runs; what listens here is this one."""
+    global start
+    replaced, start = start, _own_start
+    try:
+        return plans.of_call(run, lambda: start, args, kwargs)
+    finally:
+        start = replaced
 
 
 @functools.cache
@@ -144,6 +165,7 @@ def register(op: Op, run: Callable) -> Kernel:
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
     launches = functools.partial(trace.launches, run)
+    prepare = functools.partial(_prepare, run)
     return Kernel(
         overload,
         **vars(limits.of(op)),
@@ -151,6 +173,7 @@ def register(op: Op, run: Callable) -> Kernel:
         build=build_identity(),
         launches=launches,
         mode=mode,
+        prepare=prepare,
     )
 
 

@@ -76,7 +76,7 @@ def config(op: str, arch: int, element_size: int, columns: int, depth: int) -> C
 def asked() -> Iterator[dict[Key, Config]]:
     """Within the block, what is asked for and what is answered: for a sweep, which has to know what to vary."""
     found: dict[Key, Config] = {}
-    config.cache_clear()
+    _forget()
     _asked.append(found)
     try:
         yield found
@@ -89,14 +89,22 @@ def trying(key: Key, candidate: Config) -> Iterator[None]:
     """Within the block, `candidate` is the answer for `key`."""
     before = TUNED.get(key)
     TUNED[key] = Tuned(candidate, "tried by a sweep")
-    config.cache_clear()
+    _forget()
     try:
         yield
     finally:
         del TUNED[key]
         if before is not None:
             TUNED[key] = before
-        config.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Drop what was answered from the table, and the plans of calls that were made from that."""
+    from .. import dispatch  # which needs this room
+
+    config.cache_clear()
+    dispatch.forget()
 
 
 def without_vectors(chosen: Config, element_size: int) -> Config:
@@ -119,6 +127,12 @@ def gram_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
     A step of the depth divides it where it can: at 40 channels, steps of 32 spilled on sm_120.
     """
     return Config(16, power_of_two(columns, 32, 128), max(16, min(depth & -depth, 64 // element_size)), 4, 2)
+
+
+def gram_statistics(arch: int, element_size: int, columns: int, depth: int) -> Config:
+    """The same, and batch norm of each row at the end, for which more columns leave no registers."""
+    chosen = gram_rows(arch, element_size, columns, depth)
+    return dataclasses.replace(chosen, block_n=min(chosen.block_n, 64 if element_size == 2 else 32))
 
 
 def gram_square(arch: int, element_size: int, columns: int, depth: int) -> Config:
@@ -224,7 +238,7 @@ def join_two_terms(arch: int, element_size: int, columns: int, depth: int) -> Co
 
 #: Defaults of launches that :func:`default` does not fit.
 DEFAULTS = {
-    "gram_norm": gram_rows,
+    "gram_norm": gram_statistics,
     "gram_grad": gram_rows,
     "gram_grad coupling": gram_square,
     "conv1x1_wgrad": over_rows,

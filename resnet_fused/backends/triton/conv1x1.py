@@ -26,7 +26,7 @@ from ...ops import conv1x1 as op
 from ...ops import lazy
 from ...ops.contract import Tensor, channels_last_strides
 from .. import cards
-from . import bn_stats, checks, common, gemm
+from . import bn_affine, bn_stats, checks, common, gemm
 from .common import first_row, narrow, rows_in, widen
 from .configs import Config
 from .gemm import multiply, tile_of
@@ -36,7 +36,7 @@ PROGRAMS = 2048  # about eight waves of an H100; beyond, a program takes more ro
 MIN_PROGRAMS = 1024  # never fewer for the sake of small partial sums
 PARTIAL_SHARE = 100  # the partial sums are at most one part in so many of the traffic
 WIDE = 64  # columns; a program of a narrower tile takes more row tiles, so that it has as much to do
-MERGE_CHUNKS, MERGE_CHANNELS = 512, 8  # a tile of the merge; 8 floats are one 32-byte sector
+MERGE_CHUNKS = 512  # of a tile of the merge, where there are many
 
 
 @triton.jit(do_not_specialize=["chunks", "M", "UNITS_IN", "UNITS_OUT", "TILES", "W_OUT", "HW_OUT", "H", "W"])
@@ -99,16 +99,6 @@ def tiles_per_program(
     return max(narrow, common.cdiv(total, most), min(small_partials, total // least))
 
 
-def merge(partial: Tensor, rows: int, chunk_rows: int, mean: Tensor, m2: Tensor) -> None:
-    """Chan's rule over the programs' sums. Few programs walk over many chunks: a tall tile keeps them short."""
-    _, chunks, k = partial.shape
-    sizes = {"chunks": chunks, "M": rows, "C": k, "chunk_rows": chunk_rows}
-    block = MERGE_CHUNKS if chunks > bn_stats.MERGE_CHUNKS else bn_stats.MERGE_CHUNKS
-    blocks = {"BLOCK_K": block, "BLOCK_C": MERGE_CHANNELS, "warps": block // 32}
-    kernel = bn_stats.bn_stats_merge_kernel
-    common.start(kernel, common.cdiv(k, MERGE_CHANNELS), partial, mean, m2, **sizes, **blocks)
-
-
 def check(x: Tensor, weight: Tensor, x_scale: Tensor | None, x_shift: Tensor | None, stride) -> None:
     """Raise RuntimeError on wrong shapes, dtypes, devices, layouts."""
     checks.data(NAME, "x", x)
@@ -124,16 +114,18 @@ def run(
     x_shift: Tensor | None = None,
     stride=(1, 1),
     emit_stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.conv1x1`. Raises RuntimeError on wrong shapes, dtypes, devices, layouts."""
     check(x, weight, x_scale, x_shift, stride)
     n, k, h, w = shape = lazy.strided_shape(x, weight.shape[0], stride)
     c, rows = x.shape[1], n * h * w
     z = x.new_empty_strided(shape, channels_last_strides(shape))
-    vector = x.new_empty if x.numel() and k else x.new_zeros  # sums over nothing are zero
-    mean, m2 = (vector(k if emit_stats else 0, dtype=torch.float32) for _ in range(2))
+    found = bn_affine.outputs(NAME, x, k if emit_stats else 0, gamma, beta, eps)
     if z.numel() == 0 or c == 0:
-        return z.zero_(), mean, m2
+        return z.zero_(), *found.of_nothing(z)
     config = gemm.configuration(NAME, x, k, c)
     column_tiles, row_tiles = common.cdiv(k, config.block_n), common.cdiv(rows, config.block_m)
     tiles = tiles_per_program(row_tiles, column_tiles, config, c, k, x.element_size(), cards.of(x.device))
@@ -146,9 +138,10 @@ def run(
     meta |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     programs = chunks * column_tiles
     gemm.launch(conv1x1_kernel, programs, config, x, weight, x_scale, x_shift, z, partial, *sizes, **meta)
-    if emit_stats:
-        merge(partial, rows, tiles * config.block_m, mean, m2)
-    return z, mean, m2
+    if emit_stats:  # few programs walk over many chunks: a tall tile keeps them short
+        block = MERGE_CHUNKS if chunks > bn_stats.MERGE_CHUNKS else bn_stats.MERGE_CHUNKS
+        bn_stats.merge(partial, rows, tiles * config.block_m, found, block, block // 32)
+    return z, *found.results
 
 
 KERNEL = common.register(op.OP, run)

@@ -20,10 +20,10 @@ import triton.language as tl
 from ...ops import conv1x1_backward as op
 from ...ops.contract import Tensor, channels_last_strides, nbytes
 from .. import cards
-from . import checks, common, configs, conv1x1_wgrad, gemm, limits, splits
+from . import checks, common, configs, conv1x1_wgrad, data_gradient, gemm, limits, splits
 from .common import first_row, load_factor, narrow, rows_in, widen
 from .conv1x1_wgrad import fold_rows
-from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
+from .data_gradient import add_product, check_additions, load_matrix, load_residual, residual_rows
 from .gemm import apply_activation, dot, tile_of
 from .lazy_tiles import load_row, load_tile, read_gradient, store_tile
 
@@ -136,20 +136,21 @@ def chosen(g: Tensor, c: int, sums: bool) -> tuple[configs.Config, bool]:
 
 
 def start(g, weight, x, gradient, weight_scale, additions, residual, stride, results, sums) -> None:
-    """Launch the product and what adds its splits up. `results`: grad_x, grad_weight, sum_dz; `sums`: None, or two."""
+    """Launch the product and what adds its splits up. `results`: grad_x, grad_weight, sum_dz; `sums`: or None."""
     (n, k, h, w), c = g.shape, x.shape[1]
     coupled = additions[3] is not None
-    config, transposed = chosen(g, c, bool(sums))
+    config, transposed = chosen(g, c, sums is not None)
     column_tiles, rows = common.cdiv(c, config.block_n), n * h * w
     assert not coupled or column_tiles == 1, "under a coupling a program needs all channels of x"
     moved = nbytes(g, *gradient[:2], x, residual[0], results[0])
-    partial_bytes = 8 * (k * (c + 1) + (2 * c if sums else 0))
+    partial_bytes = 8 * (k * (c + 1) + (0 if sums is None else 2 * c))
     sizes = (rows, column_tiles, moved // rows, partial_bytes, config.block_m)
     split = splits.choose(*sizes, cards.of(g.device).sms, splits.resident(config), busy=BUSY)
     count = split.splits
     grad_x, *merged = results
-    partial = merged if count == 1 else [t.new_empty((count, *t.shape)) for t in merged]
-    partial_sums = g.new_empty((2, count, c), dtype=torch.float32) if sums else None
+    apart = count > 1 or merged[0].dtype != torch.float32  # one binary, whatever the number of splits
+    partial = merged if not apart else [g.new_empty((count, *t.shape), dtype=torch.float32) for t in merged]
+    partial_sums = None if sums is None else g.new_empty((2, count, c), dtype=torch.float32)
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
     sizes = {"splits": count, "M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": split.row_tiles, "W": w}
     sizes["HW"] = h * w
@@ -159,10 +160,10 @@ def start(g, weight, x, gradient, weight_scale, additions, residual, stride, res
     sizes |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_n}
     arguments = (g, weight, x, *gradient, weight_scale, *additions, *residual, grad_x, *partial, partial_sums)
     gemm.launch(conv1x1_backward_kernel, count * column_tiles, config, *arguments, **sizes)
-    if count > 1:
+    if apart:
         conv1x1_wgrad.merge(tuple(partial), tuple(merged))
-    if sums:
-        add_chunks(partial_sums, sums)
+    if sums is not None:
+        sums.merge(partial_sums)
 
 
 def run(
@@ -186,7 +187,9 @@ def run(
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_rstd: Tensor | None = None,
+    rounded: bool = False,
+) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.conv1x1_backward`. Raises RuntimeError on arguments that do not fit."""
     checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
     gemm.check_weight(NAME, "weight", weight, g, g.shape[1], None)
@@ -202,18 +205,20 @@ def run(
     for reason in limits.narrow_weight(k, c, coupling is not None):
         checks.fail(NAME, reason)
     vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
-    grad_weight, sum_dz = vector((k, c), dtype=torch.float32), vector(k, dtype=torch.float32)
-    sums = [vector(c if summed else 0, dtype=torch.float32) for _ in range(2)]
-    if grad_x.numel() and k:
-        if mask is not None:  # the bits decide
-            scale = shift = None
-        used_z = z if b is not None or scale is not None else None
-        gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
-        additions = (x_scale, x_shift, x_mean, coupling, constant)
-        stride = (1, 1) if residual is None else residual_stride
-        start(g, weight, x, gradient, weight_scale, additions, (residual, residual_mask), stride,
-              (grad_x, grad_weight, sum_dz), sums if summed else None)  # fmt: skip
-    return grad_x, grad_weight, sum_dz, *sums
+    grad_weight = vector((k, c), dtype=weight.dtype if rounded else torch.float32)
+    sum_dz = vector(k, dtype=torch.float32)
+    sums = data_gradient.summed(NAME, grad_x, x, x_scale, x_mean, x_rstd, summed)
+    if not (grad_x.numel() and k):
+        return grad_x, grad_weight, sum_dz, *sums.of_nothing(x)
+    if mask is not None:  # the bits decide
+        scale = shift = None
+    used_z = z if b is not None or scale is not None else None
+    gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
+    additions = (x_scale, x_shift, x_mean, coupling, constant)
+    stride = (1, 1) if residual is None else residual_stride
+    start(g, weight, x, gradient, weight_scale, additions, (residual, residual_mask), stride,
+          (grad_x, grad_weight, sum_dz), sums if summed else None)  # fmt: skip
+    return grad_x, grad_weight, sum_dz, *sums.results
 
 
 KERNEL = common.register(op.OP, run)

@@ -23,9 +23,9 @@ import triton.language as tl
 from ...ops import conv1x1_dgrad as op
 from ...ops.contract import Tensor, channels_last_strides
 from .. import cards
-from . import checks, common, configs, gemm
+from . import checks, common, configs, data_gradient, gemm
 from .common import first_row, load_factor, narrow, rows_in, widen
-from .data_gradient import add_chunks, add_product, check_additions, load_matrix, load_residual, residual_rows
+from .data_gradient import add_product, check_additions, load_matrix, load_residual, residual_rows
 from .gemm import read_rows, tile_of
 from .lazy_tiles import load_activation, load_pixels, load_row, read_gradient, store_tile
 
@@ -146,15 +146,15 @@ def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool, card: card
 
 
 def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> None:
-    """Launch the product, and with `sums`, two vectors to fill, the second stage. `strides`: of residual and x."""
+    """Launch the product, and with `sums`, which it fills, the second stage. `strides`: of residual and x."""
     k, (n, c, h, w) = g.shape[1], grad_x.shape
     precision = gemm.precision(g.dtype)
     config, transposed = chosen(g.device, g.element_size(), c, k, precision)
     if weight is None:  # a tile of it is added where the accumulator and the epilogue's vectors take all registers
         config = dataclasses.replace(config, block_m=min(config.block_m, 64))
     column_tiles = common.cdiv(c, config.block_n)
-    tiles, chunks = row_tiles(n * h * w, config.block_m, column_tiles, bool(sums), cards.of(g.device))
-    partial = g.new_empty((2, chunks, c), dtype=torch.float32) if sums else None
+    tiles, chunks = row_tiles(n * h * w, config.block_m, column_tiles, sums is not None, cards.of(g.device))
+    partial = None if sums is None else g.new_empty((2, chunks, c), dtype=torch.float32)
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
     sizes = {"chunks": chunks, "M": n * h * w, "UNITS_K": units_k, "UNITS_C": units_c, "TILES": tiles, "W": w}
     x_size, (stride, x_stride) = (h, w) if additions[0] is None else additions[0].shape[2:], strides
@@ -164,8 +164,8 @@ def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> No
     sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     arguments = (g, weight, *gradient, *additions, *residual, grad_x, partial)
     gemm.launch(conv1x1_dgrad_kernel, chunks * column_tiles, config, *arguments, **sizes)
-    if sums:
-        add_chunks(partial, sums)
+    if sums is not None:
+        sums.merge(partial)
 
 
 def run(
@@ -189,7 +189,8 @@ def run(
     residual_mask: Tensor | None = None,
     residual_stride=(1, 1),
     x_stride=(1, 1),
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_rstd: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.conv1x1_dgrad`. Raises RuntimeError on arguments that do not fit."""
     checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
     if weight is not None:
@@ -200,18 +201,18 @@ def run(
     added = (residual, residual_mask, residual_stride)
     check_additions(NAME, grad_x, x, x_stride, x_scale, x_shift, coupling, constant, *added, summed)
     checks.pair(NAME, "x_scale", x_scale, "x_mean", x_mean, grad_x)
-    vector = g.new_empty if grad_x.numel() else g.new_zeros  # sums over nothing are zero
-    sums = [vector(shape[1] if summed else 0, dtype=torch.float32) for _ in range(2)]
-    if grad_x.numel():
-        if mask is not None:  # the bits decide
-            scale = shift = None
-        used_z = z if b is not None or scale is not None else None
-        used_x = x if summed or coupling is not None else None
-        gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
-        additions = (used_x, x_scale, x_shift, x_mean, coupling, constant)
-        strides = (1, 1) if residual is None else residual_stride, (1, 1) if used_x is None else x_stride
-        start(grad_x, g, weight, gradient, additions, (residual, residual_mask), strides, sums if summed else None)
-    return grad_x, *sums
+    sums = data_gradient.summed(NAME, grad_x, x, x_scale, x_mean, x_rstd, summed)
+    if not grad_x.numel():
+        return grad_x, *sums.of_nothing(x)
+    if mask is not None:  # the bits decide
+        scale = shift = None
+    used_z = z if b is not None or scale is not None else None
+    used_x = x if summed or coupling is not None else None
+    gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
+    additions = (used_x, x_scale, x_shift, x_mean, coupling, constant)
+    strides = (1, 1) if residual is None else residual_stride, (1, 1) if used_x is None else x_stride
+    start(grad_x, g, weight, gradient, additions, (residual, residual_mask), strides, sums if summed else None)
+    return grad_x, *sums.results
 
 
 KERNEL = common.register(op.OP, run)

@@ -22,7 +22,7 @@ from ...ops import lazy
 from ...ops.contract import Tensor
 from .. import cards
 from . import checks, common, gemm, splits
-from .common import first_row, load_factor, rows_in, widen
+from .common import first_row, load_factor, narrow, rows_in, widen
 from .gemm import apply_activation, dot, tile_of
 from .lazy_tiles import load_gradient, load_row
 
@@ -122,7 +122,7 @@ def conv1x1_wgrad_merge_kernel(
         where = tile * BLOCK + tl.arange(0, BLOCK)
         there = where < size
         merged = sum_splits(weight_partial_ptr, where, there, splits, size, BLOCK_S, BLOCK)
-        tl.store(weight_ptr + where, merged, mask=there)
+        tl.store(weight_ptr + where, narrow(merged, weight_ptr.dtype.element_ty), mask=there)
     else:
         where = (tile - weight_tiles) * BLOCK + tl.arange(0, BLOCK)
         there = where < K
@@ -158,12 +158,14 @@ def run(
     x_scale: Tensor | None = None,
     x_shift: Tensor | None = None,
     stride=(1, 1),
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.conv1x1_wgrad`. Raises RuntimeError on arguments that do not fit."""
     check(g, x, (mask, z, a, b, d, scale, shift, sample_factor), x_scale, x_shift, stride)
     (n, k, h, w), c = g.shape, x.shape[1]
+    dtype = x.dtype if rounded else torch.float32
     if g.numel() == 0 or c == 0:
-        return g.new_zeros((k, c), dtype=torch.float32), g.new_zeros(k, dtype=torch.float32)
+        return g.new_zeros((k, c), dtype=dtype), g.new_zeros(k, dtype=torch.float32)
     recompute = (scale, shift) if mask is None else (None, None)
     used_z = z if b is not None or recompute[0] is not None else None
     config = gemm.configuration(op.OP.name, g, k, c)
@@ -171,10 +173,11 @@ def run(
     rows = n * h * w
     sizes = (rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)
     split = splits.choose(*sizes, cards.of(g.device).sms, splits.resident(config))
-    grad_weight, sum_g = (g.new_empty(shape, dtype=torch.float32) for shape in ((k, c), (k,)))
+    grad_weight, sum_g = g.new_empty((k, c), dtype=dtype), g.new_empty(k, dtype=torch.float32)
     partial = grad_weight, sum_g
-    if split.splits > 1:
-        partial = tuple(t.new_empty((split.splits, *t.shape)) for t in partial)
+    apart = split.splits > 1 or rounded  # one binary, whatever the number of splits
+    if apart:
+        partial = tuple(t.new_empty((split.splits, *t.shape), dtype=torch.float32) for t in partial)
     (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
     sizes = {"M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "DIV_K": div_k, "DIV_C": div_c}
     sizes["TILES"] = split.row_tiles
@@ -185,7 +188,7 @@ def run(
     gradient = (used_z, mask, a, b, d, *recompute, sample_factor)
     gemm.launch(conv1x1_wgrad_kernel, split.splits * tiles, config, g, x, *gradient, x_scale, x_shift, *partial,
                 **sizes, **geometry, **blocks)  # fmt: skip
-    if split.splits > 1:
+    if apart:
         merge(partial, (grad_weight, sum_g))
     return grad_weight, sum_g
 

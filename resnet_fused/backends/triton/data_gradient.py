@@ -1,6 +1,6 @@
 """What the data gradients of 1x1 convolutions share, alone or beside the weight gradient.
 
-Products with a matrix as it lies, what is added at the end of a tile, the check of that, and the sums' second stage.
+Products with a matrix as it lies, what is added at the end of a tile, the check of that, and room for its sums.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from ...ops.contract import Tensor, mask_shape
-from . import checks, common, gemm
+from . import checks, chunk_sums, common, gemm
+from .chunk_sums import Norm, Sums
 from .common import unpack_bits, widen
 from .gemm import dot
-from .norm_add_relu_backward import MERGE_CHANNELS, MERGE_CHUNKS, sum_chunks_kernel
 
 # Device side ----------------------------------------------------------------------------------------------------
 
@@ -109,11 +109,10 @@ def check_additions(
                               f"{wanted} mask that a forward emitted for residual's shape")  # fmt: skip
 
 
-def add_chunks(partial: Tensor, sums: list[Tensor]) -> None:
-    """Add the chunks ``[2, chunks, C]`` of two sums, in order."""
-    _, chunks, c = partial.shape
-    channel_tiles = common.cdiv(c, MERGE_CHANNELS)
-    merge = {"chunks": chunks, "C": c, "channel_tiles": channel_tiles}
-    merge |= {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
-    targets = (*sums, partial, partial)  # the last two are never written
-    common.start(sum_chunks_kernel, 2 * channel_tiles, partial, *targets, **merge)
+def summed(op: str, grad_x: Tensor, x, x_scale, x_mean, x_rstd, there: bool) -> Sums:
+    """Room for the sums of grad_x, empty unless `there`, and for the coefficients where x_rstd is given."""
+    checks.vector(op, "x_rstd", x_rstd, grad_x)
+    if x_rstd is not None and not there:
+        checks.fail(op, "got x_rstd without x_scale and x_mean; pass them too")
+    norm = None if x_rstd is None else Norm(x_mean, x_rstd, x_scale, x.shape[0] * x.shape[2] * x.shape[3])
+    return chunk_sums.sums(grad_x, grad_x.shape[1] if there else 0, norm)

@@ -1,10 +1,13 @@
-"""`gram_grad` in Triton: two launches, no atomics.
+"""`gram_grad` in Triton: two launches, no atomics; one where the input is narrow.
 
 1. A program per BLOCK_M rows of W. First the sums along the rows: Wm, ``W centre`` and ``W * (P_d - sum_g m')``, which
    is grad_gamma without rstd: m is subtracted where digits cancel, in the elements, not in their sums. Then
    grad_weight, tile by tile, with ``W gram`` beside it. b and ``e = d0 - b*(W centre)`` go to scratch.
 2. A program per tile of the upper triangle of `coupling`, looping over all K; it writes the tile and its mirror image.
    The tiles of the diagonal, one for each tile of columns, sum ``constant = sum_k e_k W[k, c]`` on the way.
+
+Of few channels W and P are small: the programs of the second launch then find b and e again, each all of them, and
+start beside those of the first. At K = 512, C = 128 ten programs read 0.4 MB each out of L2.
 
 Every product is float32 times float32 on the ordinary units (`ieee`), as in :mod:`.gram_norm`. Bytes: the first reads W
 and P twice, the second time out of L1 or L2, and `gram` (4 C^2, in L2) once a program, and writes grad_weight; the
@@ -49,24 +52,13 @@ def row_sums(
     return tl.sum(wp, axis=1), tl.sum(wm, axis=1), tl.sum(wc, axis=1)
 
 
-@triton.jit(do_not_specialize=["M", "K", "UNITS"])
-def gram_grad_rows_kernel(
-    weight_ptr, product_ptr, gram_ptr, total_ptr, centre_ptr,  # [K, C], [K, C], [C, C], [C], [C]
-    sum_g_ptr, scale_ptr, rstd_ptr,  # [K] each
-    grad_weight_ptr, grad_gamma_ptr,  # [K, C], [K]
-    scratch_ptr,  # [2, K]: b, e
-    M, K, UNITS,
-    DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def coefficients(
+    weight_ptr, product_ptr,  # at the first of BLOCK_M rows
+    total_ptr, centre_ptr, sum_g_ptr, scale_ptr, rstd_ptr, rows, per_pixel, in_rows, C,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    C = UNITS * DIV
-    pitch = C.to(tl.int64)
-    per_pixel = tl.div_rn(1.0, M.to(tl.float32))
-    row = first_row(tl.program_id(0), 1, 0, BLOCK_M)
-    in_rows = rows_in(row, K, BLOCK_M)
-    rows = row + tl.arange(0, BLOCK_M)
-    offsets = tl.arange(0, BLOCK_M)[:, None] * C
-    weight_ptr += row * C
-    product_ptr += row * C
+    """Of the rows `rows`: grad_gamma, b, d0 and e; and sum_g and scale."""
     sum_g = tl.load(sum_g_ptr + rows, mask=in_rows, other=0.0)
     scale = tl.load(scale_ptr + rows, mask=in_rows, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
@@ -76,9 +68,32 @@ def gram_grad_rows_kernel(
     unit = scale * per_pixel
     b = -unit * (rstd * grad_gamma)
     d0 = unit * tl.fma(rstd * grad_gamma, wm, -sum_g)
+    return grad_gamma, b, d0, tl.fma(-b, wc, d0), sum_g, scale
+
+
+@triton.jit
+def write_rows(
+    program, weight_ptr, product_ptr, gram_ptr, total_ptr, centre_ptr, sum_g_ptr, scale_ptr, rstd_ptr,
+    grad_weight_ptr, grad_gamma_ptr, scratch_ptr, M, K, C,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of the weight's gradient and of gamma's; b and e to scratch, if there is any."""
+    pitch = C.to(tl.int64)
+    per_pixel = tl.div_rn(1.0, M.to(tl.float32))
+    row = first_row(program, 1, 0, BLOCK_M)
+    in_rows = rows_in(row, K, BLOCK_M)
+    rows = row + tl.arange(0, BLOCK_M)
+    offsets = tl.arange(0, BLOCK_M)[:, None] * C
+    weight_ptr += row * C
+    product_ptr += row * C
+    grad_gamma, b, d0, e, sum_g, scale = coefficients(
+        weight_ptr, product_ptr, total_ptr, centre_ptr, sum_g_ptr, scale_ptr, rstd_ptr, rows, per_pixel, in_rows, C,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     tl.store(grad_gamma_ptr + rows, grad_gamma, mask=in_rows)
-    tl.store(scratch_ptr + rows, b, mask=in_rows)
-    tl.store(scratch_ptr + K + rows, tl.fma(-b, wc, d0), mask=in_rows)
+    if scratch_ptr is not None:
+        tl.store(scratch_ptr + rows, b, mask=in_rows)
+        tl.store(scratch_ptr + K + rows, e, mask=in_rows)
     for j in tl.range(0, C, BLOCK_N):
         cols = j + tl.arange(0, BLOCK_N)
         in_cols = cols < C
@@ -96,6 +111,7 @@ def gram_grad_rows_kernel(
         total = tl.load(total_ptr + cols, mask=in_cols, other=0.0)[None, :]
         p = tl.fma(-sum_g[:, None], centre, p)
         grad = tl.fma(scale[:, None], p, tl.fma(b[:, None], acc, d0[:, None] * total))
+        grad = narrow(grad, grad_weight_ptr.dtype.element_ty)
         tl.store(grad_weight_ptr + row * C + offsets + cols[None, :], grad, mask=inside)
 
 
@@ -109,16 +125,16 @@ def upper_tile(program, tiles):
     return row, row + tl.where(first, q, q - (tiles - p))
 
 
-@triton.jit(do_not_specialize=["K", "UNITS"])
-def gram_grad_coupling_kernel(
-    weight_ptr, scratch_ptr,  # [K, C], [2, K]: b, e
-    coupling_ptr, constant_ptr,  # [C, C], [C]
-    K, UNITS,
-    DIV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def write_coupling(
+    tile, weight_ptr, product_ptr, total_ptr, centre_ptr, sum_g_ptr, scale_ptr, rstd_ptr,
+    scratch_ptr,  # or None: b and e are found again
+    coupling_ptr, constant_ptr, M, K, C,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    C = UNITS * DIV
+    """A tile of the upper triangle of the coupling and its mirror image, on the diagonal a piece of the constant."""
     pitch = C.to(tl.int64)
-    left, right = upper_tile(tl.program_id(0), tl.cdiv(C, BLOCK_N))
+    left, right = upper_tile(tile, tl.cdiv(C, BLOCK_N))
     rows = left * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = right * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows, in_cols = rows < C, cols < C
@@ -131,10 +147,17 @@ def gram_grad_coupling_kernel(
         start = weight_ptr + k * pitch
         w_left = tl.load(start + offsets + rows[None, :], mask=in_depth[:, None] & in_rows[None, :], other=0.0)
         w_right = tl.load(start + offsets + cols[None, :], mask=in_depth[:, None] & in_cols[None, :], other=0.0)
-        b = tl.load(scratch_ptr + depth, mask=in_depth, other=0.0)[:, None]
-        e = tl.load(scratch_ptr + K + depth, mask=in_depth, other=0.0)[:, None]
-        constant = tl.fma(e, widen(w_right), constant)
-        acc = gemm.dot(tl.trans(widen(w_left)), b * widen(w_right), acc, "ieee")
+        if scratch_ptr is not None:
+            b = tl.load(scratch_ptr + depth, mask=in_depth, other=0.0)
+            e = tl.load(scratch_ptr + K + depth, mask=in_depth, other=0.0)
+        else:
+            per_pixel = tl.div_rn(1.0, M.to(tl.float32))
+            _, b, _, e, _, _ = coefficients(
+                start, product_ptr + k * pitch, total_ptr, centre_ptr, sum_g_ptr, scale_ptr, rstd_ptr, depth, per_pixel,
+                in_depth, C, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
+        constant = tl.fma(e[:, None], widen(w_right), constant)
+        acc = gemm.dot(tl.trans(widen(w_left)), b[:, None] * widen(w_right), acc, "ieee")
     rounded = narrow(acc, coupling_ptr.dtype.element_ty)
     inside = in_rows[:, None] & in_cols[None, :]  # the diagonal's own lower half is rounded otherwise: left out
     upper, mirror = rows[:, None] <= cols[None, :], rows[:, None] < cols[None, :]
@@ -142,6 +165,50 @@ def gram_grad_coupling_kernel(
     tl.store(coupling_ptr + cols.to(tl.int64)[None, :] * C + rows[:, None], rounded, mask=inside & mirror)
     if left == right:
         tl.store(constant_ptr + cols, tl.sum(constant, axis=0), mask=in_cols)
+
+
+@triton.jit(do_not_specialize=["M", "K", "UNITS"])
+def gram_grad_rows_kernel(
+    weight_ptr, product_ptr, gram_ptr, total_ptr, centre_ptr,  # [K, C], [K, C], [C, C], [C], [C]
+    sum_g_ptr, scale_ptr, rstd_ptr,  # [K] each
+    grad_weight_ptr, grad_gamma_ptr,  # [K, C], [K]
+    scratch_ptr,  # [2, K]: b, e
+    M, K, UNITS,
+    DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    write_rows(tl.program_id(0), weight_ptr, product_ptr, gram_ptr, total_ptr, centre_ptr, sum_g_ptr, scale_ptr,
+               rstd_ptr, grad_weight_ptr, grad_gamma_ptr, scratch_ptr, M, K, UNITS * DIV,
+               BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["K", "UNITS"])
+def gram_grad_coupling_kernel(
+    weight_ptr, scratch_ptr,  # [K, C], [2, K]: b, e
+    coupling_ptr, constant_ptr,  # [C, C], [C]
+    K, UNITS,
+    DIV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    write_coupling(tl.program_id(0), weight_ptr, None, None, None, None, None, None, scratch_ptr,
+                   coupling_ptr, constant_ptr, None, K, UNITS * DIV, BLOCK_N, BLOCK_K)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "K", "UNITS"])
+def gram_grad_narrow_kernel(
+    weight_ptr, product_ptr, gram_ptr, total_ptr, centre_ptr,  # [K, C], [K, C], [C, C], [C], [C]
+    sum_g_ptr, scale_ptr, rstd_ptr,  # [K] each
+    grad_weight_ptr, grad_gamma_ptr, coupling_ptr, constant_ptr,  # [K, C], [K], [C, C], [C]
+    M, K, UNITS,
+    DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SQUARE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(K, BLOCK_M)
+    if program < row_programs:
+        write_rows(program, weight_ptr, product_ptr, gram_ptr, total_ptr, centre_ptr, sum_g_ptr, scale_ptr, rstd_ptr,
+                   grad_weight_ptr, grad_gamma_ptr, None, M, K, UNITS * DIV, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    else:
+        write_coupling(program - row_programs, weight_ptr, product_ptr, total_ptr, centre_ptr, sum_g_ptr, scale_ptr,
+                       rstd_ptr, None, coupling_ptr, constant_ptr, M, K, UNITS * DIV, SQUARE, DEPTH)  # fmt: skip
 
 
 def check(weight, product, gram, total, centre, sum_g, scale, rstd, a) -> None:
@@ -170,22 +237,26 @@ def run(
     k, c = weight.shape[:2]
     pixels = a.shape[0] * a.shape[2] * a.shape[3]
     if pixels == 0 or weight.numel() == 0:
-        return scale.new_zeros(k, c), scale.new_zeros(k), weight.new_zeros(c, c, 1, 1), scale.new_zeros(c)
-    grad_weight, grad_gamma, scratch = scale.new_empty(k, c), scale.new_empty(k), scale.new_empty(2, k)
+        return weight.new_zeros(k, c), scale.new_zeros(k), weight.new_zeros(c, c, 1, 1), scale.new_zeros(c)
+    grad_weight, grad_gamma = weight.new_empty(k, c), scale.new_empty(k)
     coupling, constant = weight.new_empty(c, c, 1, 1), scale.new_empty(c)
     units, div = gemm.split(c)
     sizes = {"K": k, "UNITS": units, "DIV": div}
     card = configs.capability(weight.device), weight.element_size()
-    config = configs.config("gram_grad", *card, c, c)
+    config, square = configs.config("gram_grad", *card, c, c), configs.config("gram_grad coupling", *card, c, k)
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    tensors = (weight, product, gram, total, centre, sum_g, scale, rstd, grad_weight, grad_gamma, scratch)
-    programs = common.cdiv(k, config.block_m)
-    gemm.launch(gram_grad_rows_kernel, programs, config, *tensors, M=pixels, **sizes, **blocks)
-    config = configs.config("gram_grad coupling", *card, c, k)
-    blocks = {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    tiles = common.cdiv(c, config.block_n)
-    kernel, programs = gram_grad_coupling_kernel, tiles * (tiles + 1) // 2
-    gemm.launch(kernel, programs, config, weight, scratch, coupling, constant, **sizes, **blocks)
+    given = (weight, product, gram, total, centre, sum_g, scale, rstd, grad_weight, grad_gamma)
+    programs, tiles = common.cdiv(k, config.block_m), common.cdiv(c, square.block_n)
+    tiles = tiles * (tiles + 1) // 2
+    if c <= op.NARROW:
+        blocks |= {"SQUARE": square.block_n, "DEPTH": square.block_k}
+        kernel = gram_grad_narrow_kernel
+        gemm.launch(kernel, programs + tiles, config, *given, coupling, constant, M=pixels, **sizes, **blocks)
+        return grad_weight, grad_gamma, coupling, constant
+    scratch = scale.new_empty(2, k)
+    gemm.launch(gram_grad_rows_kernel, programs, config, *given, scratch, M=pixels, **sizes, **blocks)
+    blocks = {"BLOCK_N": square.block_n, "BLOCK_K": square.block_k}
+    gemm.launch(gram_grad_coupling_kernel, tiles, square, weight, scratch, coupling, constant, **sizes, **blocks)
     return grad_weight, grad_gamma, coupling, constant
 
 

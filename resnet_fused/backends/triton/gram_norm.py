@@ -19,15 +19,17 @@ import triton.language as tl
 from ...ops import gram_norm as op
 from ...ops.contract import Tensor
 from . import checks, common, configs, gemm
+from .bn_affine import outputs, store_statistics
 from .common import clamp_below_zero, first_row, rows_in, widen
 
 
 @triton.jit(do_not_specialize=["M", "K", "UNITS"])
 def gram_norm_kernel(
     weight_ptr, gram_ptr, total_ptr, centre_ptr,  # [K, C], [C, C], [C], [C]
-    mean_ptr, m2_ptr,  # [K], [K]
+    mean_ptr, m2_ptr,  # [K], [K] or None
+    gamma_ptr, beta_ptr, var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_out_ptr,  # without m2_ptr: see `store_affine`
     M, K, UNITS,
-    DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr, DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     C = UNITS * DIV
     pitch = C.to(tl.int64)
@@ -57,28 +59,37 @@ def gram_norm_kernel(
         var = tl.fma(acc, w, var)
         mean = tl.fma(w, (m + centre)[None, :], mean)
     rows = row + tl.arange(0, BLOCK_M)
-    tl.store(mean_ptr + rows, tl.sum(mean, axis=1), mask=in_rows)
-    tl.store(m2_ptr + rows, clamp_below_zero(tl.sum(var, axis=1)) * M.to(tl.float32), mask=in_rows)
+    m2 = clamp_below_zero(tl.sum(var, axis=1)) * M.to(tl.float32)
+    store_statistics(tl.sum(mean, axis=1), m2, M, rows, in_rows, mean_ptr, m2_ptr, gamma_ptr, beta_ptr,
+                     var_ptr, rstd_ptr, scale_ptr, shift_ptr, centre_out_ptr, EPS)  # fmt: skip
 
 
-def run(weight: Tensor, gram: Tensor, total: Tensor, centre: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def run(
+    weight: Tensor,
+    gram: Tensor,
+    total: Tensor,
+    centre: Tensor,
+    a: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.gram_norm`. Raises RuntimeError on arguments that do not fit."""
     name = "gram_norm"
     checks.gram_arguments(name, weight, gram, total, centre, a)
     k, c = weight.shape[:2]
     pixels = a.shape[0] * a.shape[2] * a.shape[3]
-    launched = pixels > 0 and weight.numel() > 0
-    vector = total.new_empty if launched else total.new_zeros
-    mean, m2 = vector(k), vector(k)
-    if launched:
-        units, div = gemm.split(c)
-        config = configs.config(name, configs.capability(weight.device), weight.element_size(), c, c)
-        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        sizes = {"M": pixels, "K": k, "UNITS": units, "DIV": div}
-        programs = common.cdiv(k, config.block_m)
-        tensors = (weight, gram, total, centre, mean, m2)
-        gemm.launch(gram_norm_kernel, programs, config, *tensors, **sizes, **blocks)
-    return mean, m2
+    found = outputs(name, total, k, gamma, beta, eps)
+    if pixels == 0 or weight.numel() == 0:
+        return found.of_nothing(a)
+    units, div = gemm.split(c)
+    config = configs.config(name, configs.capability(weight.device), weight.element_size(), c, c)
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    sizes = {"M": pixels, "K": k, "UNITS": units, "DIV": div, "EPS": 0.0 if eps is None else eps}
+    programs = common.cdiv(k, config.block_m)
+    tensors = (weight, gram, total, centre, *found.arguments)
+    gemm.launch(gram_norm_kernel, programs, config, *tensors, **sizes, **blocks)
+    return found.results
 
 
 KERNEL = common.register(op.OP, run)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...ops import DATA_DTYPES, Op, conv1x1_backward
+from ...ops import DATA_DTYPES, Op, conv1x1_backward, running_update
 from ..declaration import no_reasons
 from . import checks
 
@@ -54,10 +54,25 @@ def both_gradients(*args, **kwargs) -> list[str]:
     return reasons + checks.unsupported(*args, **kwargs)
 
 
-#: Of float32, registers would hold half.
-_OTHERS = {"conv1x1_backward": Limits((torch.bfloat16, torch.float16), both_gradients, narrow_weight)}
+def plain_buffers(*args, **kwargs) -> list[str]:
+    """Reasons against a call of `running_update`."""
+    for update in running_update.split(args, kwargs)[0]:
+        vectors = (update.running_mean, update.running_var, update.mean, update.var)
+        if not all(t.dtype == torch.float32 and t.is_contiguous() and t.device == args[0].device for t in vectors):
+            return ["takes contiguous float32 vectors on one device only"]
+        counter = update.counter
+        if counter is not None and (counter.dtype != torch.int64 or counter.dim() or counter.device != args[0].device):
+            return ["takes int64 counters beside their norms only"]
+    return []
+
+
+_OTHERS = {
+    # of float32, registers would hold half
+    "conv1x1_backward": Limits((torch.bfloat16, torch.float16), both_gradients, narrow_weight),
+    "running_update": Limits((torch.float32,), plain_buffers),
+}
 
 
 def of(op: Op) -> Limits:
     """What the kernel of `op` takes: activations in channels_last, unless it says otherwise here."""
-    return Limits((torch.float32,), no_reasons) if op.vectors else _OTHERS.get(op.name, Limits())
+    return _OTHERS.get(op.name, Limits((torch.float32,), no_reasons) if op.vectors else Limits())

@@ -13,11 +13,10 @@ import triton.language as tl
 
 from ...ops import norm_add_relu_backward as op
 from ...ops.contract import Tensor, channels_last_like
-from . import checks, common
+from . import checks, chunk_sums, common
 from .common import first_row, load_factor, narrow, rows_in, unpack_bits, widen
 
 TILE, CAP, MIN_TILES = 1024, 64, 4
-MERGE_CHUNKS, MERGE_CHANNELS = 128, 8  # a tile of stage 2; 8 floats are one 32-byte sector
 
 
 @triton.jit
@@ -102,36 +101,8 @@ def norm_add_relu_backward_kernel(
         tl.store(where + 2 * plane, tl.sum(residual_sum_gz, axis=0), mask=in_cols)
 
 
-@triton.jit(do_not_specialize=["chunks", "C", "channel_tiles"])
-def sum_chunks_kernel(
-    partial_ptr,  # [sums, chunks, C]
-    first_ptr, second_ptr, third_ptr, fourth_ptr,  # [C] each; those beyond the number of sums are not touched
-    chunks, C, channel_tiles,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    which = tl.program_id(0) // channel_tiles
-    cols = (tl.program_id(0) % channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_cols = cols < C
-    base = partial_ptr + which.to(tl.int64) * chunks * C
-    total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    for k in tl.range(0, chunks, BLOCK_K):
-        index = k + tl.arange(0, BLOCK_K)
-        where = index.to(tl.int64)[:, None] * C + cols[None, :]
-        total += tl.load(base + where, mask=(index < chunks)[:, None] & in_cols[None, :], other=0.0)
-    sums = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(first_ptr + cols, sums, mask=in_cols)
-    elif which == 1:
-        tl.store(second_ptr + cols, sums, mask=in_cols)
-    elif which == 2:
-        tl.store(third_ptr + cols, sums, mask=in_cols)
-    else:
-        tl.store(fourth_ptr + cols, sums, mask=in_cols)
-
-
-def check(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu) -> None:
+def check(name, grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu) -> None:
     """Raise RuntimeError on wrong shapes, dtypes, devices, layouts, or too few arguments."""
-    name = "norm_add_relu_backward"
     checks.data(name, "grad_out", grad_out)
     checks.centred(name, "z", z, "mean", mean, grad_out)
     checks.pair(name, "scale", scale, "shift", shift, grad_out)
@@ -140,6 +111,22 @@ def check(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample
         checks.fail(name, "with relu, pass mask, or z, scale and shift to recompute it from")
     checks.centred(name, "residual", residual, "residual_mean", residual_mean, grad_out)
     checks.vector(name, "sample_factor", sample_factor, grad_out, dim=0)
+
+
+def start(
+    grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu, g, sums: int
+) -> Tensor:  # fmt: skip
+    """Launch the first stage; returns the chunks ``[sums, chunks, C]`` of so many sums. `g`: to be written, or None."""
+    mask = mask if relu else None
+    vectors = (scale, shift) if relu and mask is None else (None, None)
+    plan = common.tiling(grad_out, TILE, CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
+    partial = grad_out.new_empty((sums, plan.chunks, grad_out.shape[1]), dtype=torch.float32)
+    rest = (mask, residual, residual_mean, sample_factor, g, partial, plan.chunks)
+    bits = mask is not None and mask.dtype == torch.uint8
+    hw = grad_out.shape[2] * grad_out.shape[3]
+    kernel = norm_add_relu_backward_kernel
+    common.launch(kernel, plan, grad_out, z, mean, *vectors, *rest, HW=hw, RELU=relu, BITS=bits)
+    return partial
 
 
 def run(
@@ -156,29 +143,16 @@ def run(
     emit_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`resnet_fused.ops.norm_add_relu_backward`. Raises RuntimeError on arguments that do not fit."""
-    check(grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu)
+    arguments = (grad_out, z, mean, scale, shift, mask, residual, residual_mean, sample_factor, relu)
+    check("norm_add_relu_backward", *arguments)
     c = grad_out.shape[1]
     present = (True, z is not None, residual is not None, residual is not None)
     vector = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros  # sums over nothing are zero
     sums = [vector(c if p else 0, dtype=torch.float32) for p in present]
     g = channels_last_like(grad_out) if emit_grad else grad_out.new_empty(0)
     if grad_out.numel():
-        mask = mask if relu else None
-        recompute = relu and mask is None
-        plan = common.tiling(grad_out, TILE, CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
-        partial = grad_out.new_empty((sum(present), plan.chunks, c), dtype=torch.float32)
-        vectors = (scale, shift) if recompute else (None, None)
-        rest = (mask, residual, residual_mean, sample_factor, g if emit_grad else None, partial, plan.chunks)
-        bits = mask is not None and mask.dtype == torch.uint8
-        hw = grad_out.shape[2] * grad_out.shape[3]
-        kernel = norm_add_relu_backward_kernel
-        common.launch(kernel, plan, grad_out, z, mean, *vectors, *rest, HW=hw, RELU=relu, BITS=bits)
-        targets = [s for s, p in zip(sums, present, strict=True) if p]
-        targets += [partial] * (4 - len(targets))  # never written
-        tiles = common.cdiv(c, MERGE_CHANNELS)
-        sizes = {"chunks": plan.chunks, "C": c, "channel_tiles": tiles}
-        blocks = {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
-        common.start(sum_chunks_kernel, tiles * sum(present), partial, *targets, **sizes, **blocks)
+        partial = start(*arguments, g if emit_grad else None, sum(present))
+        chunk_sums.add(partial, [s for s, p in zip(sums, present, strict=True) if p])
     return g, *sums
 
 

@@ -13,9 +13,8 @@ import triton.language as tl
 
 from ...ops import norm_relu_pool_backward as op
 from ...ops.contract import Tensor
-from . import checks, common
+from . import checks, chunk_sums, common
 from .common import first_row, rows_in, widen
-from .norm_add_relu_backward import MERGE_CHANNELS, MERGE_CHUNKS, sum_chunks_kernel
 from .norm_relu_pool import pixels_from, windows
 
 TILE_BYTES, CAP, MIN_TILES = 2048, 64, 4  # 16 bytes of activations a thread
@@ -155,11 +154,7 @@ def run(
         meta = sizes(grad_out, z, kernel, stride, padding) | {"chunks": plan.chunks}
         vectors = (mean, scale, shift)
         common.launch(norm_relu_pool_backward_kernel, plan, grad_out, index, z, *vectors, partial, **meta)
-        tiles = common.cdiv(c, MERGE_CHANNELS)
-        merged = {"chunks": plan.chunks, "C": c, "channel_tiles": tiles}
-        blocks = {"BLOCK_K": MERGE_CHUNKS, "BLOCK_C": MERGE_CHANNELS}
-        unused = (partial, partial)  # a third and a fourth sum: never written
-        common.start(sum_chunks_kernel, 2 * tiles, partial, sum_g, sum_gz, *unused, **merged, **blocks)
+        chunk_sums.add(partial, [sum_g, sum_gz])
     return sum_g, sum_gz
 
 

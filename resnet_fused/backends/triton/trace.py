@@ -34,8 +34,15 @@ class Launch:
 
     kernel: object
     programs: int
-    values: dict  # of the kernel's parameters, by name
+    positional: tuple  # the kernel's first parameters
+    named: dict  # its others, by name
     options: dict  # num_warps, num_stages, maxnreg, enable_fp_fusion
+    settings: dict  # what `common.start` was given to make them of
+
+    @functools.cached_property
+    def values(self) -> dict:
+        """Of the kernel's parameters, by name."""
+        return dict(zip(self.kernel.arg_names, self.positional, strict=False)) | self.named
 
     @functools.cached_property
     def binary(self) -> tuple:
@@ -56,7 +63,7 @@ class Launch:
         return {name: self.values[name] for name in names if isinstance(self.values[name], int)}
 
 
-def note(kernel, programs: int, args: tuple, meta: dict, options: dict) -> None:
+def note(kernel, programs: int, args: tuple, meta: dict, options: dict, settings: dict) -> None:
     """Called for each launch on meta tensors, instead of starting it.
 
     Raises:
@@ -65,17 +72,21 @@ def note(kernel, programs: int, args: tuple, meta: dict, options: dict) -> None:
     notes = _notes.get()
     if notes is None:
         raise RuntimeError("resnet_fused's Triton kernels do not run on meta tensors; pass real ones")
-    values = dict(zip(kernel.arg_names, args, strict=False)) | meta
-    notes.append(Launch(kernel, programs, values, options))
+    notes.append(Launch(kernel, programs, args, meta, options, settings))
 
 
 def launches(run: Callable, args: tuple, kwargs: dict, card: Card) -> list[Launch]:
     """What ``run(*args, **kwargs)`` would start on `card`. Tensors may lie anywhere; their values do not matter."""
+    return listened(run, tuple(map(on_meta, args)), {name: on_meta(value) for name, value in kwargs.items()}, card)[0]
+
+
+def listened(run: Callable, args: tuple, kwargs: dict, card: Card) -> tuple[list[Launch], object]:
+    """What ``run(*args, **kwargs)`` on meta tensors would start on `card`, and what it returns."""
     token = _notes.set([])
     try:
         with assuming(card), torch.no_grad():
-            run(*map(on_meta, args), **{name: on_meta(value) for name, value in kwargs.items()})
-        return _notes.get()
+            results = run(*args, **kwargs)
+        return _notes.get(), results
     finally:
         _notes.reset(token)
 

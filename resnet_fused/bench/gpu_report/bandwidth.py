@@ -93,10 +93,10 @@ def row_of_call(context: Context, backend: Backend, call: Call, count: int, wher
 def match(context: Context, call: Call, kernel: Callable, arguments: tuple) -> dict[str, object]:
     """Of the result furthest from float64, relative to what is allowed: both; or why nothing was compared."""
     own = changed(arguments, torch.clone)
-    got = results(kernel(*own), own)
+    got = results(kernel(*own), own, call.contract)
     try:
         wide = changed(arguments, widened)
-        exact = results(call.contract.reference(*wide), wide)
+        exact = results(call.contract.reference(*wide), wide, call.contract)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return {"reason": "float64 does not fit into memory"}

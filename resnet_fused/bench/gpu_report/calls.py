@@ -39,7 +39,9 @@ def draw(spec: Spec, generator: torch.Generator, window: int) -> Tensor:
         drawn = torch.randint(-steps, steps + 1, spec.shape, generator=generator, device=device, dtype=torch.int8)
         return drawn.to(spec.dtype).mul_(step)
 
-    if spec.dtype == torch.uint8:
+    if spec.dtype == torch.int64:  # a counter
+        drawn = torch.randint(0, 100, spec.shape, generator=generator, device=device)
+    elif spec.dtype == torch.uint8:
         top = window if spec.name == "index" else 256
         drawn = torch.randint(0, top, spec.shape, generator=generator, device=device, dtype=torch.uint8)
     elif spec.name == "sample_factor":

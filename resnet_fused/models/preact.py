@@ -25,15 +25,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .resnet import NormLayer, conv1x1, conv3x3, initialise
+from .resnet import NormLayer, Stages, ThreeConvolutions, TwoConvolutions, conv1x1, conv3x3, initialise
 
 
-def relu_behind(norm: nn.Module) -> nn.ReLU:
-    """A ReLU that writes over what `norm` returns, unless that is the very input of a norm-free block."""
-    return nn.ReLU(inplace=not isinstance(norm, nn.Identity))
-
-
-class PreActBasicBlock(nn.Module):
+class PreActBasicBlock(TwoConvolutions):
     """Two 3x3 convolutions and a shortcut, norm and ReLU first: the block of the pre-activation ResNet-110.
 
     ``conv2(relu(bn2(conv1(a)))) + shortcut`` with ``a = relu(bn1(x))``; the shortcut is ``downsample(a)``, or `x`
@@ -52,32 +47,7 @@ class PreActBasicBlock(nn.Module):
         NotImplementedError: `dilation` is above 1.
     """
 
-    expansion = 1
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        if groups != 1 or base_width != 64:
-            raise ValueError("PreActBasicBlock only supports groups=1 and base_width=64")
-        if dilation > 1:
-            raise NotImplementedError("Dilation > 1 not supported in PreActBasicBlock")
-        self.bn1 = norm_layer(inplanes)
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn2 = norm_layer(planes)
-        self.conv2 = conv3x3(planes, planes)
-        self.relu = relu_behind(self.bn1)
-        self.downsample = downsample
-        self.stride = stride
+    norm_first = True
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(x))
@@ -87,7 +57,7 @@ class PreActBasicBlock(nn.Module):
         return out + identity
 
 
-class PreActBottleneck(nn.Module):
+class PreActBottleneck(ThreeConvolutions):
     """1x1, 3x3 and 1x1 convolutions and a shortcut, norm and ReLU first: the block of all deeper nets here.
 
     ``conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + shortcut`` with ``a = relu(bn1(x))``; the shortcut is
@@ -103,31 +73,7 @@ class PreActBottleneck(nn.Module):
         norm_layer: builds a norm layer from a channel count; default ``nn.BatchNorm2d``.
     """
 
-    expansion = 4
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64.0)) * groups
-        self.bn1 = norm_layer(inplanes)
-        self.conv1 = conv1x1(inplanes, width)
-        self.bn2 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
-        self.bn3 = norm_layer(width)
-        self.conv3 = conv1x1(width, planes * self.expansion)
-        self.relu = relu_behind(self.bn1)
-        self.downsample = downsample
-        self.stride = stride
+    norm_first = True
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(x))
@@ -138,34 +84,15 @@ class PreActBottleneck(nn.Module):
         return out + identity
 
 
-class _Stages(nn.Module):
-    """What both networks share: how a stage is made, and what follows the last one."""
+class _PreActStages(Stages):
+    """What both networks share: a projection with no norm behind it, and what follows the last stage."""
 
-    def __init__(self, inplanes: int, norm_layer: NormLayer | None, groups: int = 1, width_per_group: int = 64) -> None:
-        super().__init__()
-        self._norm_layer = norm_layer or nn.BatchNorm2d
-        self.inplanes = inplanes
-        self.dilation = 1
-        self.groups = groups
-        self.base_width = width_per_group
-
-    def _make_layer(self, block: type, planes: int, blocks: int, stride=1, dilate=False) -> nn.Sequential:
-        outplanes = planes * block.expansion
-        first_dilation = self.dilation
-        if dilate:
-            self.dilation *= stride
-            stride = 1
-        reshapes = stride != 1 or self.inplanes != outplanes
-        downsample = conv1x1(self.inplanes, outplanes, stride) if reshapes else None
-        shared = {"groups": self.groups, "base_width": self.base_width, "norm_layer": self._norm_layer}
-        stage = [block(self.inplanes, planes, stride, downsample, dilation=first_dilation, **shared)]
-        self.inplanes = outplanes
-        stage += [block(outplanes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)]
-        return nn.Sequential(*stage)
+    def _projection(self, inputs: int, outputs: int, stride: int) -> nn.Module:
+        return conv1x1(inputs, outputs, stride)
 
     def _make_head(self, num_classes: int) -> None:
         self.bn = self._norm_layer(self.inplanes)
-        self.relu = relu_behind(self.bn)
+        self.relu = nn.ReLU(inplace=not isinstance(self.bn, nn.Identity))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
 
@@ -181,7 +108,7 @@ class _Stages(nn.Module):
                 nn.init.zeros_(block.conv2.weight if isinstance(block, PreActBasicBlock) else block.conv3.weight)
 
 
-class PreActResNet(_Stages):
+class PreActResNet(_PreActStages):
     """A pre-activation network for images ``[N, 3, H, W]`` -> class scores ``[N, num_classes]`` (He et al. 2016).
 
     Computes what timm's ``resnetv2`` with batch norm does; the module's docstring says how the names correspond.
@@ -211,15 +138,9 @@ class PreActResNet(_Stages):
         norm_layer: NormLayer | None = None,
     ) -> None:
         super().__init__(64, norm_layer, groups, width_per_group)
-        dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
-        if len(dilate) != 3:
-            raise ValueError(f"replace_stride_with_dilation should be None or have three elements, got {dilate}")
         self.conv1 = nn.Conv2d(3, self.inplanes, 7, stride=2, padding=3, bias=False)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._make_layer(block, 64, layers[0])
-        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
-        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
-        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
+        self._make_four(block, layers, replace_stride_with_dilation)
         self._make_head(num_classes)
         self._initialise(zero_init_residual)
 
@@ -229,7 +150,7 @@ class PreActResNet(_Stages):
         return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
 
 
-class PreActResNetCifar(_Stages):
+class PreActResNetCifar(_PreActStages):
     """The paper's network for small images, ``[N, 3, 32, 32]`` -> class scores ``[N, num_classes]`` (He et al. 2016).
 
     A 3x3 convolution to 16 channels, then three stages at full, half and a quarter of the resolution.

@@ -29,7 +29,69 @@ def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False)
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """What all residual blocks share: convolutions, a norm of each, one ReLU for all, a shortcut."""
+
+    expansion: int
+    norm_first = False  # whether a norm stands before its convolution
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        convolutions = self._convolutions(inplanes, planes, stride, groups, base_width, dilation)
+        for i, conv in enumerate(convolutions, 1):
+            named = {f"conv{i}": conv}
+            if self.norm_first:
+                named = {f"bn{i}": norm_layer(conv.in_channels), **named}
+            else:
+                named[f"bn{i}"] = norm_layer(conv.out_channels)
+            for name, module in named.items():
+                self.add_module(name, module)
+        # In place, unless what it reads is the very input of a block without norms.
+        self.relu = nn.ReLU(inplace=not (self.norm_first and isinstance(self.bn1, nn.Identity)))
+        self.downsample = downsample
+        self.stride = stride
+
+    def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
+        raise NotImplementedError
+
+
+class TwoConvolutions(ResidualBlock):
+    """Two 3x3 convolutions, the first with the stride."""
+
+    expansion = 1
+
+    def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
+        name = "PreActBasicBlock" if self.norm_first else "BasicBlock"
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"{name} only supports groups=1 and base_width=64")
+        if dilation > 1:
+            raise NotImplementedError(f"Dilation > 1 not supported in {name}")
+        return [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
+
+
+class ThreeConvolutions(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions, the 3x3 with stride, groups and dilation."""
+
+    expansion = 4
+
+    def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
+        width = int(planes * (base_width / 64.0)) * groups
+        first, middle = conv1x1(inplanes, width), conv3x3(width, width, stride, groups, dilation)
+        return [first, middle, conv1x1(width, planes * self.expansion)]
+
+
+class BasicBlock(TwoConvolutions):
     """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and ResNet-34 (He et al. 2015).
 
     ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``, shortcut = `downsample`, or the identity if that is None.
@@ -47,33 +109,6 @@ class BasicBlock(nn.Module):
         NotImplementedError: `dilation` is above 1.
     """
 
-    expansion = 1
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        if groups != 1 or base_width != 64:
-            raise ValueError("BasicBlock only supports groups=1 and base_width=64")
-        if dilation > 1:
-            raise NotImplementedError("Dilation > 1 not supported in BasicBlock")
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(planes, planes)
-        self.bn2 = norm_layer(planes)
-        self.downsample = downsample
-        self.stride = stride
-
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
@@ -82,7 +117,7 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ThreeConvolutions):
     """1x1, 3x3 and 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper, ResNeXt and Wide ResNet.
 
     ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``. The stride is on the 3x3 convolution
@@ -99,32 +134,6 @@ class Bottleneck(nn.Module):
         norm_layer: builds a norm layer from a channel count; default ``nn.BatchNorm2d``.
     """
 
-    expansion = 4
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = conv1x1(inplanes, width)
-        self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
-        self.bn2 = norm_layer(width)
-        self.conv3 = conv1x1(width, planes * self.expansion)
-        self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
-
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
@@ -134,7 +143,45 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-class ResNet(nn.Module):
+class Stages(nn.Module):
+    """What all networks here share: how stages are made."""
+
+    def __init__(self, inplanes: int, norm_layer: NormLayer | None, groups: int = 1, width_per_group: int = 64) -> None:
+        super().__init__()
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.inplanes = inplanes
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+
+    def _projection(self, inputs: int, outputs: int, stride: int) -> nn.Module:
+        return nn.Sequential(conv1x1(inputs, outputs, stride), self._norm_layer(outputs))
+
+    def _make_layer(self, block: type, planes: int, blocks: int, stride=1, dilate=False) -> nn.Sequential:
+        outplanes = planes * block.expansion
+        first_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        reshapes = stride != 1 or self.inplanes != outplanes
+        downsample = self._projection(self.inplanes, outplanes, stride) if reshapes else None
+        shared = {"groups": self.groups, "base_width": self.base_width, "norm_layer": self._norm_layer}
+        stage = [block(self.inplanes, planes, stride, downsample, dilation=first_dilation, **shared)]
+        self.inplanes = outplanes
+        stage += [block(outplanes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)]
+        return nn.Sequential(*stage)
+
+    def _make_four(self, block: type, layers: Sequence[int], dilate: Sequence[bool] | None) -> None:
+        """The four stages of a network for large images."""
+        if dilate is not None and len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation should be None or a 3-element tuple, got {dilate}")
+        dilates = (False, *(dilate or (False, False, False)))
+        for i, (blocks, dilated) in enumerate(zip(layers, dilates, strict=True)):
+            stage = self._make_layer(block, 64 << i, blocks, 1 if i == 0 else 2, dilated)
+            self.add_module(f"layer{i + 1}", stage)
+
+
+class ResNet(Stages):
     """A residual network for images ``[N, 3, H, W]`` -> class scores ``[N, num_classes]`` (He et al. 2015).
 
     Args:
@@ -162,50 +209,15 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
     ) -> None:
-        super().__init__()
-        dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
-        if len(dilate) != 3:
-            raise ValueError(
-                f"replace_stride_with_dilation should be None or a 3-element tuple, got {replace_stride_with_dilation}"
-            )
-        self._norm_layer = norm_layer or nn.BatchNorm2d
-        self.inplanes = 64
-        self.dilation = 1
-        self.groups = groups
-        self.base_width = width_per_group
+        super().__init__(64, norm_layer, groups, width_per_group)
         self.conv1 = nn.Conv2d(3, self.inplanes, 7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._make_layer(block, 64, layers[0])
-        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
-        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
-        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
+        self._make_four(block, layers, replace_stride_with_dilation)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         initialise(self, zero_init_residual)
-
-    def _make_layer(
-        self,
-        block: type[BasicBlock | Bottleneck],
-        planes: int,
-        blocks: int,
-        stride: int = 1,
-        dilate: bool = False,
-    ) -> nn.Sequential:
-        outplanes = planes * block.expansion
-        first_dilation = self.dilation
-        if dilate:
-            self.dilation *= stride
-            stride = 1
-        downsample = None
-        if stride != 1 or self.inplanes != outplanes:
-            downsample = nn.Sequential(conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes))
-        shared = {"groups": self.groups, "base_width": self.base_width, "norm_layer": self._norm_layer}
-        stage = [block(self.inplanes, planes, stride, downsample, dilation=first_dilation, **shared)]
-        self.inplanes = outplanes
-        stage += [block(outplanes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)]
-        return nn.Sequential(*stage)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

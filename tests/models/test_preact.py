@@ -290,7 +290,7 @@ def test_basic_block_refuses(options):
 
 
 def test_dilation_needs_three_elements():
-    with pytest.raises(ValueError, match="three elements, got \\(True,\\)"):
+    with pytest.raises(ValueError, match="3-element tuple, got \\(True,\\)"):
         models.preact_resnet50(replace_stride_with_dilation=(True,))
 
 

@@ -1,4 +1,4 @@
-"""A chain in words: the geometry and the settings that decide how long it takes, as the key of what was measured."""
+"""A program in words: the geometry and the settings that decide how long it takes, as the key of what was measured."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 
 from ..backends import tf32
 from ..backends.selfcheck.judge import name_of
-from ..steps import Chain, Step, StepTensors
+from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Program
+from ..steps.spec import Conv, StepTensors
 
 Tensor = torch.Tensor
 
 
-def _step_text(step: Step, own: StepTensors) -> str:
-    """ "3x3 64>64 /2": all that decides the step's time; what is usual is left out."""
+def _conv_text(conv: Conv, own: StepTensors) -> str:
+    """ "3x3 64>64 /2": all that decides the time; what is usual is left out."""
     outputs, inputs, *kernel = own.weight.shape
-    stride, padding, dilation, groups = step.conv.args
+    stride, padding, dilation, groups = conv.args
     text = f"{kernel[0]}x{kernel[1]} {inputs * groups}>{outputs}"
     text += _pair_text(" /", stride, (1, 1)) + _pair_text(" dilation ", dilation, (1, 1))
     text += _pair_text(" padding ", padding, (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2)))
     text += "" if groups == 1 else f" groups {groups}"
-    text += "" if own.bias is None else " bias"
-    return text if step.norm.batch_stats else text + " frozen"
+    return text if own.bias is None else text + " bias"
 
 
 def _pair_text(name: str, pair: tuple[int, int], usual: tuple[int, int]) -> str:
@@ -29,19 +29,30 @@ def _pair_text(name: str, pair: tuple[int, int], usual: tuple[int, int]) -> str:
     return f"{name}{pair[0]}" if pair[0] == pair[1] else f"{name}{pair[0]}x{pair[1]}"
 
 
-def residual_kind(x: Tensor, residual: Tensor | None) -> str:
-    """Where the residual of a chain without a projection comes from: "", "x" (its input), or "tensor"."""
-    return "" if residual is None else "x" if residual is x else "tensor"
+def _node_text(program: Program, value: int, node: Node, own: StepTensors) -> str:
+    if isinstance(node, Addition):
+        branch = "" if node.branch == value - 1 else f"{node.branch} "
+        return f"{branch}+ {_name(program, node.other)}" + (", sampled" if node.sampled else "")
+    if isinstance(node, Convolution):
+        text = _conv_text(node.conv, own)
+    elif isinstance(node, Normalisation):
+        text = ("norm" if node.norm.batch_stats else "frozen norm") + (", sampled" if node.sampled else "")
+    else:
+        text = "pool " + "x".join(map(str, node.pool.kernel))
+    return text if node.source in (value - 1, 0) else f"{text} of {node.source}"
 
 
-def geometry(chain: Chain, tensors: list[StepTensors], residual: str, sampled: bool) -> str:
-    """The chain in words: "1x1 256>64, 3x3 64>64, 1x1 64>256 + x, relu"."""
-    last = len(chain.steps)
-    text = ", ".join([_step_text(step, own) for step, own in zip(chain.steps, tensors[:last], strict=True)])
-    text += f" + {_step_text(chain.shortcut, tensors[-1])}" if chain.shortcut is not None else ""
-    text += f" + {residual}" if residual else ""
-    text += ", per-sample factor" if sampled else ""
-    return text + (", relu" if chain.relu else "")
+def _name(program: Program, value: int) -> str:
+    return "x" if value == 0 else "tensor" if value < program.inputs else str(value)
+
+
+def geometry(call: Call) -> str:
+    """The program in words: "1x1 256>64, norm, relu, 1x1 64>256, norm, + x, relu"; other values by number."""
+    program, found = call.program, []
+    for (value, node), own in zip(program.numbered, call.tensors, strict=True):
+        found.append(_node_text(program, value, node, own))
+        found += ["relu"] if isinstance(node, Addition | Normalisation) and node.relu else []
+    return ", ".join(found)
 
 
 class _Seen:
@@ -62,14 +73,14 @@ def environment(x: Tensor) -> int | bool:
     return x.dtype == torch.float32 and tf32.allowed()
 
 
-def settings(chain: Chain, x: Tensor) -> str:
+def settings(call: Call) -> str:
     """What decides the time beside geometry and shape: "float32, auto, 2 threads"."""
-    text, found = f"{name_of(x.dtype)}, {chain.backend}", environment(x)
-    if x.device.type == "cpu":
+    text, found = f"{name_of(call.x.dtype)}, {call.program.backend}", environment(call.x)
+    if call.x.device.type == "cpu":
         return f"{text}, {found} threads"
     return f"{text}, tf32" if found else text
 
 
-def key_of(chain: Chain, x: Tensor, tensors: list[StepTensors], residual: str, sampled: bool) -> str:
+def key_of(call: Call) -> str:
     """The key of a row, but for the input's shape."""
-    return f"{geometry(chain, tensors, residual, sampled)}; {settings(chain, x)}"
+    return f"{geometry(call)}; {settings(call)}"

@@ -1,45 +1,65 @@
 """From a program to the steps that run it: all choices of how, made once for a program and a kind of input.
 
-What a program may be is checked here too, so that the steps need not: a norm without ReLU is an addition's operand, and
-an addition's branch is such a norm, or a convolution that nobody else reads.
+What a program may be is checked here too, so that the steps need not: a norm without ReLU is the operand of a sum or
+ends the block, and the branch of a sum is such a norm, or a convolution, that nobody else reads.
+
+Where :func:`resnet_fused.tune` has measured the variants of this very case, the cost model is not asked
+(:mod:`.measured`). A kernel that is missing or failed its self-check, where ours would leave passes over activations to
+the reference, makes another variant, or stock's operations.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends import soundness
+from .. import library
+from ..backends import soundness, tf32
+from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
-from ..steps.kinds import Convolve, ConvolveAndAdd, Join, Kind, Normalise
-from ..steps.program import Addition, Convolution, Normalisation, Program
+from ..steps.join import Join
+from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
+from ..steps.pooled import PooledNorm
+from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.program_node import Lowered
-from ..steps.spec import StepTensors
+from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-from . import choose, too_small, words
+from . import choose, measured, too_small, variants, words
 from .keys import threads
+from .variants import Variant
 
 Tensor = torch.Tensor
 
 
 def obstacle(program: Program) -> str:
     """Why no steps can run `program`; empty if there are some."""
-    for value, node in enumerate(program.nodes, 1):
+    for value, node in program.numbered:
         if any(not 0 <= read < value for read in node.reads):
-            return f"node {value - 1} reads a value that nobody made before it"
-        if value < len(program.nodes) and not program.readers(value):
+            return f"node {value - program.inputs} reads a value that nobody made before it"
+        if value < program.output and not program.readers(value):
             return "a value that nobody reads"
-        if isinstance(node, Addition):
-            reason = _addition_obstacle(program, node)
-            if reason:
-                return reason
-        for read in node.reads:
-            if not isinstance(node, Addition) and program.is_affine(read):
-                return "a batch norm without ReLU that something but an addition reads"
-    last = program.nodes[-1] if program.nodes else None
-    return "" if isinstance(last, Addition) else "it does not end in an addition"
+        reason = _node_obstacle(program, value, node)
+        if reason:
+            return reason
+    if program.inputs > 1 and program.readers(1) != (program.output,):
+        return "a residual from outside that is not added last"
+    if not program.nodes or isinstance(program.nodes[-1], Convolution):
+        return "it does not end in a batch norm, an addition or a pool"
+    return ""
+
+
+def _node_obstacle(program: Program, value: int, node: Node) -> str:
+    if isinstance(node, Addition):
+        return _addition_obstacle(program, node)
+    if program.is_affine(node.source):
+        return "a batch norm without ReLU that something but an addition reads"
+    if isinstance(node, Normalisation) and node.sampled and value != program.output:
+        return "a factor for each sample within the block"
+    if isinstance(node, Pooling):
+        before = program.maker(node.source)
+        alone = isinstance(before, Normalisation) and program.readers(node.source) == (program.output,)
+        return "" if alone else "a pool of something but a batch norm, or within the block"
+    return ""
 
 
 def _addition_obstacle(program: Program, node: Addition) -> str:
@@ -52,121 +72,184 @@ def _addition_obstacle(program: Program, node: Addition) -> str:
         return "an addition to something that is read elsewhere too"
     if not program.is_affine(node.other):
         return ""
+    if len(program.readers(node.other)) > 1:
+        return "a shortcut's batch norm that is read elsewhere too"
     return "" if program.is_affine(node.branch) else "a shortcut in a batch norm, added to a convolution"
 
 
-@functools.lru_cache(maxsize=512)
-def steps_of(program: Program, on_values: frozenset[int] = frozenset()) -> Lowered:
-    """The steps of `program`. `on_values`: the values whose convolutions the 1x1 ops take."""
+def steps_of(call: Call, variant: Variant) -> Lowered:
+    """The steps of `call` in a variant that :func:`variants.every` has.
+
+    Raises:
+        ValueError: no steps run its program.
+    """
+    program = call.program
+    if variant.stock:
+        return Lowered(program, None)
     if reason := obstacle(program):
         raise ValueError(f"no steps run this program: {reason}")
+    main, projections = variants.gram_branches(call, variant.values)
+    gram = (main if variant.gram else frozenset()) | (projections if variant.gram_shortcut else frozenset())
     steps: list[Kind] = []
-    for value, node in enumerate(program.nodes, 1):
-        if isinstance(node, Convolution):
-            readers = program.readers(value)
-            adds = [program.maker(reader) for reader in readers if isinstance(program.maker(reader), Addition)]
-            if any(add.branch == value for add in adds):
-                continue
-            statistics = any(isinstance(program.maker(reader), Normalisation) for reader in readers)
-            steps.append(ConvolveValue(value, statistics) if value in on_values else Convolve(value))
-        elif isinstance(node, Normalisation):
-            steps.append(Normalise(value))
-        elif node.branch in on_values and program.maker(node.branch).conv.stride == (1, 1):
-            steps.append(ConvolveValueAdd(value))
-        elif isinstance(program.maker(node.branch), Convolution):
-            steps.append(ConvolveAndAdd(value))
-        else:
-            steps.append(Join(value))
-    return Lowered(program, tuple(steps))
+    for (value, node), own in zip(program.numbered, call.tensors, strict=True):
+        steps += _steps_of_node(call, variant, gram, value, node, own)
+    return Lowered(program, tuple(steps), in_place=not choose.on_gpu(call.x))
 
 
-def flops(program: Program, shapes: list[torch.Size], tensors: list[StepTensors]) -> int:
-    """Of the convolutions, forward and both gradients."""
-    found = 0
-    for shape, own in zip(shapes[1:], tensors, strict=True):
-        if own.weight is not None:
-            found += 6 * own.weight.numel() * shape[0] * shape[2] * shape[3]
-    return found
-
-
-def stock_bytes(program: Program, shapes: list[torch.Size], itemsize: int) -> int:
-    """What stock saves for backward: what convolutions and norms read, and what ReLUs made."""
-    saved = set()
-    for value, node in enumerate(program.nodes, 1):
-        if not isinstance(node, Addition):
-            saved |= set(node.reads)
-        if not isinstance(node, Convolution) and node.relu:
-            saved.add(value)
-    return sum(shapes[value].numel() for value in saved) * itemsize
-
-
-def is_small(program: Program, x: Tensor, shapes: list[torch.Size], tensors: list[StepTensors]) -> bool:
-    """Whether stock's operations are expected to be faster, as :mod:`.too_small` tells it of a chain."""
-    if choose.fuses_all() or not too_small.HAS_AVX512 or program.backend != "auto":
-        return False
-    saved = stock_bytes(program, shapes, x.element_size())
-    return too_small.stays_in_cache(saved, flops(program, shapes, tensors), x.dtype)
-
-
-def decided_by(x: Tensor) -> tuple | None:
-    """What of an input and of all settings :func:`lower` depends on, beside the program and shapes of weights.
-
-    None: nothing may be kept, as somebody plans for a device that is not there, or listens.
-    """
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or choose.is_asked():
-        return None
-    return x.shape, x.dtype, x.device, choose.fuses_all(), threads(), judge.count_of_changes()
-
-
-def lower(program: Program, x: Tensor, tensors: list[StepTensors]) -> Lowered | None:
-    """How `program` runs on `x`; None: as stock. `tensors`: of each node, in the dtypes that they are used in."""
-    shapes = program.shapes(x.shape, tensors)
-    if any(size <= 0 for shape in shapes for size in shape[2:]) or not _adds_fit(program, shapes):
-        return None  # stock says what is wrong, or broadcasts
-    if any(isinstance(n, Normalisation) and _values(shapes[v]) <= 1 for v, n in enumerate(program.nodes, 1)):
-        return None
-    lowered, why = _on_gpu(program, x, tensors) if choose.on_gpu(x) else _on_cpu(program, x, shapes, tensors)
-    for observer in choose.observers:
-        observer(f"stock ({why})" if lowered is None else words.of_steps(lowered))
-    return lowered
-
-
-def _on_cpu(program: Program, x: Tensor, shapes, tensors) -> tuple[Lowered | None, str]:
-    """Everything on tensors; a sum is a pass of its own, in place."""
-    if is_small(program, x, shapes, tensors):
-        return None, "stays in the cache"
-    return steps_of(program), ""
-
-
-def _on_gpu(program: Program, x: Tensor, tensors: list[StepTensors]) -> tuple[Lowered | None, str]:
-    """1x1 convolutions on values, others through cuDNN on tensors; nothing of it by the reference."""
-    if choose.value_device(program.backend, x) is None:
-        return None, "no kernels that normalise on load"
-    on_values = frozenset(
-        value
-        for value, (node, own) in enumerate(zip(program.nodes, tensors, strict=True), 1)
-        if isinstance(node, Convolution) and _takes_values(program, value, node, own)
-    )
-    lowered = steps_of(program, on_values)
-    ops = tuple(sorted({op for step in lowered.steps for op in type(step).ops}))
-    missing = (
-        ""
-        if program.backend != "auto"
-        else soundness.lacking(ops, x.dtype, choose.place_of(x), not isinstance(x, FakeTensor))
-    )
-    return (None, f"no sound kernel of {missing}") if missing else (lowered, "")
-
-
-def _takes_values(program: Program, value: int, node: Convolution, own: StepTensors) -> bool:
+def _on_value(call: Call, value: int) -> bool:
     """Whether the 1x1 ops take a convolution: a bias can only be added where an addition follows."""
-    adds = all(isinstance(program.maker(reader), Addition) for reader in program.readers(value))
-    return node.conv.is_pointwise(own.weight) and (own.bias is None or (adds and node.conv.stride == (1, 1)))
+    node, own = call.program.maker(value), call.tensors[value - call.program.inputs]
+    if not isinstance(node, Convolution) or not node.conv.is_pointwise(own.weight):
+        return False
+    return own.bias is None or (_sum_of(call.program, value) is not None and node.conv.stride == (1, 1))
 
 
-def _values(shape: torch.Size) -> int:
-    """Values a channel."""
-    return shape[0] * shape[2] * shape[3]
+def _sum_of(program: Program, value: int) -> int | None:
+    """The sum that alone reads a convolution, as its branch."""
+    readers = program.readers(value)
+    node = program.maker(readers[0]) if len(readers) == 1 else None
+    return readers[0] if isinstance(node, Addition) and node.branch == value else None
 
 
-def _adds_fit(program: Program, shapes: list[torch.Size]) -> bool:
-    return all(shapes[n.branch] == shapes[n.other] for n in program.nodes if isinstance(n, Addition))
+def _emits(call: Call, variant: Variant, value: int) -> bool:
+    """Whether the step that makes `value` emits its statistics if a norm that normalises with the batch reads it.
+
+    What reads the output is not known here: likely a program like this one, if this one begins with such a norm.
+    """
+    program, node = call.program, call.program.maker(value)
+    if isinstance(node, Convolution):
+        return variant.values and _on_value(call, value)
+    if not isinstance(node, Addition) or node.relu or not isinstance(program.maker(node.branch), Convolution):
+        return False
+    readers = program.readers(0) if value == program.output else program.readers(value)
+    norms = [n for n in map(program.maker, readers) if isinstance(n, Normalisation)]
+    return any(norm.norm.batch_stats for norm in norms) and not variant.values and _adds_with_statistics(call)
+
+
+def _adds_with_statistics(call: Call) -> bool:
+    """Whether a kernel adds and emits statistics in one pass: the CPU's."""
+    place = choose.place_of(call.x)
+    here = place is not None and place.type == "cpu" and call.program.backend in ("auto", "cpu")
+    return here and call.x.dtype in LOOP_DTYPES and library.status().cpu.loaded
+
+
+def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: int, node: Node, own) -> list[Kind]:
+    """The steps of the node that makes `value`; none where another's does it."""
+    program, one_pass = call.program, variant.one_pass
+    if isinstance(node, Convolution):
+        if _sum_of(program, value) is not None or not gram.isdisjoint(program.readers(value)):
+            return []
+        if not (variant.values and _on_value(call, value)):
+            return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation))]
+        norms = [n for n in map(program.maker, program.readers(value)) if isinstance(n, Normalisation)]
+        return [ConvolveValue(value, any(norm.norm.batch_stats for norm in norms), one_pass)]
+    if isinstance(node, Pooling):
+        return [PooledNorm(value)]
+    steps: list[Kind] = []
+    if isinstance(node, Normalisation):
+        if value not in gram:
+            emitted = node.norm.batch_stats and _emits(call, variant, node.source)
+            steps.append(Normalise(value, emitted))
+        if value != program.output:
+            return steps
+    terms = program.terms(value)
+    if terms is None:
+        strided = program.maker(node.branch).conv.stride != (1, 1)
+        on_value = variant.values and _on_value(call, node.branch) and not strided
+        return [ConvolveValueAdd(value, one_pass) if on_value else ConvolveAndAdd(value, _emits(call, variant, value))]
+    kinds = (terms.branch in gram, terms.other in gram)
+    return [*steps, ValueJoin(value, *kinds, one_pass) if variant.values else Join(value, *kinds)]
+
+
+def lacking(lowered: Lowered, call: Call) -> str:
+    """An op of `lowered` that would be left to the reference on a GPU; empty if there is none.
+
+    On a CPU the reference may serve, and who forces a backend has chosen.
+    """
+    place = choose.place_of(call.x)
+    if lowered.steps is None or lowered.program.backend != "auto" or (place is not None and place.type == "cpu"):
+        return ""
+    ops = tuple(dict.fromkeys(op for step in lowered.steps for op in step.ops(lowered.program)))
+    return soundness.lacking(ops, call.x.dtype, place, not isinstance(call.x, FakeTensor))
+
+
+def pools(call: Call) -> bool:
+    """Whether there is a kernel here for the pool that `call` ends in."""
+    x, backend = call.x, call.program.backend
+    if x.device.type == "cpu" and choose.target() is None:
+        return backend in ("auto", "cpu") and library.status().cpu.loaded
+    return choose.value_device(backend, x) is not None and not lacking(steps_of(call, Variant()), call)
+
+
+def allowed(call: Call) -> list[Variant]:
+    """Everything that `call` can be run as without the reference; last, stock."""
+    found = [variant for variant in variants.every(call) if not lacking(steps_of(call, variant), call)]
+    return found + ([Variant(stock=True)] if call.program.backend == "auto" else [])
+
+
+def _sound(call: Call, variant: Variant) -> tuple[Variant, Lowered, str]:
+    """`call` in this variant, or in the next best that leaves nothing to the reference, and what the first lacked."""
+    lowered = steps_of(call, variant)
+    missing = lacking(lowered, call)
+    if not missing:
+        return variant, lowered, ""
+    two, written = {"one_pass": False}, {"gram": False, "gram_shortcut": False}
+    on_tensors = written | two | {"keep": False, "values": False}
+    for less in (two, written, written | two, on_tensors) if variant.values else ():
+        other = steps_of(call, variant._replace(**less))
+        if not lacking(other, call):
+            return variant._replace(**less), other, missing
+    return Variant(stock=True), Lowered(call.program, None), missing
+
+
+def decided_by(call: Call) -> tuple | None:
+    """All that :func:`lower` depends on but the program, to keep its result by; None where it must be asked each time.
+
+    That is where somebody measures or observes the choices, and for tensors that stand for others.
+    """
+    x = call.x
+    asked = bool(choose.observers) or choose.tuner() is not None or torch.compiler.is_compiling()
+    if asked or type(x) not in (Tensor, torch.nn.Parameter):
+        return None
+    weights = [own.weight.shape for own in call.tensors if own.weight is not None]
+    seen = choose.target(), choose.fuses_all(), threads(), tf32.allowed(), judge.count_of_changes(), measured.changes()
+    return x.shape, x.dtype, x.device, call.sample_factor is None, *seen, *weights
+
+
+def lower(call: Call) -> Lowered:
+    """How `call` runs; its tensors are in the dtypes that they are used in."""
+    return decide(call)[1]
+
+
+def decide(call: Call) -> tuple[Variant, Lowered]:
+    """The variant of `call` that is taken, and its steps."""
+    shapes = call.shapes()
+    if not fits(call.program, shapes):
+        return Variant(stock=True), Lowered(call.program, None)
+    tuner, variant, why = choose.tuner(), None, "measured"
+    if tuner is not None:
+        variant = tuner(call)
+    elif choose.target() is None:
+        variant = measured.recall(call, allowed)
+    if variant is None:
+        variant = variants.modelled(call, shapes)
+        why = variants.why(call, shapes) if choose.observers else ""
+    variant, lowered, missing = _sound(call, variant)
+    why = f"no sound kernel of {missing}" if missing else why
+    choose.tell(f"{words.of_steps(lowered)} ({why})")
+    return variant, lowered
+
+
+def fits(program: Program, shapes: list[torch.Size]) -> bool:
+    """Whether every value has elements, and batch norm more than one a channel; and what is added, one shape.
+
+    Where not, stock says what is wrong, or broadcasts.
+    """
+    for value, node in program.numbered:
+        if any(size <= 0 for size in shapes[value][2:]):
+            return False
+        if isinstance(node, Normalisation) and node.norm.batch_stats and too_small.pixels(shapes[value]) == 1:
+            return False
+        if isinstance(node, Addition) and shapes[node.branch] != shapes[node.other]:
+            return False
+    return True

@@ -1,10 +1,10 @@
-"""Which variant of a chain was fastest when it was measured: choices on disk, asked before the plan's cost model.
+"""Which variant of a program was fastest when it was measured: choices on disk, asked before the plan's cost model.
 
 :func:`resnet_fused.tune` measures and stores them, see :mod:`.tune`. They are kept in
 ``$XDG_CACHE_HOME/resnet_fused/plans`` (default ``~/.cache``), one file for everything that a time depends on: device,
-versions, and the sources of this package. A file is read once per process and device, when the first chain runs there;
-one that is missing or makes no sense is as good as none. A row holds for a chain's geometry, the shape and dtype of its
-input, who runs its ops and, on the CPU, the number of threads.
+versions, and the sources of this package. A file is read once per process and device, when the first program runs
+there; one that is missing or makes no sense is as good as none. A row holds for a program's geometry, the shape and
+dtype of its input, who runs its ops and, on the CPU, the number of threads.
 
 Nothing is asked for fake tensors, so :func:`resnet_fused.explain` tells the cost model's choice. Nothing is read while
 ``torch.compile`` traces: it takes what this process has read before, by :func:`load` or by one eager step.
@@ -13,48 +13,30 @@ Nothing is asked for fake tensors, so :func:`resnet_fused.explain` tells the cos
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from .. import library
 from ..backends import backends, disk
 from ..backends.selfcheck import memory
-from ..steps import Chain, StepTensors
+from ..steps.program import Call
 from . import devices
-from .keys import environment, key_of, residual_kind, threads
+from .keys import environment, key_of, threads
+from .variants import Variant
 
 Tensor = torch.Tensor
-#: Sub-packages whose sources decide how long a chain takes.
+#: Sub-packages whose sources decide how long a program takes.
 SOURCES = ("ops", "backends", "steps", "plan", "blocks")
 _RECENT = 4096  # entries after which short-cuts are built anew
 
 
-class Variant(NamedTuple):
-    """The part of a chain that the plan chooses."""
-
-    lazy: bool = False
-    gram: bool = False
-    gram_shortcut: bool = False
-    keep: bool = False
-    one_pass: bool = False
-    stock: bool = False
-
-    def of(self, chain: Chain) -> Chain:
-        """`chain` in this variant."""
-        return dataclasses.replace(chain, **self._asdict())
-
-
 Shape = tuple[int, ...]
 Rows = dict[str, dict[Shape, Variant]]  # key -> shape of the input -> choice
-#: The variants that may run, for a chain, its input, its tensors and its per-sample factor.
-Allowed = Callable[[Chain, Tensor, list[StepTensors], Tensor | None], list[Variant]]
 
 # Files ----------------------------------------------------------------------------------------------------------
 
@@ -139,7 +121,7 @@ def store(device: torch.device, rows: list[dict]) -> None:
 # Asking ---------------------------------------------------------------------------------------------------------
 
 _tables: dict[tuple[str, int], Rows] = {}  # by device type and index
-_recent: dict[tuple, Chain | None] = {}  # a call of `recall`, as cheaply hashed as possible -> its answer
+_recent: dict[tuple, Variant | None] = {}  # a call of `recall`, as cheaply hashed as possible -> its answer
 
 
 class _Seen:
@@ -181,24 +163,13 @@ def load(device: torch.device) -> Rows:
     return _tables[place]
 
 
-def recall(
-    chain: Chain,
-    x: Tensor,
-    tensors: list[StepTensors],
-    sample_factor: Tensor | None,
-    residual: Tensor | None,
-    allowed: Allowed,
-) -> Chain | None:
-    """`chain` in the variant that was measured to be the fastest for this input; None: it was not measured.
-
-    `allowed`: tells what may run, as a file may say anything.
-    """
+def recall(call: Call, allowed: Callable[[Call], list[Variant]]) -> Variant | None:
+    """The variant that was measured to be the fastest for this call; None: it was not measured, or is not `allowed`."""
+    x = call.x
     if torch.compiler.is_compiling():
         rows = _tables.get(_place(x.device))
-        if not rows:
-            return None
-        shapes = rows.get(key_of(chain, x, tensors, residual_kind(x, residual), sample_factor is not None))
-        return None if shapes is None else _checked(_compare(shapes, x), chain, x, tensors, sample_factor, allowed)
+        shapes = rows.get(key_of(call)) if rows else None
+        return None if shapes is None else _checked(_compare(shapes, x), call, allowed)
     if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
         return None  # a fake tensor, or one that stands for something else
     rows = _tables.get(_place(x.device))
@@ -206,16 +177,15 @@ def recall(
         rows = load(x.device)
     if not rows:
         return None
-    kind, sampled = residual_kind(x, residual), sample_factor is not None
-    forms = tuple([(own.weight.shape, own.bias is None) for own in tensors])
-    call = (chain, x.shape, forms, kind, sampled, x.dtype, x.device, environment(x))
-    answer = _recent.get(call, call)  # a call is no answer: hashed once
-    if answer is not call:
+    forms = tuple([(own.weight is None or own.weight.shape, own.bias is None) for own in call.tensors])
+    asked = (call.program, x.shape, forms, call.sample_factor is None, x.dtype, x.device, environment(x))
+    answer = _recent.get(asked, asked)  # a call is no answer: hashed once
+    if answer is not asked:
         return answer
     if len(_recent) >= _RECENT:
         _recent.clear()
-    choice = rows.get(key_of(chain, x, tensors, kind, sampled), {}).get(tuple(x.shape))
-    _recent[call] = chosen = _checked(choice, chain, x, tensors, sample_factor, allowed)
+    choice = rows.get(key_of(call), {}).get(tuple(x.shape))
+    _recent[asked] = chosen = _checked(choice, call, allowed)
     return chosen
 
 
@@ -227,7 +197,6 @@ def _compare(shapes: dict[Shape, Variant], x: Tensor) -> Variant | None:
     return None
 
 
-def _checked(choice: Variant | None, chain, x, tensors, sample_factor, allowed: Allowed) -> Chain | None:
-    if choice is None or choice not in allowed(chain, x, tensors, sample_factor):
-        return None
-    return choice.of(chain)
+def _checked(choice: Variant | None, call: Call, allowed: Callable[[Call], list[Variant]]) -> Variant | None:
+    """`choice` if it may run: a file may say anything."""
+    return choice if choice is not None and choice in allowed(call) else None

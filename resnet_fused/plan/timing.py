@@ -1,4 +1,4 @@
-"""Measure one chain: time and saved bytes of each variant, forward and backward, all gradients wanted.
+"""Measure one program: time and saved bytes of each variant, forward and backward, all gradients wanted.
 
 The variants run in turn, so that whatever else the machine does falls on all of them alike. The Gram join exists for
 the memory that it saves: a variant that saves less must be faster than one that saves more by :data:`MARGIN`.
@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..steps import Chain, StepTensors, flatten
-from ..steps.node import run_chain
-from . import words
-from .measured import Variant
+from ..steps.program import Addition, Call, Node, Normalisation
+from ..steps.program_node import run_program
+from ..steps.spec import StepTensors, flatten
+from .lower import steps_of
 from .too_small import MARGIN
+from .variants import Variant
 
 Tensor = torch.Tensor
 WARMUP = 2  # rounds: kernels are compiled and checked in the first
@@ -29,17 +30,24 @@ BUDGET_S = 0.5  # per chain, for rounds beyond the least
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One variant of a chain."""
+    """One variant of a program."""
 
     variant: str
     milliseconds: float  # median of forward and backward
-    saved: int  # bytes kept for backward, beside the chain's inputs and its output
+    saved: int  # bytes kept for backward, beside its inputs and its output
 
 
-def name(chain: Chain) -> str:
+def name(call: Call, variant: Variant) -> str:
     """A variant as the report calls it."""
-    more = ", activations kept" if chain.keep else ""
-    return words.of_chain(chain) + more + (", narrow gradients in one pass" if chain.one_pass else "")
+    if variant.stock:
+        return "stock"
+    kind = {True: "Gram join", False: "plain join"}
+    text = ("on values, " if variant.values else "") + kind[variant.gram]
+    last = call.program.nodes[-1]
+    projected = isinstance(last, Addition) and call.program.is_affine(last.other)
+    text += f", shortcut {kind[variant.gram_shortcut]}" if projected else ""
+    more = ", activations kept" if variant.keep else ""
+    return text + more + (", narrow gradients in one pass" if variant.one_pass else "")
 
 
 def fastest(candidates: dict[Variant, Candidate]) -> Variant:
@@ -53,20 +61,20 @@ def fastest(candidates: dict[Variant, Candidate]) -> Variant:
 
 
 class Trial:
-    """One chain on its arguments, to be run in any variant. They are detached, and no running statistic moves."""
+    """One call, to be run in any variant. Its tensors are detached, and no running statistic moves."""
 
-    def __init__(self, chain: Chain, x: Tensor, tensors: list[StepTensors], residual, sample_factor) -> None:
-        mine = x.detach().requires_grad_()
-        other = mine if residual is x else None if residual is None else residual.detach().requires_grad_()
-        own = [_detached(t, step.norm.batch_stats) for step, t in zip(chain.all_steps, tensors, strict=True)]
-        self.chain, self.arguments = chain, (mine, own, other, sample_factor)
-        given = {id(t): t for t in (mine, other, sample_factor, *flatten(own)) if t is not None}
+    def __init__(self, call: Call) -> None:
+        x = call.x.detach().requires_grad_()
+        other = None if call.residual is None else call.residual.detach().requires_grad_()
+        own = [_detached(t, node) for node, t in zip(call.program.nodes, call.tensors, strict=True)]
+        self.call = Call(call.program, x, own, other, call.sample_factor)
+        given = {id(t): t for t in (x, other, call.sample_factor, *flatten(own)) if t is not None}
         self.given = list(given.values())
         self.wanted = [t for t in self.given if t.requires_grad]
 
     def forward(self, variant: Variant, pack: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return run_chain(variant.of(self.chain), *self.arguments)
+            return run_program(steps_of(self.call, variant), self.call)
 
     def step(self, variant: Variant) -> None:
         """What is timed."""
@@ -88,15 +96,16 @@ class Trial:
 
     def measure(self, variants: list[Variant]) -> dict[Variant, Candidate]:
         """Time and saved bytes of each."""
-        device = self.arguments[0].device
+        device = self.call.x.device
         times = interleave({v: functools.partial(self.step, v) for v in variants}, device)
-        return {v: Candidate(name(v.of(self.chain)), times[v], self.saved_bytes(v)) for v in variants}
+        return {v: Candidate(name(self.call, v), times[v], self.saved_bytes(v)) for v in variants}
 
 
-def _detached(own: StepTensors, batch_stats: bool) -> StepTensors:
-    """The tensors of a step by themselves: without the running statistics that it would move."""
+def _detached(own: StepTensors, node: Node) -> StepTensors:
+    """The tensors of a node by themselves: without the running statistics that it would move."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in own[:4]]
-    return StepTensors(*leaves) if batch_stats else StepTensors(*leaves, own.running_mean, own.running_var)
+    frozen = isinstance(node, Normalisation) and not node.norm.batch_stats
+    return StepTensors(*leaves, own.running_mean, own.running_var) if frozen else StepTensors(*leaves)
 
 
 def interleave(steps: dict[Variant, Callable[[], None]], device: torch.device) -> dict[Variant, float]:

@@ -1,6 +1,6 @@
-"""Which chains are too small to gain by fusion on a CPU: they run in stock operations, with all that those save.
+"""Which programs are too small to gain by fusion on a CPU: they run in stock operations, with all that those save.
 
-A fused chain takes about 1 ms longer to start than stock (forward and backward, in Python), and gains by passes over
+A fused program takes about 1 ms longer to start than stock (forward and backward, in Python), and gains by passes over
 activations that it leaves out. Those cost little as long as everything lies in the last-level cache, so that is where
 the limit is drawn: where the tensors that stock keeps for backward fit into it. Measured on a CPU with AVX-512 and a
 cache of 32 MiB, ResNet-50's blocks by themselves: benchmarks/results/epyc-avx512-2core/runs.jsonl:8. On
@@ -21,8 +21,9 @@ import pathlib
 import torch
 
 from ..backends import onednn
-from ..steps import Chain, Conv, StepTensors
 from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
+from ..steps.program import Addition, Call, Convolution, Normalisation
+from ..steps.spec import Conv
 from .keys import threads
 
 Tensor = torch.Tensor
@@ -62,17 +63,26 @@ def cache_bytes() -> int:
     return max(sizes) or _USUAL_CACHE
 
 
-def stock_bytes(chain: Chain, x: Tensor, shapes: list[torch.Size]) -> int:
-    """What stock saves of the chain: its input and, for each step, what batch norm and what ReLU leaves to be read."""
-    values = x.numel() + 2 * sum(shape.numel() for shape in shapes)
-    values += shapes[-1].numel() if chain.shortcut is not None else 0
-    return values * x.element_size()
+def stock_bytes(call: Call, shapes: list[torch.Size]) -> int:
+    """What stock saves for backward: what convolutions and norms read, and what ReLUs made."""
+    saved = set()
+    for value, node in call.program.numbered:
+        if not isinstance(node, Addition):
+            saved |= set(node.reads)
+        if isinstance(node, Addition | Normalisation) and node.relu:
+            saved.add(value)
+    return sum(shapes[value].numel() for value in saved) * call.x.element_size()
 
 
-def _convolutions(chain: Chain, tensors: list[StepTensors], shapes: list[torch.Size]) -> list[tuple[Conv, Tensor, int]]:
-    """Geometry, weight and output pixels of each; the shortcut's output has the shape of the last step's."""
-    places = zip(chain.all_steps, tensors, [*shapes, shapes[-1]], strict=False)
-    return [(step.conv, own.weight, shape[0] * shape[2] * shape[3]) for step, own, shape in places]
+def _convolutions(call: Call, shapes: list[torch.Size]) -> list[tuple[Conv, Tensor, int]]:
+    """Geometry, weight and output pixels of each."""
+    places = zip(call.program.numbered, call.tensors, strict=True)
+    return [(node.conv, own.weight, pixels(shapes[v])) for (v, node), own in places if isinstance(node, Convolution)]
+
+
+def pixels(shape: torch.Size) -> int:
+    """Values a channel."""
+    return shape[0] * shape[2] * shape[3]
 
 
 def stays_in_cache(saved: int, flops: int, dtype: torch.dtype) -> bool:
@@ -80,15 +90,16 @@ def stays_in_cache(saved: int, flops: int, dtype: torch.dtype) -> bool:
     return saved <= cache_bytes() and _OVERHEAD * rate(dtype) * threads() >= MARGIN * flops
 
 
-def is_small(chain: Chain, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]) -> bool:
-    """Whether stock's operations are expected to be faster than any variant of the chain."""
-    if not HAS_AVX512 or x.device.type != "cpu" or chain.backend != "auto":
+def is_small(call: Call, shapes: list[torch.Size]) -> bool:
+    """Whether stock's operations are expected to be faster than any steps. `shapes`: of the values."""
+    x = call.x
+    if not HAS_AVX512 or x.device.type != "cpu" or call.program.backend != "auto":
         return False
-    convolutions = _convolutions(chain, tensors, shapes)
-    flops = sum(6 * weight.numel() * pixels for _, weight, pixels in convolutions)  # forward and both gradients
-    if not stays_in_cache(stock_bytes(chain, x, shapes), flops, x.dtype):
+    convolutions = _convolutions(call, shapes)
+    flops = sum(6 * weight.numel() * outputs for _, weight, outputs in convolutions)  # forward and both gradients
+    if not stays_in_cache(stock_bytes(call, shapes), flops, x.dtype):
         return False
     if SLOW_PRODUCTS:
         return True
-    large = [weight.numel() for conv, weight, pixels in convolutions if is_product(pixels, weight, conv, x)]
+    large = [weight.numel() for conv, weight, outputs in convolutions if is_product(outputs, weight, conv, x)]
     return sum(large) < _LARGE_WEIGHTS

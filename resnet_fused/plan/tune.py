@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..steps import Chain, StepTensors
-from . import choose, keys, measured, timing
-from .measured import Variant
+from ..steps.program import Call, Pooling
+from . import choose, keys, lower, measured, timing, variants
+from .variants import Variant
 
 Tensor = torch.Tensor
 
@@ -137,42 +137,34 @@ class _Tuner:
         self.found: dict[tuple, tuple[TunedChain, Variant]] = {}  # by device, key and shape
         self.rows: dict[torch.device, list[dict]] = {}
 
-    def __call__(
-        self,
-        chain: Chain,
-        x: Tensor,
-        tensors: list[StepTensors],
-        shapes: list[torch.Size],
-        sample_factor: Tensor | None,
-        residual: Tensor | None,
-    ) -> Chain | None:
-        """`chain` in its fastest variant; None where there is nothing to choose or to run."""
-        if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+    def __call__(self, call: Call) -> Variant | None:
+        """The fastest variant of `call`; None where there is nothing to choose or to run."""
+        x = call.x
+        if (type(x) is not torch.Tensor and type(x) is not nn.Parameter) or isinstance(call.program.nodes[-1], Pooling):
             return None
         self.seen += 1
-        allowed = choose.variants(chain, x, tensors, sample_factor)
+        allowed = lower.allowed(call)
         if len(allowed) == 1:
             self.fixed += 1
             return None
-        kind, sampled = keys.residual_kind(x, residual), sample_factor is not None
-        key = keys.key_of(chain, x, tensors, kind, sampled)
+        key = keys.key_of(call)
         place = x.device, key, tuple(x.shape)
         if place in self.found:
             known, choice = self.found[place]
             self.found[place] = dataclasses.replace(known, alike=known.alike + 1), choice
-            return choice.of(chain)
-        candidates = timing.Trial(chain, x, tensors, residual, sample_factor).measure(allowed)
+            return choice
+        candidates = timing.Trial(call).measure(allowed)
         choice = timing.fastest(candidates)
-        modelled = choose.modelled(chain, x, tensors, shapes, sample_factor)
+        modelled = variants.modelled(call, call.shapes())
         told = TunedChain(
-            keys.geometry(chain, tensors, kind, sampled), tuple(x.shape), keys.settings(chain, x),
-            tuple(candidates.values()), candidates[choice].variant, timing.name(modelled),
+            keys.geometry(call), tuple(x.shape), keys.settings(call), tuple(candidates.values()),
+            candidates[choice].variant, timing.name(call, modelled),
         )  # fmt: skip
         self.found[place] = told, choice
         figures = {c.variant: round(c.milliseconds, 4) for c in candidates.values()}
         row = {"chain": key, "shape": list(x.shape), "choice": choice._asdict(), "milliseconds": figures}
         self.rows.setdefault(x.device, []).append(row)
-        return choice.of(chain)
+        return choice
 
     def finish(self) -> Tuned:
         """Store what was found, and say it."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from ..steps import Chain
-from ..steps.kinds import Convolve, ConvolveAndAdd, Join, Normalise
+from ..steps import evaluation, gpu_evaluation
+from ..steps.evaluation import FoldedConvolution, ForwardStep, NormPass, NormValue, RawPool, StockNorm, StockPool
+from ..steps.gpu_evaluation import Add, Product
+from ..steps.join import Join
+from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
+from ..steps.pooled import PooledNorm
+from ..steps.program import Program
 from ..steps.program_node import Lowered
+from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
 
 _STEPS = {
@@ -13,19 +19,53 @@ _STEPS = {
     ConvolveValue: "1x1 on values",
     ConvolveValueAdd: "1x1 on values that adds",
     Normalise: "norm on load",
-    Join: "norm, add and ReLU in one pass",
+    PooledNorm: "norm, ReLU and pool in one pass",
 }
 
 
-def of_chain(chain: Chain) -> str:
-    """The variant of `chain`."""
-    if chain.stock:
-        return "stock"
-    kind = {True: "Gram join", False: "plain join"}
-    text = ("lazy, " if chain.lazy else "") + kind[chain.gram]
-    return text + (f", shortcut {kind[chain.gram_shortcut]}" if chain.shortcut is not None else "")
+def of_step(step: Kind, program: Program) -> str:
+    """A step."""
+    if isinstance(step, ConvolveAndAdd) and step.statistics:
+        return "convolution and sum with its statistics"
+    if not isinstance(step, Join | ValueJoin):
+        return _STEPS[type(step)]
+    terms, kind = program.terms(step.value), {True: "Gram join", False: "plain join"}
+    projected = terms.other is not None and program.is_affine(terms.other)
+    text = kind[step.gram] + (" on values" if isinstance(step, ValueJoin) else "")
+    return text + (f", shortcut {kind[step.gram_other]}" if projected else "")
 
 
 def of_steps(lowered: Lowered) -> str:
-    """The steps of a program, equal ones once."""
-    return ", ".join(dict.fromkeys(_STEPS[type(step)] for step in lowered.steps))
+    """How a program runs: its steps in order."""
+    if lowered.steps is None:
+        return "stock"
+    return "; ".join(of_step(step, lowered.program) for step in lowered.steps)
+
+
+_EVALUATION = {
+    FoldedConvolution: "convolution",
+    NormValue: "norm on load",
+    NormPass: "pass",
+    StockNorm: "norm",
+    RawPool: "ReLU and pool in one pass",
+    StockPool: "pool",
+    Product: "1x1 convolution",
+    gpu_evaluation.Convolve: "convolution",
+    Add: "sum in place",
+}
+
+
+def of_evaluation(lowered: evaluation.Lowered) -> str:
+    """How a program runs in evaluation: its steps in order."""
+    return "evaluation: " + "; ".join(map(_word, lowered.steps))
+
+
+def _word(step: ForwardStep) -> str:
+    """A step, with what it does beside."""
+    word, part = _EVALUATION[type(step)], step.folded if isinstance(step, FoldedConvolution) else None
+    part = step.main if isinstance(step, Product) else part
+    normed = isinstance(step, NormPass) or (part is not None and part.norm is not None)
+    added = step.other is not None or (isinstance(step, Product) and step.projection is not None)
+    beside = {"norm": normed, "sum": added and not isinstance(step, Add), "ReLU": step.relu}
+    names = [name for name, there in beside.items() if there]
+    return f"{word} with {', '.join(names)}" if names else word

@@ -1,18 +1,21 @@
-"""`Lazy`, `LazyGrad` and the steps that chains are made of, each with its forward and backward."""
+"""Programs of nodes, and the steps that they are made of, each with its forward and backward."""
 
 from .lazy import Lazy, LazyGrad
-from .spec import Chain, Conv, Norm, Pool, Step, StepGrads, StepTensors, flatten, regroup
+from .program import Call, Program, residual_program
+from .spec import Conv, Norm, Pool, Step, StepGrads, StepTensors, flatten, regroup
 
 __all__ = [
-    "Chain",
+    "Call",
     "Conv",
     "Lazy",
     "LazyGrad",
     "Norm",
     "Pool",
+    "Program",
     "Step",
     "StepGrads",
     "StepTensors",
     "flatten",
     "regroup",
+    "residual_program",
 ]

@@ -18,6 +18,7 @@ has more than the deviation. With running statistics nothing depends on the batc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,17 @@ def batch_affine(
     """Batch norm from the statistics of a batch. `z`: any tensor of as many pixels."""
     var, *vectors = run("bn_affine", mean, m2, tensors.gamma, tensors.beta, z, norm.eps, backend=backend)
     return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
+
+
+def affine_of(results: Sequence[Tensor], z: Tensor) -> tuple[Affine, Statistics]:
+    """Batch norm from what an op that takes statistics returned, having been given `parameters`. `z`: as above."""
+    mean, _, var, *vectors = results
+    return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
+
+
+def parameters(tensors: StepTensors, norm: Norm) -> dict:
+    """The arguments with which an op that takes statistics returns what :func:`affine_of` wants."""
+    return {"gamma": tensors.gamma, "beta": tensors.beta, "eps": norm.eps}
 
 
 def running_affine(

@@ -25,7 +25,7 @@ _MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matri
 _OWN_CHANNELS, _OWN_PIXELS = 16, 256  # without: from here on ours is faster for kernels beyond 1x1, 1.1-1.6x
 _FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain products, and our weight gradients
 _FEW_GRADIENTS = 2  # the same for the gradients of a 1x1
-_FEW_SLOW = 1 / 8  # instead of both, where plain products are slow
+_PARTS_SLOW = 8  # instead of these, an eighth of a pixel, where products of 256-bit vectors, as ours are, are slow
 _WIDE_MM = 256  # with: from so many channels on, a gradient is added to that of a wider tensor by a plain product
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
 
@@ -71,8 +71,13 @@ def is_product(pixels: int, weight: Tensor, conv: Conv, like: Tensor, few: int =
     `pixels`: of its output. `like`: any tensor of its data's device and dtype. `few`: pixels per channel.
     """
     here = HAS_AVX512 and like.device.type == "cpu" and like.dtype == torch.float32
-    few = _FEW_SLOW if SLOW_PRODUCTS else few
-    return here and conv.is_pointwise(weight) and pixels <= few * min(weight.shape[:2])
+    return here and conv.is_pointwise(weight) and _are_few(pixels, weight, few)
+
+
+def _are_few(pixels: int, weight: Tensor, few: int) -> bool:
+    """Whether there are at most `few` pixels per channel. In whole numbers: a graph's symbolic sizes take no others."""
+    channels = min(weight.shape[:2])
+    return pixels * _PARTS_SLOW <= channels if SLOW_PRODUCTS else pixels <= few * channels
 
 
 def _pixels(x: Tensor, conv: Conv) -> int:
@@ -125,7 +130,7 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
         return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape) if fast else None
     many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
-    fast = pixels <= _FEW_OWN * min(weight.shape[:2]) if HAS_AVX512 else many
+    fast = _are_few(pixels, weight, _FEW_OWN) if HAS_AVX512 else many
     if fast and backend in ("auto", "cpu"):
         return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     return None

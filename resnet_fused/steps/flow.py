@@ -6,26 +6,28 @@ adds. A gradient that autograd lent, or that two values share, is never written 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 
-from .lazy import Lazy, LazyGrad
+from ..backends import run
+from . import pointwise
+from .batch_norm import Affine, Coefficients, Statistics
+from .folded_join import Folded
+from .layout import Moments
+from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
 from .program import Program
 from .running import Update
-from .spec import StepGrads, StepTensors
+from .spec import Conv, Norm, Step, StepGrads, StepTensors
 
 Tensor = torch.Tensor
-Value = Tensor | Lazy
-Pixels = tuple[int, int]
-EVERY: Pixels = (1, 1)
 
 
 class _Written:
     """Activations that were written down for convolutions, each until its last reader has had it."""
 
     def __init__(self, program: Program) -> None:
-        self.left = [len(program.readers(value)) for value in range(len(program.nodes) + 1)]
+        self.left = [len(program.readers(value)) for value in range(program.output + 1)]
         self.kept: dict[int, Tensor] = {}
 
     def tensor(self, number: int, value: Value, backend: str) -> Tensor:
@@ -40,13 +42,34 @@ class _Written:
         return made
 
 
+def by_value(program: Program, tensors: list[StepTensors]) -> list[StepTensors]:
+    """The tensors of nodes by the values that they make."""
+    return [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
+
+
+def merged(tensors: list[StepTensors], conv: int, norm: int) -> StepTensors:
+    """The tensors of a convolution and of the batch norm behind it, by the values that they make."""
+    return tensors[norm]._replace(weight=tensors[conv].weight, bias=tensors[conv].bias)
+
+
+@dataclasses.dataclass
+class Handed:
+    """Mean and second moment of the value that enters a program, where whoever wrote it has them, and of what leaves.
+
+    They are those of one tensor as it was written: only for values that nobody else can hold, see :class:`.Placed`.
+    """
+
+    entering: Moments | None = None
+    leaving: Moments | None = None
+
+
 class Forward:
     """The values of one call, as its steps make them."""
 
     def __init__(
         self,
         program: Program,
-        x: Tensor,
+        inputs: tuple[Tensor, ...],
         tensors: list[StepTensors],
         sample_factor: Tensor | None,
         wanted: list[bool],
@@ -54,24 +77,25 @@ class Forward:
         """`wanted`: of each value, whether a gradient goes through it."""
         self.wanted = wanted
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
-        self.values: list[Value | None] = [x, *(None for _ in program.nodes)]
-        self.tensors = [StepTensors(None), *tensors]  # by the value that they make
-        self.statistics: list[Update] = []  # what moves the running statistics once all is done
-        self.emitted: dict[int, tuple[Tensor, Tensor]] = {}  # mean and second moment, by a kernel that wrote the value
+        self.values: list[Value | None] = [*inputs, *(None for _ in program.nodes)]
+        self.tensors = by_value(program, tensors)
+        self.output: Tensor | None = None
+        self.statistics: dict[int, Update] = {}  # by norm: what moves the running statistics once all is done
+        self.emitted: dict[int, Moments] = {}  # mean and second moment, by a kernel that wrote the value
+        self.affine: dict[int, tuple[Affine, Statistics]] = {}  # the same of a norm, with what it makes of them
         self.masks: dict[int, Tensor] = {}  # bits of what a ReLU let pass, of values whose kernel wrote them
+        self.winners: dict[int, Tensor] = {}  # of pooled values: the place in each window
+        self.folded: dict[int, Folded] = {}  # norms whose convolution was never written
         self._written = _Written(program)
 
     def tensor(self, number: int) -> Tensor:
         """A value as a tensor, for a step that reads it once."""
         return self._written.tensor(number, self.values[number], self.backend)
 
-
-class Pending(NamedTuple):
-    """The gradient of a value, as far as its readers have been passed."""
-
-    grad: Tensor | LazyGrad
-    owned: bool = True  # whether it may be written to
-    pixels: Pixels = EVERY  # the stride of those that it is of; all others' is 0
+    def note(self, norm: int, statistics: Statistics | None) -> None:
+        """What the batch norm that makes value `norm` saw of the batch, if it looked."""
+        if statistics is not None:
+            self.statistics[norm] = (self.tensors[norm], self.program.maker(norm).norm, *statistics)
 
 
 class Backward:
@@ -84,16 +108,21 @@ class Backward:
         tensors: list[StepTensors],
         sample_factor: Tensor | None,
         needs: list[StepGrads],
-        needs_x: bool,
-        masks: dict[int, Tensor],
-        shapes: list[torch.Size],
+        needs_inputs: tuple[bool, ...],
+        shapes: list[torch.Size | None],
     ) -> None:
-        """`values`: those that were kept. `needs`: of each node's tensors, which want a gradient."""
-        self.masks, self.shapes = masks, shapes
+        """`values`: those that were kept; `shapes`: of the others too. `needs`: of each node's tensors, which want a
+        gradient."""
+        self._shapes = shapes
+        self.in_place = True  # whether a gradient that we own is written over by the one before a norm
+        self.masks: dict[int, Tensor] = {}
+        self.winners: dict[int, Tensor] = {}
+        self.folded: dict[int, Folded] = {}
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
-        self.values, self.tensors, self.needs = values, [StepTensors(None), *tensors], [StepGrads(), *needs]
+        self.values, self.tensors = values, by_value(program, tensors)
+        self.needs = [*(StepGrads() for _ in range(program.inputs)), *needs]
         self.grads = [StepGrads() for _ in self.tensors]  # of the parameters, by the value that they make
-        self.wanted = program.wanted(needs, needs_x)
+        self.wanted = program.wanted(needs, needs_inputs)
         self._pending: dict[int, Pending] = {}
         self._written = _Written(program)
 
@@ -105,16 +134,23 @@ class Backward:
         """A tensor of the shape of a value, whose elements are nobody's business; of the kind of `grad`."""
         value = self.values[number]
         value = value.z if isinstance(value, Lazy) else value
-        return _empty(self.shapes[number], grad) if value is None else value
+        return _empty(self._shapes[number], grad) if value is None else value
 
-    def take(self, number: int) -> Pending | None:
-        """The gradient of a value; the caller has it then. None: nobody before it wants one."""
-        return self._pending.pop(number, None)
+    def shape(self, number: int) -> torch.Size:
+        """The shape of a value."""
+        value = self.values[number]
+        value = value.z if isinstance(value, Lazy) else value
+        return self._shapes[number] if value is None else value.shape
+
+    def take(self, number: int, corrected: bool = False) -> Pending | None:
+        """The gradient of a value as it is, or `corrected`; the caller has it then. None: nobody wants one."""
+        known = self._pending.pop(number, None)
+        return self._completed(number, known) if corrected and known is not None and known.correction else known
 
     def take_to_add(self, number: int) -> Tensor | None:
-        """The gradient of a value, if it may be written to and is of all pixels; else it stays pending."""
+        """The gradient of a value, if it may be written to and nothing is to be done to it; else it stays pending."""
         known = self._pending.get(number)
-        if known is None or not known.owned or known.pixels != EVERY or isinstance(known.grad, LazyGrad):
+        if known is None or not known.owned or not known.is_plain:
             return None
         return self._pending.pop(number).grad
 
@@ -123,14 +159,39 @@ class Backward:
         if not self.wanted[number]:
             return
         known = self._pending.pop(number, None)
-        if known is not None and known.pixels != grad.pixels and EVERY not in (known.pixels, grad.pixels):
-            known = _spread(known, self.shapes[number])
-        self._pending[number] = grad if known is None else _sum(known, grad)
+        if known is not None:
+            known, grad = self._completed(number, known), self._completed(number, grad)
+            if known.pixels != grad.pixels and EVERY not in (known.pixels, grad.pixels):
+                known = _spread(known, self.shape(number))
+            grad = _sum(known, grad)
+        self._pending[number] = grad
 
     def dense(self, number: int) -> Pending | None:
-        """The gradient of a value at all pixels; the caller has it then."""
+        """The gradient of a value at all pixels, a tensor or a :class:`LazyGrad`; the caller has it then."""
         known = self.take(number)
-        return known if known is None or known.pixels == EVERY else _spread(known, self.shapes[number])
+        if known is None:
+            return None
+        known = self._completed(number, known)
+        return known if known.pixels == EVERY else _spread(known, self.shape(number))
+
+    def _completed(self, number: int, grad: Pending) -> Pending:
+        """With what is still to be done to it."""
+        if grad.mask is not None:
+            masked = run("norm_add_relu_backward", grad.grad, mask=grad.mask, backend=self.backend)[0]
+            grad = grad._replace(grad=masked, owned=True, mask=None)
+        if grad.correction is not None:
+            step, lazy = Step(Conv(stride=grad.pixels), Norm()), as_lazy(grad)
+            arguments = (lazy, self.values[number], step, None, None, self.backend, None, grad.correction)
+            grad = grad._replace(grad=pointwise.input_grad(*arguments), owned=True, correction=None)
+        return grad
+
+
+_AS_IS = Coefficients(None, None, None, None, None)
+
+
+def as_lazy(grad: Pending) -> LazyGrad:
+    """A gradient as the 1x1 ops take it."""
+    return grad.grad if isinstance(grad.grad, LazyGrad) else LazyGrad(grad.grad, None, _AS_IS, None, mask=grad.mask)
 
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:

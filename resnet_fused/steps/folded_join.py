@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import run
-from .batch_norm import Affine, Statistics, batch_affine, running_affine
+from .batch_norm import Affine, Statistics, affine_of, parameters, running_affine
 from .conv import input_grad, strided, weight_grad
 from .lazy import Lazy
 from .spec import Conv, Step, StepGrads, StepTensors
@@ -77,8 +77,9 @@ def fold(
         return Folded(running_affine(tensors, step.norm, a.dtype, backend), None), None
     gram, total = run("gram", a, centre, scale, shift, stride, backend=backend)
     like = a if like is None else like
-    mean, m2 = run("gram_norm", tensors.weight.contiguous(), gram, total, centre, like, backend=backend)
-    bn, statistics = batch_affine(mean, m2, tensors, step.norm, like, backend)
+    arguments = (tensors.weight.contiguous(), gram, total, centre, like)
+    found = run("gram_norm", *arguments, **parameters(tensors, step.norm), backend=backend)
+    bn, statistics = affine_of(found, like)
     return Folded(bn, Gram(gram, total, centre)), statistics
 
 

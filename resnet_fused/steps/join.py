@@ -1,223 +1,191 @@
-"""The end of a chain: last convolution, its batch norm, the residual, and the ReLU.
+"""Where a branch ends, on tensors: its last batch norm, what is added to it, and the ReLU.
 
-Two variants. *Plain* writes the raw output z of the last convolution, takes its statistics and normalises, adds and
-clamps in one more pass; z is saved. *Folded* never writes z (see `folded_join`). A projection shortcut is a branch of
-the same two kinds. Which is used where is the plan's choice, in :class:`spec.Chain`.
+A branch is *written* or a *Gram join*. Written, its convolution left the raw output z, whose norm is applied here, in
+one pass with the sum and the ReLU; z is saved. As a Gram join its z is never written: batch norm is folded into the
+convolution, which runs here (:mod:`.folded_join`). A projection is a branch of the same two kinds.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 
 from ..backends import run
-from . import conv_norm, folded_join
-from .batch_norm import Affine, Statistics, coefficients
+from . import folded_join
+from .batch_norm import coefficients
 from .conv import strided
-from .folded_join import POINTWISE, Folded
-from .lazy import LazyGrad
-from .spec import Chain, Step, StepGrads, StepTensors
+from .flow import Backward, Forward, merged
+from .folded_join import POINTWISE
+from .kinds import norm_grads, norm_ops
+from .lazy import EVERY, Lazy, LazyGrad, Pending
+from .program import Normalisation, Program, Terms
+from .spec import Step, StepGrads
 
 Tensor = torch.Tensor
+_GRAM = ("bn_stats", "gram", "gram_norm", "gram_grad")
 
 
-class JoinState(NamedTuple):
-    """What the join's backward needs beside the chain's own saved tensors."""
-
-    main: Affine | Folded
-    z: Tensor | None  # raw output of the last convolution; None if folded
-    shortcut: Affine | Folded | None
-    shortcut_z: Tensor | None  # raw output of the projection; None if folded or absent
-    index: Tensor | None = None  # of each window's winner, of a pooled output
+def gram_ops(norm: Normalisation) -> tuple[str, ...]:
+    """What a branch that is never written runs."""
+    return (*(_GRAM if norm.norm.batch_stats else ()), *norm_ops(norm))
 
 
-class JoinGrads(NamedTuple):
-    """Gradients that leave the join."""
-
-    h: Tensor | None  # of the last convolution's input
-    main: StepGrads
-    shortcut: StepGrads | None
-    # Of the residual tensor, or of the chain's input through the projection (of the pixels that it reads, where that is
-    # strided); ours to add to.
-    residual: Tensor | None
+def join_ops(program: Program, value: int, gram: bool, gram_other: bool) -> tuple[str, ...]:
+    """What its Gram joins run."""
+    terms = program.terms(value)
+    ops = gram_ops(program.maker(terms.branch)) if gram else ()
+    return (*ops, *gram_ops(program.maker(terms.other))) if gram_other else ops
 
 
-def forward(
-    chain: Chain,
-    h: Tensor,
-    x: Tensor,
-    tensors: list[StepTensors],
-    residual: Tensor | None,
-    sample_factor: Tensor | None,
-    previous: Affine | None,
-) -> tuple[Tensor, JoinState, list[Statistics | None]]:
-    """Output, state and statistics of the join.
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """The sum that makes `value`, or the norm that does and ends the block.
 
-    `h`: input of the last convolution. `x`: the chain's input. `previous`: the batch norm that `h` came out of.
-    Returned statistics: of the last batch norm and, with a projection, of its batch norm.
+    `gram`: its branch is a Gram join; `gram_other`: so is what is added to it, a projection.
     """
-    last, backend = chain.steps[-1], chain.backend
-    main, statistics = tensors[len(chain.steps) - 1], []
-    if chain.gram:
-        centre = _centre(h, previous, last.norm.batch_stats, backend)
-        state, stats = folded_join.fold(h, main, last, centre, backend)
-        z = None
+
+    value: int
+    gram: bool = False
+    gram_other: bool = False
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        passes = ("norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply")
+        return (*passes, *join_ops(program, self.value, self.gram, self.gram_other))
+
+    def forward(self, f: Forward) -> None:
+        terms = f.program.terms(self.value)
+        branch = _Folding(f, terms.branch) if self.gram else None
+        other = _Folding(f, terms.other) if self.gram_other else None
+        out = _pass(f, terms, other) if branch is None else _product(f, terms, branch, other)
+        f.output = out
+        if terms.other is not None or self.gram:
+            f.values[self.value] = out  # the mask of the ReLU; else made again from what is normalised
+
+    def backward(self, b: Backward) -> None:
+        terms, grad = b.program.terms(self.value), b.dense(self.value)
+        if grad is None:
+            return
+        branch = b.values[terms.branch] if b.wanted[terms.branch] and not self.gram else None
+        is_norm = terms.other is not None and b.program.is_affine(terms.other)
+        other = b.values[terms.other] if is_norm and b.wanted[terms.other] and not self.gram_other else None
+        factor = b.sample_factor if terms.sampled else None
+        g, sums = self._masked(b, terms, grad, branch, other, factor)
+        if self.gram:
+            _through_gram(b, terms.branch, g.grad, sums[0])
+        elif branch is not None:
+            _through_norm(b, terms.branch, g if terms.other is None else g._replace(owned=False), sums, factor)
+        if self.gram_other:
+            total = sums[0] if factor is None else g.grad.sum((0, 2, 3), dtype=sums[0].dtype)
+            _through_gram(b, terms.other, g.grad, total)
+        elif other is not None:
+            _through_norm(b, terms.other, g, sums[2:])
+        elif terms.other is not None and not is_norm:
+            b.give(terms.other, g)
+
+    def _masked(
+        self, b: Backward, terms: Terms, grad: Pending, branch: Lazy | None, other: Lazy | None, factor: Tensor | None
+    ) -> tuple[Pending, list[Tensor]]:
+        """The gradient before the ReLU, and its sums for the norms of what was written."""
+        options = {"relu": terms.relu, "emit_grad": terms.relu, "sample_factor": factor}
+        options |= {} if branch is None else {"z": branch.z, "mean": branch.bn.mean}
+        options |= {} if other is None else {"residual": other.z, "residual_mean": other.bn.mean}
+        if not terms.relu or terms.other is not None or self.gram:
+            options["mask"] = b.values[self.value] if terms.relu else None
+        else:
+            options |= {"scale": branch.bn.scale, "shift": branch.bn.shift}
+        g, *sums = run("norm_add_relu_backward", grad.grad, **options, backend=b.backend)
+        return Pending(g) if terms.relu else grad, sums
+
+
+class _Folding:
+    """A branch that is not written: batch norm of its convolution, from what that reads."""
+
+    def __init__(self, f: Forward, norm: int) -> None:
+        node = f.program.maker(norm)
+        self.conv, self.own = f.program.maker(node.source).conv, merged(f.tensors, node.source, norm)
+        source = f.program.maker(node.source).source
+        value, self.read = f.values[source], f.tensor(source)
+        a, centre = self.read, None
+        if node.norm.batch_stats:
+            a = strided(a, self.conv)
+            centre = value.bn.centre if isinstance(value, Lazy) else None
+            centre = folded_join.sample_mean(a, f.backend) if centre is None else centre
+        self.folded, statistics = folded_join.fold(a, self.own, Step(self.conv, node.norm), centre, f.backend)
+        f.folded[norm] = self.folded
+        f.note(norm, statistics)
+
+    @property
+    def product(self) -> tuple:
+        """Input, weight and shift of the convolution that is the branch."""
+        weight = folded_join.scaled(self.own.weight, self.folded.bn.scale)
+        return self.read, weight, folded_join.shift_of(self.folded, self.own)
+
+
+def _product(f: Forward, terms: Terms, branch: _Folding, other: _Folding | None) -> Tensor:
+    """The join as one convolution; a projection's branch is written first and added to in place."""
+    args, backend = branch.conv.args, f.backend
+    if other is None and (terms.other is None or not f.program.is_affine(terms.other)):
+        residual = None if terms.other is None else f.tensor(terms.other)
+        return run("conv_add_relu", *branch.product, residual, *args, terms.relu, backend=backend)
+    if other is not None:
+        out = run("conv_add_relu", *other.product, None, *other.conv.args, backend=backend)
     else:
-        z, state, stats = conv_norm.forward(h, main, last, backend)
-    statistics.append(stats)
-
-    shortcut = shortcut_z = None
-    if chain.shortcut is not None:
-        shortcut, shortcut_z, stats = _shortcut_forward(chain, x, tensors[-1])
-        statistics.append(stats)
-    if chain.pool is not None:
-        out, index = run("norm_relu_pool", z, state.scale, state.shift, *chain.pool.args, backend=backend)
-        return out, JoinState(state, z, None, None, index), statistics
-    if chain.gram:
-        out = _folded_output(chain, h, x, tensors, residual, state, shortcut, shortcut_z)
-    else:
-        out = _plain_output(chain, z, x, tensors, residual, sample_factor, state, shortcut, shortcut_z)
-    return out, JoinState(state, z, shortcut, shortcut_z), statistics
-
-
-def _centre(a: Tensor, previous: Affine | None, needed: bool, backend: str) -> Tensor | None:
-    if not needed:
-        return None
-    return folded_join.sample_mean(a, backend) if previous is None or previous.centre is None else previous.centre
-
-
-def _shortcut_forward(
-    chain: Chain, x: Tensor, tensors: StepTensors
-) -> tuple[Affine | Folded, Tensor | None, Statistics | None]:
-    step, backend = chain.shortcut, chain.backend
-    if not chain.gram_shortcut:
-        z, bn, stats = conv_norm.forward(x, tensors, step, backend)
-        return bn, z, stats
-    a = strided(x, step.conv) if step.norm.batch_stats else x
-    folded, stats = folded_join.fold(a, tensors, step, _centre(a, None, step.norm.batch_stats, backend), backend)
-    return folded, None, stats
-
-
-def _shortcut_output(chain: Chain, x: Tensor, tensors: StepTensors, folded: Folded) -> Tensor:
-    weight = folded_join.scaled(tensors.weight, folded.bn.scale)
-    shift = folded_join.shift_of(folded, tensors)
-    return run("conv_add_relu", x, weight, shift, None, *chain.shortcut.conv.args, backend=chain.backend)
-
-
-def _folded_output(chain, h, x, tensors, residual, state, shortcut, shortcut_z) -> Tensor:
-    """The join as one convolution; the projection's branch, if any, is written first and added to in place."""
-    conv, main, backend = chain.steps[-1].conv, tensors[len(chain.steps) - 1], chain.backend
-    weight, shift = folded_join.scaled(main.weight, state.bn.scale), folded_join.shift_of(state, main)
-    if chain.shortcut is None:
-        return run("conv_add_relu", h, weight, shift, residual, *conv.args, chain.relu, backend=backend)
-    if chain.gram_shortcut:
-        out = _shortcut_output(chain, x, tensors[-1], shortcut)
-    else:
-        out, _ = run("norm_add_relu", shortcut_z, shortcut.scale, shortcut.shift, relu=False, backend=backend)
-    run("conv_add_relu_", out, h, weight, shift, *conv.args, chain.relu, backend=backend)
+        z, bn = f.values[terms.other][:2]
+        out, _ = run("norm_add_relu", z, bn.scale, bn.shift, relu=False, backend=backend)
+    run("conv_add_relu_", out, *branch.product, *args, terms.relu, backend=backend)
     return out
 
 
-def _plain_output(chain, z, x, tensors, residual, sample_factor, state, shortcut, shortcut_z) -> Tensor:
-    scale = shift = None
-    if chain.shortcut is not None:
-        if chain.gram_shortcut:
-            residual = _shortcut_output(chain, x, tensors[-1], shortcut)
-        else:
-            residual, scale, shift = shortcut_z, shortcut.scale, shortcut.shift
-    return run(
-        "norm_add_relu", z, state.scale, state.shift, residual, scale, shift, sample_factor, chain.relu,
-        backend=chain.backend,
-    )[0]  # fmt: skip
+def _pass(f: Forward, terms: Terms, other: _Folding | None) -> Tensor:
+    """The join as one pass over the branch's raw output."""
+    residual = (None, None, None)
+    if other is not None:
+        residual = (run("conv_add_relu", *other.product, None, *other.conv.args, backend=f.backend), None, None)
+    elif terms.other is not None and f.program.is_affine(terms.other):
+        z, bn = f.values[terms.other][:2]
+        residual = (z, bn.scale, bn.shift)
+    elif terms.other is not None:
+        residual = (f.tensor(terms.other), None, None)
+    z, bn = f.values[terms.branch][:2]
+    factor = f.sample_factor if terms.sampled else None
+    return run("norm_add_relu", z, bn.scale, bn.shift, *residual, factor, terms.relu, backend=f.backend)[0]
 
 
-def backward(
-    chain: Chain,
-    grad_out: Tensor,
-    out: Tensor | None,
-    h: Tensor,
-    x: Tensor,
-    tensors: list[StepTensors],
-    state: JoinState,
-    has_residual: bool,
-    sample_factor: Tensor | None,
-    needs: list[StepGrads],
-    needs_h: bool,
-    needs_residual: bool,
-) -> JoinGrads:
-    """Gradients of everything that entered the join. `out` is its output if there was a residual, else None."""
-    if chain.pool is not None:
-        return _pooled_backward(chain, grad_out, h, tensors, state, needs, needs_h)
-    backend, n = chain.backend, len(chain.steps)
-    step, main = chain.steps[-1], tensors[n - 1]
-    bn = state.main.bn if chain.gram else state.main
-    recompute = chain.relu and not has_residual and not chain.gram
-    options = raw(state) | ({"scale": bn.scale, "shift": bn.shift} if recompute else {"mask": out})
-    options |= {"sample_factor": sample_factor, "relu": chain.relu, "emit_grad": chain.relu}
-    g, sum_g, sum_gz, shortcut_sum_g, shortcut_sum_gz = run(
-        "norm_add_relu_backward", grad_out, **options, backend=backend
+def _through_norm(b: Backward, norm: int, grad: Pending, sums: list[Tensor], factor: Tensor | None = None) -> None:
+    """Give the source of the batch norm that makes value `norm` its gradient, as a tensor."""
+    node, (z, bn, _) = b.program.maker(norm), b.values[norm]
+    lazy = LazyGrad(grad.grad, z, coefficients(bn, *sums[:2], z, node.norm, b.backend), bn, sample_factor=factor)
+    norm_grads(b, norm, lazy)
+    if b.wanted[node.source]:
+        b.give(node.source, Pending(lazy.materialise(b.backend, into_g=grad.owned and b.in_place)))
+
+
+def _through_gram(b: Backward, norm: int, g: Tensor, sum_g: Tensor) -> None:
+    """Gradients of a branch that was never written, and of what its convolution read."""
+    node = b.program.maker(norm)
+    if not b.wanted[norm]:
+        return
+    conv = b.program.maker(node.source)
+    need, value = needs_of(b, node.source, norm), b.values[conv.source]
+    ours = isinstance(value, Lazy) and value.written is None and len(b.program.readers(conv.source)) == 1
+    read, geometry, pixels = b.tensor(conv.source), conv.conv, EVERY
+    if geometry.is_pointwise(b.tensors[node.source].weight) and geometry.stride != (1, 1):
+        read, geometry, pixels = strided(read, geometry), POINTWISE, geometry.stride
+    own, step = merged(b.tensors, node.source, norm), Step(conv.conv, node.norm)
+    grad_read, grads = folded_join.backward(
+        g, sum_g, read, own, step, b.folded[norm], b.backend, need, b.wanted[conv.source], geometry, owned=ours
     )
-    g = g if chain.relu else grad_out
-    if chain.gram:
-        grad_h, main_grads = folded_join.backward(
-            g, sum_g, h, main, step, state.main, backend, needs[n - 1], needs_h, step.conv, owned=n > 1
-        )
-    else:
-        c = coefficients(bn, sum_g, sum_gz, g, step.norm, backend)
-        dz = LazyGrad(g, state.z, c, bn, sample_factor=sample_factor).materialise(backend)
-        grad_h, main_grads = conv_norm.backward(dz, h, main, step, c, backend, needs[n - 1], needs_h)
-    if chain.shortcut is None:
-        own = g if chain.relu else g.clone()  # never add to a gradient that autograd lent us
-        return JoinGrads(grad_h, main_grads, None, own if needs_residual else None)
-    if chain.gram_shortcut and not shortcut_sum_g.numel():
-        shortcut_sum_g = sum_g if sample_factor is None else g.sum((0, 2, 3), dtype=sum_g.dtype)
-    grad_x, shortcut_grads = _shortcut_backward(
-        chain, g, shortcut_sum_g, shortcut_sum_gz, x, tensors[-1], state, needs[-1], needs_residual
-    )
-    return JoinGrads(grad_h, main_grads, shortcut_grads, grad_x)
+    note_grads(b, node.source, norm, grads)
+    if grad_read is not None:
+        b.give(conv.source, Pending(grad_read, True, pixels))
 
 
-def raw(state) -> dict[str, Tensor]:
-    """What a join (also that of `lazy_join`) wrote raw and the means to sum it about, for `norm_add_relu_backward`."""
-    found = {} if state.z is None else {"z": state.z, "mean": state.main.mean}
-    if state.shortcut_z is not None:
-        found |= {"residual": state.shortcut_z, "residual_mean": state.shortcut.mean}
-    return found
+def needs_of(b: Backward, conv: int, norm: int) -> StepGrads:
+    """What of a convolution's and its norm's tensors wants a gradient."""
+    return StepGrads(*b.needs[conv][:2], *b.needs[norm][2:])
 
 
-def _pooled_backward(chain, grad_out, h, tensors, state, needs, needs_h) -> JoinGrads:
-    """Of a stem: the gradient reaches its convolution from the pool's output, through nothing of the size between."""
-    step, own, bn, backend = chain.steps[-1], tensors[-1], state.main, chain.backend
-    read = (grad_out, state.index, state.z)
-    sums = run("norm_relu_pool_backward", *read, bn.mean, bn.scale, bn.shift, *chain.pool.args, backend=backend)
-    c = coefficients(bn, *sums, state.z, step.norm, backend)
-    vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
-    dz = run("norm_relu_pool_apply", *read, *vectors, *chain.pool.args, backend=backend)
-    grad_h, grads = conv_norm.backward(dz, h, own, step, c, backend, needs[-1], needs_h)
-    return JoinGrads(grad_h, grads, None, None)
-
-
-def _shortcut_backward(chain, g, sum_g, sum_gz, x, tensors, state, needs, needs_x) -> tuple[Tensor | None, StepGrads]:
-    step, backend = chain.shortcut, chain.backend
-    sparse = is_sparse(chain, tensors.weight)
-    conv, read = (POINTWISE, strided(x, step.conv)) if sparse else (step.conv, x)
-    if chain.gram_shortcut:
-        return folded_join.backward(g, sum_g, read, tensors, step, state.shortcut, backend, needs, needs_x, conv)
-    c = coefficients(state.shortcut, sum_g, sum_gz, g, step.norm, backend)
-    dz = LazyGrad(g, state.shortcut_z, c, state.shortcut).materialise(backend)
-    return conv_norm.backward(dz, read, tensors, Step(conv, step.norm), c, backend, needs, needs_x)
-
-
-def is_sparse(chain: Chain, weight: Tensor) -> bool:
-    """Whether the projection reads only some pixels of its input: its gradient is then returned for those alone."""
-    return chain.shortcut.conv.is_pointwise(weight) and chain.shortcut.conv.stride != (1, 1)
-
-
-def add_residual_grad(grad_x: Tensor, grad: Tensor, chain: Chain) -> Tensor:
-    """Add the residual's gradient to the main branch's, in place; at the pixels that it is for."""
-    if grad.shape == grad_x.shape:
-        return grad_x.add_(grad)
-    rows, columns = chain.shortcut.conv.stride
-    grad_x[:, :, ::rows, ::columns].add_(grad)
-    return grad_x
+def note_grads(b: Backward, conv: int, norm: int, grads: StepGrads) -> None:
+    """Note the gradients of a convolution and of its norm."""
+    b.grads[conv], b.grads[norm] = StepGrads(*grads[:2]), StepGrads(None, None, *grads[2:])

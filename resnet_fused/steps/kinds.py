@@ -1,33 +1,47 @@
 """The kinds of steps that a program's nodes become, each with forward and backward; :mod:`..plan.lower` chooses.
 
+On tensors, by ATen's and oneDNN's convolutions:
+
 ========================  ============================================================================================
-:class:`Convolve`         a convolution, written raw
+:class:`Convolve`         a convolution, written raw; a value that it reads is written first, in a pass of its own
 :class:`Normalise`        batch norm of a raw tensor, as a value: its statistics are one read, and nothing is written
 :class:`ConvolveAndAdd`   a convolution and the addition behind it, in its memory
-:class:`Join`             batch norms of raw tensors, their sum and the ReLU: one pass
+:class:`Join`             where a branch ends: batch norm, sum and ReLU in one pass (:mod:`.join`)
+:class:`PooledNorm`       where a stem ends: batch norm, ReLU and pool in one pass (:mod:`.pooled`)
 ========================  ============================================================================================
 
-Each names nodes by the values that they make, and by `ops` those of ours that it runs, forward and backward.
+On values, by 1x1 kernels that normalise on load: :mod:`.value_kinds` and :mod:`.value_join`. Each names nodes by the
+values that they make, and says by `ops` which of our ops it runs, forward and backward.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
-
-import torch
+from typing import Protocol
 
 from ..backends import run
+from ..ops import stat_dtype
 from . import conv as convolutions
 from . import conv_norm
-from .batch_norm import Affine, batch_affine, coefficients
-from .flow import EVERY, Backward, Forward, Pending
+from .batch_norm import batch_affine
+from .flow import Backward, Forward
 from .folded_join import POINTWISE
-from .lazy import Lazy, LazyGrad
-from .program import Convolution, Normalisation
+from .lazy import EVERY, Lazy, LazyGrad, Pending
+from .program import Convolution, Normalisation, Program
 from .spec import Step, StepGrads
 
-Tensor = torch.Tensor
+
+class Kind(Protocol):
+    """A step."""
+
+    value: int
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        """Our ops over activations that it runs, forward and backward; some that a call may not need are counted in."""
+
+    def forward(self, f: Forward) -> None: ...
+
+    def backward(self, b: Backward) -> None: ...
 
 
 def conv_backward(b: Backward, value: int, grad: Pending) -> None:
@@ -47,40 +61,51 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
         grad_weight = convolutions.weight_grad(*arguments)
     elif wanted:
         grad_read = convolutions.input_grad(*arguments, into)
-    bias = grad.grad.sum((0, 2, 3)) if need.bias else None
+    bias = grad.grad.sum((0, 2, 3), dtype=stat_dtype(grad.grad.dtype)) if need.bias else None
     b.grads[value] = StepGrads(grad_weight, bias)
     if grad_read is not None:
         b.give(node.source, Pending(grad_read, True, pixels))
 
 
-def materialised(grad: Pending, backend: str) -> Pending:
+def materialised(b: Backward, grad: Pending) -> Pending:
     """A gradient as a tensor."""
     if not isinstance(grad.grad, LazyGrad):
         return grad
-    return Pending(grad.grad.materialise(backend, into_g=grad.owned))
+    return Pending(grad.grad.materialise(b.backend, into_g=grad.owned and b.in_place))
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolve:
-    """The convolution that makes `value`."""
-
-    ops: ClassVar[tuple[str, ...]] = ()
+    """The convolution that makes `value`. `keeps`: the activation written for it stays until backward."""
 
     value: int
+    keeps: bool = False
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        reads = program.maker(program.maker(self.value).source)
+        return ("norm_add_relu",) if isinstance(reads, Normalisation) else ()
 
     def forward(self, f: Forward) -> None:
         node, own = f.program.maker(self.value), f.tensors[self.value]
-        f.values[self.value] = convolutions.conv2d(f.tensor(node.source), own.weight, own.bias, node.conv)
+        read = f.tensor(node.source)
+        if self.keeps and isinstance(f.values[node.source], Lazy):
+            f.values[node.source] = f.values[node.source]._replace(written=read)
+        f.values[self.value] = convolutions.conv2d(read, own.weight, own.bias, node.conv)
 
     def backward(self, b: Backward) -> None:
         grad = b.dense(self.value)
         if grad is not None:
-            conv_backward(b, self.value, materialised(grad, b.backend))
+            conv_backward(b, self.value, materialised(b, grad))
 
 
 def as_step(node: Normalisation) -> Step:
     """A norm as the functions of :mod:`.conv_norm` take it."""
     return Step(POINTWISE, node.norm)
+
+
+def norm_ops(norm: Normalisation) -> tuple[str, ...]:
+    """What a batch norm itself may run, forward and backward, beside who emits its statistics."""
+    return ("bn_affine", "bn_coefficients") if norm.norm.batch_stats else ("running_affine",)
 
 
 def norm_grads(b: Backward, value: int, grad: LazyGrad) -> None:
@@ -102,7 +127,7 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
         b.give(node.source, Pending(through, owned))
         return
     other = b.dense(node.source)
-    total = through.materialise(b.backend, into_g=owned, residual=None if other is None else other.grad)
+    total = through.materialise(b.backend, into_g=owned and b.in_place, residual=None if other is None else other.grad)
     b.give(node.source, Pending(total))
 
 
@@ -110,34 +135,35 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
 class Normalise:
     """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside."""
 
-    ops: ClassVar[tuple[str, ...]] = (
-        "bn_stats",
-        "bn_affine",
-        "bn_coefficients",
-        "norm_add_relu",
-        "norm_add_relu_backward",
-        "lazy_grad_apply",
-    )
-
     value: int
+    emitted: bool = False  # whether the kernel that wrote the tensor emits its statistics; from outside it may anyway
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        node = program.maker(self.value)
+        reads = ("bn_stats",) if node.norm.batch_stats and not self.emitted else ()
+        sums = "norm_relu_coefficients" if node.norm.batch_stats else "norm_add_relu_backward"
+        passes = (sums, "lazy_grad_apply") if node.relu else ()
+        return (*reads, *norm_ops(node), *passes)
 
     def forward(self, f: Forward) -> None:
         node, own = f.program.maker(self.value), f.tensors[self.value]
-        z, emitted = f.tensor(node.source), f.emitted.pop(node.source, None)
-        if emitted is not None and node.norm.batch_stats:
+        z, emitted = f.tensor(node.source), f.emitted.get(node.source)
+        if self.value in f.affine:
+            bn, statistics = f.affine.pop(self.value)
+        elif emitted is not None and node.norm.batch_stats:
             bn, statistics = batch_affine(*emitted, own, node.norm, z, f.backend)
         else:
             bn, statistics = conv_norm.normalise(z, own, as_step(node), f.backend)
         lazy = Lazy(z, bn)
         # Without a gradient to take, stock keeps what it wrote, and not what it read, which others may write to.
-        f.values[self.value] = lazy if f.wanted[self.value] or not node.relu else lazy.materialise(f.backend)
-        if statistics is not None:
-            f.statistics.append((own, node.norm, *statistics))
+        writes = node.relu and not f.wanted[self.value] and self.value != f.program.output
+        f.values[self.value] = lazy.materialise(f.backend) if writes else lazy
+        f.note(self.value, statistics)
 
     def backward(self, b: Backward) -> None:
-        """Without a ReLU nothing is done: whoever read the value has given its source the gradient."""
+        """Where something joins or pools the value, nothing is done: it has given its source the gradient."""
         node, lazy = b.program.maker(self.value), b.values[self.value]
-        grad = b.dense(self.value) if node.relu else None
+        grad = b.dense(self.value)
         if grad is None:
             return
         through = conv_norm.mask_and_sum(grad.grad, lazy.z, lazy.bn, as_step(node), b.backend)
@@ -146,21 +172,31 @@ class Normalise:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveAndAdd:
-    """The addition that makes `value` and the convolution, read by it alone, that makes its branch."""
+    """The addition that makes `value` and the convolution, read by it alone, that makes its branch.
 
-    ops: ClassVar[tuple[str, ...]] = ("norm_add_relu_backward",)
+    The sum is a pass of its own, in place: oneDNN's convolution with a binary post-op takes longer than both.
+    `statistics`: of the sum too, which a norm is to read; not with a ReLU.
+    """
 
     value: int
+    statistics: bool = False
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        passes = ("norm_add_relu_backward",) if program.maker(self.value).relu else ()
+        return (*passes, "add_stats_") if self.statistics else passes
 
     def forward(self, f: Forward) -> None:
         add, own = f.program.maker(self.value), f.tensors[f.program.maker(self.value).branch]
         node = f.program.maker(add.branch)
         read, other = f.tensor(node.source), f.tensor(add.other)
+        factor = f.sample_factor if add.sampled else None
         out = convolutions.conv2d(read, own.weight, own.bias, node.conv)
-        if add.sampled and f.sample_factor is not None:
-            out.mul_(f.sample_factor.to(out.dtype).view(-1, 1, 1, 1))
-        out.add_(other)
-        f.values[self.value] = out.relu_() if add.relu else out
+        if self.statistics:
+            f.emitted[self.value] = run("add_stats_", out, other, factor, backend=f.backend)
+        else:
+            out = out if factor is None else out.mul_(factor.to(out.dtype).view(-1, 1, 1, 1))
+            out = out.add_(other).relu_() if add.relu else out.add_(other)
+        f.values[self.value] = f.output = out
 
     def backward(self, b: Backward) -> None:
         add, grad = b.program.maker(self.value), b.dense(self.value)
@@ -175,62 +211,3 @@ class ConvolveAndAdd:
         if b.wanted[add.branch]:
             conv_backward(b, add.branch, branch)
         b.give(add.other, grad)
-
-
-@dataclasses.dataclass(frozen=True)
-class Join:
-    """The addition that makes `value`, its branch a batch norm without ReLU: norms, sum and ReLU in one pass."""
-
-    ops: ClassVar[tuple[str, ...]] = ("norm_add_relu", "norm_add_relu_backward", "bn_coefficients", "lazy_grad_apply")
-
-    value: int
-
-    def forward(self, f: Forward) -> None:
-        add = f.program.maker(self.value)
-        branch = f.values[add.branch]
-        if f.program.is_affine(add.other):
-            other = f.values[add.other]
-            residual = (other.z, other.bn.scale, other.bn.shift)
-        else:
-            residual = (f.tensor(add.other), None, None)
-        factor = f.sample_factor if add.sampled else None
-        arguments = (branch.z, branch.bn.scale, branch.bn.shift, *residual, factor, add.relu)
-        f.values[self.value] = run("norm_add_relu", *arguments, backend=f.backend)[0]
-
-    def backward(self, b: Backward) -> None:
-        add, grad = b.program.maker(self.value), b.dense(self.value)
-        if grad is None:
-            return
-        branch, other = _normalised(b, add.branch), _normalised(b, add.other)
-        factor = b.sample_factor if add.sampled else None
-        options = {"mask": b.values[self.value] if add.relu else None, "relu": add.relu, "emit_grad": add.relu}
-        options |= {"sample_factor": factor}
-        options |= {} if branch is None else {"z": branch.z, "mean": branch.bn.mean}
-        options |= {} if other is None else {"residual": other.z, "residual_mean": other.bn.mean}
-        g, *sums = run("norm_add_relu_backward", grad.grad, **options, backend=b.backend)
-        g = Pending(g) if add.relu else grad
-        if branch is not None:
-            _through_norm(b, add.branch, g._replace(owned=False), branch.bn, sums[:2], factor)
-        if other is not None:
-            _through_norm(b, add.other, g, other.bn, sums[2:])
-        elif not b.program.is_affine(add.other):
-            b.give(add.other, g)
-
-
-def _normalised(b: Backward, value: int) -> Lazy | None:
-    """What a batch norm without ReLU made, where it wants a gradient."""
-    return b.values[value] if b.program.is_affine(value) and b.wanted[value] else None
-
-
-def _through_norm(
-    b: Backward, value: int, grad: Pending, bn: Affine, sums: list[Tensor], factor: Tensor | None = None
-) -> None:
-    """Give the source of the batch norm that makes `value` its gradient, as a tensor."""
-    node, z = b.program.maker(value), b.values[value].z
-    lazy = LazyGrad(grad.grad, z, coefficients(bn, *sums, z, node.norm, b.backend), bn, sample_factor=factor)
-    norm_grads(b, value, lazy)
-    if b.wanted[node.source]:
-        b.give(node.source, Pending(lazy.materialise(b.backend, into_g=grad.owned)))
-
-
-Kind = Convolve | Normalise | ConvolveAndAdd | Join

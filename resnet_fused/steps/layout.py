@@ -16,6 +16,8 @@ import torch
 from .saved import counter_of
 
 Tensor = torch.Tensor
+#: Mean and second moment of a tensor over all but its channels, ``[C]`` each, as `bn_stats` gives them.
+Moments = tuple[Tensor, Tensor]
 
 
 def suggests_channels_last(t: Tensor) -> bool:
@@ -36,6 +38,8 @@ class Placed(NamedTuple):
     value: Tensor
     channels_last: bool
     clamped: bool = False  # by a ReLU: what stock saves for backward, and nobody may write to
+    #: Of `value`, if known; from one program straight to the next, as others may write to it.
+    moments: Moments | None = None
 
 
 def arrived(x: Tensor) -> Placed:

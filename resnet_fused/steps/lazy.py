@@ -1,4 +1,4 @@
-"""Values that are not tensors yet: a normalised activation, and the gradient before a batch norm."""
+"""Values that are not tensors yet: a normalised activation, and the gradient before a batch norm, or on its way."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..backends import run
 from .batch_norm import Affine, Coefficients
 
 Tensor = torch.Tensor
+Pixels = tuple[int, int]
+EVERY: Pixels = (1, 1)
 
 
 class Lazy(NamedTuple):
@@ -61,3 +63,22 @@ class LazyGrad(NamedTuple):
             run("lazy_grad_apply_", *arguments, backend=backend)
             return self.g
         return run("lazy_grad_apply", *arguments, backend=backend)
+
+
+Value = Tensor | Lazy
+
+
+class Pending(NamedTuple):
+    """The gradient of a value, as far as its readers have been passed."""
+
+    grad: Tensor | LazyGrad
+    owned: bool = True  # whether it may be written to
+    pixels: Pixels = EVERY  # the stride of those that it is of; all others' is 0
+    mask: Tensor | None = None  # bits by which it is still to be masked
+    correction: tuple[Tensor, Tensor] | None = None  # of a Gram join, still to be added: coupling and constant
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a tensor of all pixels, with nothing still to be done."""
+        lacks = self.mask is not None or self.correction is not None or isinstance(self.grad, LazyGrad)
+        return self.pixels == EVERY and not lacks

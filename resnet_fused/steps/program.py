@@ -1,20 +1,23 @@
 """What a block computes: numbered values, and the nodes that make them.
 
-Value 0 is the block's input; node i makes value i + 1 of values before it, and the last node makes the block's output.
-No node says how it is run: :mod:`..plan.lower` decides that. A norm stands by itself, so conv-norm-relu and
-norm-relu-conv (identity mappings, He et al. 2016, https://arxiv.org/abs/1603.05027) are the same nodes in another
-order, and a value may have any number of readers.
+Value 0 is the block's input, value 1 perhaps a residual from outside; then each node makes one of values before it, and
+the last node makes the block's output. No node says how it is run: :mod:`..plan.lower` decides that. A norm stands by
+itself, so conv-norm-relu and norm-relu-conv (identity mappings, He et al. 2016, https://arxiv.org/abs/1603.05027) are
+the same nodes in another order, and a value may have any number of readers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ..ops.conv_add_relu import output_shape
-from .spec import Conv, Norm, StepGrads, StepTensors
+from .spec import Conv, Norm, Pool, StepGrads, StepTensors
+
+Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +34,15 @@ class Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """Batch norm of value `source`, and the ReLU behind it if `relu`; its :class:`StepTensors` has no weight."""
+    """Batch norm of value `source`, and the ReLU behind it if `relu`; its :class:`StepTensors` has no weight.
+
+    `sampled`: what batch norm makes is multiplied by a factor for each sample, before the ReLU; only of the last node.
+    """
 
     source: int
     norm: Norm
     relu: bool = True
+    sampled: bool = False
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -60,68 +67,192 @@ class Addition:
         return (self.branch, self.other)
 
 
-Node = Convolution | Normalisation | Addition
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """The max pool of value `source`, a batch norm with ReLU that nobody else reads: the end of a stem."""
+
+    source: int
+    pool: Pool
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.source,)
+
+
+Node = Convolution | Normalisation | Addition | Pooling
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The nodes of a block in the order in which stock runs them. `backend`: who runs the ops."""
+    """The nodes of a block in the order in which stock runs them.
+
+    `inputs`: 1, or 2 with a residual from outside, which the last node, an addition, reads and nobody else. `backend`:
+    who runs the ops.
+    """
 
     nodes: tuple[Node, ...]
+    inputs: int = 1
     backend: str = "auto"
 
-    @functools.cached_property
-    def _readers(self) -> tuple[tuple[int, ...], ...]:
-        reads = [node.reads for node in self.nodes]
-        return tuple(
-            tuple(number for number, read in enumerate(reads, 1) if value in read) for value in range(len(reads) + 1)
-        )
+    @property
+    def output(self) -> int:
+        """The value that the last node makes."""
+        return self.inputs + len(self.nodes) - 1
+
+    @property
+    def numbered(self) -> list[tuple[int, Node]]:
+        """The nodes by the values that they make."""
+        return list(enumerate(self.nodes, self.inputs))
 
     def readers(self, value: int) -> tuple[int, ...]:
         """The values whose nodes read `value`."""
-        return self._readers[value]
+        return self._once("_readers", self._find_readers)[value]
+
+    def _find_readers(self) -> list[tuple[int, ...]]:
+        reads = [(number, node.reads) for number, node in self.numbered]
+        return [tuple([number for number, read in reads if value in read]) for value in range(self.output + 1)]
+
+    def _once(self, name: str, find: Callable[[], list]) -> list:
+        """What `find` finds, found once; a cached property takes a lock, which no graph can be traced through."""
+        known = self.__dict__.get(name)
+        if known is None:
+            known = find()
+            if not torch.compiler.is_compiling():
+                self.__dict__[name] = known
+        return known
 
     def maker(self, value: int) -> Node | None:
-        """The node that makes `value`; None for the block's input."""
-        return self.nodes[value - 1] if value else None
+        """The node that makes `value`; None for an input."""
+        return None if value < self.inputs else self.nodes[value - self.inputs]
 
     def is_affine(self, value: int) -> bool:
         """Whether a value is a batch norm without ReLU, which an addition applies as it reads."""
         node = self.maker(value)
         return isinstance(node, Normalisation) and not node.relu
 
-    def wanted(self, needs: list[StepGrads], needs_x: bool) -> list[bool]:
+    def terms(self, value: int) -> Terms | None:
+        """What the join that makes `value` joins; None where that is none: neither a norm nor a sum with one.
+
+        A norm's own value counts: it is written where the block ends in it.
+        """
+        node = self.maker(value)
+        if isinstance(node, Addition):
+            return Terms(node.branch, node.other, node.relu, node.sampled) if self.is_affine(node.branch) else None
+        return Terms(value, None, node.relu, node.sampled) if isinstance(node, Normalisation) else None
+
+    def wanted(self, needs: list[StepGrads], needs_inputs: tuple[bool, ...]) -> list[bool]:
         """Of each value, whether it, or anything that it is made of, wants a gradient; `needs`: of each node's own."""
-        found = [needs_x]
+        found = list(needs_inputs[: self.inputs])
         for node, need in zip(self.nodes, needs, strict=True):
             found.append(any(need) or any(found[value] for value in node.reads))
         return found
 
-    @functools.cached_property
-    def main_convolutions(self) -> tuple[int, ...]:
+    @property
+    def main_convolutions(self) -> list[int]:
         """The nodes of convolutions between input and output along what stock's operations take first.
 
         They decide the memory layout of stock's result.
         """
-        found, value = [], len(self.nodes)
-        while value:
-            node = self.nodes[value - 1]
+        return self._once("_main_convolutions", self._find_main_convolutions)
+
+    def _find_main_convolutions(self) -> list[int]:
+        found, value = [], self.output
+        while value >= self.inputs:
+            node = self.maker(value)
             if isinstance(node, Convolution):
-                found.append(value - 1)
+                found.append(value - self.inputs)
             value = node.other if isinstance(node, Addition) and node.other_first else node.reads[0]
-        return tuple(found)
+        return found
+
+    @property
+    def clamped(self) -> bool:
+        """Whether the output is what a ReLU made."""
+        node = self.nodes[-1]
+        return isinstance(node, Normalisation | Addition) and node.relu
 
     @property
     def sampled(self) -> bool:
-        """Whether some addition takes a factor for each sample."""
-        return any(isinstance(node, Addition) and node.sampled for node in self.nodes)
+        """Whether some node takes a factor for each sample."""
+        return any(isinstance(node, Normalisation | Addition) and node.sampled for node in self.nodes)
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether some batch norm normalises with the batch."""
+        return any(isinstance(node, Normalisation) and node.norm.batch_stats for node in self.nodes)
 
     def shapes(self, x: torch.Size, tensors: list[StepTensors]) -> list[torch.Size]:
-        """The shape of every value, from that of the input. `tensors`: of each node."""
-        shapes = [x]
+        """The shape of every value, from that of the input. `tensors`: of each node. A residual has the output's."""
+        shapes = [x] * self.inputs
         for node, own in zip(self.nodes, tensors, strict=True):
             shape = shapes[node.reads[0]]
             if isinstance(node, Convolution):
                 shape = torch.Size(output_shape(shape, own.weight.shape, *node.conv.args[:3]))
+            elif isinstance(node, Pooling):
+                shape = torch.Size(output_shape(shape, (shape[1], 1, *node.pool.kernel), *node.pool.args[1:], (1, 1)))
             shapes.append(shape)
+        if self.inputs > 1:
+            shapes[1] = shapes[self.nodes[-1].branch]
         return shapes
+
+
+class Terms(NamedTuple):
+    """What is joined where a batch norm without a reader of its own ends: ``relu(factor * branch + other)``."""
+
+    branch: int  # the value of a batch norm
+    other: int | None
+    relu: bool
+    sampled: bool
+
+
+class Call(NamedTuple):
+    """A program on its tensors: what the plan and the node take."""
+
+    program: Program
+    x: Tensor  # [N, C, H, W]
+    tensors: list[StepTensors]  # of each node
+    residual: Tensor | None = None  # value 1, of the shape of the output
+    sample_factor: Tensor | None = None  # [N]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The values that come from outside."""
+        return (self.x,) if self.program.inputs == 1 else (self.x, self.residual)
+
+    def shapes(self) -> list[torch.Size]:
+        return self.program.shapes(self.x.shape, self.tensors)
+
+
+def residual_program(
+    steps: list[tuple[Conv, Norm]],
+    shortcut: tuple[Conv, Norm] | None = None,
+    *,
+    residual: str = "",
+    relu: bool = True,
+    sampled: bool = False,
+    pool: Pool | None = None,
+    backend: str = "auto",
+) -> Program:
+    """``conv-bn-relu`` for all `steps` but the last, then ``conv-bn (+ residual) (-> relu) (-> pool)``.
+
+    The nodes are those of `steps` in order, two for each, then those of the `shortcut`, a projection of the input, then
+    the addition and the pool, if there are such. `residual`: "x", the input itself, or "tensor", from outside.
+    """
+    inputs = 2 if residual == "tensor" else 1
+    nodes: list[Node] = []
+
+    def pair(source: int, conv: Conv, norm: Norm, **more) -> int:
+        nodes.append(Convolution(source, conv))
+        nodes.append(Normalisation(inputs + len(nodes) - 1, norm, **more))
+        return inputs + len(nodes) - 1
+
+    value, joined = 0, shortcut is not None or residual != ""
+    for i, step in enumerate(steps):
+        last = {"relu": relu and not joined, "sampled": sampled and not joined} if i == len(steps) - 1 else {}
+        value = pair(value, *step, **last)
+    if joined:
+        other = 1 if inputs == 2 else 0 if shortcut is None else pair(0, *shortcut, relu=False)
+        nodes.append(Addition(value, other, relu, sampled))
+        value = inputs + len(nodes) - 1
+    if pool is not None:
+        nodes.append(Pooling(value, pool))
+    return Program(tuple(nodes), inputs, backend)

@@ -1,4 +1,4 @@
-"""Backward of a chain by stock operations: where it is differentiated again, batched, or reads what has moved since."""
+"""Backward of a program by stock operations: where it is differentiated again, batched, or what it reads has moved."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import dataclasses
 import torch
 
 from ..backends import run
-from . import Chain, StepTensors, regroup, stock
+from . import stock
 from .batch_norm import Affine
+from .flow import Backward
 from .layout import is_transformed
-from .saved import Saved, originals, version
+from .lazy import Lazy
+from .program import Call, Normalisation, Program
+from .saved import originals, version
+from .spec import StepTensors, regroup
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
 
-def counters(chain: Chain, tensors: list[StepTensors]) -> tuple[tuple[Tensor, int], ...]:
+def counters(program: Program, tensors: list[StepTensors]) -> tuple[tuple[Tensor, int], ...]:
     """The counters of norms that used running statistics, and their versions: how to tell that these have moved."""
-    found = zip(chain.all_steps, tensors, strict=True)
-    frozen = [own.num_batches_tracked for step, own in found if not step.norm.batch_stats]
+    found = zip(program.nodes, tensors, strict=True)
+    frozen = [own.num_batches_tracked for n, own in found if isinstance(n, Normalisation) and not n.norm.batch_stats]
     return tuple((t, version(t)) for t in frozen if t is not None)
 
 
@@ -29,35 +33,34 @@ def is_needed(ctx, grad_out: Tensor) -> bool:
 
 
 def _moved(ctx) -> bool:
-    """Whether somebody trained with the chain's norms since its forward in evaluation."""
+    """Whether somebody trained with the program's norms since its forward in evaluation."""
     return any(version(counter) != before for counter, before in ctx.counters)
 
 
-def gradients(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
-    """Gradients of the node's arguments behind its first two: x, residual, sample factor, and all tensors of steps.
+def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
+    """Gradients of the node's arguments behind its first three: sample factor, x, residual, and all tensors of nodes.
 
-    Where somebody trained with the norms since a forward in evaluation, they are of the running statistics as these
-    are now, as in stock, which reads them again.
+    `b`: what was kept. Where somebody trained with the norms since a forward in evaluation, they are of the running
+    statistics as these are now, as in stock, which reads them again.
     """
-    x, *flat = originals(saved.x, saved.tensors, ctx.aliased)
-    create_graph, chain = torch.is_grad_enabled(), ctx.chain
-    needs = ctx.needs_input_grad[2:]
-    grad_residual = None
+    program, create_graph = b.program, torch.is_grad_enabled()
+    x, *flat = originals(b.values[0], b.tensors[program.inputs :], ctx.aliased)
+    needs, grad_residual = ctx.needs_input_grad[4:], None
     with torch.enable_grad(), torch.autocast(grad_out.device.type, enabled=False):
-        if ctx.has_residual:  # its value is in the mask, which is all that a gradient wants of it
-            grad_out = grad_residual = _behind_relu(chain, grad_out, saved)
-            chain = dataclasses.replace(chain, relu=False)
-        tensors, moved = regroup(flat), _moved(ctx)
-        if moved:
-            found = zip(chain.all_steps, tensors, _affines(saved), strict=True)
-            tensors = [_as_in_forward(own, bn, step.norm.eps) for step, own, bn in found]
-        residual = x if chain.identity else None
-        out = stock.chain_output(chain, x, residual, saved.sample_factor, tensors)
-        for own, now in zip(tensors, saved.tensors, strict=True):
-            if moved and own.running_mean is not None:  # not in place: autograd must not see it
+        if program.inputs > 1:  # its value is in the mask, which is all that a gradient wants of it
+            grad_out = grad_residual = _behind_relu(ctx, b, grad_out)
+            last = dataclasses.replace(program.nodes[-1], relu=False)
+            program = dataclasses.replace(program, nodes=(*program.nodes[:-1], last))
+        kept = tensors = regroup(flat)
+        if _moved(ctx):
+            tensors = [_as_in_forward(b, number, own) for number, own in enumerate(kept, program.inputs)]
+        read = x.contiguous() if ctx.converted else x  # as stock had it: its batched gradients depend on the layout
+        out = stock.program_output(Call(program, read, tensors, None, b.sample_factor), known=_known(b))
+        for own, now in zip(tensors, kept, strict=True):
+            if own is not now:  # not in place: autograd must not see it
                 own.running_mean.data.copy_(now.running_mean)
                 own.running_var.data.copy_(now.running_var)
-        inputs = [x, None, None, *flat]
+        inputs = [x, None, *flat]
         wanted = [i for i, need in enumerate(needs) if need and i != 1]
         sources = [inputs[i] for i in wanted]
         grads = torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True)
@@ -65,31 +68,37 @@ def gradients(ctx, grad_out: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
     for i, grad in zip(wanted, grads, strict=True):
         result[i] = grad
     result[1] = grad_residual if needs[1] else None
-    return tuple(result)
+    return None, *result
 
 
-def _behind_relu(chain: Chain, grad_out: Tensor, saved: Saved) -> Tensor:
+def _known(b: Backward) -> dict[int, Tensor]:
+    """Values that were kept and that no gradient goes through: what they were, whatever has moved since."""
+    kept = {number: value for number, value in enumerate(b.values) if isinstance(value, Tensor)}
+    return {number: value for number, value in kept.items() if number >= b.program.inputs and not b.wanted[number]}
+
+
+def _behind_relu(ctx, b: Backward, grad_out: Tensor) -> Tensor:
     """The gradient of the residual: `grad_out` where the ReLU let the sum pass."""
-    if not chain.relu:
+    if not b.program.clamped:
         return grad_out
-    mask = saved.out
-    if mask is None:  # bits of a lazy join
-        ones = torch.ones(grad_out.shape, dtype=saved.x.dtype, device=saved.x.device)
+    mask = b.values[b.program.output]
+    if b.program.output in b.masks:  # bits
+        ones = torch.ones(grad_out.shape, dtype=ctx.dtype, device=grad_out.device)
         ones = ones.contiguous(memory_format=torch.channels_last)
-        mask = run("norm_add_relu_backward", ones, mask=saved.join.mask, backend=chain.backend)[0]
+        mask = run("norm_add_relu_backward", ones, mask=b.masks[b.program.output], backend=b.backend)[0]
     return aten.threshold_backward(grad_out, mask, 0)
 
 
-def _affines(saved: Saved) -> list[Affine]:
-    """What forward made of each step's batch norm, the shortcut's last."""
-    ends = [end for end in (saved.join.main, saved.join.shortcut) if end is not None]
-    return [lazy.bn for lazy in saved.inner] + [end if isinstance(end, Affine) else end.bn for end in ends]
-
-
-def _as_in_forward(own: StepTensors, bn: Affine, eps: float) -> StepTensors:
-    """`own` with the running statistics that forward used, as tensors of their own."""
-    if own.running_mean is None:
+def _as_in_forward(b: Backward, number: int, own: StepTensors) -> StepTensors:
+    """The tensors of the node that makes value `number`, with the running statistics that forward used."""
+    node = b.program.maker(number)
+    if not isinstance(node, Normalisation) or node.norm.batch_stats or own.running_mean is None:
         return own
+    value = b.values[number]
+    bn: Affine | None = b.folded[number].bn if number in b.folded else value.bn if isinstance(value, Lazy) else None
+    if bn is None:  # no gradient passes: they were copied, for those who may be moved
+        mean, var = b.tensors[number][4:6]
+        return own if mean is None else own._replace(running_mean=mean.clone(), running_var=var.clone())
     dtype = own.running_mean.dtype
-    var = bn.rstd.square().reciprocal() - eps
+    var = bn.rstd.square().reciprocal() - node.norm.eps
     return own._replace(running_mean=bn.mean.to(dtype, copy=True), running_var=var.to(dtype))

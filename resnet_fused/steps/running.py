@@ -1,7 +1,8 @@
 """The running statistics of a chain's batch norms, all at once.
 
-One batch norm's update is six launches on a GPU, of a few hundred bytes each; with ``torch._foreach_*`` a chain's are
-four: the counters, the unbiased variances, and a product and a sum for every mean and variance together.
+One batch norm's update is six launches on a GPU, of a few hundred bytes each. A block's norms are one launch by the op
+`running_update`; of many norms, four with ``torch._foreach_*``: the counters, the unbiased variances, and a product and
+a sum for every mean and variance together.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..backends import current, run, soundness
+from ..ops import running_update
 from .batch_norm import silent, update_running
 from .spec import Norm, StepTensors
 
 Tensor = torch.Tensor
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+MOST = 2 * running_update.NORMS  # norms; of more, four operations on all are fewer launches than one for every four
 #: Tensors and settings of a batch norm, and what it saw: mean, variance, values per channel.
 Update = tuple[StepTensors, Norm, Tensor, Tensor, int]
 
@@ -30,31 +36,47 @@ def update_running_all(items: Sequence[Update]) -> None:
         return
     counters, groups = [], {}
     for item in items:
-        tensors, norm, *_, count = item
+        tensors, norm, mean, var, count = item
         if _goes_alone(tensors, norm):
             update_running(*item)
-            continue
-        if tensors.num_batches_tracked is not None:
-            counters.append(tensors.num_batches_tracked)
-        if tensors.running_mean is not None and count != 0:
-            groups.setdefault((norm.momentum, tensors.running_mean.dtype), []).append(item)
+        elif tensors.running_mean is None or count == 0:
+            counters += [] if tensors.num_batches_tracked is None else [tensors.num_batches_tracked]
+        else:
+            running = silent(tensors.running_mean), silent(tensors.running_var), tensors.num_batches_tracked
+            one = running_update.Update(*running, mean, var, count / max(count - 1, 1))
+            groups.setdefault((norm.momentum, tensors.running_mean.dtype), []).append(one)
     if counters:
         torch._foreach_add_(counters, 1)
     for (momentum, _), group in groups.items():
         _move(group, momentum)
 
 
-def _move(group: list[Update], momentum: float) -> None:
-    """Statistics by one momentum; of one dtype, so that each operation is one launch."""
-    factors = [count / max(count - 1, 1) for *_, count in group]
-    unbiased = torch._foreach_mul([var for *_, var, _ in group], factors)
-    batch = [mean for _, _, mean, _, _ in group] + list(unbiased)
-    running = [silent(own.running_mean) for own, *_ in group] + [silent(own.running_var) for own, *_ in group]
-    if any(b.dtype != r.dtype for b, r in zip(batch, running, strict=True)):
-        wide, batch = batch, [torch.empty_like(r) for r in running]
-        torch._foreach_copy_(batch, wide)
-    torch._foreach_mul_(running, 1 - momentum)
-    torch._foreach_add_(running, batch, alpha=momentum)
+def _move(group: list[running_update.Update], momentum: float) -> None:
+    """Statistics by one momentum and of one dtype: by one op for every four norms, or in four operations on all."""
+    if not _by_op(group):
+        running_update.move(group, momentum)
+        return
+    for i in range(0, len(group), running_update.NORMS):
+        arguments = running_update.arguments(group[i : i + running_update.NORMS], momentum)
+        run("running_update", *arguments, backend=current())
+    torch.autograd.graph.increment_version([t for _, _, t, *_ in group if t is not None])  # no kernel of ours does
+
+
+def _by_op(group: list[running_update.Update]) -> bool:
+    """Whether launches count and would be fewer: not on a CPU, nor in a graph, whose compiler fuses the operations.
+
+    A fake tensor stands for one on a GPU. Other subclasses see each operation.
+    """
+    if torch.compiler.is_compiling() or len(group) > MOST:
+        return False
+    first = group[0].running_mean
+    if first.is_cpu and type(first) is Tensor and current() != "triton":
+        return False
+    if not first.is_cpu and current() == "auto":
+        checks = type(first) is not FakeTensor
+        if soundness.lacking(("running_update",), first.dtype, first.device, checks):
+            return False
+    return all(type(t) in PLAIN for update in group for t in update[:3] if t is not None)
 
 
 def _goes_alone(tensors: StepTensors, norm: Norm) -> bool:
@@ -62,7 +84,7 @@ def _goes_alone(tensors: StepTensors, norm: Norm) -> bool:
     if not isinstance(norm.momentum, float):
         return True
     running = tensors.running_mean
-    return running is not None and running.device.type == "cpu" and running.element_size() == 2
+    return running is not None and running.is_cpu and running.element_size() == 2
 
 
 def _share_buffers(items: Sequence[Update]) -> bool:

@@ -1,6 +1,6 @@
-"""What a chain's node keeps from forward to backward, and which writes in between stop it.
+"""What a program's node keeps from forward to backward, and which writes in between stop it.
 
-Stock operations save some of a chain's tensors and raise in backward where one of those was written to since. So does
+Stock operations save some of a block's tensors and raise in backward where one of those was written to since. So does
 the node, for the same tensors: the input and the weights that a convolution on the way of a gradient reads, batch
 norm's weight, running statistics that it normalised with. Of everything else it keeps aliases, whose writes autograd
 does not see: nothing that the first backward computes depends on them. A backward by stock operations does (see
@@ -9,63 +9,57 @@ does not see: nothing that the first backward computes depends on them. A backwa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from . import Chain, Lazy, StepTensors, flatten, join, lazy_join
+from .program import Normalisation, Program
+from .spec import StepTensors, flatten
 
 Tensor = torch.Tensor
 
 
-class Saved(NamedTuple):
-    """What a chain's backward reads."""
-
-    x: Tensor
-    given: Tensor | None  # without elements; counts the writes to what `x` is a copy of
-    sample_factor: Tensor | None
-    out: Tensor | None  # the ReLU's mask; None where it can be recomputed
-    written: Tensor | None  # without elements; counts the writes to a ReLU's result that is not saved itself
-    tensors: list[StepTensors]
-    inner: list[Lazy]  # one for each step but the last
-    join: join.JoinState | lazy_join.LazyJoinState
-
-
 class Recorder:
-    """Turns nested named tuples into the flat list that ``save_for_backward`` takes, and back."""
+    """Turns nested lists and named tuples into the flat list that ``save_for_backward`` takes, and back."""
 
     def __init__(self, structure: object) -> None:
-        self.flat: list[Tensor | None] = []
+        self.flat: list[Tensor] = []
         self.shape = self._walk(structure)
 
     def _walk(self, item: object) -> object:
-        if item is None or isinstance(item, torch.Tensor):
-            self.flat.append(item)
+        """None for None, which is most of it; True for a tensor."""
+        if item is None:
             return None
-        if isinstance(item, list):
+        if isinstance(item, torch.Tensor):
+            self.flat.append(item)
+            return True
+        if type(item) is list:
             return [self._walk(child) for child in item]
         return type(item), [self._walk(child) for child in item]
 
     @staticmethod
-    def rebuild(shape: object, flat: list[Tensor | None]) -> object:
+    def rebuild(shape: object, flat: Iterator[Tensor]) -> object:
         """The structure again; consumes `flat` from its front."""
         if shape is None:
-            return flat.pop(0)
-        if isinstance(shape, list):
+            return None
+        if shape is True:
+            return next(flat)
+        if type(shape) is list:
             return [Recorder.rebuild(child, flat) for child in shape]
         kind, children = shape
-        return kind(*(Recorder.rebuild(child, flat) for child in children))
+        return kind(*[Recorder.rebuild(child, flat) for child in children])
 
 
-def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:
+def layouts_of(flat: list[Tensor]) -> tuple[bool, ...]:
     """Which of what is saved is channels_last; empty where it comes back as it is, since no hook packs it."""
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return ()
     channels_last = torch.channels_last
-    return tuple(t is not None and t.dim() == 4 and t.is_contiguous(memory_format=channels_last) for t in flat)
+    return tuple(t.dim() == 4 and t.is_contiguous(memory_format=channels_last) for t in flat)
 
 
-def unpacked(tensors: tuple[Tensor | None, ...], layouts: tuple[bool, ...]) -> list[Tensor | None]:
+def unpacked(tensors: tuple[Tensor, ...], layouts: tuple[bool, ...]) -> list[Tensor]:
     """What was saved, in the layouts that kernels want: hooks (``save_on_cpu(pin_memory=True)``) may lose strides."""
     if not layouts:
         return list(tensors)
@@ -100,56 +94,32 @@ class Alias(NamedTuple):
     version: int
 
 
-class Kept(NamedTuple):
-    """The tensors of a chain as its node keeps them."""
+def held(
+    program: Program, tensors: list[StepTensors], wanted: list[bool], folded: set[int]
+) -> tuple[list[StepTensors], list[Alias]]:
+    """Of the tensors of nodes those that are saved as they are, as stock does, so that a write is noticed as there.
 
-    x: Tensor
-    given: Tensor | None
-    tensors: list[StepTensors]
-    aliased: tuple[Alias, ...]
-
-
-def keep(
-    chain: Chain,
-    x: Tensor,
-    given: Tensor | None,
-    tensors: list[StepTensors],
-    needs: list[tuple[bool, ...]],
-    needs_x: bool,
-) -> Kept:
-    """Alias those of `x` and `tensors` that stock would not save. `needs`: of each step, as in :class:`StepGrads`."""
-    kept, aliased, reached, last = [], [], needs_x, len(chain.steps) - 1
-    width = len(StepTensors._fields)
-
-    def alias(t: Tensor | None, place: int, clone: bool = False) -> Tensor | None:
-        if t is None:
-            return None
-        aliased.append(Alias(place, t, version(t)))
-        return t.detach().clone() if clone else t.data
-
-    for i, (step, own, need) in enumerate(zip(chain.all_steps, tensors, needs, strict=True)):
-        unwritten = chain.lazy or (chain.gram_shortcut if i > last else chain.gram and i == last)
-        convolved = (needs_x if i > last else reached) or need[0] or need[1]
-        normed = convolved or need[2] or need[3]
-        if i <= last:
-            reached = normed
-        frozen, place = not step.norm.batch_stats, 1 + i * width
-        kept.append(
-            StepTensors(
-                # a join that never wrote its convolution's output reads the weight again, and where frozen the bias
-                own.weight if convolved or (unwritten and normed) else alias(own.weight, place),
-                alias(own.bias, place + 1, clone=unwritten and frozen),
-                own.gamma if normed else alias(own.gamma, place + 2),
-                alias(own.beta, place + 3),
-                *((own.running_mean, own.running_var) if frozen else (None, None)),
-            )
-        )
-    reads_x = needs_x or any(need[0] or need[1] for need in (needs[0], *needs[last + 1 :]))
-    if not reads_x:
-        given = None
-        if not (chain.lazy or chain.gram_shortcut or (chain.gram and last == 0)):
-            x = alias(x, 0)
-    return Kept(x, given, kept, tuple(aliased))
+    That is, where a gradient passes: the weight of a convolution, the weight of a batch norm, and running statistics
+    that it normalised with. Aliases of all others are returned beside. `wanted`: of each value. Of the convolutions
+    `folded`, which were never written, the norm's gradients are made of weight and bias: where stock does not save
+    these, a copy is held; so it is of running statistics through whose norm no gradient passes, by which ReLUs decide.
+    """
+    found, aliased, width = [], [], len(StepTensors._fields)
+    for i, (node, own) in enumerate(zip(program.nodes, tensors, strict=True)):
+        wants, frozen = wanted[i + program.inputs], isinstance(node, Normalisation) and not node.norm.batch_stats
+        saves = (wants, False, wants, False, wants and frozen, wants and frozen)
+        kept = [t if saved else None for t, saved in zip(own[:6], saves, strict=True)]
+        if not torch.compiler.is_compiling():  # where its compiler decides what lives, and what writes to it
+            used = own[:4] + (own[4:6] if frozen else (None, None))
+            for j, (t, there) in enumerate(zip(used, kept, strict=True)):
+                if t is not None and there is None:
+                    aliased.append(Alias(1 + i * width + j, t, version(t)))
+            if frozen and not wants and own.num_batches_tracked is not None:
+                kept[4:6] = [t.clone() for t in own[4:6]]
+        if i + program.inputs in folded:
+            kept[:2] = [t if there is t else t.detach().clone() for t, there in zip(own[:2], kept[:2], strict=True)]
+        found.append(StepTensors(*kept))
+    return found, aliased
 
 
 def originals(x: Tensor, tensors: list[StepTensors], aliased: tuple[Alias, ...]) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""The static side of a chain: geometry and settings of its steps, and their tensors by name."""
+"""The static side of a program: geometry and settings of its nodes, and their tensors by name."""
 
 from __future__ import annotations
 
@@ -59,47 +59,10 @@ class Step:
     norm: Norm
 
 
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """A program of steps: ``conv-bn-relu`` for all but the last, then ``conv-bn (+ residual) (-> relu)``.
-
-    `shortcut` is the projection that makes the residual from the chain's input; without it the residual, if any, is a
-    tensor, or the chain's input itself where `identity`. `relu`: whether the output is clamped. `gram`: the last step,
-    and the shortcut where `gram_shortcut`, are Gram joins. `lazy`: 1x1 convolutions normalise on load and emit
-    statistics (`steps.lazy_join`); the last convolution is then one. `keep`: what a lazy chain writes for a convolution
-    that cannot normalise on load is kept for backward, not written again. `one_pass`: both gradients of its narrow 1x1
-    convolutions come from one read of theirs (`conv1x1_backward`). `pool`: of the clamped output, in the same
-    pass (a stem: no residual, a plain join). `stock`: none of this, but stock's operations. `backend`: who runs the
-    ops, forward and backward.
-    """
-
-    steps: tuple[Step, ...]
-    shortcut: Step | None = None
-    relu: bool = True
-    identity: bool = False
-    gram: bool = False
-    gram_shortcut: bool = False
-    lazy: bool = False
-    keep: bool = False
-    one_pass: bool = False
-    pool: Pool | None = None
-    stock: bool = False
-    backend: str = "auto"
-
-    @property
-    def from_input(self) -> bool:
-        """Whether the residual comes from the chain's input, so that the input's gradient has two parts."""
-        return self.identity or self.shortcut is not None
-
-    @property
-    def all_steps(self) -> tuple[Step, ...]:
-        return self.steps if self.shortcut is None else (*self.steps, self.shortcut)
-
-
 class StepTensors(NamedTuple):
-    """The tensors of one :class:`Step`. `bias` is the convolution's; `gamma` and `beta` are batch norm's.
+    """The tensors of a node: a convolution has the first two, a batch norm the others, an addition or a pool none.
 
-    Of a program's nodes, a convolution has the first two, a norm the others, an addition none.
+    Some functions take those of a convolution and of the norm behind it, a :class:`Step`, in one.
     """
 
     weight: Tensor | None  # [K, C/groups, R, S]

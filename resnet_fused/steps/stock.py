@@ -1,22 +1,15 @@
-"""A chain in differentiable PyTorch: what the fused chain equals, its double backward, its stand-in if small."""
+"""A program in differentiable PyTorch: what its steps equal, their double backward, their stand-in if small."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from . import Chain, Norm, Step, StepTensors, layout
-from .program import Convolution, Normalisation, Program
+from . import layout
+from .program import Addition, Call, Convolution, Node, Normalisation
+from .spec import Norm, StepTensors
 
 Tensor = torch.Tensor
-
-
-def conv_norm(x: Tensor, tensors: StepTensors, step: Step, moves: bool = False) -> Tensor:
-    """``bn(conv(x))``; running statistics are read where the step uses them, and moved if `moves`, as stock does."""
-    in_channels_last = layout.suggests_channels_last(x) or layout.suggests_channels_last(tensors.weight)
-    weight = layout.with_grad_strides(tensors.weight, in_channels_last) if moves else tensors.weight
-    z = F.conv2d(x, weight, tensors.bias, *step.conv.args)
-    return norm(z, tensors, step.norm, moves)
 
 
 def norm(z: Tensor, tensors: StepTensors, settings: Norm, moves: bool = False) -> Tensor:
@@ -38,50 +31,42 @@ def _count(tensors: StepTensors, norm: Norm) -> float:
     return 0.0 if tensors.num_batches_tracked is None else 1.0 / float(tensors.num_batches_tracked)
 
 
-def chain_output(
-    chain: Chain,
-    x: Tensor,
-    residual: Tensor | None,
-    sample_factor: Tensor | None,
-    tensors: list[StepTensors],
-    moves: bool = False,
-) -> Tensor:
-    """The chain's output by stock operations.
+def program_output(call: Call, moves: bool = False, known: dict[int, Tensor] | None = None) -> Tensor:
+    """The output of a program by stock operations.
 
     `moves`: as stock's modules do it: the running statistics move, and what follows a batch norm works in place.
+    `known`: values that are not to be computed again. Without a residual its addition adds nothing.
     """
-    h = x
-    for step, own in zip(chain.steps[:-1], tensors, strict=False):
-        h = F.relu(conv_norm(h, own, step, moves), inplace=moves)
-    y = conv_norm(h, tensors[len(chain.steps) - 1], chain.steps[-1], moves)
-    if sample_factor is not None:
-        y = y * sample_factor.to(y.dtype).view(-1, 1, 1, 1)
-    if chain.shortcut is not None:
-        residual = conv_norm(x, tensors[-1], chain.shortcut, moves)
-    if residual is not None:
-        y = y.add_(residual) if moves else y + residual
-    y = F.relu(y, inplace=moves) if chain.relu else y
-    return y if chain.pool is None else F.max_pool2d(y, *chain.pool.args)
-
-
-def program_output(
-    program: Program,
-    x: Tensor,
-    sample_factor: Tensor | None,
-    tensors: list[StepTensors],
-    moves: bool = False,
-) -> Tensor:
-    """A program's output by stock operations; `moves`: see :func:`chain_output`."""
-    values = [x]
-    for node, own in zip(program.nodes, tensors, strict=True):
-        h = values[node.reads[0]]
-        if isinstance(node, Convolution):
-            y = F.conv2d(h, own.weight, own.bias, *node.conv.args)
-        elif isinstance(node, Normalisation):
-            y = norm(h, own, node.norm, moves)
+    program, values = call.program, dict(enumerate(call.inputs))
+    for (number, node), own in zip(program.numbered, call.tensors, strict=True):
+        if known is not None and number in known:
+            values[number] = known[number]
         else:
-            if node.sampled and sample_factor is not None:
-                h = h * sample_factor.to(h.dtype).view(-1, 1, 1, 1)
-            y = h + values[node.other]
-        values.append(F.relu(y) if not isinstance(node, Convolution) and node.relu else y)
-    return values[-1]
+            values[number] = _node_output(node, own, values, call.sample_factor, moves)
+    return values[program.output]
+
+
+def _node_output(
+    node: Node, own: StepTensors, values: dict[int, Tensor], sample_factor: Tensor | None, moves: bool
+) -> Tensor:
+    h = values[node.reads[0]]
+    if isinstance(node, Convolution):
+        in_channels_last = layout.suggests_channels_last(h) or layout.suggests_channels_last(own.weight)
+        weight = layout.with_grad_strides(own.weight, in_channels_last) if moves else own.weight
+        return F.conv2d(h, weight, own.bias, *node.conv.args)
+    if isinstance(node, Normalisation):
+        h = _sampled(norm(h, own, node.norm, moves), node.sampled, sample_factor)
+        return F.relu(h, inplace=moves) if node.relu else h
+    if not isinstance(node, Addition):
+        return F.max_pool2d(h, *node.pool.args)
+    y, other = _sampled(h, node.sampled, sample_factor), values[node.other]
+    if other is not None and node.other_first:
+        y = other + y
+    elif other is not None:
+        into = moves and (y.shape, y.dtype) == (other.shape, other.dtype)  # nobody else reads a branch
+        y = y.add_(other) if into else y + other
+    return F.relu(y, inplace=moves) if node.relu else y
+
+
+def _sampled(y: Tensor, sampled: bool, sample_factor: Tensor | None) -> Tensor:
+    return y * sample_factor.to(y.dtype).view(-1, 1, 1, 1) if sampled and sample_factor is not None else y

@@ -3,89 +3,117 @@
 ==========================  ==========================================================================================
 :class:`ConvolveValue`      a 1x1 convolution of a value, with the statistics for the norm behind it
 :class:`ConvolveValueAdd`   a 1x1 convolution of a value and the addition behind it, as one product
+:class:`ValueJoin`          where a branch of such convolutions ends (:mod:`.value_join`)
 ==========================  ==========================================================================================
 
 Backward the product's epilogue takes the gradient through the ReLU before it and emits the two sums of that batch norm,
-or adds the gradient of a value's other reader.
+or adds the gradient of a value's other reader. Where the convolution is narrow, one op makes both gradients.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 
 from ..backends import run
 from ..ops import stat_dtype
 from . import pointwise
-from .batch_norm import Coefficients
-from .flow import EVERY, Backward, Forward, Pending
+from .batch_norm import affine_of, parameters
+from .flow import Backward, Forward, as_lazy
 from .kinds import as_step, give_source
-from .lazy import Lazy, LazyGrad
-from .pointwise import PathGrad, parts
+from .lazy import EVERY, Lazy, LazyGrad, Pending
+from .pointwise import parts
+from .program import Program
 from .spec import Norm, Step, StepGrads
 
 Tensor = torch.Tensor
-_AS_IS = Coefficients(None, None, None, None, None)
 
 
-def as_lazy(grad: Pending) -> LazyGrad:
-    """A gradient as the 1x1 ops take it."""
-    return grad.grad if isinstance(grad.grad, LazyGrad) else LazyGrad(grad.grad, None, _AS_IS, None)
+def give_read(b: Backward, number: int, grad: Tensor | LazyGrad, pixels: tuple[int, int]) -> None:
+    """Give what a 1x1 convolution read its gradient: that of value `number`, or already the one before its norm."""
+    if isinstance(grad, LazyGrad):
+        give_source(b, number, grad, owned=True)
+    else:
+        b.give(number, Pending(grad, True, pixels))
 
 
-def value_backward(b: Backward, number: int, grad: LazyGrad) -> None:
+def read_alone(b: Backward, number: int) -> tuple[pointwise.Value, Step | None]:
+    """What a 1x1 convolution's gradient is of: a lazy value that nobody else reads, with its norm; else a tensor."""
+    value = b.values[number]
+    if isinstance(value, Lazy) and len(b.program.readers(number)) == 1:
+        return value, as_step(b.program.maker(number))
+    return (value.z if isinstance(value, Lazy) else value), None
+
+
+def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = False) -> None:
     """Gradients of the weight of the 1x1 convolution that makes value `number`, and of what it read."""
     node, own, need = b.program.maker(number), b.tensors[number], b.needs[number]
     step, value = Step(node.conv, Norm()), b.values[node.source]
+    wanted, (read, previous) = b.wanted[node.source], read_alone(b, node.source)
+    alone, other = previous is not None, None
+    if wanted and not alone and node.conv.stride == EVERY:
+        other = b.take(node.source)
+    coupled = other is not None and other.correction is not None
+    both = one_pass and need.weight and wanted and (alone or not isinstance(value, Lazy))
+    if both and pointwise.narrow(step, own.weight, coupled):
+        found = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
+        b.grads[number] = StepGrads(found.weight.view(own.weight.shape))
+        give_read(b, node.source, found.value, EVERY)
+        return
     if need.weight:
         b.grads[number] = StepGrads(pointwise.weight_grad(grad, value, step, own.weight, b.backend))
-    if not b.wanted[node.source]:
-        return
-    norm = b.program.maker(node.source)
-    if isinstance(value, Lazy) and len(b.program.readers(node.source)) == 1:
-        through = pointwise.input_grad(grad, value, step, as_step(norm), own.weight, b.backend)
-        give_source(b, node.source, through, owned=True)
-        return
-    read = value.z if isinstance(value, Lazy) else value
-    known = b.take(node.source) if node.conv.stride == EVERY else None
-    other = None if known is None else PathGrad(known.grad, None, known.pixels)
-    grad_read = pointwise.input_grad(grad, read, step, None, own.weight, b.backend, other)
-    b.give(node.source, Pending(grad_read, True, node.conv.stride))
+    if wanted:
+        grad_read = pointwise.input_grad(grad, read, step, previous, own.weight, b.backend, other)
+        give_read(b, node.source, grad_read, node.conv.stride)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveValue:
-    """The 1x1 convolution that makes `value`; `statistics`: a norm reads it."""
-
-    ops: ClassVar[tuple[str, ...]] = ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "bn_coefficients")
+    """The 1x1 convolution that makes `value`; `statistics`: a norm reads it, and normalises with the batch."""
 
     value: int
     statistics: bool
+    one_pass: bool = False  # both gradients at once, where it is narrow
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        return ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", *(("conv1x1_backward",) if self.one_pass else ()))
 
     def forward(self, f: Forward) -> None:
         node, own = f.program.maker(self.value), f.tensors[self.value]
         x, scale, shift = parts(f.values[node.source])
+        norm, options = self._norm(f.program), {}
+        if norm is not None:
+            options = parameters(f.tensors[norm], f.program.maker(norm).norm)
         arguments = (x, own.weight.contiguous(), scale, shift, node.conv.stride, self.statistics)
-        z, mean, m2 = run("conv1x1", *arguments, backend=f.backend)
+        z, *found = run("conv1x1", *arguments, **options, backend=f.backend)
         f.values[self.value] = z
-        if self.statistics:
-            f.emitted[self.value] = mean, m2
+        if norm is not None:
+            f.affine[norm] = affine_of(found, z)
+        elif self.statistics:
+            f.emitted[self.value] = found[0], found[1]
+
+    def _norm(self, program: Program) -> int | None:
+        """The batch norm that alone reads the value: what it makes of the statistics comes with them."""
+        readers = program.readers(self.value) if self.statistics else ()
+        return readers[0] if len(readers) == 1 else None
 
     def backward(self, b: Backward) -> None:
         grad = b.dense(self.value)
         if grad is not None:
-            value_backward(b, self.value, as_lazy(grad))
+            value_backward(b, self.value, as_lazy(grad), self.one_pass)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveValueAdd:
     """The addition that makes `value` and the 1x1 convolution of stride 1, read by it alone, that makes its branch."""
 
-    ops: ClassVar[tuple[str, ...]] = ("conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "norm_add_relu_backward")
-
     value: int
+    one_pass: bool = False
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        ops = ("conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "norm_add_relu_backward")
+        return (*ops, *(("conv1x1_backward",) if self.one_pass else ()))
 
     def forward(self, f: Forward) -> None:
         add = f.program.maker(self.value)
@@ -97,7 +125,7 @@ class ConvolveValueAdd:
         options = {"residual": f.tensor(add.other), "relu": add.relu, "emit_mask": add.relu}
         options |= {"sample_factor": f.sample_factor if add.sampled else None}
         out, mask = run("conv1x1_join", x, weight, ones, bias, scale, shift, **options, backend=f.backend)
-        f.values[self.value] = out
+        f.values[self.value] = f.output = out
         if add.relu:
             f.masks[self.value] = mask
 
@@ -107,14 +135,12 @@ class ConvolveValueAdd:
             return
         mask = b.masks.get(self.value)
         factor = b.sample_factor if add.sampled else None
-        branch = LazyGrad(grad.grad, None, _AS_IS, None, sample_factor=factor, mask=mask)
+        branch = as_lazy(grad._replace(mask=mask))._replace(sample_factor=factor)
         if b.wanted[add.branch]:
-            value_backward(b, add.branch, branch)
+            value_backward(b, add.branch, branch, self.one_pass)
             if b.needs[add.branch].bias:
                 b.grads[add.branch] = b.grads[add.branch]._replace(bias=_bias_grad(branch, b.backend))
-        if b.wanted[add.other] and mask is not None:
-            grad = Pending(run("norm_add_relu_backward", grad.grad, mask=mask, backend=b.backend)[0])
-        b.give(add.other, grad)
+        b.give(add.other, Pending(grad.grad, grad.owned, mask=mask))
 
 
 def _bias_grad(grad: LazyGrad, backend: str) -> Tensor:

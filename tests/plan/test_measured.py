@@ -5,15 +5,16 @@ import json
 
 import pytest
 import torch
-from chains import make_step
+from chains import Chain, call_of, make_step
 from torch import nn
-from tuned import CPU, block, bottleneck, images, notes, the_file
+from tuned import CPU, block, bottleneck, ends, images, notes, the_file
 
 import resnet_fused
+from resnet_fused.backends import onednn
 from resnet_fused.models import Bottleneck
 from resnet_fused.plan import choose, keys, measured
 from resnet_fused.plan.devices import DEVICES
-from resnet_fused.steps import Chain
+from resnet_fused.steps import Conv
 
 
 def by_the_model(model, x):
@@ -41,7 +42,7 @@ def test_another_input_is_left_to_the_cost_model(clock):
 
 
 def test_16_bit_under_autocast(clock):
-    if torch.bfloat16 not in choose.onednn.SERVED:
+    if torch.bfloat16 not in onednn.SERVED:
         pytest.skip("no fast bfloat16 convolution on this CPU")
     model, x = block(), images()
     with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +82,7 @@ def damaged(text):
     rows = [
         5, {}, [], {**row, "chain": 1}, {**row, "shape": [4, 64, 8]}, {**row, "shape": "4648"}, {**row, "choice": None},
         {**row, "choice": {"gram": 1}}, {**row, "choice": {"fast": True}}, {**row, "shape": [4, 64, 8, [8]]},
-        {**row, "choice": {"lazy": True}}, {**row, "choice": {"gram_shortcut": True}},
+        {**row, "choice": {"values": True}}, {**row, "choice": {"gram_shortcut": True}},
     ]  # fmt: skip
     texts = ["", "{", "[]", "null", text[: len(text) // 2], json.dumps({**whole, "rows": 5})]
     texts += [json.dumps({"key": whole["key"]}), json.dumps({**whole, "rows": rows})]
@@ -120,7 +121,7 @@ def test_a_directory_that_cannot_be_written(clock, tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="for this process only"):
         tuned = resnet_fused.tune(model, x)
     assert "Kept in this process only" in str(tuned)
-    assert notes(model, x) == ["plain join (measured)"]
+    assert ends(model, x) == ["plain join (measured)"]
 
 
 def test_read_once_and_only_for_real_tensors(clock, monkeypatch):
@@ -199,7 +200,7 @@ def test_batch_norms_that_are_frozen_stay_so(clock):
     model = block().train()
     model[0].bn2.eval()
     (chain,) = resnet_fused.tune(model, images()).chains
-    assert chain.chain == "1x1 64>16, 3x3 16>16 frozen, 1x1 16>64 + x, relu"
+    assert chain.chain == "1x1 64>16, norm, relu, 3x3 16>16, frozen norm, relu, 1x1 16>64, norm, + x, relu"
     assert not by_the_model(model, images())
 
 
@@ -255,7 +256,9 @@ def test_several_arguments(clock):
 
 def test_keys_differ_where_times_may():
     def key(chain, tensors, residual="", sampled=False):
-        return keys.geometry(chain, tensors, residual, sampled)
+        x, other = torch.randn(2, 6, 4, 4), torch.randn(2, 10, 4, 4)
+        residual = {"": None, "x": x, "tensor": other}[residual]
+        return keys.geometry(call_of(chain, x, tensors, residual, torch.ones(2) if sampled else None))
 
     built = [
         bottleneck(), bottleneck(stride=2), bottleneck(kernel=3), bottleneck(projected=False), bottleneck(bias=True),
@@ -267,8 +270,7 @@ def test_keys_differ_where_times_may():
     for kwargs in ({"groups": 2}, {"stride": 2}):
         step, own = make_step(6, 4, 3, **kwargs)
         found.append(key(Chain((step,)), [own]))
-    conv = resnet_fused.blocks.functional.Conv
     step, own = make_step(6, 4, 3)
-    for geometry in (conv(), conv(padding=(1, 1)), conv(padding=(2, 2), dilation=(2, 2)), conv(padding=(1, 0))):
+    for geometry in (Conv(), Conv(padding=(1, 1)), Conv(padding=(2, 2), dilation=(2, 2)), Conv(padding=(1, 0))):
         found.append(key(Chain((type(step)(geometry, step.norm),)), [own]))
     assert len(set(found)) == len(found)

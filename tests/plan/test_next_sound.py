@@ -2,35 +2,39 @@
 
 import pytest
 import torch
-from chains import make_step
-from tuned import bottleneck, unsound
+from chains import Chain, call_of, make_step
+from tuned import bottleneck_call, unsound
 
 from resnet_fused.backends import soundness
 from resnet_fused.backends import triton as room
 from resnet_fused.ops import OPS
-from resnet_fused.plan import choose, needed_ops
+from resnet_fused.plan import choose, lower, variants
 from resnet_fused.plan.devices import DEVICES
-from resnet_fused.steps import Chain
-
-SHAPES = [torch.Size((2, channels, 4, 4)) for channels in (4, 4, 10)]
+from resnet_fused.steps import Pool
 
 
-def chosen(chain=None, tensors=None, shapes=SHAPES):
-    if chain is None:
-        chain, tensors = bottleneck()
-    x = torch.randn(2, 6, 4, 4).bfloat16()
+def images():
+    return torch.randn(2, 6, 4, 4).bfloat16()
+
+
+def chosen():
+    """The variant that is taken, its steps, and what is said of it."""
     with choose.planning_for(DEVICES["h100"]), choose.observing() as notes:
-        return choose.choose_variant(chain, x, tensors, shapes, None), notes[-1]
+        return *lower.decide(bottleneck_call(images())), notes[-1]
+
+
+def ops_of(lowered):
+    return {op for step in lowered.steps or () for op in step.ops(lowered.program)}
 
 
 def test_with_everything_sound():
-    chain, note = chosen()
-    assert (chain.lazy, chain.gram, chain.one_pass, chain.stock) == (True, True, True, False)
-    assert note.startswith("lazy, Gram join") and "no sound kernel" not in note
+    variant, _, note = chosen()
+    assert (variant.values, variant.gram, variant.one_pass, variant.stock) == (True, True, True, False)
+    assert "; Gram join on values" in note and "no sound kernel" not in note
 
 
 @pytest.mark.parametrize(
-    ("ops", "lazy", "gram", "one_pass", "stock"),
+    ("ops", "values", "gram", "one_pass", "stock"),
     [
         (["conv1x1_backward"], True, True, False, False),
         (["gram"], True, False, True, False),
@@ -47,43 +51,43 @@ def test_with_everything_sound():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_the_next_sound_variant(monkeypatch, ops, lazy, gram, one_pass, stock):
+def test_the_next_sound_variant(monkeypatch, ops, values, gram, one_pass, stock):
     unsound(monkeypatch, *ops)
-    chain, note = chosen()
-    assert (chain.lazy, chain.gram, chain.one_pass, chain.stock) == (lazy, gram, one_pass, stock)
-    assert not set(needed_ops.of(chain, bottleneck()[1])) & set(ops)
+    variant, lowered, note = chosen()
+    assert (variant.values, variant.gram, variant.one_pass, variant.stock) == (values, gram, one_pass, stock)
+    assert not ops_of(lowered) & set(ops)
     # of one pass the cost model already knows
     assert note.endswith(f"(no sound kernel of {chosen_first(ops)})") or ops == ["conv1x1_backward"]
     with choose.planning_for(DEVICES["h100"]):
-        found = choose.variants(*bottleneck()[:1], torch.randn(2, 6, 4, 4).bfloat16(), bottleneck()[1], None)
-    assert all(v.stock or not set(needed_ops.of(v.of(chain), bottleneck()[1])) & set(ops) for v in found)
+        call = bottleneck_call(images())
+        found = lower.allowed(call)
+    assert not any(ops_of(lower.steps_of(call, v)) & set(ops) for v in found)
     assert found[-1].stock
 
 
 def chosen_first(ops):
-    chain, tensors = bottleneck()
     with choose.planning_for(DEVICES["h100"]):
-        best = choose.modelled(chain, torch.randn(2, 6, 4, 4).bfloat16(), tensors, SHAPES, None)
-    return next((op for op in needed_ops.of(best, tensors) if op in ops), "")
+        call = bottleneck_call(images())
+        best = lower.steps_of(call, variants.modelled(call, call.shapes()))
+    return next((op for step in best.steps for op in step.ops(best.program) if op in ops), "")
 
 
 def test_a_stem_is_pooled_by_sound_kernels_alone(monkeypatch):
-    chain, x = Chain((make_step(6, 24)[0],)), torch.randn(2, 6, 4, 4).bfloat16()
+    step, own = make_step(6, 24)
+    call = call_of(Chain((step,), pool=Pool()), images(), [own])
     with choose.planning_for(DEVICES["h100"]):
-        assert choose.pools(chain, x)
+        assert lower.lower(call).steps is not None
         unsound(monkeypatch, "norm_relu_pool_backward")
-        assert not choose.pools(chain, x)
+        assert lower.lower(call).steps is None
 
 
 def test_a_forced_backend_and_the_cpu_are_not_asked(monkeypatch):
     monkeypatch.setattr(soundness, "lacking", lambda *question: pytest.fail("asked"))
-    chain, tensors = bottleneck()
-    x = torch.randn(2, 6, 4, 4)
-    assert not choose.choose_variant(chain, x, tensors, SHAPES, None).stock
+    assert lower.lower(bottleneck_call(torch.randn(2, 6, 4, 4))).steps is not None
 
 
-def test_what_a_chain_is_said_to_need_are_ops():
-    chain, tensors = bottleneck()
+def test_what_steps_are_said_to_need_are_ops():
     with choose.planning_for(DEVICES["h100"]):
-        for variant in choose.variants(chain, torch.randn(2, 6, 4, 4).bfloat16(), tensors, None):
-            assert set(needed_ops.of(variant.of(chain), tensors)) <= set(room.OPS) <= set(OPS)
+        call = bottleneck_call(images())
+        for variant in lower.allowed(call):
+            assert ops_of(lower.steps_of(call, variant)) <= set(room.OPS) <= set(OPS)

@@ -4,21 +4,20 @@ import copy
 
 import pytest
 import torch
-from chains import make_step
-from tuned import block, bottleneck, images, notes, single, unsound
+from chains import Chain, call_of, make_step
+from tuned import block, bottleneck, bottleneck_call, ends, images, single, unsound
 
 import resnet_fused
-from resnet_fused.plan import choose
+from resnet_fused.plan import choose, lower, variants
 from resnet_fused.plan.devices import DEVICES
-from resnet_fused.plan.measured import Variant
-from resnet_fused.steps import Chain
+from resnet_fused.plan.variants import Variant
 
 
 def kinds(chain, tensors, x=None, factor=None):
     x = torch.randn(2, 6, 4, 4) if x is None else x
-    *found, last = choose.variants(chain, x, tensors, factor)
+    *found, last = lower.allowed(call_of(chain, x, tensors, factor=factor))
     assert last == Variant(stock=True)
-    return [(v.lazy, v.gram, v.gram_shortcut, v.keep) for v in found]
+    return [(v.values, v.gram, v.gram_shortcut, v.keep) for v in found]
 
 
 def joins(*pairs):
@@ -51,11 +50,10 @@ def test_variants_on_values():
 
 
 def one_pass(x):
-    chain, tensors = bottleneck()
-    shapes = [torch.Size((2, channels, 4, 4)) for channels in (4, 4, 10)]
-    chosen = choose.modelled(chain, x, tensors, shapes, None)
-    measured = {variant.one_pass for variant in choose.variants(chain, x, tensors, None)}
-    assert chosen.lazy and measured == {False, chosen.one_pass}
+    call = bottleneck_call(x)
+    chosen = variants.modelled(call, call.shapes())
+    measured = {variant.one_pass for variant in lower.allowed(call)}
+    assert chosen.values and measured == {False, chosen.one_pass}
     return chosen.one_pass
 
 
@@ -71,14 +69,11 @@ def test_narrow_gradients_take_one_pass_in_16_bit_where_its_kernel_is_trusted(mo
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kwargs", [{}, {"kernel": 3}, {"bias": True}, {"batch_stats": False}, {"projected": False}])
 def test_the_cost_model_chooses_among_the_variants(device, stride, kwargs):
-    chain, tensors = bottleneck(stride, **kwargs)
-    x, size = torch.randn(2, 6, 4, 4), 4 // stride
-    shapes = [torch.Size((2, 4, 4, 4)), torch.Size((2, 4, size, size)), torch.Size((2, 10, size, size))]
     for factor in (None, torch.ones(2)):
 
         def check(factor=factor):
-            chosen = choose.modelled(chain, x, tensors, shapes, factor)
-            assert chosen in [variant.of(chain) for variant in choose.variants(chain, x, tensors, factor)]
+            call = bottleneck_call(torch.randn(2, 6, 4, 4), factor, stride=stride, **kwargs)
+            assert variants.modelled(call, call.shapes()) in lower.allowed(call)
 
         if device is None:
             check()
@@ -87,17 +82,17 @@ def test_the_cost_model_chooses_among_the_variants(device, stride, kwargs):
                 check()
 
 
-def test_lazy_variants_are_measured_and_run(clock, monkeypatch):
+def test_variants_on_values_are_measured_and_run(clock, monkeypatch):
     """Where there are 1x1 kernels; here the reference stands in for them."""
     monkeypatch.setattr(choose, "value_device", lambda backend, x: DEVICES["h100"])
     wanted = Variant(True, True, False, True)
     clock.wins = lambda variant: variant == wanted
     model, x = block(), images()
     (chain,) = resnet_fused.tune(model, x).chains
-    assert chain.chosen == "lazy, Gram join, activations kept"
+    assert chain.chosen == "on values, Gram join, activations kept"
     saved = {candidate.variant: candidate.saved for candidate in chain.candidates}
     assert len(saved) == 6
-    assert saved["lazy, plain join"] > saved["lazy, Gram join"]
-    assert saved["lazy, Gram join, activations kept"] > saved["lazy, Gram join"]
-    assert notes(model, x) == ["lazy, Gram join (measured)"]
+    assert saved["on values, plain join"] > saved["on values, Gram join"]
+    assert saved["on values, Gram join, activations kept"] > saved["on values, Gram join"]
+    assert ends(model, x) == ["Gram join on values (measured)"]
     torch.testing.assert_close(model(x), resnet_fused.unfuse(copy.deepcopy(model))(x), rtol=1e-4, atol=1e-4)

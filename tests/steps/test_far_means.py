@@ -9,10 +9,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from chains import Chain, chain_output, run_chain
 
-from resnet_fused.blocks import run_chain
-from resnet_fused.steps import Chain, Conv, Norm, Pool, Step, StepTensors
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.steps import Conv, Norm, Pool, Step, StepTensors
 
 SEEDS = 5  # the median of so many draws: a sign that turns by rounding is an error of another kind
 ROUNDING = torch.finfo(torch.float32).eps  # of the result itself
@@ -71,7 +70,7 @@ def far_input(channels=64):
     return (torch.randn(4, channels, 16, 16).relu() + 0.5).double()
 
 
-CHAINS = {"CPU": {}, "lazy": {"lazy": True, "backend": "reference"}}
+CHAINS = {"CPU": {}, "lazy": {"values": True, "backend": "reference"}}
 
 
 @pytest.mark.parametrize("variant", CHAINS)

@@ -10,11 +10,9 @@ import dataclasses
 
 import pytest
 import torch
-from chains import make_step
+from chains import Chain, chain_output, make_step, run_chain
 
-from resnet_fused.blocks import run_chain
-from resnet_fused.steps import Chain, Conv, Step
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.steps import Conv, Step
 
 SEEDS = 7
 FLOOR = 2 * torch.finfo(torch.float32).eps  # of the result's own scale: what rounding each of its inputs does

@@ -4,11 +4,9 @@ import itertools
 
 import pytest
 import torch
-from chains import F64, assert_equal, make_step
+from chains import F64, Chain, assert_equal, chain_output, make_step, run_chain
 
-from resnet_fused.blocks import run_chain
-from resnet_fused.steps import Chain, lazy_join
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.steps import value_join
 
 PASSES = {"two passes": False, "one pass": True}  # over the gradient of a narrow convolution; all here are
 
@@ -21,11 +19,11 @@ class Passes:
 def passes(request, monkeypatch):
     """Every test with both, and with the correction of a Gram join in a pass of its own whether that pays or not."""
     monkeypatch.setattr(Passes, "one", request.param)
-    monkeypatch.setattr(lazy_join, "CORRECTION_PAYS", 0)
+    monkeypatch.setattr(value_join, "CORRECTION_PAYS", 0)
 
 
 def lazy_chain(steps, shortcut=None, **variant):
-    return Chain(tuple(steps), shortcut, lazy=True, one_pass=Passes.one, backend="reference", **variant)
+    return Chain(tuple(steps), shortcut, values=True, one_pass=Passes.one, backend="reference", **variant)
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,10 @@ import itertools
 
 import pytest
 import torch
-from chains import F64, assert_equal, make_step
+from chains import F64, Chain, assert_equal, call_of, chain_output, make_step, run_chain
 
-from resnet_fused.blocks import run_chain
-from resnet_fused.plan import choose
-from resnet_fused.steps import Chain, Norm, StepTensors
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.plan import lower
+from resnet_fused.steps import Norm, StepTensors
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +143,35 @@ def test_nothing_moves_when_a_later_step_fails(x):
 
 def test_strided_last_convolution_is_never_a_gram_join(x):
     step, own = make_step(6, 24, stride=2)
-    chosen = choose.choose_variant(Chain((step,)), x.float(), [own], [torch.Size((3, 24, 3, 3))], None)
-    assert not chosen.gram
+    variant, _ = lower.decide(call_of(Chain((step,)), x.float(), [own]))
+    assert not variant.gram
     assert_equal(Chain((step,)), x, [own])
+
+
+GRAM = {"gram": True, "gram_shortcut": True}
+JOINS = {
+    "written": {},
+    "Gram": GRAM,
+    "projection": {"gram_shortcut": True},
+    "values": GRAM | {"values": True, "backend": "reference"},
+    "one pass": GRAM | {"values": True, "one_pass": True, "backend": "reference"},
+}
+
+
+@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("join", JOINS.values(), ids=JOINS)
+def test_norms_trained_alone(join, batch_stats):
+    """Behind frozen convolutions, of which stock saves neither the weights nor what they read: these may be written."""
+    kwargs = {"batch_stats": batch_stats, "bias": not batch_stats and "values" not in join}
+    (s1, t1), (s2, t2) = make_step(6, 4, 3, **kwargs), make_step(4, 6, **kwargs)
+    shortcut, t3 = make_step(6, 6, **kwargs)
+    trained = [t2.gamma, t2.beta, t3.gamma, t3.beta]
+    for t in (t for own in (t1, t2, t3) for t in own[:4] if t is not None):
+        t.requires_grad_(any(t is one for one in trained))
+    x, chain, tensors = torch.randn(3, 6, 5, 6, dtype=F64), Chain((s1, s2), shortcut, **join), [t1, t2, t3]
+    outs = run_chain(chain, x, tensors), chain_output(chain, x, None, None, tensors)
+    for t in (x, *(t for own in tensors for t in own[:2] if t is not None)):
+        t.mul_(2)
+    got, want = (torch.autograd.grad(out, trained, torch.cos(out.detach() * 9)) for out in outs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

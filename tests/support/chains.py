@@ -1,12 +1,86 @@
-"""Chains of steps with tensors of their own, and their comparison with stock operations in float64."""
+"""Post-activation blocks with tensors of their own, in a given variant, and their comparison with stock in float64."""
+
+import dataclasses
 
 import torch
 
-from resnet_fused.blocks import run_chain
-from resnet_fused.steps import Conv, Norm, Step, StepTensors
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.plan.lower import steps_of
+from resnet_fused.plan.variants import Variant
+from resnet_fused.steps import Call, Conv, Norm, Pool, Step, StepTensors, residual_program
+from resnet_fused.steps.program import Convolution, Normalisation
+from resnet_fused.steps.program_node import run_program
+from resnet_fused.steps.stock import program_output
 
 F64 = torch.float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """``conv-bn-relu`` for all `steps` but the last, then ``conv-bn (+ residual) (-> relu) (-> pool)``; its variant.
+
+    Its tensors are one :class:`StepTensors` for each step, with those of both of its nodes, the shortcut's last.
+    """
+
+    steps: tuple[Step, ...]
+    shortcut: Step | None = None
+    relu: bool = True
+    pool: Pool | None = None
+    identity: bool = False  # whether its input is the residual
+    backend: str = "auto"
+    values: bool = False
+    gram: bool = False
+    gram_shortcut: bool = False
+    keep: bool = False
+    one_pass: bool = False
+    stock: bool = False
+
+    @property
+    def all_steps(self):
+        return self.steps if self.shortcut is None else (*self.steps, self.shortcut)
+
+    @property
+    def variant(self):
+        return Variant(*(getattr(self, name) for name in Variant._fields))
+
+
+def call_of(chain, x, tensors, residual=None, factor=None):
+    """`chain` as what the plan and the node take."""
+    kind = "x" if chain.identity or residual is x else "" if residual is None else "tensor"
+    shortcut = None if chain.shortcut is None else tuple(vars(chain.shortcut).values())
+    program = residual_program(
+        [(step.conv, step.norm) for step in chain.steps],
+        shortcut,
+        residual=kind,
+        relu=chain.relu,
+        sampled=factor is not None,
+        pool=chain.pool,
+        backend=chain.backend,
+    )
+    return Call(program, x, node_tensors(program, tensors), residual if kind == "tensor" else None, factor)
+
+
+def node_tensors(program, tensors):
+    """The tensors of each node."""
+    found, remaining = [], iter(tensors)
+    for node in program.nodes:
+        if isinstance(node, Convolution):
+            own = next(remaining)
+            found.append(StepTensors(own.weight, own.bias))
+        elif isinstance(node, Normalisation):
+            found.append(own._replace(weight=None, bias=None))
+        else:
+            found.append(StepTensors(None))
+    return found
+
+
+def run_chain(chain, x, tensors, residual=None, factor=None):
+    call = call_of(chain, x, tensors, residual, factor)
+    return run_program(steps_of(call, chain.variant), call)
+
+
+def chain_output(chain, x, residual, factor, tensors, moves=False):
+    """By stock operations."""
+    return program_output(call_of(chain, x, tensors, residual, factor), moves)
 
 
 def make_step(inputs, outputs, kernel=1, *, batch_stats=True, bias=False, stride=1, groups=1):

@@ -80,6 +80,16 @@ def two_norms_of_one_value():
     return Program(nodes), tensors
 
 
+def projection_of_a_norm():
+    """What the branch and the projection read is itself a normalised value."""
+    nodes = (
+        Convolution(0, P3), Normalisation(1, NORM), Convolution(2, P1), Normalisation(3, NORM), Convolution(4, P1),
+        Normalisation(5, NORM, False), Convolution(2, P1), Normalisation(7, NORM, False), Addition(6, 8, True),
+    )  # fmt: skip
+    tensors = [conv_tensors(6, 5, 3), norm_tensors(5), conv_tensors(5, 4), norm_tensors(4), conv_tensors(4, 7)]
+    return Program(nodes), [*tensors, norm_tensors(7), conv_tensors(5, 7), norm_tensors(7), NONE]
+
+
 def raw_value_read_twice():
     """A convolution's output that a norm and an addition read."""
     nodes = (Convolution(0, P3), Normalisation(1, NORM), Convolution(2, P1), Addition(3, 1))
@@ -98,6 +108,7 @@ CASES = {
     "post-activation without ReLU": lambda: post_bottleneck(True, relu=False, sampled=True),
     "activated shortcut": activated_shortcut,
     "two norms of one value": two_norms_of_one_value,
+    "a projection of a norm": projection_of_a_norm,
     "a raw value read twice": raw_value_read_twice,
 }
 

@@ -1,15 +1,15 @@
 """What the tests of measured choices share: blocks, chains, and what the plan says of them."""
 
 import torch
-from chains import make_step
+from chains import Chain, call_of, make_step
 from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import soundness
 from resnet_fused.models import Bottleneck
 from resnet_fused.plan import choose
-from resnet_fused.plan.measured import Variant
-from resnet_fused.steps import Chain, StepTensors
+from resnet_fused.plan.variants import Variant
+from resnet_fused.steps import StepTensors
 
 CPU = torch.device("cpu")
 PLAIN, GRAM = Variant(), Variant(gram=True)
@@ -30,6 +30,11 @@ def notes(model, x):
     return said
 
 
+def ends(model, x):
+    """The last step of each chain, and why."""
+    return [said.rpartition("; ")[2] for said in notes(model, x)]
+
+
 def the_file(cache):
     (file,) = cache.iterdir()
     return file
@@ -47,6 +52,12 @@ def bottleneck(stride=1, kernel=1, projected=True, **kwargs):
     pairs += [make_step(6, 10, stride=stride, **kwargs)] if projected else []
     steps = tuple(step for step, _ in pairs)
     return Chain(steps[:3], steps[3] if projected else None), single(own for _, own in pairs)
+
+
+def bottleneck_call(x, factor=None, **kwargs):
+    """The same, on `x`, as what the plan takes."""
+    chain, tensors = bottleneck(**kwargs)
+    return call_of(chain, x, tensors, factor=factor)
 
 
 def unsound(monkeypatch, *ops):

@@ -5,12 +5,11 @@ Collected where there is a GPU; test_interpreter.py runs it in a process with TR
 
 import pytest
 import torch
+from chains import Chain, chain_output, run_chain
 
 from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.triton import common
-from resnet_fused.blocks import gpu_inference, run_chain
-from resnet_fused.steps import Chain, Conv, Norm, Step, StepTensors, lazy_join
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.steps import Conv, Norm, Step, StepTensors, value_join
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")
 DEVICE = torch.device("cpu" if common.INTERPRETING else "cuda")
@@ -83,7 +82,7 @@ def assert_equal(chain, x, tensors, dtype, factor=None):
 @pytest.fixture(autouse=True)
 def seed(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(lazy_join, "CORRECTION_PAYS", 0)  # whether it pays or not
+    monkeypatch.setattr(value_join, "CORRECTION_PAYS", 0)  # whether it pays or not
     # judged by what these tests compare; the checks before a first use, of every configuration met, take minutes here
     monkeypatch.setattr(judge, "doubt", lambda *call: "")
 
@@ -99,7 +98,7 @@ def test_bottleneck_with_projection(dtype, one_pass, stride, gram, gram_shortcut
     s2, t2 = make_step(16, 16, 3, stride=stride)
     s3, t3 = make_step(16, 40)
     shortcut, t4 = make_step(24, 40, stride=stride)
-    variant = {"gram": gram, "gram_shortcut": gram_shortcut, "lazy": True, "one_pass": one_pass}
+    variant = {"gram": gram, "gram_shortcut": gram_shortcut, "values": True, "one_pass": one_pass}
     chain = Chain((s1, s2, s3), shortcut, backend="triton", **variant)
     assert_equal(chain, torch.randn(2, 24, 9, 8), [t1, t2, t3, t4], dtype)
 
@@ -113,7 +112,7 @@ def test_bottleneck_with_identity(dtype, one_pass, batch_stats, gram):
         make_step(16, 16, 3, groups=2, batch_stats=batch_stats),
         make_step(16, 35, batch_stats=batch_stats),
     )
-    variant = {"gram": gram, "lazy": True, "keep": True, "one_pass": one_pass}
+    variant = {"gram": gram, "values": True, "keep": True, "one_pass": one_pass}
     chain = Chain((s1, s2, s3), identity=True, backend="triton", **variant)
     assert_equal(chain, torch.randn(3, 35, 5, 7), [t1, t2, t3], dtype)
     if not gram:
@@ -124,39 +123,5 @@ def test_stride_in_the_first_convolution():
     s1, t1 = make_step(24, 16, stride=2)
     s2, t2 = make_step(16, 40)
     shortcut, t3 = make_step(24, 40, stride=2)
-    chain = Chain((s1, s2), shortcut, gram=True, gram_shortcut=True, lazy=True, backend="triton")
+    chain = Chain((s1, s2), shortcut, gram=True, gram_shortcut=True, values=True, backend="triton")
     assert_equal(chain, torch.randn(2, 24, 9, 8), [t1, t2, t3], torch.float32)
-
-
-def chain_of(kind):
-    """Steps of a chain with running statistics, as (step, tensors); the projection's last."""
-    frozen = {"batch_stats": False}
-    if kind == "basic block":
-        return [make_step(16, 16, 3, **frozen), make_step(16, 16, 3, **frozen)], None
-    stride = 2 if kind == "projection" else 1
-    steps = [make_step(16, 8, **frozen), make_step(8, 8, 3, stride=stride, **frozen), make_step(8, 16, **frozen)]
-    return steps, make_step(16, 16, stride=stride, **frozen) if kind == "projection" else None
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["identity", "projection", "basic block"])
-def test_evaluation(kind, dtype):
-    torch.manual_seed(0)
-    pairs, shortcut = chain_of(kind)
-    chain = Chain(tuple(step for step, _ in pairs), shortcut and shortcut[0], backend="triton")
-    tensors = [own for _, own in ([*pairs, shortcut] if shortcut else pairs)]
-    x = torch.randn(2, 16, 7, 5)
-
-    def values(run, dtype):
-        images = x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
-        residual = None if shortcut else images
-        return run(chain, images, placed(tensors, dtype), residual).double().cpu()
-
-    def stocks(chain, x, own, residual):
-        return chain_output(chain, x, residual, None, own)
-
-    exact, theirs, ours = values(stocks, torch.float64), values(stocks, dtype), values(gpu_inference.output, dtype)
-    scale = exact.abs().max()
-    error = (ours - exact).abs().max() / scale
-    assert error <= 2 * (theirs - exact).abs().max() / scale + FLOOR[dtype]

@@ -8,8 +8,8 @@ from programs import CASES, leaves_of, observe
 
 from resnet_fused.backends.triton import common
 from resnet_fused.plan.lower import steps_of
-from resnet_fused.steps import StepTensors
-from resnet_fused.steps.program import Convolution
+from resnet_fused.plan.variants import Variant
+from resnet_fused.steps import Call, StepTensors
 from resnet_fused.steps.program_node import run_program
 from resnet_fused.steps.stock import program_output
 
@@ -37,14 +37,13 @@ def seen(run, program, x, tensors, factor, dtype):
 
 
 def stock(program, x, tensors, factor):
-    return program_output(program, x, factor, tensors)
+    return program_output(Call(program, x, tensors, None, factor))
 
 
 def fused(program, x, tensors, factor):
-    pairs = list(enumerate(zip(program.nodes, tensors, strict=True), 1))
-    products = [v for v, (n, own) in pairs if isinstance(n, Convolution) and n.conv.is_pointwise(own.weight)]
-    lowered = steps_of(dataclasses.replace(program, backend="triton"), frozenset(products))
-    return run_program(lowered, x, tensors, factor)
+    call = Call(dataclasses.replace(program, backend="triton"), x, tensors, None, factor)
+    one_pass = x.dtype != torch.float32
+    return run_program(steps_of(call, Variant(True, gram=True, gram_shortcut=True, one_pass=one_pass)), call)
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -1,0 +1,239 @@
+"""What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
+
+*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton. The CPU's programs are on
+tensors; their Gram joins go through oneDNN.
+
+Which join, a cost model tells (:mod:`.join_cost`). In 16 bits the gradients of narrow convolutions come from one pass,
+which moves fewer bytes and multiplies as much.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..backends import onednn, soundness
+from ..steps import pointwise
+from ..steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, Terms
+from ..steps.spec import Conv, Norm, Step, StepTensors
+from . import choose, join_cost, too_small
+from .devices import CPU_CORE, Device
+
+Tensor = torch.Tensor
+
+#: Share of what a program on values saves anyway that kept activations may add: each saves a read and a write backward.
+KEPT_SHARE = 0.20
+
+
+class Variant(NamedTuple):
+    """What the plan chooses of a program."""
+
+    values: bool = False  # 1x1 convolutions are on values
+    gram: bool = False  # branches are Gram joins, where they can be
+    gram_shortcut: bool = False  # projections are
+    keep: bool = False  # activations that are written for convolutions are kept for backward
+    one_pass: bool = False  # both gradients of narrow convolutions on values come from one read of theirs
+    stock: bool = False
+
+
+def serves(conv: Conv, own: StepTensors) -> bool:
+    """Whether the 1x1 ops take a convolution that a norm reads."""
+    return conv.is_pointwise(own.weight) and own.bias is None
+
+
+def joins(program: Program) -> list[tuple[int, Terms]]:
+    """The joins of `program`, by value: sums with a norm, and the norm that it ends in."""
+    found = [(value, program.terms(value)) for value, node in program.numbered if isinstance(node, Addition)]
+    if isinstance(program.nodes[-1], Normalisation):
+        found.append((program.output, program.terms(program.output)))
+    return [(value, terms) for value, terms in found if terms is not None]
+
+
+def branch_of(call: Call, norm: int) -> tuple[Convolution, StepTensors] | None:
+    """The convolution before the batch norm that makes value `norm`, if that alone reads it."""
+    source = call.program.maker(norm).source
+    conv = call.program.maker(source)
+    if not isinstance(conv, Convolution) or len(call.program.readers(source)) > 1:
+        return None
+    return conv, call.tensors[source - call.program.inputs]
+
+
+def _branches(call: Call, terms: Terms) -> list[int]:
+    """The norms that end in a join."""
+    is_norm = terms.other is not None and call.program.is_affine(terms.other)
+    return [terms.branch, terms.other] if is_norm else [terms.branch]
+
+
+def gram_obstacle(call: Call, norm: int) -> str:
+    """Why the branch that ends in this norm cannot be a Gram join; empty if it can."""
+    found = branch_of(call, norm)
+    if found is None:
+        return "no convolution of its own"
+    if not call.program.maker(norm).norm.batch_stats:
+        return ""  # folding running statistics needs no Gram matrix: any convolution will do
+    if not found[0].conv.is_pointwise(found[1].weight):
+        return "not a 1x1 convolution"
+    return "" if found[1].bias is None else "the convolution has a bias"
+
+
+def values_obstacle(call: Call) -> str:
+    """Why `call` cannot run on values; empty if it can."""
+    if isinstance(call.program.nodes[-1], Pooling):
+        return "a stem"
+    for _, terms in joins(call.program):
+        for norm in _branches(call, terms):
+            found = branch_of(call, norm)
+            if found is None or not serves(found[0].conv, found[1]):
+                return "the last convolution, or the projection, is not 1x1, or has a bias"
+    return ""
+
+
+class Options(NamedTuple):
+    """What a program can be run as."""
+
+    device: Device
+    values: bool
+    main: frozenset[int]  # see :func:`gram_branches`
+    projections: frozenset[int]
+
+
+def options(call: Call) -> Options | None:
+    """None: as one thing only, on tensors with written joins."""
+    device = choose.value_device(call.program.backend, call.x)
+    values = device is not None and not values_obstacle(call)
+    if not values and (device is not None or not runs_folded(call)):
+        return None
+    return Options(device or CPU_CORE, values, *gram_branches(call, values))
+
+
+def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[int]]:
+    """The norms of branches that can be Gram joins, and of projections that can; `values`: on values.
+
+    There a projection can only beside a branch that is one: no pass would add a product to a normalised tensor.
+    """
+    main, projections = set(), set()
+    for _, terms in joins(call.program):
+        norms = _branches(call, terms)
+        if not (terms.sampled and call.sample_factor is not None) and _can_be_main(call, norms[0], values):
+            main.add(norms[0])
+        if len(norms) > 1 and not gram_obstacle(call, norms[1]) and (norms[0] in main or not values):
+            projections.add(norms[1])
+    return frozenset(main), frozenset(projections)
+
+
+def _can_be_main(call: Call, norm: int, values: bool) -> bool:
+    if gram_obstacle(call, norm):
+        return False
+    # its input would have to be strided first; only projections are such, and have their own flag
+    strided = branch_of(call, norm)[0].conv.stride != (1, 1)
+    return not strided or not (values or call.program.maker(norm).norm.batch_stats)
+
+
+def runs_folded(call: Call) -> bool:
+    """Whether a join with an epilogue exists for this case: the CPU's, through oneDNN."""
+    x, backend = call.x, call.program.backend
+    stem = isinstance(call.program.nodes[-1], Pooling)
+    return not stem and backend in ("auto", "cpu") and x.device.type == "cpu" and x.dtype in onednn.SERVED
+
+
+def _worth(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> bool:
+    if not call.program.maker(norm).norm.batch_stats:
+        return True
+    outputs, inputs = branch_of(call, norm)[1].weight.shape[:2]
+    return join_cost.pays(too_small.pixels(shapes[norm]), inputs, outputs, call.x.dtype, chosen.values, chosen.device)
+
+
+def written(call: Call) -> list[int]:
+    """Values that are written for ATen's convolutions where the others are on values."""
+    found = set()
+    for node, own in zip(call.program.nodes, call.tensors, strict=True):
+        is_norm = isinstance(node, Convolution) and isinstance(call.program.maker(node.source), Normalisation)
+        if is_norm and not serves(node.conv, own):
+            found.add(node.source)
+    return sorted(found)
+
+
+def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
+    """Whether to keep the activations that ATen's convolutions read: a small share of what is saved anyway.
+
+    Not in pre-activation blocks: a network of them would save more than 0.60 of stock's for 1.6% fewer bytes moved.
+    """
+    program = call.program
+    if not joins(program):
+        return False
+    inner = [n for v, n in program.numbered if isinstance(n, Normalisation) and n.relu and v != program.output]
+    saved = sum(shapes[value].numel() for value in {0, *(node.source for node in inner)})
+    return sum(shapes[value].numel() for value in written(call)) <= KEPT_SHARE * saved
+
+
+def _has_narrow(call: Call) -> bool:
+    """Whether on values there is a convolution whose gradients one pass can make, in a dtype for which there is one."""
+    pairs = [pair for pair in zip(call.program.nodes, call.tensors, strict=True) if isinstance(pair[0], Convolution)]
+    if not any(serves(n.conv, own) and pointwise.narrow(Step(n.conv, Norm()), own.weight) for n, own in pairs):
+        return False
+    place, checks = choose.place_of(call.x), not isinstance(call.x, FakeTensor)
+    return not soundness.lacking(("conv1x1_backward",), call.x.dtype, place, checks)
+
+
+def every(call: Call) -> list[Variant]:
+    """Everything that `call` could be run as, were all kernels sound; first what is simplest."""
+    found = options(call)
+    if found is None:
+        return [Variant()]
+    kept = (False, True) if found.values and written(call) else (found.values,)
+    passes = (False, True) if found.values and _has_narrow(call) else (False,)
+    every = [Variant()] if found.values else []
+    for main in (False, True) if found.main else (False,):
+        for projection in (False, True) if found.projections and (main or not found.values) else (False,):
+            more = itertools.product(kept, passes)
+            every += [Variant(found.values, main, projection, *both) for both in more]
+    return every
+
+
+def is_small(call: Call, shapes: list[torch.Size]) -> bool:
+    """In a compiled graph nothing is: what small programs lose is the time of Python. Of stems only the smallest."""
+    if choose.fuses_all() or choose.target() is not None:
+        return False
+    if isinstance(call.program.nodes[-1], Pooling) and shapes[-2].numel() > too_small.FEW_POOLED:
+        return False
+    return too_small.is_small(call, shapes)
+
+
+def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
+    """The variant that the cost model chooses. `shapes`: of the values."""
+    if is_small(call, shapes):
+        return Variant(stock=True)
+    found = options(call)
+    if found is None:
+        return Variant()
+    main = bool(found.main) and all(_worth(call, norm, shapes, found) for norm in found.main)
+    projection = bool(found.projections) and all(_worth(call, norm, shapes, found) for norm in found.projections)
+    if not found.values:
+        return Variant(False, main, projection)
+    return Variant(True, main, projection and main, _keeps(call, shapes), _has_narrow(call))
+
+
+def why(call: Call, shapes: list[torch.Size]) -> str:
+    """Why the cost model chose as it did."""
+    if is_small(call, shapes):
+        return "stays in the cache"
+    found = options(call)
+    if found is None:
+        none_there = choose.value_device(call.program.backend, call.x) is None
+        return "no convolution with an epilogue there" if none_there else values_obstacle(call)
+    if call.sample_factor is not None:
+        return "a per-sample factor"
+    ends = [terms.branch for _, terms in joins(call.program)]
+    if not ends:
+        return "no batch norm before a sum"
+    norm = ends[-1]
+    if gram_obstacle(call, norm):
+        return gram_obstacle(call, norm)
+    if not call.program.maker(norm).norm.batch_stats:
+        return "running statistics"
+    outputs, inputs = branch_of(call, norm)[1].weight.shape[:2]
+    expected = join_cost.cost(too_small.pixels(shapes[norm]), inputs, outputs, call.x.dtype, found.values)
+    return f"costs {expected.gram_share(found.device):+.0%} of its convolution's time"

@@ -1,0 +1,218 @@
+"""Steps of a program in evaluation: forward only, with running statistics; :mod:`..plan.evaluation` chooses them.
+
+==========================  =========================================================================================
+:class:`FoldedConvolution`  a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
+:class:`NormValue`          batch norm as a value ``scale*z + shift``: nothing is written
+:class:`NormPass`           such a value, and a sum behind it, written in one pass
+:class:`RawPool`            such a value, clamped and pooled in one pass
+:class:`StockNorm`          a batch norm with nothing behind it
+:class:`StockPool`          a max pool of a tensor
+==========================  =========================================================================================
+
+Those for GPUs alone are in :mod:`.gpu_evaluation`. Each names values by their numbers in the program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from ..backends import bounds, onednn, run
+from ..ops import stat_dtype
+from . import stock
+from .batch_norm import running_affine
+from .conv import channels_last
+from .folding import Folded, Part
+from .program import Call, Program
+from .spec import Conv, StepTensors
+
+Tensor = torch.Tensor
+
+
+class Raw(NamedTuple):
+    """``scale*z + shift``, of which a ReLU is still to be taken if the norm that it stands for has one."""
+
+    z: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def parts(value: Tensor | Raw) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A value as the ops take it: tensor, scale, shift."""
+    return value if isinstance(value, Raw) else (value, None, None)
+
+
+class Evaluation:
+    """One call: its values as far as they are made, and bounds of them where weights are kept on the CPU.
+
+    `direct`: convolutions go to oneDNN without dispatch, see `onednn.conv_packed`.
+    """
+
+    def __init__(self, call: Call, inputs: list[Tensor], direct: bool = False) -> None:
+        self.program, self.tensors, self.dtype = call.program, call.tensors, call.x.dtype
+        self.backend, self.direct = call.program.backend, direct
+        self.values: list = inputs + [None] * len(call.program.nodes)
+        self.bounds: list[float] | None = None
+        self._filled: dict[tuple[float, int], Tensor] = {}
+
+    def own(self, value: int) -> StepTensors:
+        """The tensors of the node that makes `value`."""
+        return self.tensors[value - self.program.inputs]
+
+    def affine(self, norm: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a norm; `bias`: of the convolution before it, if its output lacks it."""
+        bn = running_affine(self.own(norm), self.program.maker(norm).norm, self.dtype, self.backend, bias)
+        return bn.scale, bn.shift
+
+    def filled(self, number: float, weight: Tensor) -> Tensor:
+        """A vector of one number for each output of `weight`: made once, as each is a launch."""
+        key = number, weight.shape[0]
+        if key not in self._filled:
+            self._filled[key] = torch.full(key[1:], number, dtype=stat_dtype(self.dtype), device=weight.device)
+        return self._filled[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardStep:
+    """What makes `value` of value `source`, and perhaps of value `other`, which is added before a ReLU."""
+
+    ops: ClassVar[tuple[str, ...]] = ()  # those of ours that must have sound kernels
+
+    value: int
+    source: int
+    other: int | None = None
+    relu: bool = False
+
+    @property
+    def part(self) -> Part | None:
+        """What of the parameters is folded for this step on a CPU, and given to `forward`."""
+        return None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.source,) if self.other is None else (self.source, self.other)
+
+    def forward(self, e: Evaluation, made: Folded | None) -> None:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldedConvolution(ForwardStep):
+    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`."""
+
+    folded: Part
+    conv: Conv
+    in_place: bool
+
+    @property
+    def part(self) -> Part:
+        return self.folded
+
+    def forward(self, e: Evaluation, made: Folded) -> None:
+        x, other = e.values[self.source], None if self.other is None else e.values[self.other]
+        if e.direct and (other is None or self.in_place or not onednn.is_mapped(other)):
+            added = 0.0 if other is None else e.bounds[self.other]
+            bound = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
+            e.bounds[self.value] = bound
+            e.values[self.value] = onednn.conv_packed(
+                x, made.weight, made.shift, self.conv, self.relu, bound, other, self.in_place
+            )
+            return
+        if e.bounds is not None:
+            self._note(e, x, other, made)
+        settings = (*self.conv.args, self.relu)
+        if self.in_place:
+            run("conv_add_relu_", other, x, made.weight, made.shift, *settings, backend=e.backend)
+        else:
+            other = run("conv_add_relu", x, made.weight, made.shift, other, *settings, backend=e.backend)
+        e.values[self.value] = other
+        if e.bounds is not None:
+            e.bounds[self.value] = bounds.noted(other)
+
+    def _note(self, e: Evaluation, x: Tensor, other: Tensor | None, made: Folded) -> None:
+        """Note the bounds of all that the op reads, so that it need not measure them."""
+        bounds.remember(x, e.bounds[self.source])
+        if made.shift is not None:
+            bounds.remember(made.shift, made.bound)
+        if other is not None:
+            bounds.remember(other, e.bounds[self.other])
+
+
+@dataclasses.dataclass(frozen=True)
+class NormValue(ForwardStep):
+    """Batch norm as a :class:`Raw`. `biased`: the convolution before it was run without its bias."""
+
+    biased: bool = False
+
+    @property
+    def part(self) -> Part:
+        return Part(norm=self.value)
+
+    def forward(self, e: Evaluation, made: Folded | None) -> None:
+        bias = e.own(self.source).bias if self.biased else None
+        scale, shift = e.affine(self.value, bias) if made is None else (made.weight, made.shift)
+        e.values[self.value] = Raw(e.values[self.source], scale, shift)
+        if e.bounds is not None:
+            e.bounds[self.value] = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound)
+
+
+class NormPass(ForwardStep):
+    """The :class:`Raw` `source` and the sum behind it, written."""
+
+    ops = ("norm_add_relu",)
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        other = () if self.other is None else parts(e.values[self.other])
+        out, _ = run("norm_add_relu", *e.values[self.source], *other, relu=self.relu, backend=e.backend)
+        e.values[self.value] = out
+        if e.bounds is not None:
+            added = 0.0 if self.other is None else e.bounds[self.other]
+            e.bounds[self.value] = bounds.of_sum(1.0, e.bounds[self.source], 0.0, added)
+
+
+class StockNorm(ForwardStep):
+    """Batch norm by ATen: one launch, where an affine map and a pass would be two."""
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        settings = e.program.maker(self.value).norm
+        e.values[self.value] = channels_last(stock.norm(e.values[self.source], e.own(self.value), settings))
+
+
+class RawPool(ForwardStep):
+    """A max pool of the :class:`Raw` of a norm with ReLU, in one pass."""
+
+    ops = ("norm_relu_pool",)
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        args = e.program.maker(self.value).pool.args
+        e.values[self.value] = run("norm_relu_pool", *e.values[self.source], *args, backend=e.backend)[0]
+
+
+class StockPool(ForwardStep):
+    """A max pool by ATen."""
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        args = e.program.maker(self.value).pool.args
+        e.values[self.value] = channels_last(F.max_pool2d(e.values[self.source], *args))
+        if e.bounds is not None:
+            e.bounds[self.value] = e.bounds[self.source]
+
+
+class Lowered(NamedTuple):
+    """A program's steps in evaluation; `dead`: after each, the values that nobody reads any more."""
+
+    program: Program
+    steps: tuple
+    dead: tuple[tuple[int, ...], ...]
+    measured: tuple[bool, ...]  # of each input, whether a ReLU in oneDNN's epilogue depends on its bound
+
+    def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
+        """The output. `made`: for each step, what it is made from, see `part`."""
+        for step, own, dead in zip(self.steps, made, self.dead, strict=True):
+            step.forward(e, own)
+            for value in dead:
+                e.values[value] = None
+        return e.values[self.program.output]

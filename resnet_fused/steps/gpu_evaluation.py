@@ -1,0 +1,86 @@
+"""Steps of a program in evaluation that only GPUs have: batch norm, sum and ReLU where a tensor is read or written.
+
+=====================  ==============================================================================================
+:class:`Product`       a 1x1 convolution of stride 1 with its norm, sum or projection, and ReLU: one kernel
+:class:`Convolve`      any convolution, by ATen
+:class:`Add`           a sum in the memory of its branch, by ATen
+=====================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from ..backends import run
+from .conv import channels_last
+from .evaluation import Evaluation, ForwardStep, parts
+from .folding import Part
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product(ForwardStep):
+    """The convolution `conv` with `norm`, if there is one, and the convolution `projection`, of value `projected`.
+
+    `source` and `other` may be values that :class:`NormValue` made.
+    """
+
+    ops: ClassVar[tuple[str, ...]] = ("conv1x1_join",)
+
+    main: Part
+    projection: Part | None = None
+    projected: int | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return tuple([value for value in (self.source, self.other, self.projected) if value is not None])
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        x, *before = parts(e.values[self.source])
+        weight, scale, shift = _epilogue(e, self.main)
+        other = {}
+        if self.projection is not None:
+            weight2, scale2, shift2 = _epilogue(e, self.projection)
+            other = {"x2": e.values[self.projected], "weight2": weight2, "scale2": scale2, "shift2": shift2}
+            other["stride2"] = e.program.maker(self.projection.conv).conv.stride
+        elif self.other is not None:
+            names = ("residual", "residual_scale", "residual_shift")
+            other = dict(zip(names, parts(e.values[self.other]), strict=True))
+        arguments = (x, weight, scale, shift, *before)
+        e.values[self.value] = run("conv1x1_join", *arguments, **other, relu=self.relu, backend=e.backend)[0]
+
+
+def _epilogue(e: Evaluation, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight of a convolution, and scale and shift of what it gives."""
+    own = e.own(part.conv)
+    weight = own.weight.contiguous()
+    if part.norm is not None:
+        return weight, *e.affine(part.norm, own.bias)
+    one = e.filled(1.0, weight)
+    return weight, one, e.filled(0.0, weight) if own.bias is None else own.bias.to(one.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolve(ForwardStep):
+    """A convolution by ATen. `biased`: with its bias, which else the norm behind it adds."""
+
+    biased: bool = True
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        own, (stride, padding, dilation, groups) = e.own(self.value), e.program.maker(self.value).conv.args
+        bias = own.bias if self.biased else None
+        arguments = (e.values[self.source], own.weight, bias, stride, padding, dilation, False, [0, 0], groups)
+        e.values[self.value] = channels_last(aten.convolution(*arguments))
+
+
+class Add(ForwardStep):
+    """A sum of two tensors in the memory of `source`, which nobody else reads."""
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        out = e.values[self.source].add_(e.values[self.other])
+        e.values[self.value] = torch.relu_(out) if self.relu else out

@@ -180,7 +180,11 @@ def test_tune(tmp_path, monkeypatch):
     options = ("--model", "resnet18", "--batch", "2", "--size", "32", "--device", "cpu")
     ran = resnet_fused(*options, code=TUNE_WITH_A_FAKE_CLOCK)
     assert ran.returncode == 0, ran.stderr
-    row = next(line for line in ran.stdout.splitlines() if "3x3 64>128 /2, 3x3 128>128 + 1x1 64>128 /2, relu" in line)
+    row = next(
+        line
+        for line in ran.stdout.splitlines()
+        if "3x3 64>128 /2, norm, relu, 3x3 128>128, norm, 1x1 64>128 /2, norm, 4 + 6, relu" in line
+    )
     assert [cell.strip() for cell in row.split("|")][2:6] == ["2x64x8x8", "1", "plain join, shortcut plain join", "1"]
     assert "(measured)" in ran.stderr
     (file,) = (tmp_path / "resnet_fused" / "plans").iterdir()

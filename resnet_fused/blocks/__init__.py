@@ -1,7 +1,6 @@
-"""Blocks: chains of steps as autograd nodes, as a function and as modules."""
+"""Blocks: programs of modules as autograd nodes, the fused step as a function, and fused blocks as modules."""
 
-from ..steps.node import run_chain
 from .functional import conv_bn_add_relu
 from .modules import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU
 
-__all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU", "conv_bn_add_relu", "run_chain"]
+__all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU", "conv_bn_add_relu"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..backends import current
-from ..plan.choose import choose_variant
-from ..steps import Chain, Conv, Norm, Step, StepTensors
+from ..plan import choose
+from ..steps import Conv, Norm, StepTensors, stock
 from ..steps.layout import as_stock
-from ..steps.node import run_chain
-from . import gpu_inference
-from .runtime import needs_grad, output_shapes
+from ..steps.program import Call, residual_program
+from .evaluation import evaluate, takes
+from .runtime import needs_grad, train
 
 Tensor = torch.Tensor
 Pair = int | tuple[int, int]
@@ -77,9 +77,12 @@ def conv_bn_add_relu(
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     conv = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
     _check_vectors(weight.shape[0], running_mean, running_var, bn_weight, bn_bias, bias, training)
-    tensors = StepTensors(weight, bias, bn_weight, bn_bias, running_mean, running_var)
-    chain = Chain((Step(conv, Norm(eps, momentum, training)),), relu=relu, backend=current())
-    shape = _checked_shape(chain, x, tensors)
+    joins = {"residual": "" if residual is None else "tensor", "sampled": sample_factor is not None}
+    program = residual_program([(conv, Norm(eps, momentum, training))], relu=relu, backend=current(), **joins)
+    vectors = StepTensors(None, None, bn_weight, bn_bias, running_mean, running_var)
+    tensors = [StepTensors(weight, bias), vectors, *[StepTensors(None)] * (residual is not None)]
+    call = Call(program, x, tensors, residual, sample_factor)
+    shape = _checked_shape(call)
     if training and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
@@ -92,11 +95,12 @@ def conv_bn_add_relu(
             f"conv_bn_add_relu: sample_factor has shape {list(sample_factor.shape)}; "
             f"pass [{x.shape[0]}], one for each sample"
         )
-    if not training and sample_factor is None and gpu_inference.takes(x) and not needs_grad(x, residual, [tensors]):
-        with torch.no_grad():
-            return gpu_inference.output(chain, x, [tensors], residual)
-    chain = choose_variant(chain, x, [tensors], [shape], sample_factor, residual)
-    return as_stock(run_chain(chain, x, [tensors], residual, sample_factor), x, [weight], relu)
+    if choose.on_gpu(x) and takes(call) and not needs_grad(call):
+        out = evaluate(call)
+    else:
+        out = train(call)
+    out = stock.program_output(call, moves=True) if out is None else out
+    return as_stock(out, x, [weight], relu)
 
 
 def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias, training) -> None:
@@ -110,10 +114,10 @@ def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias
         raise RuntimeError(f"conv_bn_add_relu: bias has shape {list(bias.shape)}; pass [{channels}]")
 
 
-def _checked_shape(chain: Chain, x: Tensor, tensors: StepTensors) -> torch.Size:
+def _checked_shape(call: Call) -> torch.Size:
     """Shape of the convolution's output; where ``conv2d`` would refuse, its own error."""
-    conv = chain.steps[0].conv
-    fits = tensors.weight.dim() == 4 and x.shape[1] == tensors.weight.shape[1] * conv.groups
-    if not fits or x.dtype != tensors.weight.dtype or x.device != tensors.weight.device or x.numel() == 0:
-        return torch.conv2d(x, tensors.weight, tensors.bias, *conv.args).shape
-    return output_shapes(chain, x, [tensors])[-1]
+    x, (weight, bias, *_), conv = call.x, call.tensors[0], call.program.nodes[0].conv
+    fits = weight.dim() == 4 and x.shape[1] == weight.shape[1] * conv.groups
+    if not fits or x.dtype != weight.dtype or x.device != weight.device or x.numel() == 0:
+        return torch.conv2d(x, weight, bias, *conv.args).shape
+    return call.shapes()[-1]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from torch import Tensor, nn
 
-import torch
-from torch import nn
-
+from ..models.resnet import BasicBlock, Bottleneck
 from .runtime import run_as_stock
-from .site import Site, obstacle
+from .shape import Shape, remembered, residual_shape
+from .site import Site, module_obstacle, sites_in, value_obstacle
 
-Tensor = torch.Tensor
-NormLayer = Callable[[int], nn.Module]
+
+@remembered
+def _shapes(names: tuple, shortcut: tuple | None, bypassed: tuple, residual: str, relu: bool, add: str) -> tuple[Shape]:
+    """The shape of a block of these modules; `add`: as its own forward writes it."""
+    options = {"bypassed": bypassed, "residual": residual, "relu": relu, "inplace_add": add == "+="}
+    return (residual_shape(names, shortcut, **options),)
+
+
+def _runnable(block: nn.Module, shapes: tuple[Shape], x: Tensor) -> Site | None:
+    """The site that stands in for the modules of `block` on `x`; None where they are to be called."""
+    site = (sites_in(block, shapes) or [None])[0]
+    return site if site is not None and not module_obstacle(site) and not value_obstacle(x, site) else None
 
 
 class FusedConvBNReLU(nn.Module):
@@ -49,47 +58,37 @@ class FusedConvBNReLU(nn.Module):
         self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        site = Site(((self.conv, self.bn),), relu=isinstance(self.relu, nn.ReLU), bypassed=(self.relu,))
-        if not obstacle(x, site):
+        kind, clamps = type(self.relu).__name__, isinstance(self.relu, nn.ReLU)
+        shapes = _shapes((("conv", "bn"),), None, (("relu", kind),), "" if residual is None else "tensor", clamps, "+")
+        site = _runnable(self, shapes, x)
+        if site is not None:
             return run_as_stock(site, x, residual)
         y = self.bn(self.conv(x))
         return self.relu(y if residual is None else y + residual)
 
 
 class FusedResidualBlock(nn.Module):
-    """What the two residual blocks share: run their steps and shortcut as one chain, or one by one as stock does.
+    """What the two residual blocks share, in front of the stock one: its convolutions, norms and shortcut as one node.
 
     The result has stock's layout: channels_last if x or a weight of the main branch is, else contiguous.
     """
 
-    downsample: nn.Module | None
-    relu: nn.ReLU
-
-    def _steps(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        raise NotImplementedError
+    _steps: tuple[tuple[str, str], ...]  # names of convolutions and norms
 
     def forward(self, x: Tensor) -> Tensor:
-        projection = self.downsample
-        paired = type(projection) is nn.Sequential and len(projection) == 2 and isinstance(projection[0], nn.Conv2d)
-        site = Site(
-            self._steps(),
-            shortcut=(projection[0], projection[1]) if paired else None,
-            bypassed=(self.relu, projection) if paired else (self.relu,),
-        )
-        if not obstacle(x, site):
-            residual = None if paired else x if projection is None else projection(x)
-            return run_as_stock(site, x, residual)
-        identity = x if projection is None else projection(x)
-        steps, h = self._steps(), x
-        for conv, norm in steps[:-1]:
-            h = self.relu(norm(conv(h)))
-        conv, norm = steps[-1]
-        h = norm(conv(h))
-        h += identity
-        return self.relu(h)
+        projection, shortcut, residual, bypassed = self.downsample, None, "x", (("relu", "ReLU"),)
+        if projection is not None:
+            residual = "tensor"
+            if type(projection) is nn.Sequential and len(projection) == 2 and isinstance(projection[0], nn.Conv2d):
+                names = [f"downsample.{name}" for name in projection._modules]
+                shortcut, residual, bypassed = tuple(names), "", (*bypassed, ("downsample", "Sequential"))
+        site = _runnable(self, _shapes(self._steps, shortcut, bypassed, residual, True, "+="), x)
+        if site is None:
+            return super().forward(x)
+        return run_as_stock(site, x, projection(x) if residual == "tensor" else None)
 
 
-class FusedBasicBlock(FusedResidualBlock):
+class FusedBasicBlock(FusedResidualBlock, BasicBlock):
     """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``: the block of ResNet-18 and -34, as one autograd node.
 
     Args, parameter names and errors are torchvision's ``BasicBlock``: `inplanes`, `planes`, `stride`, `downsample`,
@@ -101,38 +100,10 @@ class FusedBasicBlock(FusedResidualBlock):
         NotImplementedError: `dilation` is above 1.
     """
 
-    expansion = 1
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        if groups != 1 or base_width != 64:
-            raise ValueError("BasicBlock only supports groups=1 and base_width=64")
-        if dilation > 1:
-            raise NotImplementedError("Dilation > 1 not supported in BasicBlock")
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
-        self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = norm_layer(planes)
-        self.downsample = downsample
-        self.stride = stride
-
-    def _steps(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        return (self.conv1, self.bn1), (self.conv2, self.bn2)
+    _steps = (("conv1", "bn1"), ("conv2", "bn2"))
 
 
-class FusedBottleneck(FusedResidualBlock):
+class FusedBottleneck(FusedResidualBlock, Bottleneck):
     """1x1, 3x3, 1x1 and a shortcut: the block of ResNet-50 and deeper, as one autograd node.
 
     ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``; the stride is on the 3x3 convolution.
@@ -143,31 +114,4 @@ class FusedBottleneck(FusedResidualBlock):
     https://arxiv.org/abs/1605.07146.
     """
 
-    expansion = 4
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
-        self.bn1 = norm_layer(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
-        self.bn2 = norm_layer(width)
-        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
-        self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
-
-    def _steps(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+    _steps = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))

@@ -21,6 +21,11 @@ def activation_of(module: nn.Module) -> nn.Module | None:
     return module.act if proven.kind(module) in proven.ACTIVATED_NORMS else None
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` normalises, in whatever way, so that :func:`why_not` tells something."""
+    return not why_not(module) or "norm" in type(module).__name__.lower()
+
+
 def why_not(module: nn.Module) -> str:
     """Why `module` is not a batch norm this package can fuse; empty if it is one."""
     if isinstance(module, nn.SyncBatchNorm):
@@ -81,14 +86,14 @@ def tensors(module: nn.Module) -> tuple[Tensor | None, ...]:
 
     In evaluation the counter tells, in backward, whether the statistics have been moved since.
     """
-    gamma, beta = module.weight, module.bias
+    gamma, beta, running_mean, running_var = vectors(module)
     if is_frozen_class(module):
-        return gamma, beta, module.running_mean, module.running_var, None
+        return gamma, beta, running_mean, running_var, None
     if module.training and not module.track_running_stats:
         return gamma, beta, None, None, None
-    if not module.training and module.running_mean is None:  # the batch's statistics, which nothing counts
+    if not module.training and running_mean is None:  # the batch's statistics, which nothing counts
         return gamma, beta, None, None, None
-    return gamma, beta, module.running_mean, module.running_var, module.num_batches_tracked
+    return gamma, beta, running_mean, running_var, module.num_batches_tracked
 
 
 def channels(module: nn.Module) -> int:

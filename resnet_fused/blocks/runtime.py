@@ -1,4 +1,8 @@
-"""From modules to a chain, at call time: what :mod:`.site` has found no obstacle for is run fused."""
+"""From modules to a program, at call time: what :mod:`.site` has found no obstacle for is run fused.
+
+A residual that stock would broadcast, or whose sum has another dtype, and a pool that no kernel takes, stand apart: the
+program ends before them, and stock's operation follows. Everything else that does not fit is stock's from the start.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,20 @@ import threading
 import torch
 
 from ..backends import bounds, current
-from ..ops.conv_add_relu import output_shape as conv_output_shape
-from ..plan import too_small
-from ..plan.choose import choose_variant, is_small, pools
-from ..steps import Chain, Step, StepTensors, stock
+from ..plan import choose
+from ..plan.lower import decided_by, fits, lower, pools
+from ..steps import Pool, StepTensors
+from ..steps.flow import Handed
 from ..steps.layout import Placed, arrived, behind, left
-from ..steps.node import run_chain
-from . import gpu_inference, norms
-from .inference import folded_output, runs_as_stock
-from .site import Site, conv_geometry, pool_geometry
+from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program_node import Lowered, run_program
+from ..steps.saved import refuses_inference_tensors
+from . import norms
+from .evaluation import evaluate, takes
+from .site import Site
 
 Tensor = torch.Tensor
+KEPT = 64  # settings, and ways to run, that are kept of one site: image sizes, dtypes
 
 
 class _Ran(threading.local):
@@ -29,8 +36,8 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def fused_chains() -> int:
-    """How many chains this thread has run as anything but stock operations by the plan's choice."""
+def fused_programs() -> int:
+    """How many programs this thread has run as anything but stock operations by the plan's choice."""
     return _ran.fused
 
 
@@ -39,133 +46,208 @@ def count_fused() -> None:
         _ran.fused += 1
 
 
-def run_site(site: Site, x: Tensor, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Tensor:
-    """The chain of `site` on `x`; :func:`obstacle` has found nothing against it.
-
-    `residual`: what is added before the last ReLU (not with a shortcut). `sample_factor`: ``[N]``, see `norm_add_relu`.
-
-    Raises:
-        ValueError: one value per channel in training, as stock.
-    """
-    backend = site.backend if current() == "auto" else current()
-    chain, tensors = _read(site, backend)
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return run_modules(chain, site, x, tensors, residual, sample_factor)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        return run_modules(chain, site, x.to(dtype), tensors, residual, sample_factor, dtype)
-
-
-def _read(site: Site, backend: str) -> tuple[Chain, list[StepTensors]]:
-    """The chain and the tensors of `site` as its modules are now; the same chain as long as their settings are."""
-    tensors = [StepTensors(conv.weight, conv.bias, *norms.tensors(norm)) for conv, norm in site.pairs]
-    known = None if torch.compiler.is_compiling() else site.unchanged
+def read(site: Site) -> tuple[Program, list[StepTensors]]:
+    """The program and the tensors of `site` as its modules are now; the same program as long as their settings are."""
+    backend, tensors = site.backend if current() == "auto" else current(), site.tensors()
+    if site.kept is None or torch.compiler.is_compiling():
+        return _with(site.shape.program, site.settings(), backend), tensors
+    known = site.kept.unchanged or None
     if known is not None and not known.settings_hold():
         known = None
     if known is not None and known.read is not None and known.read.backend == backend:
         return known.read, tensors
-    steps = tuple(Step(conv_geometry(conv), norms.settings(norm)) for conv, norm in site.pairs)
-    n = len(site.steps)
-    chain = Chain(steps[:n], None if site.shortcut is None else steps[n], site.relu, backend=backend)
+    settings, found = site.settings(), site.kept.by_settings
+    if (backend, settings) not in found:
+        if len(found) >= KEPT:
+            found.clear(), site.kept.lowered.clear()
+        found[backend, settings] = _with(site.shape.program, settings, backend)
     if known is not None:
-        known.read = chain
-    return chain, tensors
+        known.read = found[backend, settings]
+    return found[backend, settings], tensors
 
 
-def run_modules(
-    chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], residual, sample_factor, dtype=None
-) -> Tensor:
-    """Run `chain` in its best variant: folded inference, or the autograd node.
+_FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool"}
 
-    `dtype`: to which the convolutions' parameters are cast, as autocast would; None: they stay.
+
+def _with(program: Program, settings: tuple, backend: str) -> Program:
+    nodes = []
+    for node, own in zip(program.nodes, settings, strict=True):
+        nodes.append(node if isinstance(node, Addition) else dataclasses.replace(node, **{_FIELDS[type(node)]: own}))
+    return Program(tuple(nodes), program.inputs, backend)
+
+
+def run_site(site: Site, x: Placed, residual: Tensor | None = None) -> Placed | None:
+    """The program of `site` on `x`, in whatever layout it gives; nothing was found against it.
+
+    None: stock's operations are to run; nothing was moved or drawn.
     """
-    shapes = output_shapes(chain, x, tensors)
-    if any(shape[2] <= 0 or shape[3] <= 0 for shape in shapes):  # stock's convolution says what is wrong
-        return stock.chain_output(chain, x, residual, sample_factor, [own.cast(dtype) for own in tensors], moves=True)
-    if chain.shortcut is not None and not _shortcut_fits(chain, x, tensors[-1], shapes[-1]):
-        return _broadcast_sum(chain, site, x, sample_factor, [own.cast(dtype) for own in tensors])
-    if site.pool is not None:
-        pooled = _pooled_chain(chain, site, x, tensors, shapes)
-        if pooled is None:
-            return site.pool(run_modules(chain, dataclasses.replace(site, pool=None), x, tensors, None, None, dtype))
-        chain = pooled
-    if residual is not None and (residual.shape != shapes[-1] or residual.dtype != x.dtype):
-        # Broadcasting and promotion are stock's business: add outside of the chain.
-        bare = dataclasses.replace(chain, relu=False)
-        y = run_modules(bare, site, x, tensors, None, sample_factor, dtype)
-        total = y.add_(residual) if site.inplace_add else y + residual  # in place it may raise
-        return torch.relu(total) if chain.relu else total
-    for step, shape in zip(chain.steps, shapes, strict=True):
-        if step.norm.batch_stats and shape[0] * shape[2] * shape[3] == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    frozen = not any(step.norm.batch_stats for step in chain.all_steps)
-    if frozen and sample_factor is None and not needs_grad(x, residual, tensors):
-        if not runs_as_stock(chain, x):
-            count_fused()
-        return folded_output(chain, [norm for _, norm in site.pairs], x, tensors, residual, dtype)
-    tensors = [own.cast(dtype) for own in tensors]
-    chosen = choose_variant(chain, x, tensors, shapes, sample_factor, residual)
-    if not chosen.stock:
+    program, tensors = read(site)
+    given, dtype, scope = x.value, None, contextlib.nullcontext()
+    if torch.is_autocast_enabled(given.device.type) and given.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(given.device.type)
+        scope = torch.autocast(given.device.type, enabled=False)
+        inner = program.nodes[:-1] if _may_stand_apart(program) else program.nodes
+        if given.dtype != dtype and not all(isinstance(node, Convolution) for node in inner if 0 in node.reads):
+            return None  # stock casts for convolutions alone
+    if refuses_inference_tensors(tensors):
+        return None
+    factor = draw(site, given)
+    with scope:
+        call = Call(program, given if dtype is None else given.to(dtype), tensors, residual, factor)
+        known = call.x is x.value and program.inputs == 1 and not torch.compiler.is_compiling()
+        handed = Handed(x.moments) if known else None
+        out = _output(site, call, given, dtype, handed)
+    if out is None:
+        return None if factor is None else arrived(called(site, left(x), residual, factor))
+    made = behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
+    return made if handed is None else made._replace(moments=handed.leaving)
+
+
+def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The output of `site` where it leaves fused modules: in stock's layout; by stock's operations where it must."""
+    out = run_site(site, arrived(x), residual)
+    return called(site, x, residual) if out is None else left(out)
+
+
+def draw(site: Site, x: Tensor) -> Tensor | None:
+    """The per-sample factor of timm's drop path in `site`, if it has one: its random call, its scaling."""
+    drop = site.drop_path
+    if drop is None or drop.drop_prob == 0.0 or not drop.training:
+        return None
+    keep, dtype = 1 - drop.drop_prob, x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    factor = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
+    if keep > 0.0 and drop.scale_by_keep:
+        factor.div_(keep)
+    return factor.view(-1)
+
+
+def called(site: Site, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """The output of `site` by calling its modules, as its block's forward does; `factor`: that was drawn already."""
+    shape, values = site.shape, [x] if site.shape.program.inputs == 1 else [x, residual]
+    if factor is None:
+        factor = draw(site, x)
+    for node, module in zip(shape.program.nodes, site.modules, strict=True):
+        h = values[node.reads[0]]
+        y = _add(node, h, values[node.other], factor, shape.inplace_add) if module is None else module(h)
+        activated = isinstance(node, Normalisation) and norms.activation_of(module) is not None
+        clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
+        values.append(torch.relu_(y) if clamps else y)
+    return values[-1]
+
+
+def _add(node: Addition, branch: Tensor, other: Tensor, factor: Tensor | None, inplace: bool) -> Tensor:
+    if node.sampled and factor is not None:
+        branch = branch * factor.to(branch.dtype).view(-1, 1, 1, 1)
+    if inplace:
+        return branch.add_(other)  # where the result is of another dtype or shape, this raises
+    return other + branch if node.other_first else branch + other
+
+
+def _output(
+    site: Site, call: Call, given: Tensor, dtype: torch.dtype | None, handed: Handed | None = None
+) -> Tensor | None:
+    """What a call of `site` gives, folded or by an autograd node; None: stock does it.
+
+    `given`: the input before autocast. `dtype`: to which the convolutions' parameters are cast, as autocast would;
+    None: they stay. `handed`: what is known of the input, and will be of the output.
+    """
+    last = call.program.nodes[-1]
+    apart = isinstance(last, Pooling) and not (last.pool and _pools(call, last.pool))
+    shapes = None if apart else call.shapes()
+    if apart or (_may_stand_apart(call.program) and not _joins(call, given, shapes)):
+        out = _output(site, _before_last(call), given, dtype)
+        return None if out is None else _last(site, call, given, out)
+    if not fits(call.program, shapes):
+        return None
+    if takes(call) and not needs_grad(call):
+        out = evaluate(call, site.modules, dtype)
+    else:
+        call = call._replace(tensors=[own.cast(dtype) for own in call.tensors])
+        out = train(call, None if site.kept is None else site.kept.lowered, handed)
+    if out is not None:
         count_fused()
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
-        return run_chain(chosen, x, tensors, residual, sample_factor)
+    return out
 
 
-def _shortcut_fits(chain: Chain, x: Tensor, own: StepTensors, shape: torch.Size) -> bool:
-    """Whether the projection's result has the shape of the main branch's."""
-    conv = chain.shortcut.conv
-    return tuple(conv_output_shape(x.shape, own.weight.shape, conv.stride, conv.padding, conv.dilation)) == shape
+def _may_stand_apart(program: Program) -> bool:
+    """Whether the last node adds an input to a batch norm right before it: what stock may broadcast or promote."""
+    last = program.nodes[-1]
+    adds_input = isinstance(last, Addition) and last.other < program.inputs
+    return adds_input and last.branch == program.output - 1 and program.is_affine(last.branch)
 
 
-def _broadcast_sum(chain: Chain, site: Site, x: Tensor, sample_factor, tensors: list[StepTensors]) -> Tensor:
-    """A chain whose projection has another shape than its main branch: broadcasting, and its errors, are stock's."""
-    main = dataclasses.replace(chain, relu=False, shortcut=None)
-    y = stock.chain_output(main, x, None, sample_factor, tensors[:-1], moves=True)
-    residual = stock.conv_norm(x, tensors[-1], chain.shortcut, moves=True)
-    total = y.add_(residual) if site.inplace_add else y + residual
-    return torch.relu(total) if chain.relu else total
+def _joins(call: Call, given: Tensor, shapes: list[torch.Size]) -> bool:
+    """Whether the input that the last node adds has its branch's shape and dtype."""
+    last = call.program.nodes[-1]
+    other = call.residual if last.other else given
+    same = isinstance(other, Tensor) and (other.dtype, other.device) == (call.x.dtype, call.x.device)
+    return same and other.shape == shapes[last.branch]
 
 
-def _pooled_chain(
-    chain: Chain, site: Site, x: Tensor, tensors: list[StepTensors], shapes: list[torch.Size]
-) -> Chain | None:
-    """`chain` with its pool in it; None where the pool is better called, or raises stock's error for this size."""
-    pool = pool_geometry(site.pool)
-    wanted = needs_grad(x, None, tensors) or gpu_inference.takes(x)
-    if pool is None or not wanted or not pools(chain, x):
-        return None
-    if not gpu_inference.takes(x) and not chain.steps[-1].norm.batch_stats:
-        return None  # folded, as without a pool: somebody may compare what both give
-    if shapes[-1].numel() <= too_small.FEW_POOLED and is_small(chain, x, tensors, shapes):
-        return None  # the chain stays stock
-    if any(n + 2 * p < k for n, p, k in zip(shapes[-1][2:], pool.padding, pool.kernel, strict=True)):
-        return None
-    return dataclasses.replace(chain, pool=pool)
+def _before_last(call: Call) -> Call:
+    """A call of a program without its last node, which alone may read a residual from outside."""
+    program, nodes = call.program, call.program.nodes[:-1]
+    if isinstance(program.nodes[-1], Addition):
+        nodes = (*nodes[:-1], dataclasses.replace(nodes[-1], sampled=program.nodes[-1].sampled))
+        if program.inputs > 1:
+            nodes = tuple(map(_without_residual, nodes))
+    program = dataclasses.replace(program, nodes=nodes, inputs=1)
+    return call._replace(program=program, tensors=call.tensors[:-1], residual=None)
 
 
-def output_shapes(chain: Chain, x: Tensor, tensors: list[StepTensors]) -> list[torch.Size]:
-    """Shape behind each step of the main branch."""
-    shapes, h = [], x.shape
-    for step, own in zip(chain.steps, tensors, strict=False):
-        h = torch.Size(conv_output_shape(h, own.weight.shape, step.conv.stride, step.conv.padding, step.conv.dilation))
-        shapes.append(h)
-    return shapes
+def _without_residual(node: Node) -> Node:
+    """A node as it is where value 1 does not come from outside."""
+    fields = ("branch", "other") if isinstance(node, Addition) else ("source",)
+    return dataclasses.replace(node, **{name: max(0, getattr(node, name) - 1) for name in fields})
 
 
-def needs_grad(x: Tensor, residual: Tensor | None, tensors: list[StepTensors]) -> bool:
+def _last(site: Site, call: Call, given: Tensor, y: Tensor) -> Tensor:
+    """What the last node makes of what comes before it, by stock's operation."""
+    last = call.program.nodes[-1]
+    if isinstance(last, Pooling):
+        return site.modules[-1](y)
+    y = _add(last, y, call.residual if last.other else given, None, site.shape.inplace_add)
+    return torch.relu(y) if last.relu else y
+
+
+def _pools(call: Call, pool: Pool) -> bool:
+    """Whether a pool is better done in the program, and does not raise stock's error for this size."""
+    shape, on_gpu = call.shapes()[-2], choose.on_gpu(call.x)
+    if not (needs_grad(call) or on_gpu) or not pools(call):
+        return False
+    if not on_gpu and not call.program.batch_stats:
+        return False  # folded, as without a pool: somebody may compare what both give
+    return all(n + 2 * p >= k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True))
+
+
+def needs_grad(call: Call) -> bool:
     """Whether autograd wants anything from this call."""
     if not torch.is_grad_enabled():
         return False
-    candidates = [x, residual, *(t for own in tensors for t in own[:4])]
+    candidates = [*call.inputs, *(t for own in call.tensors for t in own[:4])]
     return any(t is not None and t.requires_grad for t in candidates)
 
 
-def run_placed(site: Site, x: Placed, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Placed:
-    """:func:`run_site` between fused modules: the result in whatever layout the chain gives it."""
-    out = run_site(site, x.value, residual, sample_factor)
-    return behind(out, x, [conv.weight for conv, _ in site.steps], site.relu and site.pool is None)
+def train(call: Call, kept: dict | None = None, handed: Handed | None = None) -> Tensor | None:
+    """The output of a call as an autograd node; None: as stock. `kept`: what was decided of its program before."""
+    lowered = _lowered(call, kept)
+    if lowered.steps is None:
+        return None
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
+        return run_program(lowered, call, handed)
 
 
-def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None, sample_factor: Tensor | None = None) -> Tensor:
-    """:func:`run_site` where its result leaves fused modules: in stock's layout."""
-    return left(run_placed(site, arrived(x), residual, sample_factor))
+def _lowered(call: Call, kept: dict | None) -> Lowered:
+    """How a call runs, decided once for all that it depends on."""
+    decided = None if kept is None else decided_by(call)
+    if decided is None:
+        return lower(call)
+    key = id(call.program), *decided  # which its settings keep
+    found = kept.get(key, key)  # a key is no answer
+    if found is key:
+        if len(kept) >= KEPT:
+            kept.clear()
+        kept[key] = found = lower(call)
+    return found

@@ -1,5 +1,5 @@
 """Whether the modules of a site are what they were when they were last read, object by object: a short way to the
-answer that :mod:`.site` and :mod:`.norms` would find again.
+answer that :mod:`.site`, :mod:`.layers` and :mod:`.norms` would find again.
 
 What a module does is decided by its class and its ``__dict__``. While every attribute is the very object it was, no
 hook has been registered, the tensors in ``_parameters`` and ``_buffers`` have the same ids, strides, dtype, device
@@ -19,7 +19,7 @@ from torch import nn
 
 from . import proven
 
-_CLASSES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential))
+_CLASSES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential))
 _OWN, _INNER = operator.attrgetter("__dict__"), ("_parameters", "_buffers")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FACTS = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")
@@ -74,21 +74,21 @@ class _Class:
 
 
 class Unchanged:
-    """The pairs of a site and the modules that it passes over, as they are now."""
+    """The modules that a site runs itself and those that it passes over, as they are now."""
 
-    #: What was read of the pairs' settings, for whoever reads them again while :meth:`settings_hold`.
+    #: What was read of the settings of the first, for whoever reads them again while :meth:`settings_hold`.
     read: object = None
 
-    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], bypassed: Iterable[nn.Module]) -> None:
-        self._pairs = _Same([module for pair in pairs for module in pair], inner=True)
+    def __init__(self, modules: Iterable[nn.Module], bypassed: Iterable[nn.Module]) -> None:
+        self._run = _Same(list(modules), inner=True)
         self._bypassed = _Same(list(bypassed), inner=False)
-        owns = [*self._pairs.owns, *self._bypassed.owns]
-        self._classes = [*map(_Class, {*self._pairs.classes, *self._bypassed.classes})]
+        owns = [*self._run.owns, *self._bypassed.owns]
+        self._classes = [*map(_Class, {*self._run.classes, *self._bypassed.classes})]
         self._hooks = [hooks for own in owns for hooks in _HOOKS(own)]
         self._facts = self._read_facts()
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [t for inner in self._pairs.inner for t in inner.values() if t is not None]
+        return [t for inner in self._run.inner for t in inner.values() if t is not None]
 
     def _read_facts(self) -> list[tuple]:
         tensors = self._tensors()
@@ -96,7 +96,7 @@ class Unchanged:
 
     def is_complete(self) -> bool:
         """Whether nothing else decides how these modules are read."""
-        for same in (self._pairs, self._bypassed):
+        for same in (self._run, self._bypassed):
             for own, cls in zip(same.owns, same.classes, strict=True):
                 settings = [value for name, value in own.items() if not name.startswith("_")]
                 hides = any(name in own or hasattr(cls, name) for inner in _INNER for name in own[inner])
@@ -109,14 +109,14 @@ class Unchanged:
         return all(type(t) in _PLAIN for t in self._tensors())
 
     def settings_hold(self) -> bool:
-        """Whether the convolutions and norms have the settings that they had."""
-        return self._pairs.holds()
+        """Whether the convolutions, norms and pool have the settings that they had."""
+        return self._run.holds()
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
         return (
             not any(self._hooks)
-            and self._pairs.holds()
+            and self._run.holds()
             and self._bypassed.holds()
             and all(map(_Class.holds, self._classes))
             and self._read_facts() == self._facts

@@ -69,19 +69,19 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
 
 
 def fused_so_far() -> int:
-    """For :func:`note`: how many chains this thread has run fused."""
-    return 0 if torch.compiler.is_compiling() else runtime.fused_chains()
+    """For :func:`note`: how many programs this thread has run fused."""
+    return 0 if torch.compiler.is_compiling() else runtime.fused_programs()
 
 
 def note(module: nn.Module, sites: Sequence[Site], x: object, before: int, part: object = None) -> None:
-    """Note that `module`, whose chains are `sites`, ran on `x`, if none of them ran fused since `before`."""
-    if torch.compiler.is_compiling() or runtime.fused_chains() != before or type(x) is not torch.Tensor:
+    """Note that `module`, whose programs are `sites`, ran on `x`, if none of them ran fused since `before`."""
+    if torch.compiler.is_compiling() or runtime.fused_programs() != before or type(x) is not torch.Tensor:
         return
     kept = _kept.get(module)
     if kept is None or not _is_current(kept, module) or len(kept.keys) >= _LIMIT:
-        pairs = [pair for site in sites for pair in site.pairs]
-        parameters = tuple(conv._parameters for conv, _ in pairs)
-        _kept[module] = kept = _Kept(tuple(module._modules.values()), tuple(n for _, n in pairs), parameters, set())
+        parameters = tuple(conv._parameters for site in sites for conv in site.convolutions)
+        norms = tuple(norm for site in sites for norm in site.norms)
+        _kept[module] = kept = _Kept(tuple(module._modules.values()), norms, parameters, set())
     key = _key(kept, module, x, part)
     if key is not None:
         kept.keys.add(key)

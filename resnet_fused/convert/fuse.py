@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import nn
 
 from ..backends import check_name
 from ..blocks import norms
-from ..blocks.program_site import Shape
-from . import program as programs
+from ..blocks.site import find
 from . import swap
-from .fused_module import FusedModule, FusedState, find, fused_class
+from .fused_module import FusedModule, FusedState, fused_class
+from .instructions import Form
 from .outside import read_by
+from .program import build
 from .report import BUILT_FUSED, Report, complaint, survey
 from .stage import FusedStage, fuse_stage
 from .stem import FusedStem, fuse_stem, stem_modules
 from .swap import STATE, is_fused
 from .trace import Untraceable, fingerprint, names_read, state_of, trace
-from .whole import recognise
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -56,7 +55,7 @@ def fuse(
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
-    inside: set[int] = set()  # modules that a fused chain has taken over
+    inside: set[int] = set()  # modules that a fused program has taken over
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in list(model.named_modules()):
@@ -83,60 +82,46 @@ def fuse(
     return model
 
 
-class _Read(NamedTuple):
-    """What the stock forward of a module is."""
-
-    program: programs.Program
-    reasons: list[str]  # why parts of it stay stock
-    whole: Shape | None  # all of it as one program, where the chains leave something
-
-
-def _program(module: nn.Module) -> _Read:
-    """What the stock forward of `module`, fused or not, is, and why parts of it stay stock.
+def _form(module: nn.Module) -> tuple[Form, list[str]]:
+    """What the stock forward of `module`, fused or not, can run as, and why parts of it stay stock.
 
     Raises:
-        Untraceable: nobody can tell.
+        Untraceable: as nothing of ours, or nobody can tell.
     """
     with swap.seen_as_stock(module):
-        graph = trace(module, swap.stock_class(module))
-        program, reasons = programs.build(module, graph)
-        if len(program.chains) == len(program.calls):
-            return _Read(program, reasons, None)
-        whole = recognise(module, graph)
-        return _Read(program, reasons if whole is None else [], whole)
+        form, reasons = build(module, trace(module, swap.stock_class(module)))
+    reasons = list(dict.fromkeys(reasons))
+    if form is None:
+        raise Untraceable("; ".join(reasons))
+    return form, reasons
 
 
 def _fuse_one(module: nn.Module, backend: str) -> str:
-    """Make one module run its program, also if it did already. Returns why it does not, or an empty text."""
+    """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
-        program, reasons, whole = _program(module)
-        if not program.chains:
-            raise Untraceable("; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm")
+        form, reasons = _form(module)
     except Untraceable as error:
         swap.remove(module)
         return str(error)
     state = FusedState(
-        program=program,
+        form=form,
         traced=state_of(module, names_read(module, cls)),
         code=fingerprint(cls.forward),
         backend=backend,
         outside=read_by(cls.forward),
-        reasons=tuple(dict.fromkeys(reasons)),
-        whole=whole,
+        reasons=tuple(reasons),
     )
     return swap.put(module, fused_class, state)
 
 
 def _taken(module: nn.Module) -> set[int]:
-    """Modules below a fused one that its chains run; the others may be fused themselves."""
+    """Modules below a fused one that its programs run; the others may be fused themselves."""
     if is_fused(module, FusedStem):
         return {id(inner) for inner in stem_modules(module)}
     if not is_fused(module, FusedModule):
         return set()
-    program = module.__dict__[STATE].program
-    names = {name for call in program.chains for name in programs.modules_of(call)}
-    names |= {name for name, _ in program.containers}
+    names = module.__dict__[STATE].form.stood_in
     return {id(found) for found in (find(module, name) for name in names) if found is not None}
 
 
@@ -157,9 +142,7 @@ def _why_left(module: nn.Module) -> str | None:
     if not _is_candidate(module):
         return None
     try:
-        program, reasons, _ = _program(module)
+        _form(module)
     except Untraceable as error:
         return str(error)
-    if program.chains:
-        return "fuse() was not called on it"
-    return "; ".join(dict.fromkeys(reasons)) or "no convolution followed by batch norm"
+    return "fuse() was not called on it"

@@ -1,4 +1,4 @@
-"""A stock module whose class was swapped for a subclass that runs its program.
+"""A stock module whose class was swapped for a subclass that runs its programs.
 
 Swapping the class leaves everything a user can hold on to as it was: the object, its children, parameters, hooks,
 ``state_dict`` and ``isinstance``. The stock forward stays one ``super()`` away, and is what runs wherever a call cannot
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
+import pickle
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..blocks import program_site, whole
-from ..blocks.program_site import ProgramSite, Shape
-from ..blocks.runtime import run_placed
-from ..blocks.site import Site, hooked, hooked_within, input_obstacle, module_obstacle, why_not_passed
+from ..blocks import runtime
+from ..blocks.layers import hooked, hooked_within, why_not_passed
+from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
 from ..steps.layout import Placed, arrived, left
 from . import as_stock, swap
-from .instructions import ChainCall, Program, Ref, StockCall, resolve
+from .instructions import OUTDATED, Form, Ref, ShapeCall, StockCall, resolve
 from .order import module_effect
 from .outside import Outside, globals_reader
 from .swap import STATE
@@ -58,94 +58,49 @@ def is_stock_forced() -> bool:
 class FusedState:
     """What a fused module carries; plain data, so that it copies and pickles."""
 
-    program: Program
+    form: Form
     traced: tuple  # what the forward reads of the block, see trace.state_of
     code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
     outside: Outside  # what the forward reads outside of the block
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
-    whole: Shape | None = None  # all of the forward as one program, where that is more than one chain
+
+    def __setstate__(self, state: dict) -> None:
+        if state.keys() != {field.name for field in dataclasses.fields(self)}:
+            raise pickle.UnpicklingError(OUTDATED)
+        self.__dict__.update(state)
 
 
-def site_of(block: nn.Module, call: ChainCall, backend: str) -> Site:
-    """The modules that `call` names in `block`."""
-    find = block.get_submodule
-    return Site(
-        steps=tuple((find(conv), find(norm)) for conv, norm in call.steps),
-        shortcut=None if call.shortcut is None else (find(call.shortcut[0]), find(call.shortcut[1])),
-        relu=call.relu,
-        inplace_add=call.inplace_add,
-        pool=None if call.pool is None else find(call.pool),
-        bypassed=tuple(find(name) for name, _ in call.bypassed),
-        backend=backend,
-    )
+class Running(NamedTuple):
+    """A form of a block and the modules of its programs."""
+
+    block: nn.Module
+    form: Form
+    sites: list[Site]
 
 
-_sites: weakref.WeakKeyDictionary[nn.Module, tuple[Program, tuple, list[Site]]] = weakref.WeakKeyDictionary()
+def _missing(block: nn.Module, form: Form) -> str:
+    """The name of a module that the form calls or stands in for and `block` no longer has."""
+    return next(name for name in form.modules if find(block, name) is None)
 
 
-def sites_of(block: nn.Module, state: FusedState) -> list[Site]:
-    """The sites of every chain of `block`; looked up by name again only when a child was replaced.
-
-    Empty where a child is missing, which :func:`obstacle` reports.
-    """
-    if torch.compiler.is_compiling():
-        return _find_sites(block, state)
-    key = (state.backend, *map(id, block._modules.values()))
-    for name in state.program.parents:
-        holder = find(block, name)
-        key += () if holder is None else (*map(id, holder._modules.values()),)
-    known = _sites.get(block)
-    if known is None or known[0] is not state.program or known[1] != key:
-        known = state.program, key, _find_sites(block, state)
-        _sites[block] = known
-    return known[2]
-
-
-def _find_sites(block: nn.Module, state: FusedState) -> list[Site]:
-    if _missing(block, state.program):
-        return []
-    return [site_of(block, call, state.backend) for call in state.program.chains]
-
-
-def find(block: nn.Module, name: str) -> nn.Module | None:
-    """The module of that dotted name; None where there is none."""
-    found: nn.Module | None = block
-    for atom in name.split("."):
-        found = None if found is None else found._modules.get(atom)
-    return found
-
-
-def _missing(block: nn.Module, program: Program) -> str:
-    """The name of a module that the program calls or stands in for and `block` no longer has; empty if it has all."""
-    for name in program.modules:
-        if find(block, name) is None:
-            return name
-    return ""
-
-
-def obstacle(block: nn.Module, state: FusedState, sites: list[Site]) -> str:
-    """Why the modules of a fused block must be called one by one now; empty if they need not."""
-    if not runs_as_traced(block, state):
-        return "its forward, or what it reads, was changed after fuse(); call fuse() again"
-    if not sites:
-        return f"{_missing(block, state.program)} was removed after fuse(); call fuse() again"
-    for name, length in state.program.containers:
+def _form_obstacle(block: nn.Module, form: Form, sites: list[Site] | None) -> str:
+    """Why the modules of a form must be called one by one now; empty if they need not."""
+    if sites is None:
+        return f"{_missing(block, form)} was removed after fuse(); call fuse() again"
+    for name, length in form.containers:
         container = find(block, name)
         if type(container) is not nn.Sequential or len(container) != length or why_not_passed(container):
-            return f"{name} was changed after fuse(); call fuse() again"
+            return f"{name} {CHANGED}"
         if hooked(container):
             return f"hooks on {name}"
-    for name, kind, effect in state.program.between:
+    for name, kind, effect in form.between:
         module = find(block, name)
         if type(module).__name__ != kind or module_effect(module) != effect:
-            return f"{name} was changed after fuse(); call fuse() again"
+            return f"{name} {CHANGED}"
         if hooked_within(module):
-            return f"hooks on or in {name}, which is called within a chain"
-    for call, site in zip(state.program.chains, sites, strict=True):
-        for (name, kind), module in zip(call.bypassed, site.bypassed, strict=True):
-            if type(module).__name__ != kind:
-                return f"{name} was changed after fuse(); call fuse() again"
+            return f"hooks on or in {name}, which is called within a program"
+    for site in sites:
         reason = module_obstacle(site)
         if reason:
             return reason
@@ -161,20 +116,31 @@ def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
     return all(value_of(block, name) == value for name, value in state.traced)
 
 
-def drop_factor(block: nn.Module, name: str | None, x: Tensor) -> Tensor | None:
-    """The per-sample factor of timm's drop path of that name: its random call, its scaling."""
-    if name is None:
+def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
+    """What `block` can run fused now; None, and why, where it is nothing."""
+    if not runs_as_traced(block, state):
+        return None, "its forward, or what it reads, was changed after fuse(); call fuse() again"
+    form = state.form
+    sites = sites_in(block, form.shapes, state.backend, form.modules)
+    reason = _form_obstacle(block, form, sites)
+    return None if reason else Running(block, form, sites), reason
+
+
+def runnable(block: nn.Module) -> Running | None:
+    """What `block` runs fused now, if its input allows; None where it runs its stock forward."""
+    state: FusedState | None = block.__dict__.get(STATE)
+    if state is None or _settings.stock:
         return None
-    drop = block.get_submodule(name)
-    if drop.drop_prob == 0.0 or not drop.training:
-        return None
-    keep = 1 - drop.drop_prob
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    factor = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
-    if keep > 0.0 and drop.scale_by_keep:
-        factor.div_(keep)
-    return factor.view(-1)
+    return choose(block, state)[0]
+
+
+def entry_obstacle(x: object, running: Running) -> str:
+    """Why this input of a block needs the stock forward; empty if not. Only who reads it can tell its channels."""
+    _, form, sites = running
+    for call, site in zip((call for call in form.calls if isinstance(call, ShapeCall)), sites, strict=True):
+        if call.inputs[0] == form.input:
+            return value_obstacle(x, site)
+    return value_obstacle(x, sites[0], channels=False)
 
 
 def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> object:
@@ -187,101 +153,60 @@ def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> 
     return call.target(*args, **kwargs)
 
 
-_whole_sites: weakref.WeakKeyDictionary[nn.Module, tuple[list[Site], ProgramSite]] = weakref.WeakKeyDictionary()
-
-
-def _whole_site(block: nn.Module, state: FusedState, sites: list[Site]) -> ProgramSite:
-    """The modules of the whole; looked up again only when those of the chains were."""
-    known = _whole_sites.get(block)
-    if known is None or known[0] is not sites:
-        shape = state.whole
-        modules = tuple(block.get_submodule(name) if name else None for name in shape.names)
-        bypassed = tuple(block.get_submodule(name) for name, _ in shape.bypassed)
-        known = sites, ProgramSite(shape, modules, bypassed, state.backend)
-        _whole_sites[block] = known
-    return known[1]
-
-
-def _run_whole(block: nn.Module, state: FusedState, sites: list[Site], x: Placed) -> object | None:
-    """The block's output as one program's, or, where that would not gain, its stock forward's; None: by chains."""
-    if torch.compiler.is_compiling() or is_stock_forced():
-        return None
-    site = _whole_site(block, state, sites)
-    if not whole.takes(site, x.value):
-        return None
-    out = whole.run_whole(site, x, lambda: drop_factor(block, site.shape.drop_path, x.value))
-    return swap.stock_class(block).forward(block, left(x)) if out is None else out
-
-
-def whole_obstacle(block: nn.Module, state: FusedState) -> str:
-    """Why a block that is one program runs as chains all the same, in training; empty if it does not, or is none."""
-    if state.whole is None:
-        return ""
-    site = _whole_site(block, state, sites_of(block, state))
-    reason = program_site.obstacle(site)
-    if reason or program_site.normalises_with_batch(site):
-        return reason
-    return "in evaluation, and with frozen batch norms, by chains"
-
-
-def run_program(block: nn.Module, state: FusedState, sites: list[Site], x: Tensor | Placed) -> object:
-    """The block's output: of the whole as one program; or chains fused, and everything between them stock.
+def run_form(running: Running, x: Tensor | Placed) -> object:
+    """The block's output: of its programs fused, and of everything between them stock.
 
     What is called in between gets values in stock's layout.
     """
-    if state.whole is not None:
-        out = _run_whole(block, state, sites, placed(x))
-        if out is not None:
-            return out
-    values, remaining = {state.program.input: x}, iter(sites)
-    for call in state.program.calls:
+    block, form, sites = running
+    if form.is_whole:
+        out = runtime.run_site(sites[0], placed(x))
+        return swap.stock_class(block).forward(block, left(x)) if out is None else out
+    values, remaining = {form.input: _as_others_see(x)}, iter(sites)
+    for call in form.calls:
         if isinstance(call, StockCall):
             values[call.output] = _run_stock(block, call, values)
-            continue
-        site, h = next(remaining), placed(values[call.input])
-        residual = None if call.residual is None else placed(values[call.residual]).value
-        values[call.output] = run_placed(site, h, residual, drop_factor(block, call.drop_path, h.value))
-    result = state.program.result
+        else:
+            values[call.output] = _as_others_see(_run_shape(call, next(remaining), values))
+    result = form.result
     return values[result.name] if isinstance(result, Ref) else resolve(result, values)
 
 
+def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object:
+    """A program between stock calls, which may have made anything; by its modules where it does not gain."""
+    h, *others = (placed(values[name]) for name in call.inputs)
+    residual = others[0].value if others else None
+    out = None if value_obstacle(h.value, site) else runtime.run_site(site, h, residual)
+    if out is None:
+        return runtime.called(site, *(resolve(Ref(name), values) for name in call.inputs))
+    return out
+
+
+def _as_others_see(value: object) -> object:
+    """A value that stock calls may write to: nothing is known of it afterwards."""
+    return value._replace(moments=None) if isinstance(value, Placed) else value
+
+
 def placed(value: Tensor | Placed) -> Placed:
-    """A value as chains take it."""
+    """A value as programs take it."""
     return value if isinstance(value, Placed) else arrived(value)
 
 
-def runnable(block: nn.Module) -> tuple[FusedState, list[Site]] | None:
-    """What `block` runs fused now, if its input allows; None where it runs its stock forward."""
-    state: FusedState | None = block.__dict__.get(STATE)
-    if state is None or _settings.stock:
-        return None
-    sites = sites_of(block, state)
-    return None if obstacle(block, state, sites) else (state, sites)
-
-
-def entry_obstacle(x: object, state: FusedState, sites: list[Site]) -> str:
-    """Why this input of a block needs the stock forward; empty if not. Only who reads it can tell its channels."""
-    for call, site in zip(state.program.chains, sites, strict=True):
-        if call.input == state.program.input:
-            return input_obstacle(x, site)
-    return input_obstacle(x, sites[0], channels=False)
-
-
 def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
-    """A fused block's output: its program's, or that of its stock forward."""
+    """A fused block's output: its form's, or that of its stock forward."""
     if as_stock.is_known(block, x):
         return stock(x)
-    found = runnable(block)
-    if found is None or entry_obstacle(x, *found):
+    running = runnable(block)
+    if running is None or entry_obstacle(x, running):
         return stock(x)
     before = as_stock.fused_so_far()
-    out = left(run_program(block, *found, x))
-    as_stock.note(block, found[1], x, before)
+    out = left(run_form(running, x))
+    as_stock.note(block, running.sites, x, before)
     return out
 
 
 class FusedModule(swap.Swapped):
-    """Mixin in front of a stock class: its forward runs the program, or the stock forward where it must."""
+    """Mixin in front of a stock class: its forward runs its programs, or the stock forward where it must."""
 
     _resnet_fused_code: str  # fingerprint of the stock forward
     _resnet_fused_reader: Callable[[], tuple | None]  # of the globals that the stock forward reads

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 from torch import fx
 
+from ..blocks.shape import Shape
 from ..steps.layout import left
 from .order import Effect
 
+OUTDATED = "this model was fused by another version of resnet_fused, where unfuse(model) before saving makes it stock"
+
+
+def __getattr__(name: str) -> object:
+    """What states of other versions are made of, and whoever loads one asks for."""
+    if name in ("ChainCall", "Program"):
+        raise pickle.UnpicklingError(OUTDATED)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 @dataclasses.dataclass(frozen=True)
-class ChainCall:
-    """Run fused: names of modules, and of the values read and written."""
+class ShapeCall:
+    """Run fused: a program of modules, and the names of the values read and written."""
 
-    steps: tuple[tuple[str, str], ...]  # (convolution, norm)
-    input: str
+    shape: Shape
+    inputs: tuple[str, ...]  # the program's input, and the residual from outside if it has one
     output: str
-    relu: bool
-    residual: str | None = None
-    inplace_add: bool = True
-    shortcut: tuple[str, str] | None = None
-    drop_path: str | None = None
-    pool: str | None = None  # the max pool behind the last ReLU
-    bypassed: tuple[tuple[str, str], ...] = ()  # modules that are not called either: name and class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +49,30 @@ class Ref:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Instructions in order, the input's name and the result: values wrapped in Ref, in whatever is returned."""
+class Form:
+    """One way to run a forward: calls in order, the input's name and the result: values in Ref, in whatever returns."""
 
-    calls: tuple[ChainCall | StockCall, ...]
+    calls: tuple[ShapeCall | StockCall, ...]
     input: str
     result: object
     containers: tuple[tuple[str, int], ...]  # Sequentials whose children are called in their place, and their lengths
-    between: tuple[
-        tuple[str, str, Effect], ...
-    ] = ()  # modules called before a chain that they stood in: name and class
-    modules: tuple[str, ...] = ()  # names of all that are called or stood in for
-    parents: tuple[str, ...] = ()  # names of all that hold these, the block itself left out
+    #: Modules called before a program that they stood in: name, class and effect.
+    between: tuple[tuple[str, str, Effect], ...]
+    modules: tuple[str, ...]  # names of all that are called or stood in for
+    shapes: tuple[Shape, ...] = dataclasses.field(init=False)  # the programs among the calls
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", tuple(call.shape for call in self.calls if isinstance(call, ShapeCall)))
 
     @property
-    def chains(self) -> list[ChainCall]:
-        return [call for call in self.calls if isinstance(call, ChainCall)]
+    def is_whole(self) -> bool:
+        """Whether it is one program and nothing else, with the program's output as it is."""
+        return len(self.calls) == len(self.shapes) == 1 and self.result == Ref(self.calls[0].output)
+
+    @property
+    def stood_in(self) -> set[str]:
+        """The names of all modules that programs stand in for, and of what holds them."""
+        return {name for shape in self.shapes for name in shape.modules} | {name for name, _ in self.containers}
 
 
 def plain(arg: object) -> object:

@@ -1,11 +1,11 @@
-"""What may run before a chain that stood inside it: the proof that fusing a chain re-orders nothing that matters.
+"""What may run before a program that stood inside it: the proof that fusing a program re-orders nothing that matters.
 
-A chain runs where its last node was, after all that stood between its nodes. Its input is thus read later than in
+A program runs where its last node was, after all that stood between its nodes. Its input is thus read later than in
 stock, and so are the random numbers of its drop path drawn. That is the same only if nothing in between
 
-* writes to the chain's input, or to what may share memory with it;
-* calls a module of the chain, or one that holds such a module;
-* draws random numbers, where the chain does.
+* writes to the program's input, or to what may share memory with it;
+* calls a module of the program, or one that holds such a module;
+* draws random numbers, where the program does.
 
 Of a module that is not known here all of this is assumed: that it writes to its arguments, returns them and draws.
 """
@@ -111,7 +111,7 @@ class Order:
         return frozenset().union(*(self.memory[arg] for arg in node.all_input_nodes))
 
     def between(self, inside: list[fx.Node]) -> list[fx.Node]:
-        """The nodes that stand between those of a chain and are none of them."""
+        """The nodes that stand between those of a program and are none of them."""
         places = [self.place[node] for node in inside]
         taken = set(inside)
         return [node for node in self.nodes[min(places) : max(places)] if node not in taken]

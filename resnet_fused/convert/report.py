@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 
+import torch
 from torch import nn
 
+from ..blocks.inputs import as_gathered
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
-from ..blocks.site import as_gathered, module_obstacle
-from .fused_module import FusedModule, obstacle, sites_of, whole_obstacle
-from .program import modules_of
-from .shares import Own, Share, describe, describe_whole, join, of_program, of_whole, unpaired
+from ..blocks.site import CHANGED, module_obstacle
+from .fused_module import FusedModule, choose
+from .shares import Own, Share, describe, join, of_form, unpaired
 from .stem import FusedStem, stem_site
 from .swap import STATE, is_fused, stock_class
 
 BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
-CHANGED = "was changed after fuse(); call fuse() again"
 #: How many names stand for a group of modules; how many reasons a warning gives, and the length of each.
 NAMES, REASONS, LENGTH = 2, 3, 240
 
@@ -37,7 +37,9 @@ class Row:
     passes: Share  # norms, activations and, where the forward was read, additions
 
     def __str__(self) -> str:
-        text = f"{self.name or '(model)'} ({self.kind}): " + (f"fused: {self.what}" if self.what else "stock")
+        shares = self.convolutions, self.passes
+        fused = "fused" if all(share.fused == share.total for share in shares) else "fused in part"
+        text = f"{self.name or '(model)'} ({self.kind}): " + (f"{fused}: {self.what}" if self.what else "stock")
         return f"{text}; {self.convolutions} convolutions, {self.passes} passes"
 
 
@@ -163,8 +165,7 @@ def _inside(module: nn.Module) -> Iterator[str]:
     if isinstance(module, FusedStem):
         yield from (name for stem in state.stems for name in stem[:3])
     else:
-        yield from (name for call in state.program.chains for name in modules_of(call))
-        yield from (name for name, _ in state.program.containers)
+        yield from state.form.stood_in
 
 
 def _row(name: str, module: nn.Module, reason: str, own: Own) -> Row:
@@ -172,7 +173,7 @@ def _row(name: str, module: nn.Module, reason: str, own: Own) -> Row:
     if isinstance(module, BUILT_FUSED):
         return _built_row(name, module, own)
     if _carries_state(module):
-        return _stem_row(name, module, own) if isinstance(module, FusedStem) else _program_row(name, module, own)
+        return _stem_row(name, module, own) if isinstance(module, FusedStem) else _form_row(name, module, own)
     kind = stock_class(module).__name__
     return Row(name, kind, "", reason, Share(0, own.convolutions()), Share(0, own.passes()))
 
@@ -182,25 +183,23 @@ def _built_row(name: str, module: nn.Module, own: Own) -> Row:
     if isinstance(module, FusedConvBNReLU):
         passes = own.passes()
     else:  # one ReLU module is called behind every step, and there is an addition
-        steps = len(module._steps())
+        steps = len(module._steps)
         passes = own.passes() + steps
     return Row(name, type(module).__name__, "built fused", "", Share(convolutions, convolutions), Share(passes, passes))
 
 
-def _program_row(name: str, module: FusedModule, own: Own) -> Row:
+def _form_row(name: str, module: FusedModule, own: Own) -> Row:
     kind, state = stock_class(module).__name__, module.__dict__[STATE]
-    convolutions, passes = of_program(own, state.program)
     try:
-        reason = obstacle(module, state, sites_of(module, state))
+        with torch.enable_grad():  # whoever reports is often within no_grad
+            running, reason = choose(module, state)
     except Exception as error:  # users put anything in the place of a child; its next call fails as this does
-        reason = f"a child {CHANGED} ({type(error).__name__}: {error})"
-    if reason:
+        running, reason = None, f"a child {CHANGED} ({type(error).__name__}: {error})"
+    convolutions, passes = of_form(own, state.form)
+    if running is None:
         return Row(name, kind, "", reason, Share(0, convolutions.total), Share(0, passes.total))
-    reason = whole_obstacle(module, state)
-    if state.whole is not None and not reason:
-        return Row(name, kind, describe_whole(state.whole), "", *of_whole(own, state.whole))
-    reasons = dict.fromkeys(filter(None, (reason, *state.reasons, unpaired(module, state.program))))
-    return Row(name, kind, describe(state.program), "; ".join(reasons), convolutions, passes)
+    reasons = dict.fromkeys(filter(None, (reason, *state.reasons, unpaired(module, running.form))))
+    return Row(name, kind, describe(running.form), "; ".join(reasons), convolutions, passes)
 
 
 def _stem_row(name: str, module: FusedStem, own: Own) -> Row:
@@ -219,6 +218,6 @@ def _stem_row(name: str, module: FusedStem, own: Own) -> Row:
             reasons.append(reason)
         elif not replaced:
             what.append(text)
-            fused |= {id(conv): 2 for conv, _ in site.steps}
+            fused |= {id(conv): 2 for conv in site.convolutions}
     shares = Share(len(fused), convolutions), Share(sum(fused.values()), passes)
     return Row(name, stock_class(module).__name__, ", ".join(what), "; ".join(dict.fromkeys(reasons)), *shares)

@@ -12,11 +12,10 @@ from typing import NamedTuple
 from torch import nn
 
 from ..blocks import norms
-from ..blocks.program_site import Shape
-from ..steps.program import Addition, Convolution
-from .fused_module import find
-from .instructions import Program, Ref, StockCall
-from .program import modules_of
+from ..blocks.shape import Shape
+from ..blocks.site import find
+from ..steps.program import Addition, Convolution, Pooling
+from .instructions import Form, Ref, ShapeCall, StockCall
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _ACTIVATIONS = (
@@ -77,53 +76,25 @@ def join(name: str, inner: str) -> str:
     return f"{name}.{inner}" if name and inner else name or inner
 
 
-def of_program(own: Own, program: Program) -> tuple[Share, Share]:
-    """Convolutions and passes of a module that runs `program`."""
-    convolutions, fused, names = set(), 0, set()
-    for call in program.chains:
-        names |= set(modules_of(call))
-        convolutions |= {conv for conv, _ in call.steps}
-        fused += 2 * len(call.steps) - 1 + call.relu
-        if call.shortcut is not None:
-            convolutions.add(call.shortcut[0])
-        fused += (call.shortcut is not None) + (call.shortcut is not None or call.residual is not None)
-    stock = 0
-    for call in program.calls:
+def of_form(own: Own, form: Form) -> tuple[Share, Share]:
+    """Convolutions and passes of a module that runs `form`."""
+    nodes = [node for shape in form.shapes for node in shape.program.nodes]
+    convolutions = sum(isinstance(node, Convolution) for node in nodes)
+    fused = sum(1 + node.relu for node in nodes if not isinstance(node, Convolution | Pooling))
+    names, stock = {name for shape in form.shapes for name in shape.modules}, 0
+    for call in form.calls:
         if isinstance(call, StockCall) and call.op != "call_module":
             stock += getattr(call.target, "__name__", call.target) in _FUNCTIONS
         elif isinstance(call, StockCall) and (passes := passes_of(find(own.module, call.target))):
             stock += passes
             names.add(call.target)
     stock += own.passes(but=names)
-    return Share(len(convolutions), own.convolutions()), Share(fused, fused + stock)
+    return Share(convolutions, own.convolutions()), Share(fused, fused + stock)
 
 
-def of_whole(own: Own, shape: Shape) -> tuple[Share, Share]:
-    """Convolutions and passes of a module that runs as one program: all that its forward was read to have."""
-    convolutions = sum(isinstance(node, Convolution) for node in shape.nodes)
-    passes = sum(1 + node.relu for node in shape.nodes if not isinstance(node, Convolution))
-    rest = own.passes(but={*shape.names, *(name for name, _ in shape.bypassed)})
-    return Share(convolutions, own.convolutions()), Share(passes, passes + rest)
-
-
-def describe_whole(shape: Shape) -> str:
-    """A program in words, e.g. ``bn1-relu-conv1-bn2-relu-conv2 + downsample``."""
-    names, text, value = dict(enumerate((*shape.names,), 1)), "", len(shape.nodes)
-    while value:
-        node = shape.nodes[value - 1]
-        relu = not isinstance(node, Convolution) and node.relu
-        if isinstance(node, Addition):
-            other = (names[node.other] or "sum") if node.other else "x"
-            own = f" * {shape.drop_path}" * node.sampled + f" + {other}" + " -> relu" * relu
-        else:
-            own = f"-{names[value]}" + "-relu" * relu
-        text, value = own + text, node.reads[0]
-    return text.removeprefix("-")
-
-
-def unpaired(module: nn.Module, program: Program) -> str:
-    """The convolutions and batch norms of `program` that stay stock for want of each other; empty if there are none."""
-    stock = {call.output: call for call in program.calls if isinstance(call, StockCall) and call.op == "call_module"}
+def unpaired(module: nn.Module, form: Form) -> str:
+    """The convolutions and batch norms of `form` that stay stock for want of each other; empty if there are none."""
+    stock = {call.output: call for call in form.calls if isinstance(call, StockCall) and call.op == "call_module"}
     modules = {output: find(module, call.target) for output, call in stock.items()}
     batch_norms = {output for output, found in modules.items() if found is not None and not norms.why_not(found)}
     before = {arg.name for output in batch_norms for arg in _refs(stock[output])}
@@ -144,17 +115,28 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def describe(program: Program) -> str:
-    """A program in words, e.g. ``conv1-bn1-relu-conv2-bn2 + downsample -> relu``."""
-    parts = []
-    for call in program.calls:
-        if isinstance(call, StockCall):
-            parts.append(f"[{call.target if isinstance(call.target, str) else call.target.__name__}]")
-            continue
-        text = "-relu-".join("-".join(step) for step in call.steps)
-        text += f" * {call.drop_path}" if call.drop_path else ""
-        text += f" + {call.shortcut[0].rpartition('.')[0] or call.shortcut[0]}" if call.shortcut else ""
-        text += f" + {call.residual}" if call.residual else ""
-        text += " -> relu" if call.relu else ""
-        parts.append(text + (f"-{call.pool}" if call.pool else ""))
-    return ", ".join(parts)
+def describe(form: Form) -> str:
+    """A form in words, e.g. ``conv1-bn1-relu-conv2-bn2 + downsample -> relu``."""
+    return ", ".join(
+        _describe(call.shape, call.inputs)
+        if isinstance(call, ShapeCall)
+        else f"[{call.target if isinstance(call.target, str) else call.target.__name__}]"
+        for call in form.calls
+    )
+
+
+def _describe(shape: Shape, inputs: tuple[str, ...]) -> str:
+    """A program in words, from its end along what its additions take first; `inputs`: names of the first values."""
+    program, names, text = shape.program, (*inputs, *shape.names), ""
+    value = program.output
+    while value >= program.inputs:
+        node = program.maker(value)
+        relu = not isinstance(node, Convolution | Pooling) and node.relu
+        own = f"-{names[value]}" + "-relu" * relu
+        if isinstance(node, Addition):
+            other = names[node.other] or "sum"
+            if node.other >= program.inputs:
+                other = other.rpartition(".")[0] or other
+            own = f" * {shape.drop_path}" * node.sampled + f" + {other}" + " -> relu" * relu
+        text, value = own + text, node.reads[0]
+    return text.removeprefix("-")

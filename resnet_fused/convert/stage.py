@@ -19,13 +19,13 @@ from torch import nn
 
 from .. import library
 from ..backends import bounds
-from ..blocks import norms
-from ..blocks.site import Site, conv_geometry, globally_hooked, hooked, input_obstacle
-from ..ops.conv_add_relu import output_shape
+from ..blocks import runtime
+from ..blocks.layers import globally_hooked, hooked
+from ..blocks.site import Site
 from ..steps.layout import Placed, left
+from ..steps.program import Pooling
 from . import as_stock, swap
-from .fused_module import FusedModule, FusedState, entry_obstacle, is_stock_forced, placed, run_program, runnable
-from .instructions import ChainCall
+from .fused_module import FusedModule, Running, entry_obstacle, is_stock_forced, placed, run_form, runnable
 from .swap import is_fused
 
 Tensor = torch.Tensor
@@ -37,31 +37,20 @@ MAPPED, PIECE = 32 << 20, 25 << 20
 _CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 
 
-class Entry(NamedTuple):
-    """A block that a stage runs without calling it."""
-
-    block: nn.Module
-    state: FusedState
-    sites: list[Site]
-
-
 class Extent(NamedTuple):
     """What a block makes of an input: elements an image of its largest result, and the shape of its last."""
 
     largest: int
-    shape: tuple[int, ...]
+    shape: torch.Size
 
 
-def _extent(site: Site, shape: tuple[int, ...]) -> Extent | None:
-    """The extent of a chain; None where images meet, in batch statistics."""
-    if any(norms.settings(norm).batch_stats for _, norm in site.pairs):
+def _extent(site: Site, shape: torch.Size) -> Extent | None:
+    """The extent of a program; None where images meet, in batch statistics, or a pool is called."""
+    program, tensors = runtime.read(site)
+    if program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
         return None
-    largest, h = 0, shape
-    for conv, _ in site.steps:
-        geometry = conv_geometry(conv)
-        h = output_shape(h, conv.weight.shape, geometry.stride, geometry.padding, geometry.dilation)
-        largest = max(largest, h[1] * h[2] * h[3])
-    return Extent(largest, h)
+    shapes = program.shapes(shape, tensors)[program.inputs :]
+    return Extent(max(made[1:].numel() for made in shapes), shapes[-1])
 
 
 def _is_entered(block: nn.Module) -> bool:
@@ -77,52 +66,52 @@ def _is_entered(block: nn.Module) -> bool:
     return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in _CALLED[1:])
 
 
-def _entries(stage: nn.Sequential) -> list[Entry] | None:
-    """What each block runs, where nothing but fused chains would run in the whole stage; else None."""
+def _entries(stage: nn.Sequential) -> list[Running] | None:
+    """What each block runs, where nothing but programs would run in the whole stage; else None."""
     entries = []
     for block in stage:
         found = runnable(block) if _is_entered(block) else None
-        if found is None or not all(isinstance(call, ChainCall) for call in found[0].program.calls):
+        if found is None or len(found.sites) < len(found.form.calls):
             return None
-        entries.append(Entry(block, *found))
+        entries.append(found)
     return entries
 
 
-def _run(entry: Entry, x: object) -> object:
+def _run(entry: Running, x: object) -> object:
     """A block's output for the next one; of a call like any other where its input is unusual."""
     value = x.value if isinstance(x, Placed) else x
-    if entry_obstacle(value, entry.state, entry.sites):
+    if entry_obstacle(value, entry):
         return entry.block(left(x))
     if value is x or x.channels_last or value.is_contiguous():  # stock's forward needs no copy
         if as_stock.is_known(entry.block, value):
             return entry.block._resnet_fused_current("forward")(value)
         before = as_stock.fused_so_far()
-        out = run_program(*entry, x)
+        out = run_form(entry, x)
         as_stock.note(entry.block, entry.sites, value, before)
         return out
-    return run_program(*entry, x)
+    return run_form(entry, x)
 
 
 def _one_by_one(stage: nn.Sequential, x: object) -> object:
     """The stage's output where somebody else's code runs in some of its blocks, and may change others."""
     for block in stage:
         found = runnable(block) if _is_entered(block) else None
-        x = block(left(x)) if found is None else _run(Entry(block, *found), x)
+        x = block(left(x)) if found is None else _run(found, x)
     return left(x)
 
 
-def _all_images(entries: list[Entry], x: Tensor) -> object:
+def _all_images(entries: list[Running], x: Tensor) -> object:
     value: object = x
     for entry in entries:
         value = _run(entry, value)
     return value
 
 
-def _stage_extent(entries: list[Entry], shape: tuple[int, ...]) -> Extent | None:
-    """The extent of a whole stage; None unless each block is one chain."""
+def _stage_extent(entries: list[Running], shape: torch.Size) -> Extent | None:
+    """The extent of a whole stage; None unless each block is one program."""
     largest = 0
     for entry in entries:
-        if len(entry.sites) != 1:
+        if not entry.form.is_whole:
             return None
         extent = _extent(entry.sites[0], shape)
         if extent is None:
@@ -131,7 +120,7 @@ def _stage_extent(entries: list[Entry], shape: tuple[int, ...]) -> Extent | None
     return Extent(largest, shape)
 
 
-def images_in_piece(entries: list[Entry], x: Tensor) -> int:
+def images_in_piece(entries: list[Running], x: Tensor) -> int:
     """How many images to run at a time; 0: all at once, as stock."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not entries:
         return 0
@@ -141,15 +130,15 @@ def images_in_piece(entries: list[Entry], x: Tensor) -> int:
         x.requires_grad or any(p.requires_grad for e in entries for p in e.block.parameters())
     ):
         return 0
-    extent = _stage_extent(entries, tuple(x.shape))
+    extent = _stage_extent(entries, x.shape)
     if extent is None or extent.largest * x.element_size() * x.shape[0] < MAPPED:
         return 0
-    if input_obstacle(x, entries[0].sites[0]):
+    if entry_obstacle(x, entries[0]):
         return 0
     return max(1, PIECE // (extent.largest * x.element_size()))
 
 
-def _in_pieces(entries: list[Entry], x: Tensor, images: int) -> Tensor:
+def _in_pieces(entries: list[Running], x: Tensor, images: int) -> Tensor:
     out = None
     for begin in range(0, x.shape[0], images):
         piece = placed(_all_images(entries, x[begin : begin + images]))

@@ -24,8 +24,10 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..blocks import norms
+from ..blocks.layers import pool_geometry, why_not_conv
 from ..blocks.runtime import run_as_stock
-from ..blocks.site import Site, input_obstacle, module_obstacle, pool_geometry, why_not_conv
+from ..blocks.shape import Shape, remembered, residual_shape
+from ..blocks.site import Site, find, module_obstacle, sites_in, value_obstacle
 from . import as_stock, source, swap
 from .fused_module import is_stock_forced
 from .rewrite import Rewriter, Stem
@@ -48,19 +50,29 @@ def _child(model: nn.Module, name: str) -> nn.Module | None:
     return None if name in model.__dict__ or hasattr(kind, name) else model._modules.get(name)
 
 
-def stem_site(model: nn.Module, stem: Stem, backend: str) -> Site | None:
-    """The chain of a stem, a Sequential's members laid out in a row; None if not every third of them is a ReLU."""
-    children = [_child(model, name) for name in stem if name]
-    if any(child is None for child in children):
+@remembered
+def _shapes(names: tuple[str, ...], sequential: str, pool: str) -> tuple[Shape]:
+    """The program of convolutions, norms and ReLUs in a row, perhaps some in one Sequential."""
+    steps = zip(names[0::3], names[1::3], strict=True)
+    bypassed = [(name, "ReLU") for name in names[2::3]] + [(sequential, "Sequential")] * bool(sequential)
+    return (residual_shape(steps, pool=pool, bypassed=tuple(bypassed)),)
+
+
+def stem_site(model: nn.Module, stem: Stem, backend: str, pools: bool = False) -> Site | None:
+    """The program of a stem, a Sequential's members laid out in a row; None if not every third of them is a ReLU.
+
+    `pools`: with its pool.
+    """
+    if any(_child(model, name) is None for name in stem if name):
         return None
-    first, norm, act = children[:3]
-    row = [*(first if type(first) is nn.Sequential else [first]), norm, act]
-    steps = list(zip(row[0::3], row[1::3], row[2::3], strict=False))
-    if len(row) != 3 * len(steps) or any(type(relu) is not nn.ReLU for *_, relu in steps):
+    first, sequential, names = stem[0], "", [stem[0]]
+    if type(model._modules[first]) is nn.Sequential:
+        sequential, names = first, [f"{first}.{name}" for name in model._modules[first]._modules]
+    names += stem[1:3]
+    if len(names) % 3 or any(type(find(model, name)) is not nn.ReLU for name in names[2::3]):
         return None
-    containers = (first,) if type(first) is nn.Sequential else ()
-    bypassed = (*(relu for *_, relu in steps), *containers)
-    return Site(tuple((conv, bn) for conv, bn, _ in steps), bypassed=bypassed, backend=backend)
+    sites = sites_in(model, _shapes(tuple(names), sequential, stem[3] if pools else ""), backend)
+    return None if sites is None else sites[0]
 
 
 class FusedStem(swap.Swapped):
@@ -72,17 +84,16 @@ class FusedStem(swap.Swapped):
         if state is None or stem not in state.stems or is_stock_forced() or as_stock.is_known(self, x, stem):
             return False
         site = stem_site(self, stem, state.backend)
-        return site is not None and not module_obstacle(site) and not input_obstacle(x, site)
+        return site is not None and not module_obstacle(site) and not value_obstacle(x, site)
 
     def _resnet_fused_run(self, stem: Stem, x):
         """``pool(act(norm(conv(x))))``, fused; the pool may be any module, called if it cannot be fused."""
-        site = stem_site(self, stem, self.__dict__[STATE].backend)
         pool, before = self._modules[stem[3]] if stem[3] else None, as_stock.fused_so_far()
-        if pool is not None and pool_geometry(pool) is not None:
-            site, pool = dataclasses.replace(site, pool=pool), None
+        pools = pool is not None and pool_geometry(pool) is not None
+        site = stem_site(self, stem, self.__dict__[STATE].backend, pools)
         out = run_as_stock(site, x)
         as_stock.note(self, [site], x, before, stem)
-        return out if pool is None else pool(out)
+        return out if pool is None or pools else pool(out)
 
 
 class _Rewritten:
@@ -150,7 +161,7 @@ def fuse_stem(model: nn.Module, backend: str) -> str:
         site = stem_site(model, stem, backend)
         return site is not None and not any(
             why_not_conv(conv) or norms.why_not(norm) or norms.activation_of(norm) is not None
-            for conv, norm in site.steps
+            for conv, norm in zip(site.convolutions, site.norms, strict=True)
         )
 
     if swap.is_subclassed(model, FusedStem):  # by somebody: the methods below are rewritten already
@@ -176,5 +187,5 @@ def stem_modules(model: FusedStem) -> list[nn.Module]:
     for stem in state.stems:
         site = stem_site(model, stem, state.backend)
         if site is not None:
-            modules += [*(module for pair in site.steps for module in pair), *site.bypassed]
+            modules += [*site.modules, *site.bypassed]
     return modules

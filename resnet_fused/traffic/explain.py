@@ -173,7 +173,9 @@ def explain(
         blocks = tuple(_compare(name, fake.get_submodule(name), h, training, target) for name, h in inputs.items())
         total = _compare("whole model", fake, x, training, target, input_grad=not inputs)
         predictions = _predict_all(fake, x, training, target, total, input_grad=not inputs)
-    return Explanation(blocks, dataclasses.replace(total, plan=""), left, training, target, predictions)
+    return Explanation(
+        blocks, dataclasses.replace(total, plan="") if blocks else total, left, training, target, predictions
+    )
 
 
 def _make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
@@ -233,7 +235,7 @@ def _compare(
     stock = FusingCounter()
     with stock_forward():
         _, stock_saved = _count(module, x, training, input_grad, stock)
-    text = "; ".join(dict.fromkeys(notes)) or ("folded inference" if not training else "")
+    text = "; ".join(dict.fromkeys(notes))
     return Comparison(name, tuple(x.shape), text, fused, stock.total, stock.compiled(), fused_saved, stock_saved)
 
 

@@ -1,5 +1,7 @@
 """`conv_bn_add_relu` and the fused modules, as a user calls them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -139,3 +141,14 @@ def test_constructor_errors_are_torchvisions():
         FusedBasicBlock(8, 8, groups=2)
     with pytest.raises(NotImplementedError, match="Dilation > 1 not supported in BasicBlock"):
         FusedBasicBlock(8, 8, dilation=2)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 6), (3, 2, 4, 6, 6)])
+def test_a_residual_of_another_kind_is_added_as_in_stock(shape):
+    """Not in place: what is wider, or of more dimensions, decides the sum's dtype and shape."""
+    torch.manual_seed(0)
+    layer, x, residual = FusedConvBNReLU(4, 4), torch.randn(2, 4, 6, 6), torch.randn(shape, dtype=torch.float64)
+    stock = copy.deepcopy(layer)
+    out, want = layer(x, residual), stock.relu(stock.bn(stock.conv(x)) + residual)
+    assert out.dtype is want.dtype is torch.float64
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)

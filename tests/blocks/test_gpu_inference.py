@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tuned import unsound
 
 import resnet_fused
-from resnet_fused.blocks import gpu_inference
 from resnet_fused.convert import stock_forward
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
 from resnet_fused.ops import running_affine
@@ -17,8 +16,14 @@ from resnet_fused.plan import choose
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.traffic.count import Counter
 
-PRODUCTS = "evaluation: batch norm, add and ReLU in 1x1 convolutions"
-PASSES = "evaluation: batch norm, add and ReLU in one pass"
+#: Whether batch norm, sum and ReLU are in 1x1 convolutions somewhere, or in passes only.
+PRODUCTS, PASSES = True, False
+
+
+def form_of(note):
+    """What a note says of it."""
+    assert note.startswith("evaluation: ")
+    return "1x1 convolution" in note
 
 
 class Plain(nn.Module):
@@ -90,7 +95,7 @@ def test_values(case):
     with torch.no_grad(), stock_forward():
         want = model(x)
     got, notes = on_gpu(model, x)
-    assert notes == [form]
+    assert list(map(form_of, notes)) == [form]
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     x[0, 0, 0, 0] = torch.nan
     with torch.no_grad(), stock_forward():
@@ -109,11 +114,11 @@ def test_without_a_kernel(monkeypatch, case, lacks):
     got, (note,) = on_gpu(model, x, "auto")
     lacking = f" (no sound kernel of {lacks})"
     if lacks == "conv1x1_join":
-        assert note == (PASSES + lacking if form == PRODUCTS else form)
+        assert form_of(note) == PASSES and note.endswith(lacking) == (form == PRODUCTS)
     elif lacks == "running_affine":
         assert note == "stock" + lacking
     else:
-        assert note in (form, "stock" + lacking)
+        assert note == "stock" + lacking or form_of(note) == form
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -177,7 +182,7 @@ def test_a_stem_is_pooled_in_the_pass_that_normalises():
     got, notes = on_gpu(fused, x)
     with torch.no_grad():
         want = model(x)
-    assert set(notes) == {PASSES}
+    assert not any(map(form_of, notes))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
@@ -201,7 +206,7 @@ def test_half_precision_statistics_are_widened():
 
 
 def test_a_cpu_keeps_its_own_way():
-    assert not gpu_inference.takes(images())
+    assert not choose.on_gpu(images())
 
 
 def test_the_functional_step_takes_the_same_way_without_gradients():
@@ -217,5 +222,8 @@ def test_the_functional_step_takes_the_same_way_without_gradients():
         got = step()
         weight.requires_grad_()
         assert step().requires_grad  # as one autograd node
-    assert notes[0] == PRODUCTS and not notes[1].startswith("evaluation")
+    assert form_of(notes[0]) == PRODUCTS and not notes[1].startswith("evaluation")
+    weight, x = weight.detach(), x.contiguous()
+    with choose.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
+        assert step().is_contiguous()  # as stock's, and as on a CPU
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

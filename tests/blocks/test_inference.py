@@ -11,10 +11,10 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.blocks import inference
 from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
 from resnet_fused.plan import choose
+from resnet_fused.steps import folding
 
 pytestmark = [
     pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}"),
@@ -33,7 +33,7 @@ def packs(monkeypatch):
         return original(weight, shape, *args)
 
     monkeypatch.setattr(onednn, "prepack", counted)
-    monkeypatch.setattr(inference, "_layouts", inference._Layouts())
+    monkeypatch.setattr(folding, "_layouts", folding._Layouts())
     return seen
 
 
@@ -77,18 +77,18 @@ def test_a_shape_seen_once_is_not_packed_for(packs):
 @torch.no_grad()
 def test_what_is_kept_is_bounded_and_the_same_layout_is_kept_once(monkeypatch):
     model, layouts = resnet_fused.fuse(block()), iter(range(1000))
-    monkeypatch.setattr(inference, "_layouts", inference._Layouts())
+    monkeypatch.setattr(folding, "_layouts", folding._Layouts())
     monkeypatch.setattr(onednn, "layout_of", lambda packed: str(next(layouts) // 3).encode())
     for size in range(8, 28, 2):
         for _ in range(2):
             model(images(size))
-    kept = inference._kept[model.bn2].packed[torch.float32]
-    assert len(kept) == inference.LAYOUTS
+    kept = folding._kept[model.bn2].packed[torch.float32]
+    assert len(kept) == folding.LAYOUTS
     assert len({one.layout for one in kept}) == len(kept)
 
 
 def test_layouts_are_forgotten_in_the_order_of_use():
-    layouts = inference._Layouts()
+    layouts = folding._Layouts()
     layouts.LIMIT = 2
     layouts.learn(("a",), b"x")
     assert layouts.look(("a",)) == (True, b"x")
@@ -127,8 +127,8 @@ def test_threads_that_meet_keep_no_more_than_one(monkeypatch):
         thread.join()
     assert not wrong
     for norm in (model.bn1, model.bn2, model.bn3):
-        kept = inference._kept[norm].packed
-        assert list(kept) == [torch.float32] and 1 <= len(kept[torch.float32]) <= inference.LAYOUTS
+        kept = folding._kept[norm].packed
+        assert list(kept) == [torch.float32] and 1 <= len(kept[torch.float32]) <= folding.LAYOUTS
 
 
 def test_two_threads_that_pack_at_once_leave_no_more_than_the_limit(monkeypatch):
@@ -159,7 +159,7 @@ def test_two_threads_that_pack_at_once_leave_no_more_than_the_limit(monkeypatch)
         thread.join()
     meeting.clear()
     call(*range(16, 48, 2))
-    assert 2 <= sum(one() is not None for one in alive) <= 2 * inference.LAYOUTS
+    assert 2 <= sum(one() is not None for one in alive) <= 2 * folding.LAYOUTS
 
 
 @needs_bf16

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from resnet_fused.blocks import norms, proven
-from resnet_fused.blocks.site import why_not_conv, why_not_passed
+from resnet_fused.blocks.layers import why_not_conv, why_not_passed
 
 
 class Plain(nn.Conv2d):

@@ -8,9 +8,10 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.blocks import inference
+from resnet_fused.blocks import evaluation
 from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
+from resnet_fused.steps import folding
 
 pytestmark = [
     pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}"),
@@ -75,10 +76,10 @@ def test_settled_weights_are_of_this_shape_and_number_of_threads(monkeypatch):
     model = resnet_fused.fuse(block())
     for size in (6, 10, 6, 10):
         settled(model, images(size))
-    recent = inference._recent[model.bn3]
+    recent = evaluation._recent[model.bn3]
     assert recent.settled and recent.case[0] == images(10).shape
-    layouts = inference._Layouts()
-    monkeypatch.setattr(inference, "_layouts", layouts)  # as if nothing were known: it need not be asked
+    layouts = folding._Layouts()
+    monkeypatch.setattr(folding, "_layouts", layouts)  # as if nothing were known: it need not be asked
     model(images(10))
     assert not layouts._seen
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)

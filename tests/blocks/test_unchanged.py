@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import resnet_fused
 from resnet_fused.blocks import runtime, site, unchanged
-from resnet_fused.blocks.site import Site, module_obstacle
+from resnet_fused.blocks.shape import residual_shape
+from resnet_fused.blocks.site import Kept, Site, module_obstacle
 
 
 @pytest.fixture
@@ -14,10 +16,15 @@ def modules():
     return nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
 
 
+def site_of(modules):
+    conv, norm, relu = modules
+    shape = residual_shape([("conv", "norm")], bypassed=(("relu", type(relu).__name__),))
+    return Site(shape, (conv, norm), (relu,), kept=Kept())
+
+
 @pytest.fixture
 def place(modules):
-    conv, norm, relu = modules
-    found = Site(((conv, norm),), bypassed=(relu,))
+    found = site_of(modules)
     assert not module_obstacle(found)
     return found
 
@@ -65,11 +72,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_change_is_seen(place, modules, change):
-    known = place.unchanged
+    known = place.kept.unchanged
     assert known.holds()
     change(*modules)
     assert not known.holds()
-    fresh = Site(place.steps, bypassed=place.bypassed)
+    fresh = site_of(modules)
     assert module_obstacle(place) == module_obstacle(fresh)
 
 
@@ -85,9 +92,9 @@ def test_every_change_is_seen(place, modules, change):
 )
 def test_changes_of_classes_are_seen(place, monkeypatch, change):
     change(monkeypatch)
-    assert not place.unchanged.holds()
+    assert not place.kept.unchanged.holds()
     monkeypatch.undo()
-    assert place.unchanged.holds()
+    assert place.kept.unchanged.holds()
 
 
 @pytest.mark.parametrize(
@@ -103,22 +110,22 @@ def test_changes_of_classes_are_seen(place, monkeypatch, change):
 def test_what_may_change_in_place_is_read_at_every_call(modules, change):
     change(*modules)
     conv, norm, relu = modules
-    known = unchanged.Unchanged(((conv, norm),), (relu,))
+    known = unchanged.Unchanged((conv, norm), (relu,))
     assert not known.is_complete()
-    place = Site(((conv, norm),), bypassed=(relu,))
+    place = site_of(modules)
     module_obstacle(place)
-    assert place.unchanged is None
+    assert not place.kept.unchanged
 
 
 def test_fake_tensors_leave_nothing_behind(modules):
-    conv, norm, relu = modules
-    place, real = Site(((conv, norm),), bypassed=(relu,)), conv.weight
+    conv, place = modules[0], site_of(modules)
+    real = conv.weight
     conv._parameters["weight"] = FakeTensorMode().from_tensor(real)
     module_obstacle(place)
-    assert place.unchanged is None
+    assert not place.kept.unchanged
     conv._parameters["weight"] = real
     module_obstacle(place)
-    assert place.unchanged.holds()
+    assert place.kept.unchanged.holds()
 
 
 def test_the_short_way_is_taken(place, monkeypatch):
@@ -128,12 +135,15 @@ def test_the_short_way_is_taken(place, monkeypatch):
 
 def test_what_was_read_is_read_again_after_a_change(place, modules):
     conv, norm, _ = modules
-    chain, tensors = runtime._read(place, "auto")
-    again = runtime._read(place, "auto")
-    assert again[0] is chain and all(a is b for a, b in zip(again[1][0], tensors[0], strict=True))
+    reading, tensors = runtime.read(place)
+    again = runtime.read(place)
+    assert again[0] is reading
+    assert all(a is b for mine, other in zip(again[1], tensors, strict=True) for a, b in zip(mine, other, strict=True))
     norm.momentum = 0.5
-    assert runtime._read(place, "auto")[0].steps[0].norm.momentum == 0.5
-    norm.momentum = chain.steps[0].norm.momentum
+    assert runtime.read(place)[0].nodes[1].norm.momentum == 0.5
+    norm.momentum = reading.nodes[1].norm.momentum
     conv.weight = nn.Parameter(torch.zeros(4, 4, 3, 3))
-    assert runtime._read(place, "auto")[1][0].weight is conv.weight
-    assert runtime._read(place, "reference")[0].backend == "reference"
+    assert runtime.read(place)[1][0].weight is conv.weight
+    with resnet_fused.use("reference"):
+        assert runtime.read(place)[0].backend == "reference"
+    assert runtime.read(place)[0].backend == "auto"

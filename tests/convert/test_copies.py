@@ -12,6 +12,7 @@ from stems import Stem, assert_equal
 
 import resnet_fused
 from resnet_fused.convert import swap
+from resnet_fused.convert.fused_module import FusedState
 
 
 def plain_new(cls, *args):
@@ -147,3 +148,14 @@ def test_a_pickle_makes_the_class_again():
     assert not Once.__subclasses__()
     assert repr(pickle.loads(data)) == before
     assert len(resnet_fused.report(pickle.loads(data)).fused) == 3
+
+
+def test_states_of_other_versions_say_what_to_do():
+    """What they are made of is looked up by name, and what is set in them by its fields."""
+    for name in ("ChainCall", "Program"):
+        data = f"cresnet_fused.convert.instructions\n{name}\n.".encode()
+        with pytest.raises(pickle.UnpicklingError, match=r"fused by another version .* unfuse\(model\)"):
+            pickle.loads(data)
+    state = FusedState.__new__(FusedState)
+    with pytest.raises(pickle.UnpicklingError, match=r"fused by another version .* unfuse\(model\)"):
+        state.__setstate__({"program": None, "whole": None})

@@ -30,15 +30,16 @@ pytestmark = pytest.mark.skipif(
 CHANNELS_LAST = torch.channels_last
 
 #: The ops of a bottleneck with Gram joins, in order; a projection has its own before the join, and first backward.
-BEFORE_JOIN = "conv1x1 bn_affine norm_add_relu bn_stats bn_affine gram gram_norm bn_affine"
-SHORTCUT = "bn_stats gram gram_norm bn_affine"  # the centre: the mean of a sample
+BEFORE_JOIN = "conv1x1 norm_add_relu bn_stats gram gram_norm"
+SHORTCUT = "bn_stats gram gram_norm"  # the centre: the mean of a sample
 NARROW_BACKWARD = "conv1x1_backward gram_grad"  # both gradients in one pass; the input's is corrected afterwards
-AT_3X3 = "bn_coefficients lazy_grad_apply"
-BEFORE_3X3 = "norm_add_relu_backward bn_coefficients conv1x1_backward"
+AT_3X3 = "lazy_grad_apply"
+BEFORE_3X3 = "norm_relu_coefficients conv1x1_backward"
 JOIN_BACKWARD = f"{NARROW_BACKWARD} conv1x1_dgrad"
-IDENTITY = f"{BEFORE_JOIN} conv1x1_join {JOIN_BACKWARD} {AT_3X3} {BEFORE_3X3}"
+IDENTITY = f"{BEFORE_JOIN} conv1x1_join running_update {JOIN_BACKWARD} {AT_3X3} {BEFORE_3X3}"
 PROJECTION = (  # the first convolution, which reads x again, adds its correction
-    f"{BEFORE_JOIN} {SHORTCUT} conv1x1_join {NARROW_BACKWARD} {JOIN_BACKWARD} {AT_3X3} norm_add_relu {BEFORE_3X3}"
+    f"{BEFORE_JOIN} {SHORTCUT} conv1x1_join running_update {NARROW_BACKWARD} {JOIN_BACKWARD} {AT_3X3} norm_add_relu "
+    f"{BEFORE_3X3}"
 )
 
 
@@ -86,7 +87,7 @@ def chains_of(out):
     nodes = [out.grad_fn]
     for node in nodes:
         nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
-    return [node for node in nodes if node.name() in ("FusedChainBackward", "FusedProgramBackward")]
+    return [node for node in nodes if node.name() == "FusedProgramBackward"]
 
 
 def laid_out(model, dtype=None):
@@ -126,7 +127,7 @@ def evaluation(model, x, dtype=None):
 
 
 def metadata(results):
-    results = results if isinstance(results, tuple) else (results,)
+    results = results if isinstance(results, tuple) else () if results is None else (results,)
     return [(t.shape, t.stride(), t.dtype, t.device) for t in results]
 
 
@@ -143,7 +144,7 @@ def test_a_bottleneck_runs_on_values(h100, inputs, program):
 def test_triton_takes_every_op_of_resnet50(h100, monkeypatch):
     calls = step(resnet50(), torch.empty(64, 3, 224, 224))
     calls.ours += evaluation(resnet50(), torch.empty(64, 3, 224, 224)).ours
-    assert {op for op, _, _ in calls.ours} == set(room.OPS)
+    assert {op for op, _, _ in calls.ours} == set(room.OPS) - {"bn_affine"}  # which other ops do as they merge
     if not torch.cuda.is_available():
         for op, args, kwargs in calls.ours:
             with pytest.raises(RuntimeError, match=f"^{op}: .*\n  triton: cannot be checked: there is no GPU$"):
@@ -226,8 +227,8 @@ def test_a_pre_activation_block_is_a_program_on_values(h100):
 
     x = torch.empty(8, 256, 56, 56, dtype=torch.bfloat16)
     calls = step(PreActBottleneck(256, 64), x)
-    forward = "bn_stats bn_affine conv1x1 bn_affine norm_add_relu bn_stats bn_affine conv1x1_join"
-    last = "conv1x1_wgrad conv1x1_dgrad bn_coefficients lazy_grad_apply"
-    inner = "norm_add_relu norm_add_relu_backward bn_coefficients conv1x1_wgrad conv1x1_dgrad bn_coefficients"
+    forward = "bn_stats conv1x1 norm_add_relu bn_stats conv1x1_join running_update"
+    last = "conv1x1_backward lazy_grad_apply"
+    inner = "norm_add_relu norm_relu_coefficients conv1x1_backward"
     assert [op for op, *_ in calls.ours] == f"{forward} {last} {inner} lazy_grad_apply".split()
     assert calls.ours[-1][1][-1] is not None  # the residual

@@ -5,13 +5,12 @@ import pickle
 
 import pytest
 import torch
+from chains import Chain, chain_output, run_chain
 from nets import assert_same, images, observe
 from torch import nn
 
 import resnet_fused
-from resnet_fused.blocks import run_chain
-from resnet_fused.steps import Chain, Conv, Norm, Pool, Step, StepTensors
-from resnet_fused.steps.stock import chain_output
+from resnet_fused.steps import Conv, Norm, Pool, Step, StepTensors
 
 
 class Traced(nn.Module):
@@ -51,7 +50,7 @@ def pooled(model, x):
         node = todo.pop()
         names.add(node.name())
         todo += [following for following, _ in node.next_functions if following is not None]
-    assert "FusedChainBackward" in names
+    assert "FusedProgramBackward" in names
     return not any("Pool" in name for name in names)
 
 

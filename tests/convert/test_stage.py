@@ -32,16 +32,16 @@ def images(n=5):
 def pieces_seen(model, x):
     """Batch sizes that the first block of layer1 runs fused with, called or not."""
     seen, block = [], model.layer1[0]
-    original = fused_module.run_program
+    original = fused_module.run_form
 
-    def noted(which, state, sites, h):
-        if which is block:
+    def noted(running, h):
+        if running.block is block:
             seen.append((h if isinstance(h, torch.Tensor) else h.value).shape[0])
-        return original(which, state, sites, h)
+        return original(running, h)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for module in (fused_module, stage):
-            patch.setattr(module, "run_program", noted)
+            patch.setattr(module, "run_form", noted)
         model(x)
     return seen
 

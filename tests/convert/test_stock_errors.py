@@ -11,6 +11,7 @@ from torch import nn
 import resnet_fused
 from resnet_fused.blocks import conv_bn_add_relu
 from resnet_fused.convert.fused_module import FusedModule
+from resnet_fused.plan import choose
 
 
 class AddsInPlace(nn.Module):
@@ -53,6 +54,42 @@ def test_adding_broadcasts(training):
     stock, fused = fused_block(Adds, training)
     x = torch.randn(2, 8, 5, 7)
     torch.testing.assert_close(fused(x), stock(x))
+
+
+class AddsTwice(nn.Module):
+    """One program with two sums, of which the last, of its input, stands apart where stock broadcasts or promotes."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.projection, self.norm = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, size, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)) + self.norm(self.projection(x)))
+        return torch.relu(self.bn3(self.conv3(y)) + x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_last_of_two_sums_broadcasts(training):
+    stock, fused = fused_block(lambda: AddsTwice((5, 1)).double(), training)
+    x = torch.randn(2, 8, 5, 7).double()
+    torch.testing.assert_close(fused(x), stock(x))
+    with choose.fusing_all(), torch.no_grad():
+        torch.testing.assert_close(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_last_of_two_sums_promotes(training):
+    """Under autocast the input is of float32, and so is its sum with what batch norm made."""
+    stock, fused = fused_block(lambda: AddsTwice(1), training)
+    x = torch.randn(2, 8, 5, 7)
+    with choose.fusing_all(), torch.autocast("cpu", torch.bfloat16):
+        got, want = fused(x), stock(x)
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 class Square(Adds):

@@ -9,8 +9,9 @@ from preact_blocks import BLOCKS, F64, assert_equal, made, outcome, plan_of
 from torch import nn
 
 import resnet_fused
-from resnet_fused.blocks import whole
+from resnet_fused.blocks import runtime
 from resnet_fused.convert import stock_forward
+from resnet_fused.models import Bottleneck
 from resnet_fused.models.preact import PreActBottleneck
 
 
@@ -52,6 +53,21 @@ class DropsBranch(PreActBottleneck):
         return self.drop_path(out) + x
 
 
+class DropsPostActivation(Bottleneck):
+    """The same in a block whose norms stand behind."""
+
+    def __init__(self, drop):
+        super().__init__(16, 4)
+        self.drop_path = drop
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.drop_path(self.bn3(self.conv3(out)))
+        out += x
+        return self.relu(out)
+
+
 def test_drop_path_draws_the_very_same():
     from resnet_fused.testing.vision import import_torchvision
 
@@ -64,6 +80,27 @@ def test_drop_path_draws_the_very_same():
     assert any("norm on load" in text for text in plan_of(fused, x))
     assert_equal(observe(fused, x), observe(block, x))
     assert "* drop_path + x" in resnet_fused.report(fused).fused[0].what
+
+
+@pytest.mark.plans_small
+@pytest.mark.parametrize("kind", [DropsBranch, DropsPostActivation])
+def test_drop_path_draws_once_where_the_plan_leaves_the_block_to_stock(kind):
+    from resnet_fused.plan import too_small
+    from resnet_fused.testing.vision import import_torchvision
+
+    import_torchvision()
+    layers = pytest.importorskip("timm.layers")
+    if not too_small.HAS_AVX512:
+        pytest.skip("nothing is too small without AVX-512")
+    torch.manual_seed(0)
+    block, x = kind(layers.DropPath(0.5)).train(), torch.randn(6, 16, 5, 5)
+    fused = resnet_fused.fuse(copy.deepcopy(block))
+    assert any("stays in the cache" in text for text in plan_of(fused, x))
+    for _ in range(2):
+        got, after = observe(fused, x), torch.get_rng_state()
+        want = observe(block, x)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        assert torch.equal(after, torch.get_rng_state())
 
 
 def _evaluate(block, x):
@@ -207,8 +244,8 @@ def test_what_was_decided_is_kept_and_decided_anew_for_other_settings(monkeypatc
     block, x = made("bottleneck")
     fused = resnet_fused.fuse(copy.deepcopy(block))
     lowered = []
-    original = whole.lower
-    monkeypatch.setattr(whole, "lower", lambda program, *args: lowered.append(program) or original(program, *args))
+    original = runtime.lower
+    monkeypatch.setattr(runtime, "lower", lambda program, *args: lowered.append(program) or original(program, *args))
 
     def calls(value=x):
         lowered.clear()
@@ -235,14 +272,14 @@ def test_what_was_decided_is_kept_and_decided_anew_for_other_settings(monkeypatc
 
 @pytest.mark.plans_small
 def test_a_call_that_ran_fused_is_not_taken_for_one_that_ran_as_stock(monkeypatch):
-    from resnet_fused.plan import lower
+    from resnet_fused.plan import variants
 
     block, x = made("bottleneck")
     fused = resnet_fused.fuse(copy.deepcopy(block))
-    monkeypatch.setattr(lower, "is_small", lambda *args: False)
+    monkeypatch.setattr(variants, "is_small", lambda *args: False)
     ran = []
-    original = whole.run_program
-    monkeypatch.setattr(whole, "run_program", lambda *args: ran.append(1) or original(*args))
+    original = runtime.run_program
+    monkeypatch.setattr(runtime, "run_program", lambda *args: ran.append(1) or original(*args))
     for _ in range(3):
         fused(x)
     assert len(ran) == 3

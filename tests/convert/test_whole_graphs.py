@@ -71,7 +71,7 @@ def test_what_is_nearly_a_program_runs_as_stock(kind):
     torch.manual_seed(0)
     block, x = kind().double().train(), images().double()
     fused = resnet_fused.fuse(copy.deepcopy(block))
-    assert not any("norm on load" in text for text in plan_of(fused, x * 1))
+    assert not any("sum" in text for text in plan_of(fused, x * 1))  # inner convolutions may be
     for a, b in zip(outcome(fused, x, lambda h: h * 1), outcome(block, x, lambda h: h * 1), strict=True):
         assert a[0] == b[0] if isinstance(b, tuple) else assert_equal(a, b) is None
 

@@ -1,0 +1,197 @@
+"""Evaluation of a program: with running statistics and without autograd, by steps and weights that are kept."""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import library
+from ..backends import bounds, onednn
+from ..backends.selfcheck import judge
+from ..plan import choose
+from ..plan.evaluation import lower, takes
+from ..steps import folding
+from ..steps.conv import channels_last
+from ..steps.evaluation import Evaluation, Lowered
+from ..steps.folding import Folded, fold
+from ..steps.program import Call
+
+__all__ = ["evaluate", "takes"]
+
+Tensor = torch.Tensor
+Modules = Sequence[nn.Module | None]
+
+
+class _Recent(NamedTuple):
+    """The last answer of :func:`_packed` for a program, and what it was asked for.
+
+    A write moves a tensor's version counter, or, where it bypasses that (``p.data.mul_()``), changes its content.
+    """
+
+    case: tuple  # program and shapes
+    places: list[tuple | None]  # of the tensors, all dense
+    sums: list[int]  # of their content
+    lowered: Lowered | None
+    made: list[Folded | None] | None
+    settled: bool  # asked twice, so that every weight is in the layout that oneDNN wants
+
+
+LOWERED = 64  # ways to run one program that are kept: image sizes, dtypes
+#: Both by the program's last module.
+_recent: weakref.WeakKeyDictionary[nn.Module, _Recent] = weakref.WeakKeyDictionary()
+_lowered: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple]] = weakref.WeakKeyDictionary()
+
+
+def evaluate(call: Call, modules: Modules | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The output of a call that :func:`takes` takes; None: stock's operations are to run.
+
+    Args:
+        modules: of each node or None; by them folded weights are kept, and by the last one steps. None: nothing is.
+        dtype: of the convolutions' parameters as stock would cast them; None: as they are.
+
+    Raises:
+        ValueError: only the node of training can run this.
+    """
+    if call.sample_factor is not None:
+        raise ValueError("evaluation takes no factor for each sample")
+    if not torch.is_grad_enabled():
+        return _evaluate(call, modules, dtype)
+    with torch.no_grad():
+        return _evaluate(call, modules, dtype)
+
+
+def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None) -> Tensor | None:
+    last = None
+    for last in reversed(modules or ()):
+        if last is not None:
+            break
+    if choose.on_gpu(call.x):
+        call = _cast(call, dtype)
+        lowered = _steps_of(call, last)
+        if lowered is None:
+            return None
+        return lowered.run(Evaluation(call, _inputs(call)), [None] * len(lowered.steps))
+    if last is not None and _can_pack(call, dtype):
+        return _packed_output(call, modules, last)
+    lowered = _steps_of(call, last)
+    if lowered is None:
+        return None
+    made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
+    return lowered.run(Evaluation(call, _inputs(call)), made)
+
+
+def _cast(call: Call, dtype: torch.dtype | None) -> Call:
+    return call if dtype is None else call._replace(tensors=[own.cast(dtype) for own in call.tensors])
+
+
+def _inputs(call: Call) -> list[Tensor]:
+    x = channels_last(call.x)
+    if call.program.inputs == 1:
+        return [x]
+    return [x, x if call.residual is call.x else channels_last(call.residual)]
+
+
+def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
+    """The steps of a call, kept by `module` for all that they depend on; None: stock's."""
+    if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
+        return lower(call)
+    weights = [own.weight.shape for own in call.tensors if own.weight is not None]
+    key = *_shapes(call), call.x.dtype, call.x.device, judge.count_of_changes(), *weights
+    kept = _lowered.setdefault(module, {})
+    program, lowered = kept.get(key, (None, None))
+    if program != call.program:
+        if len(kept) >= LOWERED:
+            kept.clear()
+        lowered = lower(call)
+        kept[key] = call.program, lowered
+    return lowered
+
+
+def _shapes(call: Call) -> tuple[torch.Size, torch.Size | None]:
+    return call.x.shape, None if call.residual is None else call.residual.shape
+
+
+def _can_pack(call: Call, dtype: torch.dtype | None) -> bool:
+    """Whether prepacked weights may be kept: outside of any tracing, where the CPU backend would run the case."""
+    x = call.x
+    if torch.compiler.is_compiling() or type(x) is not Tensor or call.program.backend not in ("auto", "cpu"):
+        return False
+    if not library.status().cpu.loaded or x.device.type != "cpu" or x.dtype not in onednn.SERVED:
+        return False
+    weights = [own.weight for own in call.tensors if own.weight is not None] if dtype is None else []
+    return all(weight.dtype == x.dtype for weight in weights) and dtype in (None, x.dtype)
+
+
+def _packed(call: Call, modules: Modules, last: nn.Module) -> tuple[Lowered | None, list[Folded | None] | None]:
+    """The steps of a call and what they are made from; None, where one may overflow or there are none."""
+    positions = [t for own in call.tensors for t in (own[2:6] if own.weight is None else own[:2])]
+    case = (*_shapes(call), call.x.dtype, torch.get_num_threads(), call.program)
+    places = [
+        t if t is None else (id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype, t.shape, t.stride())
+        for t in positions
+    ]
+    recent = _recent.get(last)
+    dense = flat = [t for t in positions if t is not None]
+    if recent is None or recent.places != places:
+        recent, dense = None, [t if _is_dense(t) else t.contiguous() for t in flat]
+    sums = torch.ops.resnet_fused.checksum(dense)
+    again = recent is not None and recent.sums == sums and recent.case == case
+    if again and recent.settled and not choose.is_asked():
+        return recent.lowered, recent.made
+    lowered, made = _steps_of(call, last), None
+    if lowered is not None:
+        made = _made(call, lowered, modules, places, sums)
+    if dense is flat or all(map(operator.is_, dense, flat)):
+        _recent[last] = _Recent(case, places, sums, lowered, made, again)
+    return lowered, made
+
+
+def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: list[int]) -> list[Folded | None] | None:
+    """What each step is made from, kept or made now; None where one may overflow."""
+    shapes, keys, first, found = call.shapes(), _keys(call, places, sums), call.program.inputs, []
+    for step in lowered.steps:
+        if step.part is None:
+            found.append(None)
+            continue
+        nodes = [value - first for value in step.part if value is not None]
+        key = tuple(keys[node] for node in nodes)
+        found.append(folding.packed(modules[nodes[-1]], call, step.part, key, shapes[step.source]))
+    return None if any(one is not None and one.enlarges + one.bound == math.inf for one in found) else found
+
+
+def _keys(call: Call, places: list[tuple | None], sums: list[int]) -> list[tuple]:
+    """Of each node, what a part of it is made from: settings, and place and content of each tensor (or None).
+
+    The content is that of the memory, in its own order, so that shape and strides belong to it.
+    """
+    content = iter(sums)
+    contents = [place if place is None else (place, next(content)) for place in places]
+    found, at = [], 0
+    for node, own in zip(call.program.nodes, call.tensors, strict=True):
+        settings, count = getattr(node, "conv", None) or getattr(node, "norm", None), 4 if own.weight is None else 2
+        found.append((settings, *contents[at : at + count]))
+        at += count
+    return found
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+
+def _packed_output(call: Call, modules: Modules, last: nn.Module) -> Tensor | None:
+    lowered, made = _packed(call, modules, last)
+    if made is None:  # there, folding is not the same
+        return None
+    inputs = _inputs(call)
+    e = Evaluation(call, inputs, call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack())
+    with bounds.private():
+        bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
+        e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)
+        out = lowered.run(e, made)
+        return bounds.remember(out, e.bounds[-1]) if e.direct else out

@@ -1,0 +1,94 @@
+"""Read convolutions, pools and what else a program passes over: geometry, hooks, and why one must be called."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..steps import Conv, Pool
+from . import proven
+
+_PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
+
+
+def conv_geometry(conv: nn.Conv2d) -> Conv | None:
+    """Geometry of a convolution module with zero padding; None where the padding is of another kind."""
+    padding, dilation = conv.padding, _pair(conv.dilation)
+    if conv.padding_mode != "zeros":
+        return None
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            return None
+        padding = (total[0] // 2, total[1] // 2)
+    stride, padding = _pair(conv.stride), _pair(padding)
+    usual = len(stride) == len(padding) == len(dilation) == 2 and min(*stride, *dilation, conv.groups) > 0
+    return Conv(stride, padding, dilation, conv.groups) if usual else None
+
+
+def why_not_conv(conv: nn.Module) -> str:
+    """Why `conv` is not a convolution this package can fuse; empty if it is one."""
+    reason = proven.why_changed(conv, nn.Conv2d)
+    if reason:
+        return reason
+    if conv.weight is None:
+        return "a convolution without a weight"
+    if conv_geometry(conv) is not None:
+        return ""
+    geometry = f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
+    return geometry if conv.padding_mode != "zeros" or type(conv.padding) is str else "a geometry of odd numbers"
+
+
+def why_not_passed(module: nn.Module) -> str:
+    """Why `module`, an activation, container or drop path, may not be bypassed; empty if it may."""
+    cls = type(module)
+    return proven.why_changed(module, cls if cls in _PASSED else None)
+
+
+def why_not_pool(pool: nn.Module) -> str:
+    """Why a pool, whatever stands in its place by now, may not even be called behind a program: what it returns."""
+    reason = proven.why_changed(pool, nn.MaxPool2d)
+    return reason or ("a pool that returns more than one tensor" if pool.return_indices else "")
+
+
+def pool_geometry(pool: nn.Module) -> Pool | None:
+    """Geometry of a max pool that a program can end in; None for every other module."""
+    if why_not_pool(pool) or pool.ceil_mode or hooked(pool):
+        return None
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    kernel, stride, padding, dilation = map(_pair, (pool.kernel_size, stride, pool.padding, pool.dilation))
+    fits = (
+        dilation == (1, 1)
+        and kernel[0] * kernel[1] < 256
+        and all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    )
+    return Pool(kernel, stride, padding) if fits else None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` would run hooks."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def hooked_within(module: nn.Module) -> bool:
+    """Whether a call of `module` may run hooks, its own or those of a module in it."""
+    return hooked(module) or any(inner is not None and hooked_within(inner) for inner in module._modules.values())
+
+
+def globally_hooked() -> bool:
+    """Whether a call of any module would run hooks."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )

@@ -1,0 +1,242 @@
+"""The nodes of a traced graph by what they are, and regions of them as the shapes of programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ..blocks import norms
+from ..blocks.layers import why_not_conv
+from ..blocks.shape import Shape
+from ..plan.lower import obstacle
+from ..steps import Conv, Norm, Pool
+from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+
+_ADDS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}  # in place or not
+_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+class Nodes:
+    """What the nodes of one graph are; of None, nothing."""
+
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        self.block, self.graph = block, graph
+
+    def module(self, node: fx.Node | None) -> nn.Module | None:
+        """The module that a node calls with one value."""
+        if node is None or node.op != "call_module" or node.kwargs or len(node.args) != 1:
+            return None
+        return self.block.get_submodule(node.target)
+
+    @staticmethod
+    def adds(node: fx.Node | None) -> bool | None:
+        """Of an addition, whether it is in place; None of all else."""
+        return _ADDS.get(node.target) if node is not None and node.op in ("call_function", "call_method") else None
+
+    def is_relu(self, node: fx.Node | None) -> bool:
+        if node is None or node.op == "call_module":
+            return type(self.module(node)) is nn.ReLU
+        return node.op in ("call_function", "call_method") and node.target in _RELUS
+
+    def is_drop_path(self, node: fx.Node | None) -> bool:
+        """timm's DropPath, whose random call this package repeats."""
+        cls = type(self.module(node))
+        return (cls.__module__, cls.__name__) == ("timm.layers.drop", "DropPath")
+
+    def clamps(self, node: fx.Node) -> bool | None:
+        """Of a batch norm: whether it clamps by an activation of its own; None if that is something else."""
+        act = norms.activation_of(self.module(node))
+        return False if act is None or type(act) is nn.Identity else True if type(act) is nn.ReLU else None
+
+    @staticmethod
+    def only_reader(node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def skip_identities(self, node: fx.Node, passed: list[fx.Node]) -> fx.Node | None:
+        """The only reader of `node`, looking through Identity modules, which are noted in `passed`."""
+        reader = self.only_reader(node)
+        while type(self.module(reader)) is nn.Identity:
+            passed.append(reader)
+            reader = self.only_reader(reader)
+        return reader
+
+    def kinds(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """Modules by name, with the names of their classes."""
+        return tuple((name, type(self.block.get_submodule(name)).__name__) for name in sorted(names))
+
+
+def shape_of(nodes: Nodes, region: Iterable[fx.Node], inputs: tuple[fx.Node, ...]) -> Shape | str:
+    """The nodes of `region`, in the graph's order, as one program of `inputs` that ends in the last; or why not."""
+    reader = _Reader(nodes, inputs)
+    for node in region:
+        reason = reader.take(node)
+        if reason:
+            return reason
+    return reader.shape(node)
+
+
+class _Reader:
+    """Nodes of a graph as those of a program."""
+
+    def __init__(self, nodes: Nodes, inputs: tuple[fx.Node, ...]) -> None:
+        self.read, self.inputs = nodes, len(inputs)
+        self.nodes: list[Node] = []
+        self.names: list[str] = []
+        self.values: dict[fx.Node, int] = {node: value for value, node in enumerate(inputs)}
+        self.dropped: set[fx.Node] = set()
+        self.bypassed: set[str] = set()
+        self.inplace: set[bool] = set()
+        self.drop_path = ""
+
+    def shape(self, end: fx.Node) -> Shape | str:
+        """The program whose output is the value of `end`, or why there is none."""
+        used = [name for name in self.names if name]
+        if len(set(used)) < len(used):
+            return "a module that is called twice"
+        if len(self.inplace) > 1:
+            return "an addition in place beside one that is not"
+        if end in self.dropped:
+            return "a drop path that no addition follows"
+        program = Program(tuple(self.nodes), self.inputs)
+        if not any(isinstance(node, Convolution) for node in self.nodes):
+            return "no convolution"
+        if self.values[end] != program.output or any(not program.readers(value) for value in range(program.output)):
+            return "a value that nobody reads"
+        program, names = _in_order(program, self.names)
+        reason = obstacle(program)
+        if reason:
+            return reason
+        kinds, inplace = self.read.kinds(self.bypassed), True in self.inplace
+        return Shape(program, names, kinds, self.drop_path, inplace)
+
+    def take(self, node: fx.Node) -> str:
+        """Why `node` cannot be part of the program; empty if it is from now on."""
+        inplace, module = self.read.adds(node), self.read.module(node)
+        identity = type(module) is nn.Identity
+        if inplace is None and not identity and not self.dropped.isdisjoint(node.all_input_nodes):
+            return "a drop path that no addition follows"
+        if inplace is not None:
+            return self._addition(node, inplace)
+        if self.read.is_relu(node):
+            return self._relu(node)
+        if module is None:
+            return f"{getattr(node.target, '__name__', node.target)} in its forward"
+        before = node.args[0]
+        if before not in self.values:
+            return f"an input of {node.name} that is no value of its own"
+        if identity:
+            self.values[node] = self.values[before]
+            self.dropped |= {node} if before in self.dropped else set()
+            return self._bypass(node)
+        if isinstance(module, nn.Conv2d):
+            return why_not_conv(module) or self._make(node, Convolution(self.values[before], Conv()))
+        if type(module) is nn.MaxPool2d:
+            return self._pool(node)
+        return self._drop(node) if self.read.is_drop_path(node) else self._norm(node, module)
+
+    def _make(self, node: fx.Node, made: Node) -> str:
+        self.values[node] = self.inputs + len(self.nodes)
+        self.nodes.append(made)
+        self.names.append(node.target if node.op == "call_module" else "")
+        return ""
+
+    def _made(self, node: fx.Node) -> Node | None:
+        place = self.values[node] - self.inputs
+        return None if place < 0 else self.nodes[place]
+
+    def _is_sole(self, node: fx.Node) -> bool:
+        """Whether a value, under all of its names, has one reader."""
+        return all(len(name.users) == 1 for name, value in self.values.items() if value == self.values[node])
+
+    def _bypass(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            self.bypassed.add(node.target)
+        return ""
+
+    def _drop(self, node: fx.Node) -> str:
+        before = node.args[0]
+        if self.drop_path or not self._is_sole(before):
+            return "a drop path beside another, or beside another reader"
+        self.values[node], self.drop_path = self.values[before], node.target
+        self.dropped.add(node)
+        return self._bypass(node)
+
+    def _norm(self, node: fx.Node, module: nn.Module) -> str:
+        reason, clamps = norms.why_not(module), None
+        if not reason:
+            clamps = self.read.clamps(node)
+            if norms.activation_of(module) is not None:
+                self.bypassed |= {f"{node.target}.{name}" for name, _ in module.named_children()}
+        if clamps is None:
+            return reason or f"a norm with an activation of class {type(module.act).__name__}"
+        return self._make(node, Normalisation(self.values[node.args[0]], Norm(), clamps))
+
+    def _pool(self, node: fx.Node) -> str:
+        made = self._made(node.args[0])
+        if not isinstance(made, Normalisation) or not made.relu or not self._is_sole(node.args[0]):
+            return "a max pool of something but a clamped batch norm"
+        return self._make(node, Pooling(self.values[node.args[0]], Pool()))
+
+    def _relu(self, node: fx.Node) -> str:
+        """A ReLU belongs to the norm or the addition before it, which nobody else may read; it may work in place."""
+        before = node.args[0]
+        made = self._made(before) if before in self.values else None
+        if not isinstance(made, Normalisation | Addition) or made.relu or not self._is_sole(before):
+            return "a ReLU of something but a batch norm or an addition"
+        self.nodes[self.values[before] - self.inputs] = dataclasses.replace(made, relu=True)
+        self.values[node] = self.values[before]
+        return self._bypass(node)
+
+    def _addition(self, node: fx.Node, inplace: bool) -> str:
+        if len(node.args) != 2 or node.kwargs or not self.values.keys() >= set(node.args):
+            return "an addition of something but two values"
+        able = [node.args[i] for i in (0, 1) if self._is_branch(node.args[i]) and node.args[1 - i] not in self.dropped]
+        if not able:
+            return "an addition to something that is neither a convolution nor a batch norm, or is read elsewhere too"
+        branch = node.args[0] if inplace else max(able, key=self._depth)  # the first of equals
+        if branch not in able:
+            return "an addition in place to what others may read"
+        other_first = branch is not node.args[0]
+        other = node.args[0] if other_first else node.args[1]
+        self.inplace.add(inplace)
+        sampled = branch in self.dropped
+        return self._make(node, Addition(self.values[branch], self.values[other], False, sampled, other_first))
+
+    def _is_branch(self, node: fx.Node) -> bool:
+        made = self._made(node)
+        affine = isinstance(made, Normalisation) and not made.relu
+        return (affine or isinstance(made, Convolution)) and self._is_sole(node)
+
+    def _depth(self, node: fx.Node) -> int:
+        """How many nodes make a value, along what stock's operations take first."""
+        value, depth = self.values[node], 0
+        while value >= self.inputs:
+            value, depth = self.nodes[value - self.inputs].reads[0], depth + 1
+        return depth
+
+
+def _in_order(program: Program, names: list[str]) -> tuple[Program, tuple[str, ...]]:
+    """The same nodes, each behind what it reads, first the branch of an addition: as a residual program has them."""
+    order: list[int] = []
+
+    def place(value: int) -> None:
+        if value < program.inputs or value in order:
+            return
+        for read in program.maker(value).reads:
+            place(read)
+        order.append(value)
+
+    place(program.output)
+    new = {value: value for value in range(program.inputs)}
+    new |= {value: number for number, value in enumerate(order, program.inputs)}
+    nodes = []
+    for value in order:
+        node = program.maker(value)
+        fields = ("branch", "other") if isinstance(node, Addition) else ("source",)
+        nodes.append(dataclasses.replace(node, **{field: new[getattr(node, field)] for field in fields}))
+    return Program(tuple(nodes), program.inputs), tuple(names[value - program.inputs] for value in order)

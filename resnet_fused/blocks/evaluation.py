@@ -101,7 +101,7 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     """The steps of a call, kept by `module` for all that they depend on; None: stock's."""
     if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
-    weights = [own.weight.shape for own in call.tensors if own.weight is not None]
+    weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
     key = *_shapes(call), call.x.dtype, call.x.device, judge.count_of_changes(), *weights
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))

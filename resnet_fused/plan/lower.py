@@ -211,7 +211,7 @@ def decided_by(call: Call) -> tuple | None:
     asked = bool(choose.observers) or choose.tuner() is not None or torch.compiler.is_compiling()
     if asked or type(x) not in (Tensor, torch.nn.Parameter):
         return None
-    weights = [own.weight.shape for own in call.tensors if own.weight is not None]
+    weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
     seen = choose.target(), choose.fuses_all(), threads(), tf32.allowed(), judge.count_of_changes(), measured.changes()
     return x.shape, x.dtype, x.device, call.sample_factor is None, *seen, *weights
 

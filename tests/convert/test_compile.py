@@ -28,4 +28,4 @@ def test_a_compiled_block_runs_fused():
 
     torch.compile(fused, fullgraph=True, backend=note)(images())
     assert not any("convolution" in name or "conv2d" in name for name in called), called
-    assert any("FusedChain" in name or "autograd_function_apply" in name for name in called), called
+    assert any("FusedProgram" in name or "autograd_function_apply" in name for name in called), called

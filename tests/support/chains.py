@@ -35,10 +35,6 @@ class Chain:
     stock: bool = False
 
     @property
-    def all_steps(self):
-        return self.steps if self.shortcut is None else (*self.steps, self.shortcut)
-
-    @property
     def variant(self):
         return Variant(*(getattr(self, name) for name in Variant._fields))
 

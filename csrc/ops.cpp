@@ -37,6 +37,16 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
   m.def(
+      "winograd_conv3x3(Tensor x, Tensor weight, int padding=1, bool transposed=False, bool statistics=False) "
+      "-> (Tensor z, Tensor mean, Tensor m2)");
+  m.def(
+      "winograd_conv3x3_wgrad(Tensor grad, Tensor x, Tensor weight, int[2] padding=1) "
+      "-> Tensor grad_w");
+  m.def(
+      "conv_norm_add_relu(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, "
+      "Tensor? beta, float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
+      "bool relu=False) -> Tensor out");
+  m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
   m.def(
@@ -44,7 +54,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? beta=None, float? eps=None) "
       "-> (Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
   m.def(
-      "gram_grad(Tensor weight, Tensor product, Tensor gram, Tensor total, Tensor centre, Tensor sum_g, Tensor scale, "
+      "gram_grad(Tensor weight, Tensor product, Tensor gram, Tensor total, Tensor centre, Tensor sum_g, Tensor "
+      "scale, "
       "Tensor rstd, Tensor a) -> (Tensor grad_weight, Tensor grad_gamma, Tensor coupling, Tensor constant)");
   m.def(
       "norm_relu_pool(Tensor z, Tensor scale, Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) "

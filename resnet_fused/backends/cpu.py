@@ -29,6 +29,28 @@ def weight_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
     return loop_reasons(grad, x)
 
 
+def winograd_reasons(x, weight, padding=1, *args, **kwargs) -> list[str]:
+    """As :func:`loop_reasons` for the activations; the weight may be in any layout, but is 3x3 and of their dtype."""
+    reasons = loop_reasons(x)
+    if padding not in (0, 1):
+        reasons.append(f"takes a padding of 0 or 1, not {padding}")
+    if tuple(weight.shape[2:]) != (3, 3):
+        reasons.append(f"takes 3x3 weights, not {'x'.join(map(str, weight.shape[2:]))}")
+    if weight.dtype != x.dtype:
+        reasons.append("takes a weight of the activations' dtype")
+    return reasons
+
+
+def few_pixels_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
+    """As :func:`loop_reasons` for the activations; the weight may be contiguous too, and vectors must be."""
+    tensors = [t for t in (*args, *kwargs.values(), residual) if isinstance(t, torch.Tensor)]
+    reasons = loop_reasons(x, *tensors)
+    lie_dense = weight.is_contiguous() or is_channels_last(weight)
+    if not lie_dense or not all(t.is_contiguous() for t in tensors if t.dim() == 1):
+        reasons.append("takes a dense weight and contiguous vectors only")
+    return reasons if all(t.dtype == x.dtype for t in (weight, *tensors)) else [*reasons, "takes one dtype only"]
+
+
 def vector_reasons(*args, **kwargs) -> list[str]:
     """Reasons against the loops over channels: vectors of one dtype, with none between their elements."""
     if not status().cpu.loaded:
@@ -64,14 +86,24 @@ def _compiled(name: str) -> Callable:
 
 
 #: Kernels that walk something else than rows of channels, and what may stand against that.
-_OTHERS = {"conv_weight_grad": weight_grad_reasons, "gram_norm": matrix_reasons, "gram_grad": matrix_reasons}
+_OTHERS = {
+    "conv_norm_add_relu": few_pixels_reasons,
+    "conv_weight_grad": weight_grad_reasons,
+    "gram_norm": matrix_reasons,
+    "gram_grad": matrix_reasons,
+    "winograd_conv3x3": winograd_reasons,
+    "winograd_conv3x3_wgrad": weight_grad_reasons,
+}
+#: Kernels that do not take every dtype of the loops.
+_DTYPES = dict.fromkeys(("winograd_conv3x3", "winograd_conv3x3_wgrad"), (torch.float32,))
+_DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
 
 
 def _declared(name: str) -> Kernel:
     """The kernel of the compiled library."""
     if OPS[name].vectors:
         return Kernel(_compiled(name), VECTOR_DTYPES, vector_reasons)
-    return Kernel(_compiled(name), LOOP_DTYPES, _OTHERS.get(name, loop_reasons))
+    return Kernel(_compiled(name), _DTYPES.get(name, LOOP_DTYPES), _OTHERS.get(name, loop_reasons))
 
 
 #: Ops that are two of the compiled ones, one after the other: on a CPU it is the pass over memory that counts.

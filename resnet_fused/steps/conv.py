@@ -12,6 +12,8 @@ import re
 import torch
 
 from ..backends import run
+from . import winograd, winograd_wgrad
+from .layout import Moments
 from .spec import Conv
 
 Tensor = torch.Tensor
@@ -56,8 +58,22 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    """The convolution, channels_last in and out: ATen's, or a matrix product where that is faster."""
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str) -> Tensor:
+    """The convolution, channels_last in and out: ATen's, or what is faster."""
+    return conv2d_with_moments(x, weight, bias, conv, backend, False)[0]
+
+
+def conv2d_with_moments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str, wanted: bool
+) -> tuple[Tensor, Moments | None]:
+    """:func:`conv2d`, and the batch statistics of its result if they are `wanted` and its kernel emits them."""
+    if bias is None and winograd.takes(x, weight, conv, backend):
+        return winograd.convolve(x, weight, conv, backend, wanted)
+    return _direct(x, weight, bias, conv), None
+
+
+def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
+    """ATen's convolution, or a matrix product where that is faster."""
     if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
         x = strided(x, conv)
         return _image(rows(x) @ weight.flatten(1).T, x)
@@ -129,6 +145,8 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     if conv.is_pointwise(weight):
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
         return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape) if fast else None
+    if winograd_wgrad.takes(grad, x, weight, conv, backend):
+        return winograd_wgrad.weight_grad(grad, x, weight, conv, backend)
     many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
     fast = _are_few(pixels, weight, _FEW_OWN) if HAS_AVX512 else many
     if fast and backend in ("auto", "cpu"):
@@ -146,7 +164,9 @@ def input_grad(
         else:
             run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
-    if conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
+    if winograd.takes(grad, weight, conv, backend, transposed=True):
+        grad_x = winograd.input_grad(grad, weight, conv, backend)
+    elif conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
         grad_x = _image(rows(grad) @ weight.flatten(1), x)
     else:
         grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])
@@ -171,7 +191,8 @@ def both_grads(
 ) -> tuple[Tensor, Tensor]:
     """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
     own = _own_weight_grad(grad, x, weight, conv, backend)
-    if own is not None or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
+    alone = winograd.takes(grad, weight, conv, backend, transposed=True)
+    if own is not None or alone or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
         own = weight_grad(grad, x, weight, conv, backend) if own is None else own
         return own, input_grad(grad, x, weight, conv, backend, add_to)
     grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])

@@ -17,6 +17,8 @@ CASES = {
     "one pixel": ((1, 65, 1, 1), (3, 65, 1, 1), Conv()),
     "3x3, few pixels": ((1, 32, 4, 4), (32, 32, 3, 3), Conv(padding=(1, 1))),
     "3x3, many pixels": ((2, 16, 14, 14), (8, 16, 3, 3), Conv(padding=(1, 1))),
+    "3x3, many channels": ((2, 40, 7, 9), (33, 40, 3, 3), Conv(padding=(1, 1))),
+    "3x3, many channels, no padding": ((2, 40, 8, 9), (33, 40, 3, 3), Conv()),
     "3x3, strided": ((1, 40, 7, 7), (33, 40, 3, 3), Conv((2, 2), (1, 1))),
     "grouped": ((2, 32, 4, 4), (32, 8, 3, 3), Conv(padding=(1, 1), groups=4)),
     "padded 1x1": ((2, 64, 3, 3), (64, 64, 1, 1), Conv(padding=(1, 1))),
@@ -49,7 +51,7 @@ def test_values_and_gradients(case, layout, large, monkeypatch):
     x, weight = channels_last(*shape), torch.randn(weight_shape).contiguous(memory_format=layout)
     exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
     exact = F.conv2d(exact_x, exact_w, None, *geometry.args)
-    out = conv.conv2d(x, weight, None, geometry)
+    out = conv.conv2d(x, weight, None, geometry, "auto")
     close(out, exact, "output")
     assert out.is_contiguous(memory_format=torch.channels_last)
     grad, into = channels_last(*out.shape), channels_last(*shape)
@@ -70,7 +72,7 @@ def test_values_and_gradients(case, layout, large, monkeypatch):
 def test_products_are_taken_where_they_are_faster(avx512, monkeypatch):
     seen, convolution = [], conv.aten.convolution
     monkeypatch.setattr(conv.aten, "convolution", lambda *args: seen.append(1) or convolution(*args))
-    conv.conv2d(channels_last(1, 64, 3, 3), torch.randn(64, 64, 1, 1), None, Conv())
+    conv.conv2d(channels_last(1, 64, 3, 3), torch.randn(64, 64, 1, 1), None, Conv(), "auto")
     assert bool(seen) != avx512
 
 

@@ -83,6 +83,13 @@ def _conv_add_relu(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("3x3, stride 2, 2 groups", (draw.data(), draw.data((24, 20, 3, 3)) / 4), grouped)
 
 
+def _conv_norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw((1, 40, 2, 2))
+    norm = (draw.vector(9), draw.vector(9).abs() + 1, draw.vector(9), draw.vector(9), 1e-5)
+    weight, same = draw.data((9, 40, 3, 3)) / 4, ([1, 1], [1, 1], [1, 1], True)
+    yield Case("3x3, all behind it", (draw.data(), weight, draw.vector(9), *norm, draw.data((1, 9, 2, 2)), *same), {})
+
+
 def _conv_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:
     (case, _) = _conv_add_relu(dtype)
     x, weight, shift, residual = case.args
@@ -96,6 +103,20 @@ def _conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("3x3, tail columns", (draw.data((3, 24, 9, 7)), draw.data(), draw.data((24, 40, 3, 3))), same)
     strided = {"stride": (2, 2), "padding": (1, 1)}
     yield Case("3x3, stride 2", (draw.data((3, 24, 5, 4)), draw.data(), draw.data((24, 40, 3, 3))), strided)
+
+
+def _winograd_conv3x3(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    weight = draw.data((40, 24, 3, 3)) / 4
+    yield Case("gradient, no padding", (draw.data(), weight, 0, True), {})
+    yield Case("statistics, tail channels", (draw.data((3, 24, 9, 7)), weight, 1), {"statistics": True})
+
+
+def _winograd_conv3x3_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    yield Case("tail columns", (draw.data((3, 24, 9, 7)), draw.data(), draw.data((24, 40, 3, 3))), {})
+    args = (draw.data((3, 24, 7, 5)), draw.data(), draw.data((24, 40, 3, 3)).contiguous(), (0, 0))
+    yield Case("no padding, contiguous weight", args, {})
 
 
 _CASES = {
@@ -118,7 +139,10 @@ _CASES = {
     "conv1x1_backward": lazy_cases.conv1x1_backward,
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,
+    "conv_norm_add_relu": _conv_norm_add_relu,
     "conv_weight_grad": _conv_weight_grad,
+    "winograd_conv3x3": _winograd_conv3x3,
+    "winograd_conv3x3_wgrad": _winograd_conv3x3_wgrad,
     "gram_norm": lazy_cases.gram_norm,
     "gram_grad": lazy_cases.gram_grad,
     "norm_relu_pool": lazy_cases.norm_relu_pool,

@@ -1,0 +1,88 @@
+// Register-blocked products of rows with a packed panel of columns: what convolutions are made of.
+//
+// A level names the vectors of a machine and how many rows of sums, two vectors wide, its registers hold beside the two
+// of the panel at work and a broadcast value: enough sums in flight to hide the latency of FMA.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace resnet_fused::cpu {
+
+inline constexpr int64_t kVectors = 2;  // of a panel's row
+
+struct Level512 {
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef float Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+  static constexpr int64_t lanes = 16, panel = lanes * kVectors, rows = 14;
+};
+struct Level256 {
+  typedef float Vector __attribute__((vector_size(32)));
+  typedef float Anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+  static constexpr int64_t lanes = 8, panel = lanes * kVectors, rows = 6;
+};
+struct Level128 {
+  typedef float Vector __attribute__((vector_size(16)));
+  typedef float Anywhere __attribute__((vector_size(16), aligned(4), may_alias));
+  static constexpr int64_t lanes = 4, panel = lanes * kVectors, rows = 6;
+};
+
+// Vectors go in and out by reference: by value their calling convention would depend on the level.
+template <class L>
+RESNET_FUSED_INLINE void load_vector(typename L::Vector& v, const float* p) {
+  v = *reinterpret_cast<const typename L::Anywhere*>(p);
+}
+template <class L>
+RESNET_FUSED_INLINE void store_vector(float* p, const typename L::Vector& v) {
+  *reinterpret_cast<typename L::Anywhere*>(p) = v;
+}
+
+// c[r][j] = sum_k a[r][k] * b[k][j] for R rows and one panel, summed in the order of k.
+template <class L, int64_t R>
+RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c,
+                                        int64_t c_pitch) {
+  constexpr int64_t kAhead = 12;  // rows of the panel, on their way from the second-level cache
+  typename L::Vector sums[R][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k, b += L::panel) {
+    typename L::Vector columns[kVectors];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kVectors; ++j) {
+      load_vector<L>(columns[j], b + j * L::lanes);
+      __builtin_prefetch(b + kAhead * L::panel + j * L::lanes);
+    }
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < R; ++r) {
+      const float value = a[r * a_pitch + k];
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kVectors; ++j) store_vector<L>(c + r * c_pitch + j * L::lanes, sums[r][j]);
+  }
+}
+
+template <class L, int64_t R>
+RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
+                                           float* c, int64_t c_pitch) {
+  if constexpr (R > 0) {
+    if (rows == R) return multiply_group<L, R>(a, a_pitch, b, depth, c, c_pitch);
+    multiply_group_of<L, R - 1>(rows, a, a_pitch, b, depth, c, c_pitch);
+  }
+}
+
+// The same for any number of rows, in groups of sizes as equal as they get.
+template <class L>
+RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
+                                       float* c, int64_t c_pitch) {
+  const int64_t groups = (rows + L::rows - 1) / L::rows;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
+    multiply_group_of<L, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, depth, c + begin * c_pitch, c_pitch);
+  }
+}
+
+}  // namespace resnet_fused::cpu

@@ -16,13 +16,14 @@ from ..backends import bounds, onednn
 from ..backends.selfcheck import judge
 from ..plan import choose
 from ..plan.evaluation import lower, takes
+from ..plan.keys import threads
 from ..steps import folding
 from ..steps.conv import channels_last
 from ..steps.evaluation import Evaluation, Lowered
 from ..steps.folding import Folded, fold
 from ..steps.program import Call
 
-__all__ = ["evaluate", "takes"]
+__all__ = ["evaluate", "repeatable", "run_steps", "takes"]
 
 Tensor = torch.Tensor
 Modules = Sequence[nn.Module | None]
@@ -34,10 +35,9 @@ class _Recent(NamedTuple):
     A write moves a tensor's version counter, or, where it bypasses that (``p.data.mul_()``), changes its content.
     """
 
-    case: tuple  # program and shapes
+    case: tuple  # steps and shapes
     places: list[tuple | None]  # of the tensors, all dense
     sums: list[int]  # of their content
-    lowered: Lowered | None
     made: list[Folded | None] | None
     settled: bool  # asked twice, so that every weight is in the layout that oneDNN wants
 
@@ -66,24 +66,41 @@ def evaluate(call: Call, modules: Modules | None = None, dtype: torch.dtype | No
         return _evaluate(call, modules, dtype)
 
 
+def _steps_for(
+    call: Call, modules: Modules | None, dtype: torch.dtype | None
+) -> tuple[Lowered | None, nn.Module | None]:
+    """The steps of a call, and the module by which what they are made from may be kept, the program's last; or None.
+
+    With such a module the CPU backend runs them all, and `FewPixels` needs no dispatch.
+    """
+    last = next((module for module in reversed(modules or ()) if module is not None), None)
+    cast = _cast(call, dtype) if choose.on_gpu(call.x) else call
+    return _steps_of(cast, last), last if last is not None and _can_pack(call, dtype) else None
+
+
 def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None) -> Tensor | None:
-    last = None
-    for last in reversed(modules or ()):
-        if last is not None:
-            break
-    if choose.on_gpu(call.x):
-        call = _cast(call, dtype)
-        lowered = _steps_of(call, last)
-        if lowered is None:
-            return None
-        return lowered.run(Evaluation(call, _inputs(call)), [None] * len(lowered.steps))
-    if last is not None and _can_pack(call, dtype):
-        return _packed_output(call, modules, last)
-    lowered = _steps_of(call, last)
+    lowered, last = _steps_for(call, modules, dtype)
     if lowered is None:
         return None
+    if not lowered.folds or choose.on_gpu(call.x):
+        return run_steps(lowered, _cast(call, dtype), last is not None)
+    if last is not None:
+        return _packed_output(call, lowered, modules, last)
     made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
     return lowered.run(Evaluation(call, _inputs(call)), made)
+
+
+def repeatable(call: Call, modules: Modules, dtype: torch.dtype | None) -> Lowered | None:
+    """The steps of a call if nothing is made of its parameters that is kept, so that :func:`run_steps` is all of it."""
+    lowered, last = _steps_for(call, modules, dtype)
+    plain = lowered is not None and (choose.on_gpu(call.x) or (not lowered.folds and last is not None))
+    return lowered if plain else None
+
+
+def run_steps(lowered: Lowered, call: Call, direct: bool) -> Tensor:
+    """The output of steps that nothing is made for. `direct`: on a CPU, whose backend takes them all."""
+    direct = direct and not choose.on_gpu(call.x) and not torch._C._len_torch_dispatch_stack()
+    return lowered.run(Evaluation(call, _inputs(call), direct), [None] * len(lowered.steps))
 
 
 def _cast(call: Call, dtype: torch.dtype | None) -> Call:
@@ -102,7 +119,8 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
     weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
-    key = *_shapes(call), call.x.dtype, call.x.device, judge.count_of_changes(), *weights
+    settings = choose.fuses_all(), threads(), judge.count_of_changes()
+    key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))
     if program != call.program:
@@ -128,10 +146,10 @@ def _can_pack(call: Call, dtype: torch.dtype | None) -> bool:
     return all(weight.dtype == x.dtype for weight in weights) and dtype in (None, x.dtype)
 
 
-def _packed(call: Call, modules: Modules, last: nn.Module) -> tuple[Lowered | None, list[Folded | None] | None]:
-    """The steps of a call and what they are made from; None, where one may overflow or there are none."""
+def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> list[Folded | None] | None:
+    """What the steps of a call are made from; None, where one may overflow."""
     positions = [t for own in call.tensors for t in (own[2:6] if own.weight is None else own[:2])]
-    case = (*_shapes(call), call.x.dtype, torch.get_num_threads(), call.program)
+    case = (*_shapes(call), call.x.dtype, threads(), lowered)
     places = [
         t if t is None else (id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype, t.shape, t.stride())
         for t in positions
@@ -142,14 +160,12 @@ def _packed(call: Call, modules: Modules, last: nn.Module) -> tuple[Lowered | No
         recent, dense = None, [t if _is_dense(t) else t.contiguous() for t in flat]
     sums = torch.ops.resnet_fused.checksum(dense)
     again = recent is not None and recent.sums == sums and recent.case == case
-    if again and recent.settled and not choose.is_asked():
-        return recent.lowered, recent.made
-    lowered, made = _steps_of(call, last), None
-    if lowered is not None:
-        made = _made(call, lowered, modules, places, sums)
+    if again and recent.settled:
+        return recent.made
+    made = _made(call, lowered, modules, places, sums)
     if dense is flat or all(map(operator.is_, dense, flat)):
-        _recent[last] = _Recent(case, places, sums, lowered, made, again)
-    return lowered, made
+        _recent[last] = _Recent(case, places, sums, made, again)
+    return made
 
 
 def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: list[int]) -> list[Folded | None] | None:
@@ -184,8 +200,8 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def _packed_output(call: Call, modules: Modules, last: nn.Module) -> Tensor | None:
-    lowered, made = _packed(call, modules, last)
+def _packed_output(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> Tensor | None:
+    made = _packed(call, lowered, modules, last)
     if made is None:  # there, folding is not the same
         return None
     inputs = _inputs(call)

@@ -8,8 +8,9 @@ in an old one's place) may miss a gain, never a result.
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,26 @@ def is_known(module: nn.Module, x: object, part: object = None) -> bool:
     """Whether a call of `module`, or of `part` of it, with `x` would run stock's operations alone, as one before."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return False
+    if _within.known:
+        return True
     kept = _kept.get(module)
     return kept is not None and _is_current(kept, module) and _key(kept, module, x, part) in kept.keys
+
+
+class _Within(threading.local):
+    known = False
+
+
+_within = _Within()
+
+
+def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The stock forward of a known call; in this thread, what it calls is not asked again."""
+    before, _within.known = _within.known, True
+    try:
+        return stock(x)
+    finally:
+        _within.known = before
 
 
 def _is_current(kept: _Kept, module: nn.Module) -> bool:
@@ -64,8 +83,13 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         measured.changes(),
         module.training,
         *[bool(norm.training) for norm in kept.norms],
-        *[weight.requires_grad for own in kept.parameters if (weight := own.get("weight")) is not None],
+        *([] if not torch.is_grad_enabled() else map(_wants_gradient, kept.parameters)),
     )
+
+
+def _wants_gradient(parameters: dict) -> bool:
+    weight = parameters.get("weight")
+    return weight is not None and weight.requires_grad
 
 
 def fused_so_far() -> int:

@@ -1,9 +1,14 @@
 """From a program to its steps in evaluation: who carries batch norm, sum and ReLU, for the CPU and for GPUs.
 
 On a CPU every convolution does: the norm that alone reads it is in its weight, the sum that alone reads that, and the
-ReLU, in oneDNN's epilogue. On a GPU, nothing is folded into weights and nothing is kept between calls: scale and shift
-of each batch norm are made from the running statistics at every call, by one small kernel, so a write through ``.data``
-or between two replays of a CUDA graph is seen. A program becomes:
+ReLU, in oneDNN's epilogue. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
+weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
+as it is, and norm, sum and ReLU are its epilogue's. What is too small for either is stock's
+(:func:`.too_small.is_small_in_evaluation`).
+
+On a GPU, nothing is folded into weights and nothing is kept between calls: scale and shift of each batch norm are made
+from the running statistics at every call, by one small kernel, so a write through ``.data`` or between two replays of a
+CUDA graph is seen. A program becomes:
 
 * 1x1 convolutions of stride 1: `conv1x1_join`, whose epilogue scales, shifts, adds and clamps the float32 accumulator;
   with a 1x1 projection in the same kernel. A norm before them is applied on load.
@@ -25,22 +30,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
-from ..steps.evaluation import (
-    FoldedConvolution,
-    ForwardStep,
-    Lowered,
-    NormPass,
-    NormValue,
-    RawPool,
-    StockNorm,
-    StockPool,
-)
-from ..steps.folding import Part
-from ..steps.gpu_evaluation import Add, Convolve, Product
-from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
-from . import choose, words
+from ..steps.evaluation import Lowered
+from ..steps.program import Addition, Call, Convolution, Normalisation
+from . import choose, too_small, words
+from .evaluation_steps import Steps, carries_sum
 
 Tensor = torch.Tensor
+
+
+#: Pixels of a convolution's output up to which the weight is read as it is. Measured on an EPYC with AVX-512: at 16 the
+#: op takes 0.87 to 1.26 of oneDNN's packed convolution and the checksum of its weight, at 4 to 1 0.5 to 0.8, at 49 1.7.
+FEW = 16
 
 
 def takes(call: Call) -> bool:
@@ -72,11 +72,26 @@ def lower(call: Call) -> Lowered | None:
 
 
 def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
-    if runs_as_stock(call):
+    few = _are_few(call)
+    if not few and runs_as_stock(call):
         return None, "stock (no convolution with an epilogue there)"
-    lowered = _Steps(call.program).lowered()
+    auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
+    if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
+        return None, "stock (too small to gain)"
+    lowered = Steps(call.program, few=few).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
+
+
+def _are_few(call: Call) -> bool:
+    """Whether all convolutions have so few pixels that their weights are best read as they are."""
+    x, shapes = call.x, call.shapes()
+    if x.dtype not in (torch.float32, torch.float64) or call.program.backend not in ("auto", "cpu"):
+        return False
+    if any(t is not None and t.dtype != x.dtype for own in call.tensors for t in own[:6]):
+        return False
+    convolutions = [(value, node) for value, node in call.program.numbered if isinstance(node, Convolution)]
+    return all(node.conv.groups == 1 and too_small.pixels(shapes[value]) <= FEW for value, node in convolutions)
 
 
 def _obstacle(call: Call) -> str:
@@ -90,23 +105,9 @@ def _obstacle(call: Call) -> str:
         if isinstance(node, Addition):
             if shapes[node.branch] != shapes[node.other]:
                 return "a sum of two shapes"
-            if not _carries_sum(program, node.branch):
+            if not carries_sum(program, node.branch):
                 return "a sum of what is neither a convolution nor a batch norm"
     return ""
-
-
-def _sole_reader(program: Program, value: int) -> tuple[int | None, Node | None]:
-    """The number and the node of the only reader of a value."""
-    readers = program.readers(value)
-    return (readers[0], program.maker(readers[0])) if len(readers) == 1 else (None, None)
-
-
-def _carries_sum(program: Program, value: int) -> bool:
-    """Whether a value is the branch of an addition, read by that alone, and linear in what it is made of."""
-    _, add = _sole_reader(program, value)
-    if not isinstance(add, Addition) or add.branch != value or add.other == value:
-        return False
-    return isinstance(program.maker(value), Convolution) or program.is_affine(value)
 
 
 def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
@@ -119,10 +120,10 @@ def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
     }
     if program.backend != "auto" and "conv1x1_join" not in backends()[program.backend].kernels:
         pointwise = {}
-    lowered = _Steps(program, pointwise).lowered()
+    lowered = Steps(program, pointwise).lowered()
     missing = found = _lacking(call, lowered, choose.place_of(call.x))
     if missing == "conv1x1_join":
-        lowered = _Steps(program, {}).lowered()
+        lowered = Steps(program, {}).lowered()
         found = _lacking(call, lowered, choose.place_of(call.x))
     lacks = f" (no sound kernel of {missing})" if missing else ""
     return (None, f"stock{lacks}") if found else (lowered, f"{words.of_evaluation(lowered)}{lacks}")
@@ -140,158 +141,3 @@ def _lacking(call: Call, lowered: Lowered, place: torch.device | None) -> str:
                 return "running_affine"
     ops = sorted({op for step in lowered.steps for op in step.ops})
     return soundness.lacking(tuple(ops), call.x.dtype, place, checks) if ops else ""
-
-
-class _Steps:
-    """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
-    has no norm; None: on a CPU.
-
-    `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
-    the norms that their readers apply on load.
-    """
-
-    def __init__(self, program: Program, pointwise: dict[int, str] | None = None) -> None:
-        self.program, self.gpu = program, pointwise is not None
-        self.projections: set[int] = set()
-        self.lazy: set[int] = set()
-        self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
-        if pointwise is not None:
-            self.carriers = {value for value in pointwise if self._has_epilogue(value)}
-            self.projections = self._projections(pointwise)
-            self.carriers = {value for value in self.carriers - self.projections if self._pays(value, pointwise)}
-            self.projections = self._projections(pointwise)
-            self.lazy = {value for value, _ in program.numbered if self._is_lazy(value)}
-
-    def _norm_behind(self, conv: int) -> int | None:
-        """The norm that alone reads a convolution."""
-        number, reader = _sole_reader(self.program, conv)
-        is_conv = isinstance(self.program.maker(conv), Convolution)
-        return number if is_conv and isinstance(reader, Normalisation) else None
-
-    def _has_epilogue(self, conv: int) -> bool:
-        """Whether there is something that a product's epilogue would spare."""
-        end = self._norm_behind(conv)
-        end = conv if end is None else end
-        _, reader = _sole_reader(self.program, end)
-        if self.program.maker(conv).conv.stride != (1, 1) or isinstance(reader, Pooling):
-            return False
-        return _carries_sum(self.program, end) if isinstance(reader, Addition) and self._is_linear(end) else end != conv
-
-    def _is_linear(self, value: int) -> bool:
-        return isinstance(self.program.maker(value), Convolution) or self.program.is_affine(value)
-
-    def _folded(self, end: int) -> Part | None:
-        """The convolution, or convolution and norm, that make a value and carry what is behind it."""
-        if end in self.carriers:
-            return Part(end)
-        part = self._pair(end)
-        return part if part is not None and part.conv in self.carriers else None
-
-    def _pair(self, norm: int) -> Part | None:
-        """A norm and the convolution that it alone reads."""
-        node = self.program.maker(norm)
-        is_pair = isinstance(node, Normalisation) and self._norm_behind(node.source) == norm
-        return Part(node.source, norm) if is_pair else None
-
-    def _projection(self, other: int) -> Part | None:
-        """The convolution, or convolution and norm, that make a summand and nothing else."""
-        if _sole_reader(self.program, other)[0] is None or not self._is_linear(other):
-            return None
-        return Part(other) if isinstance(self.program.maker(other), Convolution) else self._pair(other)
-
-    def _projections(self, pointwise: dict[int, str]) -> set[int]:
-        additions = [node for node in self.program.nodes if isinstance(node, Addition) and self._folded(node.branch)]
-        found = [self._projection(node.other) for node in additions]
-        return {part.conv for part in found if part is not None and part.conv in pointwise}
-
-    def _is_lazy(self, value: int) -> bool:
-        """Whether all readers of a norm with ReLU apply it on load."""
-        node, readers = self.program.maker(value), self.program.readers(value)
-        if not isinstance(node, Normalisation) or not node.relu or self._folded(value) is not None:
-            return False
-        return bool(readers) and all(reader in self.carriers for reader in readers)
-
-    def _pays(self, conv: int, shifts: dict[int, str]) -> bool:
-        """Whether a product is no launch more than stock: without a norm it wants vectors of ones and of shifts."""
-        node, (_, add) = self.program.maker(conv), _sole_reader(self.program, conv)
-        if not isinstance(add, Addition):
-            return True
-        part = self._projection(add.other)
-        projected = part is not None and part.conv in self.projections
-        made = [shifts[conv], *([shifts[part.conv]] if projected and part.norm is None else [])]
-        spared = add.relu + projected + (self._is_lazy(node.source) and self.program.readers(node.source) == (conv,))
-        return made.count("cast") + ("zeros" in made) <= spared
-
-    def lowered(self) -> Lowered:
-        steps: list[ForwardStep] = []
-        made = {
-            Convolution: self._convolution,
-            Normalisation: self._norm,
-            Addition: self._addition,
-            Pooling: self._pool,
-        }
-        for value, node in self.program.numbered:
-            steps += made[type(node)](value, node)
-        last = {value: i for i, step in enumerate(steps) for value in step.reads if value != self.program.output}
-        dead = tuple(tuple(value for value, at in last.items() if at == i) for i in range(len(steps)))
-        measured: set[int] = set()
-        for step in reversed(steps):
-            if step.value in measured or (isinstance(step, FoldedConvolution) and step.relu):
-                measured |= set(step.reads)
-        return Lowered(self.program, tuple(steps), dead, tuple(i in measured for i in range(self.program.inputs)))
-
-    def _carry(self, value: int, part: Part, other: int | None = None, relu: bool = False) -> list[ForwardStep]:
-        """The step of a convolution that carries all up to `value`."""
-        node = self.program.maker(part.conv)
-        if not self.gpu:
-            in_place = other is not None and other >= self.program.inputs and len(self.program.readers(other)) == 1
-            more = {"folded": part, "conv": node.conv, "in_place": in_place}
-            return [FoldedConvolution(value, node.source, other, relu, **more)]
-        second = None if other is None else self._projection(other)
-        if second is None or second.conv not in self.projections:
-            return [Product(value, node.source, other, relu, main=part)]
-        more = {"projection": second, "projected": self.program.maker(second.conv).source}
-        return [Product(value, node.source, None, relu, main=part, **more)]
-
-    def _convolution(self, value: int, node: Convolution) -> list[ForwardStep]:
-        norm = self._norm_behind(value)
-        if value in self.projections:
-            return []
-        if value not in self.carriers:
-            return [Convolve(value, node.source, biased=norm is None or self._is_bare(norm))]
-        behind = norm is not None or _carries_sum(self.program, value)  # which brings it
-        return [] if behind else self._carry(value, Part(value))
-
-    def _is_bare(self, norm: int) -> bool:
-        """Whether a norm without ReLU has nothing behind it that takes it as a value."""
-        _, add = _sole_reader(self.program, norm)
-        if not self.program.is_affine(norm) or not isinstance(add, Addition):
-            return self.program.is_affine(norm)
-        return not self.gpu and norm != add.branch and self._folded(add.branch) is not None
-
-    def _norm(self, value: int, node: Normalisation) -> list[ForwardStep]:
-        part = self._folded(value)
-        if node.source in self.projections or (part is not None and _carries_sum(self.program, value)):
-            return []
-        if part is not None:
-            return self._carry(value, part, relu=node.relu)
-        if self._is_bare(value):
-            return [StockNorm(value, node.source)]
-        _, reader = _sole_reader(self.program, value)
-        taken = not node.relu or value in self.lazy or isinstance(reader, Pooling)
-        made = NormValue(value, node.source, biased=self._pair(value) is not None)
-        return [made] if taken else [made, NormPass(value, value, relu=True)]
-
-    def _addition(self, value: int, node: Addition) -> list[ForwardStep]:
-        part = self._folded(node.branch)
-        if part is not None:
-            return self._carry(value, part, node.other, node.relu)
-        if self.program.is_affine(node.branch):
-            return [NormPass(value, node.branch, node.other, node.relu)]
-        if self.program.is_affine(node.other) and not self._is_bare(node.other):
-            return [NormPass(value, node.other, node.branch, node.relu)]
-        return [Add(value, node.branch, node.other, node.relu)]
-
-    def _pool(self, value: int, node: Pooling) -> list[ForwardStep]:
-        raw = self._folded(node.source) is None
-        return [(RawPool if raw else StockPool)(value, node.source)]

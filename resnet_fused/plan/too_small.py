@@ -8,9 +8,11 @@ other CPUs our weight gradients are faster than oneDNN's at any size, and nothin
 
 Where that 1 ms is less than :data:`MARGIN` of the convolutions' time, the memory that fusion saves is worth it.
 
-Large weights are the exception: where few pixels meet them, fused chains gain by other products (:mod:`..steps.conv`),
-about 1 ms for a million elements. Not where plain products are slow: there ResNet-50's layer4, at 2 to 128 output
-pixels, took 1.04 to 2.2 times as long fused as stock (one thread of such an EPYC).
+Where minimal filtering (:mod:`..steps.winograd`) saves more than the 1 ms, fusion gains in any cache.
+
+Large weights are another exception: where few pixels meet them, fused chains gain by other products
+(:mod:`..steps.conv`), about 1 ms for a million elements. Not where plain products are slow: there ResNet-50's layer4,
+at 2 to 128 output pixels, took 1.04 to 2.2 times as long fused as stock (one thread of such an EPYC).
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import pathlib
 import torch
 
 from ..backends import onednn
+from ..steps import winograd
 from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
 from ..steps.program import Addition, Call, Convolution, Normalisation
-from ..steps.spec import Conv
 from .keys import threads
 
 Tensor = torch.Tensor
@@ -34,6 +36,17 @@ _LARGE_WEIGHTS = 1 << 20  # elements
 #: What a chain may take longer for the memory that it saves, as a share of its time; also by `tune`'s measure.
 MARGIN = 0.02
 _OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
+#: Seconds that Python takes for a program in evaluation beyond what it takes for stock's modules, on a Zen 5 where the
+#: weights read since its last call have displaced it from the caches (twice as long as else): with the weights as they
+#: are, and with packed ones.
+_FEW_OVERHEAD, _PACKED_OVERHEAD = 160e-6, 250e-6
+#: Seconds a byte of weight by which stock's convolutions take longer there than ours, by what ATen does: of one image
+#: it takes a plain matrix product, slowly where a contiguous weight of several taps meets several pixels; of more, or
+#: of large ones, oneDNN's, which reorders the weight at every call, a contiguous one of several taps faster.
+_ONE_IMAGE, _CONTIGUOUS, _REORDERED, _REORDERED_CONTIGUOUS = 25e-12, 100e-12, 50e-12, 15e-12
+_PLAIN = 20480  # elements of one image up to which ATen takes the plain product
+#: What else a packed convolution saves of the time that :data:`_RATE` tells, and bytes a second of passes in cache.
+_PACKED, _PASSES = 0.1, 10e9
 #: FLOP/s of a thread in float32 convolutions; measured on Zen 4: 170 to 210 by two threads. Zen 5's units, which
 #: make plain products slow beside oneDNN, are twice as wide. Told by the processor's family, not by a
 #: measurement, which load disturbs and each process would make anew, nor by the frequency, which virtual machines may
@@ -74,10 +87,15 @@ def stock_bytes(call: Call, shapes: list[torch.Size]) -> int:
     return sum(shapes[value].numel() for value in saved) * call.x.element_size()
 
 
-def _convolutions(call: Call, shapes: list[torch.Size]) -> list[tuple[Conv, Tensor, int]]:
-    """Geometry, weight and output pixels of each."""
-    places = zip(call.program.numbered, call.tensors, strict=True)
-    return [(node.conv, own.weight, pixels(shapes[v])) for (v, node), own in places if isinstance(node, Convolution)]
+def _saved_by_filtering(call: Call, shapes: list[torch.Size]) -> float:
+    """Seconds that convolutions and their inputs' gradients take less by minimal filtering than by direct sums."""
+    if call.x.dtype != torch.float32:
+        return 0.0
+    products = 0
+    for value, node, own in call.convolutions:
+        products += winograd.saved_products(shapes[value], own.weight, node.conv, transposed=True)
+        products += winograd.saved_products(shapes[node.source], own.weight, node.conv) if own.bias is None else 0
+    return 2 * products / (rate(call.x.dtype) * threads())
 
 
 def pixels(shape: torch.Size) -> int:
@@ -85,9 +103,40 @@ def pixels(shape: torch.Size) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-def stays_in_cache(saved: int, flops: int, dtype: torch.dtype) -> bool:
-    """Whether passes over what stock saves cost little, and Python much beside the convolutions' FLOPs."""
-    return saved <= cache_bytes() and _OVERHEAD * rate(dtype) * threads() >= MARGIN * flops
+def passes_bytes(call: Call, shapes: list[torch.Size]) -> int:
+    """What stock moves beside its convolutions: a read and a write for each norm, sum and ReLU."""
+    elements = 0
+    for value, node in call.program.numbered:
+        made = isinstance(node, Normalisation | Addition)
+        elements += shapes[value].numel() * (made + (made and node.relu))
+    return 2 * elements * call.x.element_size()
+
+
+def is_small_in_evaluation(call: Call, shapes: list[torch.Size], few: bool) -> bool:
+    """Whether stock's operations are expected to be faster than the steps of evaluation on a CPU.
+
+    `few`: these read the weights as they are; else folded and packed ones are kept, whose origin is compared.
+    """
+    saved, flops = 0.0, 0
+    for (value, node), own in zip(call.program.numbered, call.tensors, strict=True):
+        if isinstance(node, Convolution):
+            outputs = pixels(shapes[value])
+            saved += own.weight.numel() * call.x.element_size() * _slower(own.weight, shapes[node.source], outputs, few)
+            flops += 2 * own.weight.numel() * outputs
+    if few:
+        return saved < _FEW_OVERHEAD
+    beside = _PACKED * flops / rate(call.x.dtype) + passes_bytes(call, shapes) / _PASSES
+    return saved + beside / threads() < _PACKED_OVERHEAD
+
+
+def _slower(weight: Tensor, image: torch.Size, outputs: int, few: bool) -> float:
+    """Seconds a byte of a convolution's weight that stock takes longer."""
+    contiguous = weight.is_contiguous() and weight.shape[2:].numel() > 1
+    if image[0] > 1 or image[1:].numel() > _PLAIN:
+        return _REORDERED_CONTIGUOUS if contiguous and not few else _REORDERED
+    if contiguous and outputs > 1:
+        return _CONTIGUOUS
+    return _ONE_IMAGE if few else 0.0
 
 
 def is_small(call: Call, shapes: list[torch.Size]) -> bool:
@@ -95,9 +144,11 @@ def is_small(call: Call, shapes: list[torch.Size]) -> bool:
     x = call.x
     if not HAS_AVX512 or x.device.type != "cpu" or call.program.backend != "auto":
         return False
-    convolutions = _convolutions(call, shapes)
+    convolutions = [(node.conv, own.weight, pixels(shapes[value])) for value, node, own in call.convolutions]
     flops = sum(6 * weight.numel() * outputs for _, weight, outputs in convolutions)  # forward and both gradients
-    if not stays_in_cache(stock_bytes(call, shapes), flops, x.dtype):
+    if stock_bytes(call, shapes) > cache_bytes() or _OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
+        return False  # passes over what stock saves cost something, or Python little beside the convolutions
+    if _saved_by_filtering(call, shapes) >= _OVERHEAD:
         return False
     if SLOW_PRODUCTS:
         return True

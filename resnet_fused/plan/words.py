@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from ..steps import evaluation, gpu_evaluation
-from ..steps.evaluation import FoldedConvolution, ForwardStep, NormPass, NormValue, RawPool, StockNorm, StockPool
+from ..steps.directions import Lowered
+from ..steps.evaluation import (
+    FewPixels,
+    FoldedConvolution,
+    ForwardStep,
+    NormPass,
+    NormValue,
+    RawPool,
+    StockNorm,
+    StockPool,
+)
 from ..steps.gpu_evaluation import Add, Product
 from ..steps.join import Join
 from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
 from ..steps.pooled import PooledNorm
 from ..steps.program import Program
-from ..steps.program_node import Lowered
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
 
@@ -44,6 +53,7 @@ def of_steps(lowered: Lowered) -> str:
 
 _EVALUATION = {
     FoldedConvolution: "convolution",
+    FewPixels: "convolution of few pixels",
     NormValue: "norm on load",
     NormPass: "pass",
     StockNorm: "norm",
@@ -63,7 +73,7 @@ def of_evaluation(lowered: evaluation.Lowered) -> str:
 def _word(step: ForwardStep) -> str:
     """A step, with what it does beside."""
     word, part = _EVALUATION[type(step)], step.folded if isinstance(step, FoldedConvolution) else None
-    part = step.main if isinstance(step, Product) else part
+    part = step.main if isinstance(step, Product | FewPixels) else part
     normed = isinstance(step, NormPass) or (part is not None and part.norm is not None)
     added = step.other is not None or (isinstance(step, Product) and step.projection is not None)
     beside = {"norm": normed, "sum": added and not isinstance(step, Add), "ReLU": step.relu}

@@ -2,6 +2,7 @@
 
 ==========================  =========================================================================================
 :class:`FoldedConvolution`  a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
+:class:`FewPixels`          the same where the weight is read as it is
 :class:`NormValue`          batch norm as a value ``scale*z + shift``: nothing is written
 :class:`NormPass`           such a value, and a sum behind it, written in one pass
 :class:`RawPool`            such a value, clamped and pooled in one pass
@@ -48,7 +49,7 @@ def parts(value: Tensor | Raw) -> tuple[Tensor, Tensor | None, Tensor | None]:
 class Evaluation:
     """One call: its values as far as they are made, and bounds of them where weights are kept on the CPU.
 
-    `direct`: convolutions go to oneDNN without dispatch, see `onednn.conv_packed`.
+    `direct`: convolutions are called without dispatch, which would find that the CPU backend runs them.
     """
 
     def __init__(self, call: Call, inputs: list[Tensor], direct: bool = False) -> None:
@@ -141,6 +142,31 @@ class FoldedConvolution(ForwardStep):
             bounds.remember(other, e.bounds[self.other])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewPixels(ForwardStep):
+    """The convolution of `main`, its norm if there is one, sum and ReLU, with nothing made of the weight."""
+
+    ops: ClassVar[tuple[str, ...]] = ("conv_norm_add_relu",)
+
+    main: Part
+    conv: Conv
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        own, norm, eps = e.own(self.main.conv), StepTensors(None), 1.0
+        if self.main.norm is not None:
+            norm, eps = e.own(self.main.norm), e.program.maker(self.main.norm).norm.eps
+        weight, vectors = own.weight, (own.bias, norm.running_mean, norm.running_var, norm.gamma, norm.beta)
+        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+            weight = weight.contiguous()
+        vectors = [t if t is None or t.is_contiguous() else t.contiguous() for t in vectors]
+        other = None if self.other is None else e.values[self.other]
+        arguments = (e.values[self.source], weight, *vectors, eps, other, *self.conv.args[:3], self.relu)
+        if e.direct:
+            e.values[self.value] = torch.ops.resnet_fused.conv_norm_add_relu.default(*arguments)
+        else:
+            e.values[self.value] = run("conv_norm_add_relu", *arguments, backend=e.backend)
+
+
 @dataclasses.dataclass(frozen=True)
 class NormValue(ForwardStep):
     """Batch norm as a :class:`Raw`. `biased`: the convolution before it was run without its bias."""
@@ -178,7 +204,8 @@ class StockNorm(ForwardStep):
 
     def forward(self, e: Evaluation, made: None) -> None:
         settings = e.program.maker(self.value).norm
-        e.values[self.value] = channels_last(stock.norm(e.values[self.source], e.own(self.value), settings))
+        out = channels_last(stock.norm(e.values[self.source], e.own(self.value), settings))
+        e.values[self.value] = torch.relu_(out) if self.relu else out
 
 
 class RawPool(ForwardStep):
@@ -208,6 +235,7 @@ class Lowered(NamedTuple):
     steps: tuple
     dead: tuple[tuple[int, ...], ...]
     measured: tuple[bool, ...]  # of each input, whether a ReLU in oneDNN's epilogue depends on its bound
+    folds: bool  # whether a step on a CPU is made from parameters, see `part`
 
     def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
         """The output. `made`: for each step, what it is made from, see `part`."""

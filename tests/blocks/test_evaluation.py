@@ -16,6 +16,7 @@ from resnet_fused.blocks.evaluation import takes
 from resnet_fused.library import status
 from resnet_fused.plan import choose
 from resnet_fused.plan.devices import DEVICES
+from resnet_fused.plan.evaluation import lower
 from resnet_fused.steps import Conv, Norm, Pool, folding
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, residual_program
 from resnet_fused.steps.stock import program_output
@@ -114,6 +115,22 @@ def case(request):
     return call, stock_output(call)
 
 
+@pytest.fixture(params=[*CASES, *MORE])
+def few(request):
+    """A call in float64 with so few pixels that weights are read as they are, of both layouts."""
+    torch.manual_seed(0)
+    program, tensors = frozen(*(CASES | MORE)[request.param]())
+    if any(isinstance(node, Convolution) and node.conv.groups > 1 for node in program.nodes):
+        pytest.skip("a grouped convolution is none of them")
+    for own in tensors[::2]:
+        if own.weight is not None:
+            own.weight.data = own.weight.data.contiguous(memory_format=torch.channels_last)
+    call = Call(program, torch.randn(1, 6, 4, 4, dtype=F64), tensors)
+    if program.inputs == 2:
+        call = call._replace(residual=torch.randn(call.shapes()[-1], dtype=F64))
+    return call
+
+
 def stock_output(call):
     return program_output(call)
 
@@ -159,6 +176,36 @@ def test_a_cpu_has_stocks_values(case, dtype, kept):
         assert got.dtype == dtype
         assert error(got, exact) <= 2 * error(theirs, exact) + (2e-6 if dtype == torch.float32 else 4e-3)
     assert all(map(torch.equal, narrow.inputs, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("kept", [False, True])
+def test_few_pixels_have_stocks_values_and_see_every_write(few, dtype, kept):
+    call = moved(few, dtype)
+    modules = modules_of(call) if kept else None
+    with choose.observing() as said:
+        lower(call)
+    assert "few pixels" in said[0] or not any(isinstance(node, Convolution) for node in call.program.nodes)
+    before = [t.clone() for t in call.inputs]
+    for _ in range(2):
+        exact, theirs = stock_output(moved(call, F64)), stock_output(call)
+        got = evaluate(call, modules)
+        assert got.dtype == dtype and error(got, exact) <= 2 * error(theirs, exact) + (2e-6 if dtype != F64 else 1e-14)
+        for own in call.tensors:
+            for t in own[:6]:
+                if t is not None:
+                    t.data.mul_(1.25)
+    assert all(map(torch.equal, call.inputs, before))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_among_few_pixels(few, value):
+    x = few.x.clone()
+    x[0, 0, 0, 0] = x[0, 1, 1, 1] = value
+    call = moved(few._replace(x=x), torch.float32)
+    got, want = evaluate(call, modules_of(call)), stock_output(call)
+    assert torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got.isinf(), want.isinf())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -8,15 +8,23 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.blocks import evaluation
+from resnet_fused.blocks import evaluation, runtime
+from resnet_fused.blocks.site import sites_in
+from resnet_fused.convert.swap import STATE
 from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
+from resnet_fused.plan import choose
 from resnet_fused.steps import folding
 
 pytestmark = [
     pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}"),
     pytest.mark.skipif(torch.float32 not in onednn.SERVED, reason=onednn.missing(torch.float32)),
 ]
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def block(kind=Bottleneck):
@@ -54,16 +62,26 @@ AFTERWARDS = {
     "eps": lambda m: setattr(m.bn1, "eps", 0.5),
     "other strides": lambda m: setattr(m.conv2.weight, "data", m.conv2.weight.data.transpose(2, 3)),
     "another weight": lambda m: setattr(m, "conv3", nn.Conv2d(4, 16, 1, bias=False)),
+    "a hook": lambda m: m.bn2.register_forward_hook(lambda module, args, out: out + 1),
+    "a method": lambda m: setattr(m.conv2, "forward", lambda x: x * 2),
+    "another norm's class": lambda m: setattr(m.bn2, "__class__", Doubled),
     "infinity": lambda m: m.conv1.weight[0, 0].fill_(float("inf")),
 }
 
 
+def one_site(model):
+    (site,) = sites_in(model, model.__dict__[STATE].form.shapes, "auto", model.__dict__[STATE].form.modules)
+    return site
+
+
+@pytest.mark.parametrize("size", [6, 4], ids=["packed", "as they are"])
 @pytest.mark.parametrize("change", AFTERWARDS.values(), ids=AFTERWARDS)
 @torch.no_grad()
-def test_what_changes_after_weights_are_settled_is_seen(change):
+def test_what_changes_after_weights_are_settled_is_seen(change, size):
     stock = block()
-    model, x = resnet_fused.fuse(copy.deepcopy(stock)), images(6)
+    model, x = resnet_fused.fuse(copy.deepcopy(stock)), images(size)
     settled(model, x)
+    assert len(one_site(model).kept.unchanged.ready) == (size == 4)  # of folded weights the origin is compared first
     for one in (stock, model):
         torch.manual_seed(3)
         change(one)
@@ -121,3 +139,27 @@ def test_one_tensor_in_another_place_is_seen():
         one.bn1.bias, one.conv1.bias = one.conv1.bias, None
     for _ in range(3):
         torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
+AROUND = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another backend": lambda: resnet_fused.use("reference"),
+    "a listener": choose.observing,
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+@torch.no_grad()
+def test_a_call_of_few_pixels_is_repeated_only_in_the_same_surroundings(monkeypatch, around):
+    stock = block()
+    model, x = settled(resnet_fused.fuse(copy.deepcopy(stock)), images(4)), images(4)
+    read = []
+    monkeypatch.setattr(runtime, "read", lambda *args, original=runtime.read: read.append(1) or original(*args))
+    model(x)
+    assert not read
+    with around():
+        got, want = model(x), stock(x)
+        assert read and got.requires_grad == want.requires_grad
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(model(x[:, :, :3]), stock(x[:, :, :3]), rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.convert import as_stock, fused_module
+from resnet_fused.convert import as_stock, fused_module, stage
 from resnet_fused.models import BasicBlock, resnet18
 from resnet_fused.plan import choose, measured, too_small
 from resnet_fused.steps import conv
@@ -66,7 +66,8 @@ def test_a_whole_network_is_known_with_its_stem_and_stages():
     assert as_stock.is_known(model.layer1, torch.randn(2, 64, 4, 4).requires_grad_().clone())
 
 
-def test_what_runs_fused_is_not_known():
+def test_what_runs_fused_is_not_known(monkeypatch):
+    monkeypatch.setattr(too_small, "is_small_in_evaluation", lambda *args: False)
     model = pair()[1].eval()
     with torch.no_grad():
         model(image()), model(image())
@@ -168,3 +169,21 @@ def test_only_the_smallest_stems_are_left_to_stock(monkeypatch):
         model = resnet_fused.fuse(resnet18(num_classes=3))
         model(x)
         assert as_stock.is_known(model, x) is kept
+
+
+@torch.no_grad()
+def test_a_stage_that_is_stocks_in_part_proves_the_other_blocks(monkeypatch):
+    monkeypatch.setattr(too_small, "is_small_in_evaluation", lambda call, *_: call.tensors[0].weight.shape[0] < 16)
+    torch.manual_seed(0)
+    wide = BasicBlock(8, 16, downsample=nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16)))
+    stock = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8), wide).eval()
+    model, x = resnet_fused.fuse(copy.deepcopy(stock)), image()
+    for _ in range(2):
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+    proven, original = [], stage.runnable
+    monkeypatch.setattr(stage, "runnable", lambda block: proven.append(block) or original(block))
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+    assert len(proven) == 1 and proven[0] is model[2]
+    for one in (model, stock):  # while the first block runs, the last one changes
+        one[0].conv1.register_forward_hook(lambda *args, one=one: setattr(one[2].bn1, "eps", 1.0))
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from tuned import notes
 import resnet_fused
 from resnet_fused.models import BasicBlock, Bottleneck
 from resnet_fused.plan import too_small
-from resnet_fused.steps import conv
+from resnet_fused.steps import conv, winograd
 
 SAID = "stock (stays in the cache)"
 
@@ -94,6 +94,19 @@ def test_two_percent_are_of_the_time_that_this_processor_takes(monkeypatch):
         assert (notes(fused(), fits(2)) == [SAID]) == wide
 
 
+@pytest.mark.plans_small
+@pytest.mark.skipif(not winograd.IS_BUILT, reason="no compiled library for AVX2 or AVX-512")
+def test_filtering_that_saves_more_than_python_takes(monkeypatch):
+    """Two convolutions of 64 channels on 2 images of 8x8, forward and input's gradient: 32 tiles each."""
+    monkeypatch.setattr(too_small, "threads", lambda: 2)
+    saved = 4 * (9 * 128 * 64 * 64 - 32 * (16 * 64 * 64 + 200 * 128))
+    for share, small in ((0.99, False), (1.01, True)):
+        monkeypatch.setattr(too_small, "_OVERHEAD", share * 2 * saved / (2 * too_small.rate(torch.float32)))
+        model = resnet_fused.fuse(BasicBlock(64, 64).to(memory_format=torch.channels_last))
+        assert (notes(model, fits(2)) == [SAID]) is small
+        assert notes(model.double(), fits(2).double()) == [SAID]
+
+
 def test_not_where_everything_is_to_be_fused():
     assert notes(fused(), fits(2)) != [SAID]
 
@@ -127,3 +140,25 @@ def test_size_of_the_cache(monkeypatch):
     monkeypatch.undo()
     assert 1 << 17 <= too_small.cache_bytes() <= 1 << 31
     assert too_small.cache_bytes() % 1024 == 0
+
+
+@pytest.mark.plans_small
+@pytest.mark.parametrize(
+    ("channels", "size", "layout", "word"),
+    [
+        (64, 4, torch.channels_last, "stock (too small to gain)"),
+        (64, 8, torch.channels_last, "stock (too small to gain)"),
+        (640, 1, torch.channels_last, "few pixels"),  # two weights of 14.7 MB
+        (256, 2, torch.channels_last, "stock (too small to gain)"),  # of 2.4 MB, which stock multiplies well
+        (256, 2, torch.contiguous_format, "few pixels"),  # and slowly
+        (64, 96, torch.channels_last, "evaluation: convolution with"),
+    ],
+)
+def test_evaluation_is_stocks_where_fusion_saves_less_than_python_takes(channels, size, layout, word):
+    model = resnet_fused.fuse(BasicBlock(channels, channels).eval()).to(memory_format=layout)
+    x = torch.randn(1, channels, size, size).contiguous(memory_format=layout)
+    with torch.no_grad():
+        (said,) = notes(model, x)
+        assert word in said
+        with resnet_fused.use("cpu"):
+            assert "stock" not in notes(model, x)[0]

@@ -1,0 +1,49 @@
+// Argument errors of conv_norm_add_relu.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+
+namespace resnet_fused {
+
+// Of the convolution itself.
+inline void check_conv_norm_add_relu(const char* op, const Tensor& x, const Tensor& weight,
+                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                     const std::vector<int64_t>& dilation) {
+  check_data(op, "x", x);
+  if (x.scalar_type() != stat_dtype(x.scalar_type()) || weight.scalar_type() != x.scalar_type()) {
+    fail(op, ": got ", x.scalar_type(), " x and ", weight.scalar_type(), " weight; pass Float or Double for both");
+  }
+  check_device(op, "weight", weight, x);
+  if (stride.size() != 2 || padding.size() != 2 || dilation.size() != 2) {
+    fail(op, ": stride, padding and dilation have ", stride.size(), ", ", padding.size(), " and ", dilation.size(),
+         " entries; pass two of each");
+  }
+  bool fits = weight.dim() == 4 && weight.size(1) == x.size(1);
+  for (int64_t i = 0; fits && i < 2; ++i) {
+    const int64_t reach = dilation[i] * (weight.size(2 + i) - 1) + 1;
+    fits = stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 && x.size(2 + i) + 2 * padding[i] >= reach;
+  }
+  if (!fits) {
+    fail(op, ": weight ", shape_of(weight), " does not fit x ", shape_of(x),
+         "; pass a [K, C, R, S] weight without groups that lies within the padded image");
+  }
+  if (!weight.is_contiguous() && !is_channels_last(weight)) {
+    fail(op, ": weight is neither contiguous nor channels_last; pass weight.contiguous()");
+  }
+}
+
+// `out`: of the shape and dtype that results.
+inline void check_behind_conv(const char* op, const Tensor& out, const OptionalTensor& bias, const OptionalTensor& mean,
+                              const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
+                              const OptionalTensor& residual) {
+  check_pair(op, "mean", mean, "var", var, out);
+  if (bias) check_vector(op, "bias", *bias, out);
+  if (gamma) check_vector(op, "gamma", *gamma, out);
+  if (beta) check_vector(op, "beta", *beta, out);
+  if ((gamma || beta) && !mean) fail(op, ": got gamma or beta without mean; pass mean and var");
+  if (residual) check_like(op, "residual", *residual, "the result", out);
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,85 @@
+"""Convolution of few pixels as the module keeps its weight, with all that follows it on the accumulator.
+
+Formula, absent terms being 0::
+
+    z   = conv2d(x, weight, bias, stride, padding, dilation)
+    y   = (z - mean[k]) * gamma[k]/sqrt(var[k] + eps) + beta[k]  (mean absent: z)  + residual
+    out = y < 0 ? 0 : y  if relu else y                          (NaN passes, as in stock)
+
+`x`: ``[N, C, H, W]``, `residual` and `out`: ``[N, K, H', W']``, channels_last; `weight`: ``[K, C, R, S]``, contiguous
+or channels_last, without groups; `bias`, `mean`, `var`, `gamma`, `beta`: ``[K]``. One dtype, float32 or float64, in
+which everything is computed; `mean` and `var`, the running statistics, come together.
+
+The weight is read once, as it lies in memory, and taps that meet no pixel are not (of a channels_last weight). Nothing
+is made of it that could be kept, so it is seen as it is at every call.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .contract import Tensor, channels_last, define, nbytes, per_channel, takes_arguments_of
+from .conv_add_relu import output_shape
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
+    "Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, bool relu=False) -> Tensor out"
+)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    relu: bool = False,
+) -> Tensor:
+    y = torch.conv2d(x, weight, None, stride, padding, dilation)
+    y = y if bias is None else y + per_channel(bias)
+    if mean is not None:
+        rstd = (var + eps).rsqrt()
+        y = (y - per_channel(mean)) * per_channel(rstd if gamma is None else gamma * rstd)
+        y = y if beta is None else y + per_channel(beta)
+    y = y if residual is None else y + residual
+    return channels_last((torch.relu(y) if relu else y).to(x.dtype))
+
+
+@takes_arguments_of(reference)
+def fake(a) -> Tensor:
+    n, k, h, w = output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)
+    return a.x.new_empty_strided((n, k, h, w), (h * w * k, 1, w * k, k))
+
+
+@takes_arguments_of(reference)
+def bytes(a) -> int:
+    """One read of `x`, `weight` and `residual`, one write of `out`."""
+    out = math.prod(output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)) * a.x.element_size()
+    return nbytes(a.x, a.weight, a.residual) + out
+
+
+@takes_arguments_of(reference)
+def flops(a) -> int:
+    """Two per multiply-add of the convolution; what follows is not counted."""
+    return 2 * math.prod(output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)) * a.weight[0].numel()
+
+
+OP = define(
+    "conv_norm_add_relu",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    ulps=4,
+)

@@ -1,0 +1,190 @@
+"""The steps of a program in evaluation, once it is known which kernels there are: see :mod:`.evaluation`."""
+
+from __future__ import annotations
+
+from ..steps.evaluation import (
+    FewPixels,
+    FoldedConvolution,
+    ForwardStep,
+    Lowered,
+    NormPass,
+    NormValue,
+    RawPool,
+    StockNorm,
+    StockPool,
+)
+from ..steps.folding import Part
+from ..steps.gpu_evaluation import Add, Convolve, Product
+from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+
+
+def _sole_reader(program: Program, value: int) -> tuple[int | None, Node | None]:
+    """The number and the node of the only reader of a value."""
+    readers = program.readers(value)
+    return (readers[0], program.maker(readers[0])) if len(readers) == 1 else (None, None)
+
+
+def carries_sum(program: Program, value: int) -> bool:
+    """Whether a value is the branch of an addition, read by that alone, and linear in what it is made of."""
+    _, add = _sole_reader(program, value)
+    if not isinstance(add, Addition) or add.branch != value or add.other == value:
+        return False
+    return isinstance(program.maker(value), Convolution) or program.is_affine(value)
+
+
+class Steps:
+    """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
+    has no norm; None: on a CPU. `few`: with the weights as they are.
+
+    `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
+    the norms that their readers apply on load.
+    """
+
+    def __init__(self, program: Program, pointwise: dict[int, str] | None = None, few: bool = False) -> None:
+        self.program, self.gpu, self.few = program, pointwise is not None, few
+        self.projections: set[int] = set()
+        self.lazy: set[int] = set()
+        self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
+        if pointwise is not None:
+            self.carriers = {value for value in pointwise if self._has_epilogue(value)}
+            self.projections = self._projections(pointwise)
+            self.carriers = {value for value in self.carriers - self.projections if self._pays(value, pointwise)}
+            self.projections = self._projections(pointwise)
+            self.lazy = {value for value, _ in program.numbered if self._is_lazy(value)}
+
+    def _norm_behind(self, conv: int) -> int | None:
+        """The norm that alone reads a convolution."""
+        number, reader = _sole_reader(self.program, conv)
+        is_conv = isinstance(self.program.maker(conv), Convolution)
+        return number if is_conv and isinstance(reader, Normalisation) else None
+
+    def _has_epilogue(self, conv: int) -> bool:
+        """Whether there is something that a product's epilogue would spare."""
+        end = self._norm_behind(conv)
+        end = conv if end is None else end
+        _, reader = _sole_reader(self.program, end)
+        if self.program.maker(conv).conv.stride != (1, 1) or isinstance(reader, Pooling):
+            return False
+        return carries_sum(self.program, end) if isinstance(reader, Addition) and self._is_linear(end) else end != conv
+
+    def _is_linear(self, value: int) -> bool:
+        return isinstance(self.program.maker(value), Convolution) or self.program.is_affine(value)
+
+    def _folded(self, end: int) -> Part | None:
+        """The convolution, or convolution and norm, that make a value and carry what is behind it."""
+        if end in self.carriers:
+            return Part(end)
+        part = self._pair(end)
+        return part if part is not None and part.conv in self.carriers else None
+
+    def _pair(self, norm: int) -> Part | None:
+        """A norm and the convolution that it alone reads."""
+        node = self.program.maker(norm)
+        is_pair = isinstance(node, Normalisation) and self._norm_behind(node.source) == norm
+        return Part(node.source, norm) if is_pair else None
+
+    def _projection(self, other: int) -> Part | None:
+        """The convolution, or convolution and norm, that make a summand and nothing else."""
+        if _sole_reader(self.program, other)[0] is None or not self._is_linear(other):
+            return None
+        return Part(other) if isinstance(self.program.maker(other), Convolution) else self._pair(other)
+
+    def _projections(self, pointwise: dict[int, str]) -> set[int]:
+        additions = [node for node in self.program.nodes if isinstance(node, Addition) and self._folded(node.branch)]
+        found = [self._projection(node.other) for node in additions]
+        return {part.conv for part in found if part is not None and part.conv in pointwise}
+
+    def _is_lazy(self, value: int) -> bool:
+        """Whether all readers of a norm with ReLU apply it on load."""
+        node, readers = self.program.maker(value), self.program.readers(value)
+        if not isinstance(node, Normalisation) or not node.relu or self._folded(value) is not None:
+            return False
+        return bool(readers) and all(reader in self.carriers for reader in readers)
+
+    def _pays(self, conv: int, shifts: dict[int, str]) -> bool:
+        """Whether a product is no launch more than stock: without a norm it wants vectors of ones and of shifts."""
+        node, (_, add) = self.program.maker(conv), _sole_reader(self.program, conv)
+        if not isinstance(add, Addition):
+            return True
+        part = self._projection(add.other)
+        projected = part is not None and part.conv in self.projections
+        made = [shifts[conv], *([shifts[part.conv]] if projected and part.norm is None else [])]
+        spared = add.relu + projected + (self._is_lazy(node.source) and self.program.readers(node.source) == (conv,))
+        return made.count("cast") + ("zeros" in made) <= spared
+
+    def lowered(self) -> Lowered:
+        steps: list[ForwardStep] = []
+        made = {
+            Convolution: self._convolution,
+            Normalisation: self._norm,
+            Addition: self._addition,
+            Pooling: self._pool,
+        }
+        for value, node in self.program.numbered:
+            steps += made[type(node)](value, node)
+        last = {value: i for i, step in enumerate(steps) for value in step.reads if value != self.program.output}
+        dead = tuple(tuple(value for value, at in last.items() if at == i) for i in range(len(steps)))
+        measured: set[int] = set()
+        for step in reversed(steps):
+            if step.value in measured or (isinstance(step, FoldedConvolution) and step.relu):
+                measured |= set(step.reads)
+        inputs, folds = range(self.program.inputs), any(step.part is not None for step in steps)
+        return Lowered(self.program, tuple(steps), dead, tuple(i in measured for i in inputs), folds)
+
+    def _carry(self, value: int, part: Part, other: int | None = None, relu: bool = False) -> list[ForwardStep]:
+        """The step of a convolution that carries all up to `value`."""
+        node = self.program.maker(part.conv)
+        if self.few:
+            return [FewPixels(value, node.source, other, relu, main=part, conv=node.conv)]
+        if not self.gpu:
+            in_place = other is not None and other >= self.program.inputs and len(self.program.readers(other)) == 1
+            more = {"folded": part, "conv": node.conv, "in_place": in_place}
+            return [FoldedConvolution(value, node.source, other, relu, **more)]
+        second = None if other is None else self._projection(other)
+        if second is None or second.conv not in self.projections:
+            return [Product(value, node.source, other, relu, main=part)]
+        more = {"projection": second, "projected": self.program.maker(second.conv).source}
+        return [Product(value, node.source, None, relu, main=part, **more)]
+
+    def _convolution(self, value: int, node: Convolution) -> list[ForwardStep]:
+        norm = self._norm_behind(value)
+        if value in self.projections:
+            return []
+        if value not in self.carriers:
+            return [Convolve(value, node.source, biased=norm is None or self._is_bare(norm))]
+        behind = norm is not None or carries_sum(self.program, value)  # which brings it
+        return [] if behind else self._carry(value, Part(value))
+
+    def _is_bare(self, norm: int) -> bool:
+        """Whether a norm without ReLU has nothing behind it that takes it as a value."""
+        _, add = _sole_reader(self.program, norm)
+        if not self.program.is_affine(norm) or not isinstance(add, Addition):
+            return self.program.is_affine(norm)
+        return not self.gpu and norm != add.branch and self._folded(add.branch) is not None
+
+    def _norm(self, value: int, node: Normalisation) -> list[ForwardStep]:
+        part = self._folded(value)
+        if node.source in self.projections or (part is not None and carries_sum(self.program, value)):
+            return []
+        if part is not None:
+            return self._carry(value, part, relu=node.relu)
+        if self.few or self._is_bare(value):
+            return [StockNorm(value, node.source, relu=node.relu)]
+        _, reader = _sole_reader(self.program, value)
+        taken = not node.relu or value in self.lazy or isinstance(reader, Pooling)
+        made = NormValue(value, node.source, biased=self._pair(value) is not None)
+        return [made] if taken else [made, NormPass(value, value, relu=True)]
+
+    def _addition(self, value: int, node: Addition) -> list[ForwardStep]:
+        part = self._folded(node.branch)
+        if part is not None:
+            return self._carry(value, part, node.other, node.relu)
+        if self.program.is_affine(node.branch) and not self.few:
+            return [NormPass(value, node.branch, node.other, node.relu)]
+        if self.program.is_affine(node.other) and not self.few and not self._is_bare(node.other):
+            return [NormPass(value, node.other, node.branch, node.relu)]
+        return [Add(value, node.branch, node.other, node.relu)]
+
+    def _pool(self, value: int, node: Pooling) -> list[ForwardStep]:
+        raw = not self.few and self._folded(node.source) is None
+        return [(RawPool if raw else StockPool)(value, node.source)]

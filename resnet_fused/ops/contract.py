@@ -36,6 +36,11 @@ def one_more_for_sums(results: list[Tensor]) -> int:
     return 2 if len(results) > 1 else 1
 
 
+def none_in_full(*args, **kwargs) -> int:
+    """Of an op that multiplies its data as it comes."""
+    return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One operation: its name, schema, meaning and cost."""
@@ -53,7 +58,8 @@ class Op:
     #: it may not come in many binaries, each of which is judged by itself.
     forms: str = ""
     launches: Callable = one_launch  # the results that are not empty -> kernels that a GPU starts for them
-    full_precision: bool = False  # digits cancel: its products of float32 may not be rounded to TF32
+    #: Same arguments -> those of the FLOPs that are in full float32, whatever the data: digits cancel.
+    full_flops: Callable = none_in_full
     sums_of_rounded: bool = False  # its sums are of values rounded to the activations' dtype first, see :mod:`.lazy`
     ulps: int = 1  # units in the last place by which a rounded activation may differ from the exact one
 

@@ -64,14 +64,14 @@ def reference(
     rounded: bool = False,
 ) -> tuple[Tensor, ...]:
     dz = lazy.gradient(g, mask, z, a, b, d, scale, shift, sample_factor)
-    grad_weight, sum_dz = conv1x1_wgrad.reference(dz, x, x_scale=x_scale, x_shift=x_shift, rounded=rounded)
+    grad_weight, sum_dz, *_ = conv1x1_wgrad.reference(dz, x, x_scale=x_scale, x_shift=x_shift, rounded=rounded)
     added = {"coupling": coupling, "constant": constant, "residual": residual}
     added |= {"residual_mask": residual_mask, "residual_stride": residual_stride, "a": weight_scale}
     if x_mean is not None:
         added |= {"x": x, "x_scale": x_scale, "x_shift": x_shift, "x_mean": x_mean, "x_rstd": x_rstd}
     else:
         added |= {"x": lazy.activation(x, x_scale, x_shift)}
-    grad_x, *sums = conv1x1_dgrad.reference(dz, weight, **added)
+    grad_x, *sums, _ = conv1x1_dgrad.reference(dz, weight, **added)
     return grad_x, grad_weight, sum_dz, *sums
 
 

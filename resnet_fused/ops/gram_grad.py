@@ -117,5 +117,5 @@ OP = define(
     compiled=True,
     forms=FORMS,
     launches=launches,
-    full_precision=True,
+    full_flops=flops,
 )

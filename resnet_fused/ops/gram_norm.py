@@ -91,5 +91,5 @@ OP = define(
     small=True,
     compiled=True,
     forms=FORMS,
-    full_precision=True,
+    full_flops=flops,
 )

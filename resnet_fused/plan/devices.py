@@ -67,10 +67,11 @@ class Device:
             return self.half
         return self.tf32 if dtype == torch.float32 and tf32.allowed() else self.single
 
-    def seconds(self, bytes: int, flops: int, dtype: torch.dtype, launches: int = 1, full: bool = False) -> float:
-        """Expected time of one operation; `full`: in float32 outside of tensor cores, whatever its data are."""
-        moving, peak = bytes / (self.bandwidth_share * self.bandwidth), self.single if full else self.peak(dtype)
-        return max(moving, flops / (self.compute_share * peak)) + launches * self.overhead
+    def seconds(self, bytes: int, flops: int, dtype: torch.dtype, launches: int = 1, full: int = 0) -> float:
+        """Expected time of one operation; `full`: FLOPs in float32 outside of tensor cores, whatever its data are."""
+        computing = (flops - full) / self.peak(dtype) + full / self.single
+        moving = bytes / (self.bandwidth_share * self.bandwidth)
+        return max(moving, computing / self.compute_share) + launches * self.overhead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Operation:
     flops: int
     dtype: torch.dtype  # of its data
     launches: int = 1
-    full: bool = False  # whether it multiplies in full float32, which tensor cores cannot
+    full: int = 0  # FLOPs in full float32, which tensor cores cannot
 
 
 def predict(operations: Iterable[Operation], device: Device) -> float:

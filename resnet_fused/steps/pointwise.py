@@ -1,8 +1,9 @@
 """Gradients of a 1x1 convolution on values: what it read is applied on load, what batch norm needs is emitted.
 
-Two ops read the lazy gradient: one for the weight, one for the input, whose epilogue takes the gradient through the
+Two passes read the lazy gradient: one for the weight, one for the input, whose epilogue takes the gradient through the
 ReLU before it and emits what that batch norm's gradient is made of, or adds the gradient of the other path into the
-same tensor. Where the convolution is narrow, one op does both. Nothing else passes over memory.
+same tensor; one op makes both, with a launch less than two. Where the convolution is narrow, one pass does. Nothing
+else passes over memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def weight_grad(grad: LazyGrad, value: Value, step: Step, weight: Tensor, backen
     """Gradient of the weight, in its dtype, which is that of x."""
     x, scale, shift = parts(value)
     options = grad.on_load() | {"x_scale": scale, "x_shift": shift, "stride": step.conv.stride, "rounded": True}
-    product, _ = run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
+    product, *_ = run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
     return product.view(weight.shape)
 
 
@@ -67,25 +68,57 @@ def input_grad(
     `weight` None: `grad` is the product with it already. `other`: added, where the step read a tensor. `correction`:
     coupling and constant of a Gram join; that of `other` takes its place.
     """
+    return _input_grad(grad, value, step, previous, weight, backend, other, correction)[0]
+
+
+def two_grads(
+    grad: LazyGrad,
+    value: Value,
+    step: Step,
+    previous: Step | None,
+    weight: Tensor,
+    backend: str,
+    other: Pending | None = None,
+) -> tuple[Tensor | LazyGrad, Tensor]:
+    """What :func:`input_grad` and :func:`weight_grad` make, of one value, with a launch less."""
+    found, product = _input_grad(grad, value, step, previous, weight, backend, other, weight_grad=True)
+    return found, product.view(weight.shape)
+
+
+def _input_grad(
+    grad: LazyGrad,
+    value: Value,
+    step: Step,
+    previous: Step | None,
+    weight: Tensor | None,
+    backend: str,
+    other: Pending | None,
+    correction: tuple[Tensor, Tensor] | None = None,
+    weight_grad: bool = False,
+) -> tuple[Tensor | LazyGrad, Tensor]:
+    """The input's gradient, and with `weight_grad` the weight's, ``[K, C]``."""
     x, scale, shift = parts(value)
     options: dict = grad.on_load()
     weight = None if weight is None else weight.contiguous()
     correction = other.correction if correction is None and other is not None else correction
     if correction is not None:
         options |= {"coupling": correction[0], "constant": correction[1]}
-    if correction is not None or scale is not None:
+    if correction is not None or scale is not None or weight_grad:
         options |= {"x": x, "x_stride": step.conv.stride}
+    if weight_grad:
+        options["weight_grad"] = True
     if isinstance(value, Lazy):
         options |= {"x_scale": scale, "x_shift": shift} | asked(value, previous)
-        grad_x, *sums = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
+        grad_x, *sums, product = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
         if step.conv.stride != (1, 1):  # of the pixels that nobody read it is 0, and adds nothing to the sums
             compact, (rows, columns) = grad_x, step.conv.stride
             grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
             grad_x[:, :, ::rows, ::columns] = compact
-        return through(grad_x, tuple(sums), value, previous, backend)
+        return through(grad_x, tuple(sums), value, previous, backend), product
     if other is not None:
         options |= {"residual": other.grad, "residual_mask": other.mask, "residual_stride": other.pixels}
-    return run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)[0]
+    grad_x, *_, product = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
+    return grad_x, product
 
 
 class Both(NamedTuple):

@@ -5,7 +5,8 @@ product that writes the output once (:mod:`.folded_join` has the mathematics). I
 written either: the sign bits of the output are, and readers mask on load. *Written*, z has come with its statistics,
 and is normalised and added in one more pass.
 
-Small matrices of a Gram join: one launch forward (`gram_norm`), two backward (`gram_grad`).
+Small matrices of a Gram join: one launch forward (`gram_norm`). Backward they follow the weight gradient's partial
+sums, with one launch more than its own.
 """
 
 from __future__ import annotations
@@ -226,11 +227,20 @@ class _GramBranch:
             return None
         x, x_scale, x_shift = parts(self.b.values[self.source])
         options = {"mask": self.grad.mask, "x_scale": x_scale, "x_shift": x_shift, "stride": self.step.conv.stride}
-        return self._found(*run("conv1x1_wgrad", self.grad.g, x, **options, backend=self.b.backend))
+        if not self.step.norm.batch_stats:
+            product, sum_g, *_ = run("conv1x1_wgrad", self.grad.g, x, **options, backend=self.b.backend)
+            return self._found(product, sum_g)
+        bn, weight = self.folded.bn, self.own.weight
+        options |= self.folded.gram._asdict()
+        options |= {"join_weight": weight.contiguous(), "join_scale": bn.scale, "join_rstd": bn.rstd}
+        product, sum_g, *others = run("conv1x1_wgrad", self.grad.g, x, **options, backend=self.b.backend)
+        return self._note(FoldedGrads(product.view(weight.shape), *others), sum_g)
 
     def _found(self, product: Tensor, sum_g: Tensor) -> FoldedGrads:
         arguments = (product, sum_g, self.grad.g, self.own, self.step, self.folded, self.b.backend)
-        found = folded_join.parameter_grads(*arguments)
+        return self._note(folded_join.parameter_grads(*arguments), sum_g)
+
+    def _note(self, found: FoldedGrads, sum_g: Tensor) -> FoldedGrads:
         values = StepGrads(found.weight, None, found.gamma, sum_g)
         wanted = [value if need else None for value, need in zip(values, self.needs, strict=True)]
         note_grads(self.b, self.conv, self.norm, StepGrads(*wanted))

@@ -7,7 +7,8 @@
 ==========================  ==========================================================================================
 
 Backward the product's epilogue takes the gradient through the ReLU before it and emits the two sums of that batch norm,
-or adds the gradient of a value's other reader. Where the convolution is narrow, one op makes both gradients.
+or adds the gradient of a value's other reader. One op makes both gradients, where the convolution is narrow in one
+pass.
 """
 
 from __future__ import annotations
@@ -55,11 +56,16 @@ def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = Fa
     if wanted and not alone and node.conv.stride == EVERY:
         other = b.take(node.source)
     coupled = other is not None and other.correction is not None
-    both = one_pass and need.weight and wanted and (alone or not isinstance(value, Lazy))
-    if both and pointwise.narrow(step, own.weight, coupled):
+    both = need.weight and wanted and (alone or not isinstance(value, Lazy))
+    if both and one_pass and pointwise.narrow(step, own.weight, coupled):
         found = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
         b.grads[number] = StepGrads(found.weight.view(own.weight.shape))
         give_read(b, node.source, found.value, EVERY)
+        return
+    if both:
+        grad_read, grad_weight = pointwise.two_grads(grad, read, step, previous, own.weight, b.backend, other)
+        b.grads[number] = StepGrads(grad_weight)
+        give_read(b, node.source, grad_read, node.conv.stride)
         return
     if need.weight:
         b.grads[number] = StepGrads(pointwise.weight_grad(grad, value, step, own.weight, b.backend))

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from ..backends.selfcheck.draws import Case
+from ..ops import OPS
 from ..ops.contract import pack_mask, unpack_mask
 from .conv1x1_cases import BOTH, SHAPES, STRIDES, Pointwise, draws, specials, unread
+
+Tensor = torch.Tensor
 
 KEEPS = ("none", "bits", "recompute")  # how a gradient's mask comes
 COEFFICIENTS = ("none", "a", "abd")
@@ -70,6 +73,7 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"asked {asked}, keep {keep}", (draw.data(draw.wide), draw.weight()), options)
     yield from _dgrad_strided()
     yield from _dgrad_without_weight()
+    yield from _dgrad_and_weight()
     for name, draw in draws():
         options = draw.gradient("recompute", "abd", True) | _asked(draw, "coupling, sums")
         yield Case(f"{name}, everything lazy", (draw.data(draw.wide), draw.weight()), options)
@@ -115,6 +119,31 @@ def _dgrad_without_weight() -> Iterator[Case]:
     yield Case("gradient not finite, no weight", (specials(draw.data()), None), _asked(draw, "sums"))
 
 
+def _dgrad_and_weight() -> Iterator[Case]:
+    """The weight's gradient too."""
+
+    def case(name: str, draw: Pointwise, options: dict) -> Case:
+        options = {"x": draw.data()} | options | {"weight_grad": True}
+        return Case(f"and the weight's, {name}", (draw.data(draw.wide), draw.weight()), options)
+
+    for asked, (keep, affine) in itertools.product(ASKED, (("bits", "a"), ("recompute", "abd"))):
+        draw = Pointwise((3, 24, 5, 6), 40)
+        options = draw.gradient(keep, affine, affine == "abd") | _asked(draw, asked)
+        yield case(f"asked {asked}, keep {keep}", draw, options)
+    shapes = SHAPES | {"several merging tiles": ((1, 200, 5, 4), 72), "several splits": ((3, 24, 40, 41), 8)}
+    for name, (shape, outputs) in shapes.items():
+        for asked in ("coefficients", "residual, bits, (2, 1)"):
+            draw = Pointwise(shape, outputs)
+            yield case(f"{name}, asked {asked}", draw, draw.gradient("recompute", "abd", False) | _asked(draw, asked))
+    for stride, asked in itertools.product(STRIDES[1:], ("nothing", "sums")):
+        x = Pointwise((3, 24, 5, 7))
+        draw = Pointwise(x.strided(24, stride), 40)
+        options = draw.gradient("bits", "a", True) | _asked(draw, asked) | {"x": x.data(), "x_stride": list(stride)}
+        yield case(f"asked {asked}, x stride {stride}", draw, options)
+    draw = Pointwise((2, 24, 3, 5), 16)
+    yield case("x not finite", draw, _asked(draw, "sums") | {"x": specials(draw.data())})
+
+
 def _dgrad_not_finite() -> Iterator[Case]:
     """A masked NaN becomes 0, a NaN pre-activation passes the gradient, as in stock."""
     draw = Pointwise((2, 24, 3, 5), 16)
@@ -157,6 +186,7 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"{name}, stride 2", (draw.data(draw.wide), draw.data(draw.dense(draw.inputs, (2, 2)))), options)
         rounded = {"mask": draw.bits(draw.wide), "rounded": True}
         yield Case(f"{name}, rounded", (draw.data(draw.wide), draw.data()), rounded | draw.lazy())
+    yield from _wgrad_of_a_join()
     for name, shape in {"several tiles of both": (2, 200, 9, 9), "long": (3, 24, 40, 41)}.items():
         draw = Pointwise(shape, 136 if shape[1] > 136 else 8)
         yield Case(name, (draw.normal(draw.wide) + 0.25, draw.normal()), draw.lazy())
@@ -169,6 +199,29 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("infinite shift", (draw.data(draw.wide).abs() + 0.5, draw.data()), options)
     yield Case("x not finite", (draw.data(draw.wide), specials(draw.data())), draw.lazy())
     yield Case("gradient not finite", (specials(draw.data(draw.wide)), draw.data()), {})
+
+
+def _wgrad_of_a_join() -> Iterator[Case]:
+    """What :mod:`..ops.gram_grad` makes of both results; of normal deviates, as the cases of that op."""
+    wide = {"one row of W more than a program's": ((2, 24, 6, 5), 5), "even": ((2, 256, 11, 12), 64)}
+    wide |= {"channels beyond a tile": ((3, 264, 6, 7), 70), "several splits": ((3, 24, 40, 41), 8)}
+    for number, (name, (shape, outputs)) in enumerate((SHAPES | wide).items()):
+        draw, lazy = Pointwise(shape, outputs), number % 2 == 1
+        options = {"x_scale": draw.powers(), "x_shift": draw.vector()} if lazy else {}
+        yield _join(f"Gram join, {name}, lazy {lazy}", draw, draw.normal(), options)
+    for stride in STRIDES[1:]:
+        draw = Pointwise()
+        yield _join(f"Gram join, stride {stride}", draw, draw.normal(draw.dense(draw.inputs, stride)), {}, stride)
+
+
+def _join(name: str, draw: Pointwise, x: Tensor, options: dict, stride=(1, 1)) -> Case:
+    """A masked gradient, and the small matrices of the activation."""
+    centre = draw.vector()
+    gram, total = OPS["gram"].reference(x, centre, options.get("x_scale"), options.get("x_shift"), stride)
+    options |= {"mask": draw.bits(draw.wide), "stride": list(stride), "gram": gram, "total": total, "centre": centre}
+    options |= {"join_weight": draw.normal_weight(), "join_scale": draw.vector(draw.outputs)}
+    options |= {"join_rstd": draw.vector(draw.outputs).abs() + 0.0625}
+    return Case(name, (draw.normal(draw.wide), x), options)
 
 
 # conv1x1_backward -----------------------------------------------------------------------------------------------

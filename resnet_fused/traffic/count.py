@@ -109,7 +109,8 @@ def own_operation(func, args, kwargs, out) -> Operation:
     op = OPS[name]
     launches = op.launches([t for t in tensors(out) if t.numel()])
     counted = op.bytes(*args, **arguments), op.flops(*args, **arguments)
-    return Operation(name, *counted, data_dtype(args, kwargs, out), launches, op.full_precision)
+    in_full = op.full_flops(*args, **arguments)
+    return Operation(name, *counted, data_dtype(args, kwargs, out), launches, in_full)
 
 
 def operation(func, args, kwargs, out) -> Operation:

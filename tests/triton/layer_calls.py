@@ -93,6 +93,8 @@ def backward_calls(at):
     yield "conv1x1_dgrad", "strided projection: bits, coupling", arguments, projection | coupling
     through = {"z": at.data(k)} | at.vectors(k, "a", "b", "d", "scale", "shift")
     yield "conv1x1_dgrad", "lazy gradient, coefficients", arguments, through | lazy | at.vectors(c, "x_rstd")
+    both = lazy | {"weight_grad": True}
+    yield "conv1x1_dgrad", "both gradients, coefficients", arguments, through | both | at.vectors(c, "x_rstd")
     through = {"z": at.data(c)} | at.vectors(c, "a", "b", "d", "scale", "shift")
     arguments = (at.data(c), at.weight(c, k))
     masked = {"residual": at.data(k), "residual_mask": at.bits(k)}
@@ -100,8 +102,14 @@ def backward_calls(at):
     yield "conv1x1_dgrad", "lazy gradient, masked residual", arguments, through | masked
     strided = {"residual": at.data(k, (at.size + 1) // 2), "residual_stride": [2, 2]}
     yield "conv1x1_dgrad", "lazy gradient, strided residual", arguments, through | strided
+    both = {"x": at.data(k), "weight_grad": True}
+    yield "conv1x1_dgrad", "both gradients, masked residual", arguments, through | masked | both
+    yield "conv1x1_dgrad", "both gradients, strided residual", arguments, through | strided | both
     lazy = at.vectors(c, "x_scale", "x_shift")
     yield "conv1x1_wgrad", "Gram join: bits, lazy", (at.data(k), at.data(c)), {"mask": joined["mask"]} | lazy
+    join = {"join_weight": at.weight(k, c), "gram": at.matrix(c, c)} | at.vectors(c, "total", "centre")
+    join |= {"mask": joined["mask"]} | at.vectors(k, "join_scale", "join_rstd")
+    yield "conv1x1_wgrad", "Gram join: bits, lazy, its matrices", (at.data(k), at.data(c)), join | lazy
     lazy = at.vectors(k, "x_scale", "x_shift")
     rounded = {"rounded": True}
     yield "conv1x1_wgrad", "lazy gradient and input, rounded", (at.data(c), at.data(k)), through | lazy | rounded

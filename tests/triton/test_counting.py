@@ -55,6 +55,9 @@ def again(kernel, sizes, names):
     if kernel == "conv1x1_wgrad_kernel":
         outputs, inputs = (ceil(channels(sizes, w), sizes[f"BLOCK_{w}"]) for w in "KC")
         return dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), inputs) | {"x_ptr": outputs}
+    if kernel == "gram_grad_kernel":  # a tile of the coupling reads two columns of tiles of the weight
+        columns, tiles = (ceil(sizes["UNITS"] * sizes["DIV"], sizes[block]) for block in ("BLOCK_N", "SQUARE"))
+        return {"weight_ptr": columns + tiles + 1, "gram_ptr": ceil(sizes["K"], sizes["BLOCK_M"])}
     if kernel == "conv1x1_backward_kernel":
         rows, columns = ceil(sizes["M"], sizes["BLOCK_M"]), ceil(channels(sizes, "C"), sizes["BLOCK_C"])
         shared = dict.fromkeys(("g_ptr", "z_ptr", "mask_ptr"), columns)

@@ -17,6 +17,7 @@ REGISTERS = {
     "lazy_grad_apply_kernel": 128,
     "conv1x1_wgrad_merge_kernel": 64,
     "gram_merge_kernel": 64,
+    "gram_grad_coefficients_kernel": 128,
     "norm_relu_pool_kernel": 128,
     "norm_relu_pool_backward_kernel": 128,
     "norm_relu_pool_apply_kernel": 128,
@@ -28,8 +29,8 @@ REGISTERS = {
 PIXELWISE = ["bn_stats_kernel", "norm_add_relu_kernel", "norm_add_relu_backward_kernel", "lazy_grad_apply_kernel"]
 NARROW = ["conv1x1_backward_kernel"]  # in 16 bits alone
 PRODUCTS = [f"conv1x1{name}_kernel" for name in ("", "_join", "_dgrad", "_wgrad")] + ["gram_kernel", *NARROW]
-SMALL_PRODUCTS = ["gram_norm_kernel", "gram_grad_rows_kernel", "gram_grad_coupling_kernel"]
-SMALL_PRODUCTS += ["gram_grad_narrow_kernel"]  # float32, once a layer
+SMALL_PRODUCTS = ["gram_norm_kernel", "gram_grad_kernel"]  # float32, once a layer
+SMALL_PRODUCTS += ["gram_grad_rows_kernel", "gram_grad_coupling_kernel"]
 ARCHS = (80, 90, 100, 120)
 SHARED_BYTES = 4096  # without products: only for reductions across threads and for laying out vectors
 SHARED_BYTES_OF = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a block can have

@@ -84,6 +84,9 @@ def conv1x1_dgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("no weight: coupling, sums", (tail.data(), None), coupling | lazy)
     through = lazy | {"x_rstd": tail.vector().abs()}
     yield Case("Gram join: coefficients", (tail.data(wide), _weight(tail, 40)), masked | coupling | through)
+    both = lazy_gradient(tail, wide) | {"x": tail.data(), "weight_grad": True}
+    yield Case("both gradients, masked residual", (tail.data(wide), _weight(tail, 40)), both | bits)
+    yield Case("both gradients, coefficients", (tail.data(wide), _weight(tail, 40)), both | through)
 
 
 def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
@@ -95,6 +98,11 @@ def conv1x1_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("lazy gradient and input, rounded", (tail.data(wide), tail.data()), lazy_gradient(tail, wide) | rounded)
     bits = {"mask": pack_mask(tail.data(wide) > 0), "stride": [2, 2], "sample_factor": tail.factor()}
     yield Case("bits, factor, stride 2", (tail.data(wide), tail.data((3, 40, 17, 14))), bits)
+    join = GramJoin(TAIL)
+    weight, _, gram, total, centre, _, scale, rstd, a = join.grad()
+    joined = {"join_weight": weight, "gram": gram, "total": total, "centre": centre}
+    joined |= {"join_scale": scale, "join_rstd": rstd, "mask": pack_mask(tail.data(wide) > 0)}
+    yield Case("Gram join", (tail.data(wide), a), joined)
 
 
 def conv1x1_backward(dtype: torch.dtype) -> Iterator[Case]:
@@ -133,7 +141,7 @@ class GramJoin(Draw):
     def grad(self) -> tuple[Tensor, ...]:
         """Arguments of `gram_grad`."""
         n, _, h, w = self.shape
-        product, sum_g = OPS["conv1x1_wgrad"].reference(self.data((n, self.outputs, h, w)), self.a)
+        product, sum_g, *_ = OPS["conv1x1_wgrad"].reference(self.data((n, self.outputs, h, w)), self.a)
         scale, rstd = self.vector(self.outputs), self.vector(self.outputs).abs() + 0.0625
         return self.weight, product, self.gram, self.total, self.centre, sum_g, scale, rstd, self.a
 

@@ -192,9 +192,12 @@ def _values(p: Problem, names: set[str]) -> dict[str, Tensor]:
     if p.op.startswith("norm_relu_pool"):
         return _pool_values(p, shape)
     draw, table = _Draw(shape), forms(p.op)
-    values = {name: _value(p, draw, name, table[name]) for name in p.given if name in names}
+    values = {name: _value(p, draw, name, table[name]) for name in p.given if name in names and name != "gram"}
     if p.op == "bn_stats":  # where the order of sums matters
         values["z"] = draw.far_from_zero(p.given["z"].dtype)
+    if "gram" in names:  # of the activation: variances and means that fit each other
+        activation = (values.get(name) for name in ("x", "centre", "x_scale", "x_shift"))
+        values["gram"], values["total"] = OPS["gram"].reference(*activation, p.given["stride"])
     if p.op == "conv1x1" and "x_scale" not in names:  # means near zero would show the rounding of what they are of
         values["x"] = values["x"].abs()
     if p.op == "norm_add_relu":
@@ -214,7 +217,7 @@ def _value(p: Problem, draw: _Draw, name: str, form: Form) -> Tensor:
         vector = draw.vector(shape[0])
         if name == "x_rstd":  # near 1: what it multiplies are sums, each as exact as the largest
             return vector / 8 + 1
-        return vector.abs() + 0.0625 if name in ("m2", "rstd", "var") else vector
+        return vector.abs() + 0.0625 if name in ("m2", "rstd", "var", "join_rstd") else vector
     if form.kind == "weight":
         weight = draw.data(shape) / 16
         return weight + weight.transpose(0, 1) if name == "coupling" else weight

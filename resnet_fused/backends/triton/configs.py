@@ -161,9 +161,13 @@ def data_gradient_ieee(arch: int, element_size: int, columns: int, depth: int) -
 
 
 def over_rows(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """A ``[columns, depth]`` tile of a product over rows; 64 rows a step, fewer where tiles fill the registers."""
+    """A ``[columns, depth]`` tile of a product over rows; 64 rows a step, fewer where tiles fill the registers.
+
+    On sm_100 sums lie in tensor memory instead.
+    """
     block_n, block_k = power_of_two(columns, 16, 128), power_of_two(depth, 16, 256 // element_size)
-    rows = 32 if element_size == 4 or block_n * block_k > 128 * 64 else 64
+    fills = block_n * block_k > 128 * 64 and arch // 10 != 10
+    rows = 32 if element_size == 4 or fills else 64
     if element_size == 4 and arch < 90:
         rows = 16
     stages = 2 if arch in SMALL_SHARED_MEMORY else 3

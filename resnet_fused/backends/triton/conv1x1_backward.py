@@ -22,10 +22,10 @@ from ...ops.contract import Tensor, channels_last_strides, nbytes
 from .. import cards
 from . import checks, common, configs, conv1x1_wgrad, data_gradient, gemm, limits, splits
 from .common import first_row, load_factor, narrow, rows_in, widen
-from .conv1x1_wgrad import fold_rows
 from .data_gradient import add_product, check_additions, load_matrix, load_residual, residual_rows
 from .gemm import apply_activation, dot, tile_of
 from .lazy_tiles import load_row, load_tile, read_gradient, store_tile
+from .split_sums import fold_rows
 
 NAME = op.OP.name
 BUSY = 0.64  # of the multiprocessors: 40 KB on its way to each is what the memory of most cards delivers in 1 us

@@ -1,4 +1,6 @@
 """`conv1x1_dgrad` in Triton: one product per tile of grad_x, from a lazy gradient; a second launch adds partial sums.
+For the weight's gradient too, the product of `conv1x1_wgrad` comes first, and its splits are added in the launch of
+this one, by programs of their own. They begin, while the splits are in L2.
 
 A program owns BLOCK_N columns of grad_x and TILES consecutive tiles of BLOCK_M rows. Per tile it walks over K, ``dz``
 applied on load and the weight as it lies, then, with a coupling, over C, ``x^`` applied on load, into one float32
@@ -23,11 +25,12 @@ import triton.language as tl
 from ...ops import conv1x1_dgrad as op
 from ...ops.contract import Tensor, channels_last_strides
 from .. import cards
-from . import checks, common, configs, data_gradient, gemm
+from . import checks, common, configs, conv1x1_wgrad, data_gradient, gemm
 from .common import first_row, load_factor, narrow, rows_in, widen
 from .data_gradient import add_product, check_additions, load_matrix, load_residual, residual_rows
 from .gemm import read_rows, tile_of
 from .lazy_tiles import load_activation, load_pixels, load_row, read_gradient, store_tile
+from .split_sums import ALONG, merge_tile
 
 NAME = "conv1x1_dgrad"
 CHUNKS = 1024  # at most so many partial sums per channel
@@ -38,7 +41,9 @@ SUM_PROGRAMS = 1024  # but not at the price of fewer programs than this
 # Device side ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["chunks", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW", "X_H", "X_W"])
+@triton.jit(
+    do_not_specialize=["chunks", "M", "UNITS_K", "UNITS_C", "TILES", "W", "HW", "X_H", "X_W", "splits", "merges"]
+)
 def conv1x1_dgrad_kernel(
     g_ptr, weight_ptr,  # [M, K], [K, C] or None: dz is the product
     z_ptr, mask_ptr,  # [M, K] or None, [M, ceil(K / 8)] uint8 or None
@@ -48,14 +53,23 @@ def conv1x1_dgrad_kernel(
     coupling_ptr, constant_ptr,  # [C, C] symmetric or None, [C] or None
     residual_ptr, residual_mask_ptr,  # [rows, C] and [rows, ceil(C / 8)] uint8, or None
     grad_ptr, partial_ptr,  # [M, C], [2, chunks, C] with x_scale: sums of grad_x and of grad_x * (x - x_mean)
-    chunks, M, UNITS_K, UNITS_C, TILES, W, HW, X_H, X_W,
+    splits_ptr, grad_weight_ptr,  # [splits, K, C], [K, C], or None: to be added by the first `merges` programs
+    chunks, M, UNITS_K, UNITS_C, TILES, W, HW, X_H, X_W, splits, merges,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,  # of the residual
     X_STRIDE_H: tl.constexpr, X_STRIDE_W: tl.constexpr,
     DIV_K: tl.constexpr, DIV_C: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    MERGE_S: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = g_ptr.dtype.element_ty
-    chunk, column_tile = tile_of(tl.program_id(0), tl.cdiv(UNITS_C * DIV_C, BLOCK_N))
+    program = tl.program_id(0)
+    if splits_ptr is not None:
+        if program < merges:
+            size = (UNITS_K * DIV_K) * (UNITS_C * DIV_C)
+            merge_tile(splits_ptr, grad_weight_ptr, program, splits, size, MERGE_S, MERGE)
+            return
+        program -= merges
+    chunk, column_tile = tile_of(program, tl.cdiv(UNITS_C * DIV_C, BLOCK_N))
     if partial_ptr is not None:
         sum_g = tl.zeros((BLOCK_N,), tl.float32)
         sum_gx = tl.zeros((BLOCK_N,), tl.float32)
@@ -145,8 +159,13 @@ def row_tiles(rows: int, block_m: int, column_tiles: int, sums: bool, card: card
     return per_program, common.cdiv(tiles, per_program)
 
 
-def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> None:
-    """Launch the product, and with `sums`, which it fills, the second stage. `strides`: of residual and x."""
+def start(grad_x, g, weight, gradient, additions, residual, strides, sums, splits=None, grad_weight=None) -> None:
+    """Launch the product, and with `sums`, which it fills, the second stage. `strides`: of residual and x.
+
+    Args:
+        splits: of the weight's gradient, ``[splits, K, C]``, to be added on the way.
+        grad_weight: written with their sum.
+    """
     k, (n, c, h, w) = g.shape[1], grad_x.shape
     precision = gemm.precision(g.dtype)
     config, transposed = chosen(g.device, g.element_size(), c, k, precision)
@@ -162,8 +181,10 @@ def start(grad_x, g, weight, gradient, additions, residual, strides, sums) -> No
     sizes |= {"STRIDE_H": stride[0], "STRIDE_W": stride[1], "X_STRIDE_H": x_stride[0], "X_STRIDE_W": x_stride[1]}
     sizes |= {"PRECISION": precision, "TRANSPOSED": transposed}
     sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    arguments = (g, weight, *gradient, *additions, *residual, grad_x, partial)
-    gemm.launch(conv1x1_dgrad_kernel, chunks * column_tiles, config, *arguments, **sizes)
+    merges = 0 if splits is None else common.cdiv(k * c, ALONG["MERGE"])
+    sizes |= {"splits": 0 if splits is None else len(splits), "merges": merges, **ALONG}
+    arguments = (g, weight, *gradient, *additions, *residual, grad_x, partial, splits, grad_weight)
+    gemm.launch(conv1x1_dgrad_kernel, merges + chunks * column_tiles, config, *arguments, **sizes)
     if sums is not None:
         sums.merge(partial)
 
@@ -190,6 +211,7 @@ def run(
     residual_stride=(1, 1),
     x_stride=(1, 1),
     x_rstd: Tensor | None = None,
+    weight_grad: bool = False,
 ) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.conv1x1_dgrad`. Raises RuntimeError on arguments that do not fit."""
     checks.lazy_gradient(NAME, g, mask, z, a, b, d, scale, shift, sample_factor)
@@ -202,8 +224,11 @@ def run(
     check_additions(NAME, grad_x, x, x_stride, x_scale, x_shift, coupling, constant, *added, summed)
     checks.pair(NAME, "x_scale", x_scale, "x_mean", x_mean, grad_x)
     sums = data_gradient.summed(NAME, grad_x, x, x_scale, x_mean, x_rstd, summed)
+    if weight_grad and (weight is None or x is None):
+        checks.fail(NAME, f"got weight_grad without {'weight' if weight is None else 'x'}; pass both")
+    grad_weight = (g.new_empty if grad_x.numel() else g.new_zeros)(weight.shape[:2] if weight_grad else 0)
     if not grad_x.numel():
-        return grad_x, *sums.of_nothing(x)
+        return grad_x, *sums.of_nothing(x), grad_weight
     if mask is not None:  # the bits decide
         scale = shift = None
     used_z = z if b is not None or scale is not None else None
@@ -211,8 +236,12 @@ def run(
     gradient = (used_z, mask, a, b, d, scale, shift, sample_factor)
     additions = (used_x, x_scale, x_shift, x_mean, coupling, constant)
     strides = (1, 1) if residual is None else residual_stride, (1, 1) if used_x is None else x_stride
-    start(grad_x, g, weight, gradient, additions, (residual, residual_mask), strides, sums if summed else None)
-    return grad_x, *sums.results
+    splits = None
+    if weight_grad and g.numel():
+        splits, _ = conv1x1_wgrad.start(g, x, gradient, x_scale, x_shift, x_stride)
+    start(grad_x, g, weight, gradient, additions, (residual, residual_mask), strides, sums if summed else None,
+          splits, None if splits is None else grad_weight)  # fmt: skip
+    return grad_x, *sums.results, grad_weight
 
 
 KERNEL = common.register(op.OP, run)

@@ -1,4 +1,5 @@
 """`conv1x1_wgrad` in Triton: one program per tile of the weight and split of the rows; a second launch adds the splits.
+Of a Gram join that launch goes on to what :mod:`.gram_grad` begins with, and that one's second is the third.
 
 A program walks over its rows, the contraction, in tiles of BLOCK_M: it loads ``dz`` [BLOCK_M, BLOCK_K] and ``x^``
 [BLOCK_M, BLOCK_C], applies both in registers and adds ``dz' x^``. The programs of the first column tile also add up dz.
@@ -13,6 +14,8 @@ not measured.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,36 +24,12 @@ from ...ops import conv1x1_wgrad as op
 from ...ops import lazy
 from ...ops.contract import Tensor
 from .. import cards
-from . import checks, common, gemm, splits
-from .common import first_row, load_factor, narrow, rows_in, widen
+from . import checks, common, gemm, gram_grad, splits
+from .common import first_row, load_factor, rows_in, widen
 from .gemm import apply_activation, dot, tile_of
+from .gram_coefficients import Join
 from .lazy_tiles import load_gradient, load_row
-
-FOLD = 16  # rows that a sum over rows keeps apart in registers, so that the loop crosses no threads
-MERGE = {"BLOCK_S": 16, "BLOCK": 128}  # splits and elements of a merging tile, whatever the batch: one kernel each
-
-
-# Sums, shared with `gram` -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def fold_rows(x, FOLDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sum [BLOCK_M, BLOCK_C] to [FOLDED, BLOCK_C]: rows that a thread holds anyway."""
-    return tl.sum(tl.reshape(x, (BLOCK_M // FOLDED, FOLDED, BLOCK_C)), axis=0)
-
-
-@triton.jit
-def sum_splits(ptr, where, there, splits, plane, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of the elements `where` of all planes, in an order that depends on their number alone."""
-    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-    for first in tl.range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        inside = (split < splits)[:, None] & there[None, :]
-        total += tl.load(ptr + split.to(tl.int64)[:, None] * plane + where[None, :], mask=inside, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-# The op -------------------------------------------------------------------------------------------------------------
+from .split_sums import FOLD, MERGE, fold_rows, merge_tile
 
 
 @triton.jit(do_not_specialize=["M", "UNITS_K", "UNITS_C", "TILES", "H", "W", "W_OUT", "HW_OUT", "STRIDE_H", "STRIDE_W"])
@@ -118,15 +97,9 @@ def conv1x1_wgrad_merge_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < weight_tiles:
-        size = UNITS * DIV
-        where = tile * BLOCK + tl.arange(0, BLOCK)
-        there = where < size
-        merged = sum_splits(weight_partial_ptr, where, there, splits, size, BLOCK_S, BLOCK)
-        tl.store(weight_ptr + where, narrow(merged, weight_ptr.dtype.element_ty), mask=there)
+        merge_tile(weight_partial_ptr, weight_ptr, tile, splits, UNITS * DIV, BLOCK_S, BLOCK)
     else:
-        where = (tile - weight_tiles) * BLOCK + tl.arange(0, BLOCK)
-        there = where < K
-        tl.store(sum_ptr + where, sum_splits(sum_partial_ptr, where, there, splits, K, BLOCK_S, BLOCK), mask=there)
+        merge_tile(sum_partial_ptr, sum_ptr, tile - weight_tiles, splits, K, BLOCK_S, BLOCK)
 
 
 def check(g: Tensor, x: Tensor, gradient: tuple, x_scale, x_shift, stride) -> None:
@@ -144,6 +117,47 @@ def check(g: Tensor, x: Tensor, gradient: tuple, x_scale, x_shift, stride) -> No
     checks.pair(name, "x_scale", x_scale, "x_shift", x_shift, x)
 
 
+def check_join(g: Tensor, x: Tensor, join: Join) -> None:
+    """Raise RuntimeError where the Gram join's matrices do not fit, or are given in part."""
+    name, lacking = op.OP.name, [field for field, t in join._asdict().items() if t is None]
+    if len(lacking) == len(join):
+        return
+    if lacking:
+        checks.fail(name, f"got a Gram join without {lacking[0]}; pass all of {', '.join(Join._fields)}, or none")
+    gemm.check_weight(name, "join_weight", join.join_weight, g, g.shape[1], x.shape[1])
+    checks.gram_arguments(name, *join[:4], g)
+    for vector_name in ("join_scale", "join_rstd"):
+        checks.statistics(name, vector_name, getattr(join, vector_name), (g.shape[1],), join.join_weight)
+
+
+def start(g, x, gradient, x_scale, x_shift, stride, results=None) -> tuple[Tensor, Tensor]:
+    """Launch the product: its partial sums ``[splits, K, C]`` and ``[splits, K]``.
+
+    Args:
+        gradient: z, mask, a, b, d, scale, shift, sample_factor.
+        results: written to in their place, and returned, where there is one split.
+    """
+    (n, k, h, w), c = g.shape, x.shape[1]
+    config = gemm.configuration(op.OP.name, g, k, c)
+    tiles = common.cdiv(k, config.block_n) * common.cdiv(c, config.block_k)
+    rows = n * h * w
+    sizes = (rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)
+    split = splits.choose(*sizes, cards.of(g.device).sms, splits.resident(config))
+    partial = results
+    if results is None or split.splits > 1:
+        partial = tuple(g.new_empty((split.splits, *size), dtype=torch.float32) for size in ((k, c), (k,)))
+    (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
+    sizes = {"M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "DIV_K": div_k, "DIV_C": div_c}
+    sizes["TILES"] = split.row_tiles
+    geometry = {"H": x.shape[2], "W": x.shape[3], "W_OUT": w, "HW_OUT": h * w, "STRIDE_H": stride[0],
+                "STRIDE_W": stride[1], "STRIDED": tuple(stride) != (1, 1)}  # fmt: skip
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n, "BLOCK_C": config.block_k}
+    blocks |= {"FOLDED": min(FOLD, config.block_m), "PRECISION": gemm.precision(g.dtype)}
+    gemm.launch(conv1x1_wgrad_kernel, split.splits * tiles, config, g, x, *gradient, x_scale, x_shift, *partial,
+                **sizes, **geometry, **blocks)  # fmt: skip
+    return partial
+
+
 def run(
     g: Tensor,
     x: Tensor,
@@ -159,38 +173,38 @@ def run(
     x_shift: Tensor | None = None,
     stride=(1, 1),
     rounded: bool = False,
-) -> tuple[Tensor, Tensor]:
+    join_weight: Tensor | None = None,
+    gram: Tensor | None = None,
+    total: Tensor | None = None,
+    centre: Tensor | None = None,
+    join_scale: Tensor | None = None,
+    join_rstd: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.conv1x1_wgrad`. Raises RuntimeError on arguments that do not fit."""
     check(g, x, (mask, z, a, b, d, scale, shift, sample_factor), x_scale, x_shift, stride)
+    join, joined = Join(join_weight, gram, total, centre, join_scale, join_rstd), join_weight is not None
+    check_join(g, x, join)
     (n, k, h, w), c = g.shape, x.shape[1]
-    dtype = x.dtype if rounded else torch.float32
-    if g.numel() == 0 or c == 0:
-        return g.new_zeros((k, c), dtype=dtype), g.new_zeros(k, dtype=torch.float32)
+    nothing = g.numel() == 0 or c == 0
+    vector = functools.partial(g.new_zeros if nothing else g.new_empty, dtype=torch.float32)
+    sum_g = vector(k)
+    if joined:
+        results = gram_grad.results(join_weight, nothing)
+    else:
+        results = (vector((k, c), dtype=x.dtype if rounded else torch.float32), *gram_grad.no_results(g))
+    grad_weight, *others = results
+    if nothing:
+        return grad_weight, sum_g, *others
     recompute = (scale, shift) if mask is None else (None, None)
     used_z = z if b is not None or recompute[0] is not None else None
-    config = gemm.configuration(op.OP.name, g, k, c)
-    tiles = common.cdiv(k, config.block_n) * common.cdiv(c, config.block_k)
-    rows = n * h * w
-    sizes = (rows, tiles, (k + c) * g.element_size(), 8 * k * (c + 1), config.block_m)
-    split = splits.choose(*sizes, cards.of(g.device).sms, splits.resident(config))
-    grad_weight, sum_g = g.new_empty((k, c), dtype=dtype), g.new_empty(k, dtype=torch.float32)
-    partial = grad_weight, sum_g
-    apart = split.splits > 1 or rounded  # one binary, whatever the number of splits
-    if apart:
-        partial = tuple(t.new_empty((split.splits, *t.shape), dtype=torch.float32) for t in partial)
-    (units_k, div_k), (units_c, div_c) = gemm.split(k), gemm.split(c)
-    sizes = {"M": rows, "UNITS_K": units_k, "UNITS_C": units_c, "DIV_K": div_k, "DIV_C": div_c}
-    sizes["TILES"] = split.row_tiles
-    geometry = {"H": x.shape[2], "W": x.shape[3], "W_OUT": w, "HW_OUT": h * w, "STRIDE_H": stride[0],
-                "STRIDE_W": stride[1], "STRIDED": tuple(stride) != (1, 1)}  # fmt: skip
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n, "BLOCK_C": config.block_k}
-    blocks |= {"FOLDED": min(FOLD, config.block_m), "PRECISION": gemm.precision(g.dtype)}
     gradient = (used_z, mask, a, b, d, *recompute, sample_factor)
-    gemm.launch(conv1x1_wgrad_kernel, split.splits * tiles, config, g, x, *gradient, x_scale, x_shift, *partial,
-                **sizes, **geometry, **blocks)  # fmt: skip
-    if apart:
+    whole = None if joined or rounded else (grad_weight, sum_g)  # one binary, whatever the number of splits
+    partial = start(g, x, gradient, x_scale, x_shift, stride, whole)
+    if joined:
+        gram_grad.after(partial, join, n * h * w, sum_g, results)
+    elif partial is not whole:
         merge(partial, (grad_weight, sum_g))
-    return grad_weight, sum_g
+    return grad_weight, sum_g, *others
 
 
 def merge(partial: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> None:

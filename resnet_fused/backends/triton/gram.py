@@ -28,9 +28,9 @@ from ...ops.contract import Tensor
 from .. import cards
 from . import checks, common, configs, gemm, splits
 from .common import first_row, narrow, rows_in, widen
-from .conv1x1_wgrad import FOLD, MERGE, fold_rows, sum_splits
 from .gemm import dot, read_rows, tile_of
 from .lazy_tiles import load_activation, load_row
+from .split_sums import FOLD, MERGE, fold_rows, sum_splits
 
 MOST_ROWS = 16384
 MERGE_ROWS = 8  # of a merging tile; 8 floats are one 32-byte sector of the mirrored rows

@@ -89,9 +89,7 @@ def tensors(module: nn.Module) -> tuple[Tensor | None, ...]:
     gamma, beta, running_mean, running_var = vectors(module)
     if is_frozen_class(module):
         return gamma, beta, running_mean, running_var, None
-    if module.training and not module.track_running_stats:
-        return gamma, beta, None, None, None
-    if not module.training and running_mean is None:  # the batch's statistics, which nothing counts
+    if not module.track_running_stats if module.training else running_mean is None:  # statistics that nothing counts
         return gamma, beta, None, None, None
     return gamma, beta, running_mean, running_var, module.num_batches_tracked
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 import types
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: Methods through which a call of a module goes.
-_CALL = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
+#: Methods through which a call of a module goes, beside its forward.
+CALL = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 #: What a subclass may define without changing what a call does.
 _HARMLESS = frozenset(
@@ -53,7 +54,9 @@ _FUNCTIONS = tuple(
 )  # fmt: skip
 
 #: Modules that call them by way of this name.
-_CALLERS = (nn.modules.conv, nn.modules.batchnorm, nn.modules.activation, nn.modules.pooling)
+_CALLERS = tuple(
+    (place, "F", F) for place in (nn.modules.conv, nn.modules.batchnorm, nn.modules.activation, nn.modules.pooling)
+)
 
 _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
 
@@ -61,14 +64,21 @@ _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
 FROZEN_NORMS = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
 ACTIVATED_NORMS = (("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
 DROP_PATHS = (("timm.layers.drop", "DropPath"),)
-_FOREIGN = frozenset(FROZEN_NORMS + ACTIVATED_NORMS + DROP_PATHS)
+#: Classes whose modules make a new tensor from their argument, or write to it where ``inplace`` is true.
+FRESH = (
+    nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d, nn.Upsample, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid, nn.Tanh,
+    nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
+)  # fmt: skip
+FRESH_FOREIGN = (("timm.layers.pool2d_same", "AvgPool2dSame"), ("timm.layers.blur_pool", "BlurPool2d"))
+_FOREIGN = frozenset(FROZEN_NORMS + ACTIVATED_NORMS + DROP_PATHS + FRESH_FOREIGN)
 
 
 class _Known:
     """What was found of a class: its methods that a call goes through, and every name that is a method's."""
 
     def __init__(self, cls: type, *own: str) -> None:
-        self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *_CALL, *own))
+        self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *CALL, *own))
         self.exchanged = tuple(name for name, method in self.methods if name != "forward" and not _is_torchs(method))
         self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
 
@@ -76,7 +86,7 @@ class _Known:
 _OWN = {nn.Conv2d: ("_conv_forward",), nn.BatchNorm2d: ("_check_input_dim",)}
 _KNOWN = {
     cls: _Known(cls, *_OWN.get(cls, ()))
-    for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential)
+    for cls in (*FRESH, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d)
     if _is_torchs(cls.forward)
 }
 _samples = (nn.Conv2d(1, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta"), nn.ReLU(), nn.Identity())
@@ -92,17 +102,17 @@ def kind(module: nn.Module) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
 
-def functions_exchanged() -> bool:
-    """Whether somebody replaced a function of PyTorch that the stock modules call."""
-    if _EXCHANGED_BEFORE:
-        return True
-    for caller in _CALLERS:
-        if caller.F is not F:
-            return True
-    for place, name, known in _FUNCTIONS:  # noqa: SIM110  a loop is half the time of any()
-        if getattr(place, name) is not known:
+def exchanged(known: Iterable[tuple[object, str, object]]) -> bool:
+    """Whether somebody replaced one of these functions: where each is found, its name there, what it was."""
+    for place, name, function in known:  # noqa: SIM110  a loop is half the time of any()
+        if getattr(place, name) is not function:
             return True
     return False
+
+
+def functions_exchanged() -> bool:
+    """Whether somebody replaced a function of PyTorch that the stock modules call."""
+    return _EXCHANGED_BEFORE or exchanged(_CALLERS) or exchanged(_FUNCTIONS)
 
 
 def _look_at(cls: type, base: type | None) -> str:
@@ -114,7 +124,7 @@ def _look_at(cls: type, base: type | None) -> str:
         own = cls.__module__, f"{cls.__qualname__}.forward"
         if not isinstance(forward, types.FunctionType) or (forward.__module__, forward.__qualname__) != own:
             return f"{cls.__name__}.forward was replaced"
-        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in _CALL):
+        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in CALL):
             return f"{cls.__name__} is called in its own way"
         _looked_at[cls] = _Known(cls)
         return ""

@@ -9,16 +9,16 @@ from torch import nn
 
 from ..backends import check_name
 from ..blocks import norms
-from ..blocks.site import find
 from . import swap
 from .fused_module import FusedModule, FusedState, fused_class
 from .instructions import Form
 from .outside import read_by
 from .program import build
-from .report import BUILT_FUSED, Report, complaint, survey
-from .stage import FusedStage, fuse_stage
-from .stem import FusedStem, fuse_stem, stem_modules
-from .swap import STATE, is_fused
+from .report import BUILT_FUSED, Report, complaint, is_fused_here, runs_itself, survey
+from .shares import join
+from .stage import fuse_stage
+from .stem import FusedStem, fuse_stem
+from .swap import is_fused
 from .trace import Untraceable, fingerprint, names_read, state_of, trace
 
 FilterFn = Callable[[str, nn.Module], bool]
@@ -55,25 +55,24 @@ def fuse(
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
-    inside: set[int] = set()  # modules that a fused program has taken over
+    inside: set[str] = set()  # modules that a fused one runs
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in list(model.named_modules()):
-        if id(module) in inside:
+        if name in inside:
             continue
         if filter_fn is not None and not filter_fn(name, module):
             left_out.add(name)
             continue
-        if isinstance(module, BUILT_FUSED):
-            inside |= {id(inner) for inner in module.modules()}
-        elif (is_fused(module) and not isinstance(module, FusedStage)) or _is_candidate(module):
+        if not isinstance(module, BUILT_FUSED) and (is_fused(module, FusedModule | FusedStem) or _is_candidate(module)):
             reason = _fuse_one(module, backend)
             if reason and fuse_stem(module, backend):
                 left[id(module)] = reason
-            inside |= _taken(module)
+        if is_fused_here(module):
+            inside |= {join(name, inner) for inner in runs_itself(module)}
     for module in list(model.modules()):
         fuse_stage(module)
-    nothing = not any(is_fused(module) or isinstance(module, BUILT_FUSED) for module in model.modules())
+    nothing = not any(map(is_fused_here, model.modules()))
     text = complaint(model, survey(model, lambda module: left.get(id(module)), left_out), nothing)
     if text and nothing and strict:
         raise ValueError(text)
@@ -88,8 +87,7 @@ def _form(module: nn.Module) -> tuple[Form, list[str]]:
     Raises:
         Untraceable: as nothing of ours, or nobody can tell.
     """
-    with swap.seen_as_stock(module):
-        form, reasons = build(module, trace(module, swap.stock_class(module)))
+    form, reasons = build(module, trace(module, swap.stock_class(module)))
     reasons = list(dict.fromkeys(reasons))
     if form is None:
         raise Untraceable("; ".join(reasons))
@@ -113,16 +111,6 @@ def _fuse_one(module: nn.Module, backend: str) -> str:
         reasons=tuple(reasons),
     )
     return swap.put(module, fused_class, state)
-
-
-def _taken(module: nn.Module) -> set[int]:
-    """Modules below a fused one that its programs run; the others may be fused themselves."""
-    if is_fused(module, FusedStem):
-        return {id(inner) for inner in stem_modules(module)}
-    if not is_fused(module, FusedModule):
-        return set()
-    names = module.__dict__[STATE].form.stood_in
-    return {id(found) for found in (find(module, name) for name in names) if found is not None}
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -79,15 +79,11 @@ class Running(NamedTuple):
     sites: list[Site]
 
 
-def _missing(block: nn.Module, form: Form) -> str:
-    """The name of a module that the form calls or stands in for and `block` no longer has."""
-    return next(name for name in form.modules if find(block, name) is None)
-
-
 def _form_obstacle(block: nn.Module, form: Form, sites: list[Site] | None) -> str:
     """Why the modules of a form must be called one by one now; empty if they need not."""
     if sites is None:
-        return f"{_missing(block, form)} was removed after fuse(); call fuse() again"
+        missing = next(name for name in form.modules if find(block, name) is None)
+        return f"{missing} was removed after fuse(); call fuse() again"
     for name, length in form.containers:
         container = find(block, name)
         if type(container) is not nn.Sequential or len(container) != length or why_not_passed(container):
@@ -113,7 +109,10 @@ def runs_as_traced(block: nn.Module, state: FusedState) -> bool:
         return False
     if not state.outside.is_kept(type(block)._resnet_fused_reader):
         return False
-    return all(value_of(block, name) == value for name, value in state.traced)
+    for name, value in state.traced:  # noqa: SIM110  a loop is half the time of all()
+        if value_of(block, name) != value:
+            return False
+    return True
 
 
 def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
@@ -136,11 +135,8 @@ def runnable(block: nn.Module) -> Running | None:
 
 def entry_obstacle(x: object, running: Running) -> str:
     """Why this input of a block needs the stock forward; empty if not. Only who reads it can tell its channels."""
-    _, form, sites = running
-    for call, site in zip((call for call in form.calls if isinstance(call, ShapeCall)), sites, strict=True):
-        if call.inputs[0] == form.input:
-            return value_obstacle(x, site)
-    return value_obstacle(x, sites[0], channels=False)
+    first, sites = running.form.first, running.sites
+    return value_obstacle(x, sites[first or 0], channels=first is not None)
 
 
 def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> object:
@@ -160,7 +156,7 @@ def run_form(running: Running, x: Tensor | Placed) -> object:
     """
     block, form, sites = running
     if form.is_whole:
-        out = runtime.run_site(sites[0], placed(x))
+        out = runtime.run_site(sites[0], placed(x), just_asked=True)
         return swap.stock_class(block).forward(block, left(x)) if out is None else out
     values, remaining = {form.input: _as_others_see(x)}, iter(sites)
     for call in form.calls:
@@ -195,7 +191,7 @@ def placed(value: Tensor | Placed) -> Placed:
 def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
     """A fused block's output: its form's, or that of its stock forward."""
     if as_stock.is_known(block, x):
-        return stock(x)
+        return as_stock.run(stock, x)
     running = runnable(block)
     if running is None or entry_obstacle(x, running):
         return stock(x)

@@ -60,14 +60,15 @@ class Form:
     between: tuple[tuple[str, str, Effect], ...]
     modules: tuple[str, ...]  # names of all that are called or stood in for
     shapes: tuple[Shape, ...] = dataclasses.field(init=False)  # the programs among the calls
+    first: int | None = dataclasses.field(init=False)  # which of these reads the input, if one does
+    is_whole: bool = dataclasses.field(init=False)  # one program and nothing else, with the program's output as it is
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(call.shape for call in self.calls if isinstance(call, ShapeCall)))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is one program and nothing else, with the program's output as it is."""
-        return len(self.calls) == len(self.shapes) == 1 and self.result == Ref(self.calls[0].output)
+        programs = [call for call in self.calls if isinstance(call, ShapeCall)]
+        first = next((i for i, call in enumerate(programs) if call.inputs[0] == self.input), None)
+        whole = len(self.calls) == len(programs) == 1 and self.result == Ref(self.calls[0].output)
+        found = {"shapes": tuple(call.shape for call in programs), "first": first, "is_whole": whole}
+        self.__dict__.update(found)  # it is frozen from here on
 
     @property
     def stood_in(self) -> set[str]:

@@ -29,7 +29,7 @@ class Nodes:
 
     def module(self, node: fx.Node | None) -> nn.Module | None:
         """The module that a node calls with one value."""
-        if node is None or node.op != "call_module" or node.kwargs or len(node.args) != 1:
+        if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs or len(node.args) != 1:
             return None
         return self.block.get_submodule(node.target)
 
@@ -57,26 +57,31 @@ class Nodes:
     def only_reader(node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
-    def skip_identities(self, node: fx.Node, passed: list[fx.Node]) -> fx.Node | None:
-        """The only reader of `node`, looking through Identity modules, which are noted in `passed`."""
+    def reader_behind(self, node: fx.Node) -> fx.Node | None:
+        """The only reader of `node`, behind Identity modules."""
         reader = self.only_reader(node)
-        while type(self.module(reader)) is nn.Identity:
-            passed.append(reader)
-            reader = self.only_reader(reader)
-        return reader
+        return self.reader_behind(reader) if type(self.module(reader)) is nn.Identity else reader
 
     def kinds(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """Modules by name, with the names of their classes."""
         return tuple((name, type(self.block.get_submodule(name)).__name__) for name in sorted(names))
 
 
+class NoProgram(Exception):
+    """Why a node cannot be part of a program."""
+
+
 def shape_of(nodes: Nodes, region: Iterable[fx.Node], inputs: tuple[fx.Node, ...]) -> Shape | str:
-    """The nodes of `region`, in the graph's order, as one program of `inputs` that ends in the last; or why not."""
+    """The nodes of `region`, in the graph's order, as one program of `inputs` that ends in the last.
+
+    Or why they are none, although with others behind them they might be.
+
+    Raises:
+        NoProgram: they cannot be.
+    """
     reader = _Reader(nodes, inputs)
     for node in region:
-        reason = reader.take(node)
-        if reason:
-            return reason
+        reader.take(node)
     return reader.shape(node)
 
 
@@ -108,104 +113,103 @@ class _Reader:
         if self.values[end] != program.output or any(not program.readers(value) for value in range(program.output)):
             return "a value that nobody reads"
         program, names = _in_order(program, self.names)
-        reason = obstacle(program)
-        if reason:
-            return reason
         kinds, inplace = self.read.kinds(self.bypassed), True in self.inplace
-        return Shape(program, names, kinds, self.drop_path, inplace)
+        return obstacle(program) or Shape(program, names, kinds, self.drop_path, inplace)
 
-    def take(self, node: fx.Node) -> str:
-        """Why `node` cannot be part of the program; empty if it is from now on."""
+    def take(self, node: fx.Node) -> None:
+        """Make `node` part of the program.
+
+        Raises:
+            NoProgram: it cannot be.
+        """
         inplace, module = self.read.adds(node), self.read.module(node)
         identity = type(module) is nn.Identity
         if inplace is None and not identity and not self.dropped.isdisjoint(node.all_input_nodes):
-            return "a drop path that no addition follows"
+            raise NoProgram("a drop path that no addition follows")
         if inplace is not None:
-            return self._addition(node, inplace)
-        if self.read.is_relu(node):
-            return self._relu(node)
-        if module is None:
-            return f"{getattr(node.target, '__name__', node.target)} in its forward"
-        before = node.args[0]
-        if before not in self.values:
-            return f"an input of {node.name} that is no value of its own"
-        if identity:
-            self.values[node] = self.values[before]
-            self.dropped |= {node} if before in self.dropped else set()
-            return self._bypass(node)
-        if isinstance(module, nn.Conv2d):
-            return why_not_conv(module) or self._make(node, Convolution(self.values[before], Conv()))
-        if type(module) is nn.MaxPool2d:
-            return self._pool(node)
-        return self._drop(node) if self.read.is_drop_path(node) else self._norm(node, module)
+            self._addition(node, inplace)
+        elif self.read.is_relu(node):
+            self._relu(node)
+        elif module is None:
+            raise NoProgram(f"{getattr(node.target, '__name__', node.target)} in its forward")
+        elif node.args[0] not in self.values:
+            raise NoProgram(f"an input of {node.name} that is no value of its own")
+        elif identity:
+            self._pass(node)
+            self.dropped |= {node} if node.args[0] in self.dropped else set()
+        elif isinstance(module, nn.Conv2d):
+            if reason := why_not_conv(module):
+                raise NoProgram(reason)
+            self._make(node, Convolution(self.values[node.args[0]], Conv()))
+        elif type(module) is nn.MaxPool2d:
+            self._make(node, Pooling(self.values[node.args[0]], Pool()))
+        elif self.read.is_drop_path(node):
+            self._drop(node)
+        else:
+            self._norm(node, module)
 
-    def _make(self, node: fx.Node, made: Node) -> str:
+    def _make(self, node: fx.Node, made: Node) -> None:
         self.values[node] = self.inputs + len(self.nodes)
         self.nodes.append(made)
         self.names.append(node.target if node.op == "call_module" else "")
-        return ""
+
+    def _pass(self, node: fx.Node) -> None:
+        """Give `node` the value that it reads."""
+        self.values[node] = self.values[node.args[0]]
+        if node.op == "call_module":
+            self.bypassed.add(node.target)
 
     def _made(self, node: fx.Node) -> Node | None:
-        place = self.values[node] - self.inputs
+        place = self.values.get(node, -1) - self.inputs
         return None if place < 0 else self.nodes[place]
 
     def _is_sole(self, node: fx.Node) -> bool:
         """Whether a value, under all of its names, has one reader."""
         return all(len(name.users) == 1 for name, value in self.values.items() if value == self.values[node])
 
-    def _bypass(self, node: fx.Node) -> str:
-        if node.op == "call_module":
-            self.bypassed.add(node.target)
-        return ""
-
-    def _drop(self, node: fx.Node) -> str:
-        before = node.args[0]
-        if self.drop_path or not self._is_sole(before):
-            return "a drop path beside another, or beside another reader"
-        self.values[node], self.drop_path = self.values[before], node.target
+    def _drop(self, node: fx.Node) -> None:
+        if self.drop_path or not self._is_sole(node.args[0]):
+            raise NoProgram("a drop path beside another, or beside another reader")
+        self._pass(node)
+        self.drop_path = node.target
         self.dropped.add(node)
-        return self._bypass(node)
 
-    def _norm(self, node: fx.Node, module: nn.Module) -> str:
-        reason, clamps = norms.why_not(module), None
-        if not reason:
-            clamps = self.read.clamps(node)
-            if norms.activation_of(module) is not None:
-                self.bypassed |= {f"{node.target}.{name}" for name, _ in module.named_children()}
+    def _norm(self, node: fx.Node, module: nn.Module) -> None:
+        if reason := norms.why_not(module):
+            raise NoProgram(reason)
+        clamps = self.read.clamps(node)
         if clamps is None:
-            return reason or f"a norm with an activation of class {type(module.act).__name__}"
-        return self._make(node, Normalisation(self.values[node.args[0]], Norm(), clamps))
+            raise NoProgram(f"a norm with an activation of class {type(module.act).__name__}")
+        if norms.activation_of(module) is not None:
+            self.bypassed |= {f"{node.target}.{name}" for name, _ in module.named_children()}
+        self._make(node, Normalisation(self.values[node.args[0]], Norm(), clamps))
 
-    def _pool(self, node: fx.Node) -> str:
-        made = self._made(node.args[0])
-        if not isinstance(made, Normalisation) or not made.relu or not self._is_sole(node.args[0]):
-            return "a max pool of something but a clamped batch norm"
-        return self._make(node, Pooling(self.values[node.args[0]], Pool()))
-
-    def _relu(self, node: fx.Node) -> str:
+    def _relu(self, node: fx.Node) -> None:
         """A ReLU belongs to the norm or the addition before it, which nobody else may read; it may work in place."""
-        before = node.args[0]
-        made = self._made(before) if before in self.values else None
-        if not isinstance(made, Normalisation | Addition) or made.relu or not self._is_sole(before):
-            return "a ReLU of something but a batch norm or an addition"
-        self.nodes[self.values[before] - self.inputs] = dataclasses.replace(made, relu=True)
-        self.values[node] = self.values[before]
-        return self._bypass(node)
+        made = self._made(node.args[0])
+        if not isinstance(made, Normalisation | Addition) or made.relu or not self._is_sole(node.args[0]):
+            raise NoProgram("a ReLU of something but a batch norm or an addition")
+        self._pass(node)
+        self.nodes[self.values[node] - self.inputs] = dataclasses.replace(made, relu=True)
 
-    def _addition(self, node: fx.Node, inplace: bool) -> str:
+    def _addition(self, node: fx.Node, inplace: bool) -> None:
         if len(node.args) != 2 or node.kwargs or not self.values.keys() >= set(node.args):
-            return "an addition of something but two values"
+            raise NoProgram("an addition of something but two values")
         able = [node.args[i] for i in (0, 1) if self._is_branch(node.args[i]) and node.args[1 - i] not in self.dropped]
         if not able:
-            return "an addition to something that is neither a convolution nor a batch norm, or is read elsewhere too"
+            raise NoProgram(
+                "an addition to something that is neither a convolution nor a batch norm, or is read elsewhere too"
+            )
         branch = node.args[0] if inplace else max(able, key=self._depth)  # the first of equals
         if branch not in able:
-            return "an addition in place to what others may read"
+            raise NoProgram("an addition in place to what others may read")
         other_first = branch is not node.args[0]
         other = node.args[0] if other_first else node.args[1]
+        if 0 < self.values[other] < self.inputs and isinstance(self._made(branch), Convolution):
+            raise NoProgram("an addition of a convolution to what is made elsewhere, which stock may broadcast")
         self.inplace.add(inplace)
         sampled = branch in self.dropped
-        return self._make(node, Addition(self.values[branch], self.values[other], False, sampled, other_first))
+        self._make(node, Addition(self.values[branch], self.values[other], False, sampled, other_first))
 
     def _is_branch(self, node: fx.Node) -> bool:
         made = self._made(node)

@@ -12,8 +12,8 @@ Of a module that is not known here all of this is assumed: that it writes to its
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,20 +22,7 @@ from torch.nn import functional as F
 
 from ..blocks import proven
 
-#: Modules that make a new tensor from their argument; those with a true ``inplace`` write to it.
-_FRESH = (
-    nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d, nn.Upsample, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid, nn.Tanh,
-    nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
-)  # fmt: skip
-_FRESH_FOREIGN = frozenset({("timm.layers.pool2d_same", "AvgPool2dSame"), ("timm.layers.blur_pool", "BlurPool2d")})
-_METHODS = frozenset({"forward", "_conv_forward", "_check_input_dim", "__call__", "_call_impl"})
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)  # in evaluation they return their argument
-#: What calls of these classes ran when this package was imported.
-_RAN = {
-    cls: tuple((name, getattr(cls, name)) for name in sorted(_METHODS) if hasattr(cls, name))
-    for cls in (*_FRESH, *_DROPOUTS, nn.Identity, nn.Sequential)
-}
 
 _FRESH_FUNCTIONS = (
     operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, torch.mean, F.max_pool2d,
@@ -61,17 +48,17 @@ _WRITES, _UNKNOWN = Effect(True, True, False), Effect(True, True, True)
 
 def module_effect(module: nn.Module) -> Effect:
     """What calling `module` does, its hooks not counted."""
-    if any(name in _METHODS for name in module.__dict__):
+    cls = type(module)
+    foreign = proven.kind(module) in proven.FRESH_FOREIGN
+    if proven.why_changed(module, None if foreign else cls):
         return _UNKNOWN
-    if any(getattr(type(module), name) is not method for name, method in _RAN.get(type(module), ())):
-        return _UNKNOWN
-    if type(module) is nn.Identity:
+    if cls is nn.Identity:
         return _SHARES
-    if type(module) in _DROPOUTS:
+    if cls in _DROPOUTS:
         return Effect(True, bool(module.inplace), True)
-    if type(module) in _FRESH or proven.kind(module) in _FRESH_FOREIGN:
+    if cls in proven.FRESH or foreign:
         return _WRITES if getattr(module, "inplace", False) else _NONE
-    if type(module) is nn.Sequential:
+    if cls is nn.Sequential:
         return Effect(*map(any, zip(_NONE, *(module_effect(child) for child in module), strict=True)))
     return _UNKNOWN
 
@@ -130,21 +117,12 @@ class Order:
 
     def _shared_module(self, inside: list[fx.Node]) -> str:
         """Whether a module with parameters or buffers of its own is also run by another node."""
-        own = [id(self.block.get_submodule(node.target)) for node in inside if self._has_state(node)]
+        called = {n: self.block.get_submodule(n.target) for n in self.nodes if n.op == "call_module"}
+        modules = [called[node] for node in inside if node in called]
+        own = [id(m) for m in modules if any(True for _ in itertools.chain(m.parameters(), m.buffers()))]
         if len(set(own)) < len(own):
             return "a convolution or batch norm is called twice"
-        for node in self.nodes:
-            if node.op != "call_module" or node in inside:
-                continue
-            module = self.block.get_submodule(node.target)
-            if any(id(inner) in own for inner in module.modules()):
+        for node, module in called.items():
+            if node not in inside and any(id(inner) in own for inner in module.modules()):
                 return f"a convolution or batch norm is called by {node.name} as well"
         return ""
-
-    def _has_state(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and any(True for _ in self._tensors(node))
-
-    def _tensors(self, node: fx.Node) -> Iterator[torch.Tensor]:
-        module = self.block.get_submodule(node.target)
-        yield from module.parameters()
-        yield from module.buffers()

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..blocks.proven import exchanged
+
 _NAMESPACES = {"torch": torch, "torch.nn": nn, "torch.nn.functional": F}
 #: The functions of PyTorch that a traceable forward may call, by namespace.
 _CALLED = {
@@ -29,10 +31,11 @@ _FUNCTIONS = {
 }
 #: Methods that an addition, an activation or a view may be in a forward, whatever it calls them by.
 _METHODS = tuple(
-    (name, getattr(torch.Tensor, name))
+    (torch.Tensor, name, getattr(torch.Tensor, name))
     for name in ("__add__", "__iadd__", "add", "add_", "relu", "relu_", "mean", "flatten", "view", "reshape", "size")
 )
 _KNOWN = {**_NAMESPACES, **{path: function for path, (_, _, function) in _FUNCTIONS.items()}}
+_NAMES = {"nn", "functional", "Tensor", "shape", *(name for _, name, _ in (*_FUNCTIONS.values(), *_METHODS))}
 
 
 def path_of(value: object) -> str:
@@ -40,19 +43,9 @@ def path_of(value: object) -> str:
     return next((path for path, known in _KNOWN.items() if known is value), "")
 
 
-def exchanged(name: str) -> bool:
-    """Whether a function of that name was replaced in one of PyTorch's namespaces, or a tensor's method."""
-    known = [*_FUNCTIONS.values(), *((torch.Tensor, own, method) for own, method in _METHODS)]
-    return any(name == own and getattr(place, own) is not function for place, own, function in known)
-
-
-def _methods_exchanged() -> bool:
-    if torch.compiler.is_compiling():  # it calls the methods by its own tables
-        return False
-    for name, known in _METHODS:  # noqa: SIM110  a loop is half the time of any()
-        if getattr(torch.Tensor, name) is not known:
-            return True
-    return False
+def is_known(name: str) -> bool:
+    """Whether a traceable forward may read `name` of PyTorch's namespaces or of tensors: nobody replaced it."""
+    return name in _NAMES and not exchanged(at for at in (*_FUNCTIONS.values(), *_METHODS) if at[1] == name)
 
 
 class Outside(NamedTuple):
@@ -69,11 +62,9 @@ class Outside(NamedTuple):
         for path, value in zip(self.globals, found, strict=True):
             if value is not _KNOWN[path]:
                 return False
-        for path in self.functions:
-            place, name, known = _FUNCTIONS[path]
-            if getattr(place, name) is not known:
-                return False
-        return not _methods_exchanged()
+        if exchanged([_FUNCTIONS[path] for path in self.functions]):
+            return False
+        return torch.compiler.is_compiling() or not exchanged(_METHODS)  # which it calls by its own tables
 
 
 def read_by(function: types.FunctionType) -> Outside:

@@ -7,7 +7,7 @@ removed since ``fuse`` is a reason, not an error.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ..blocks.inputs import as_gathered
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..blocks.site import CHANGED, module_obstacle
 from .fused_module import FusedModule, choose
-from .shares import Own, Share, describe, join, of_form, unpaired
+from .shares import Share, convolutions_in, counted, describe, join, of_form, passes_in
 from .stem import FusedStem, stem_site
 from .swap import STATE, is_fused, stock_class
 
@@ -130,66 +130,57 @@ def survey(
     for name, module in model.named_modules():
         if name in inside:
             continue
-        if isinstance(module, BUILT_FUSED) or _carries_state(module):
+        if is_fused_here(module):
             found[name] = module, ""
-            inside |= {join(name, inner) for inner in _inside(module)}
+            inside |= {join(name, inner) for inner in runs_itself(module)}
         else:
             reason = "" if name in left_out else why_left(module)
             if reason is not None:
                 found[name] = module, reason
     fused, left = [], []
     for name, (module, reason) in found.items():
-        own = Own(module, {other[len(name) + 1 if name else 0 :] for other in found if _is_below(other, name)})
+        own = dict(counted(module, found, name))
         with as_gathered(model):
-            row = _row(name, module, reason, own)
+            row = Row(name, stock_class(module).__name__, *_read(module, reason, own))
         if name not in left_out:
             (fused if row.what else left).append(row)
     return Report(tuple(fused), tuple(left))
 
 
-def _is_below(other: str, name: str) -> bool:
-    return other != name and (not name or other.startswith(f"{name}."))
+def is_fused_here(module: nn.Module) -> bool:
+    """Whether it was built fused, or `fuse` made something of it; classes of ours without a state run as stock."""
+    return isinstance(module, BUILT_FUSED) or is_fused(module, FusedModule | FusedStem)
 
 
-def _carries_state(module: nn.Module) -> bool:
-    """Whether `fuse` made something of it; classes of ours without a state run as stock."""
-    return is_fused(module, FusedModule | FusedStem)
-
-
-def _inside(module: nn.Module) -> Iterator[str]:
-    """Names of what a fused module runs itself."""
+def runs_itself(module: nn.Module) -> set[str]:
+    """Names of what is in a module that is fused here and runs with it."""
     if isinstance(module, BUILT_FUSED):
-        yield from (name for name, _ in module.named_modules() if name)
-        return
+        return {name for name, _ in module.named_modules() if name}
     state = module.__dict__[STATE]
     if isinstance(module, FusedStem):
-        yield from (name for stem in state.stems for name in stem[:3])
-    else:
-        yield from state.form.stood_in
+        return {name for stem in state.stems for name in stem[:3]}
+    return state.form.stood_in
 
 
-def _row(name: str, module: nn.Module, reason: str, own: Own) -> Row:
-    """The row of one module, as its next call would run it."""
-    if isinstance(module, BUILT_FUSED):
-        return _built_row(name, module, own)
-    if _carries_state(module):
-        return _stem_row(name, module, own) if isinstance(module, FusedStem) else _form_row(name, module, own)
-    kind = stock_class(module).__name__
-    return Row(name, kind, "", reason, Share(0, own.convolutions()), Share(0, own.passes()))
+_Read = tuple[str, str, Share, Share]  # what is fused, why something is not, convolutions, passes
 
 
-def _built_row(name: str, module: nn.Module, own: Own) -> Row:
-    convolutions = own.convolutions()
-    if isinstance(module, FusedConvBNReLU):
-        passes = own.passes()
-    else:  # one ReLU module is called behind every step, and there is an addition
-        steps = len(module._steps)
-        passes = own.passes() + steps
-    return Row(name, type(module).__name__, "built fused", "", Share(convolutions, convolutions), Share(passes, passes))
+def _read(module: nn.Module, reason: str, own: dict[str, nn.Module]) -> _Read:
+    """A module as its next call would run it."""
+    convolutions, passes = convolutions_in(own), passes_in(own)
+    if not is_fused_here(module):
+        return "", reason, Share(0, convolutions), Share(0, passes)
+    if isinstance(module, FusedStem):
+        return _read_stems(module, convolutions, passes)
+    if isinstance(module, FusedModule):
+        return _read_form(module, own)
+    if isinstance(module, FusedResidualBlock):  # one ReLU is called behind every step, and there is an addition
+        passes += len(module._steps)
+    return "built fused", "", Share(convolutions, convolutions), Share(passes, passes)
 
 
-def _form_row(name: str, module: FusedModule, own: Own) -> Row:
-    kind, state = stock_class(module).__name__, module.__dict__[STATE]
+def _read_form(module: FusedModule, own: dict[str, nn.Module]) -> _Read:
+    state = module.__dict__[STATE]
     try:
         with torch.enable_grad():  # whoever reports is often within no_grad
             running, reason = choose(module, state)
@@ -197,13 +188,12 @@ def _form_row(name: str, module: FusedModule, own: Own) -> Row:
         running, reason = None, f"a child {CHANGED} ({type(error).__name__}: {error})"
     convolutions, passes = of_form(own, state.form)
     if running is None:
-        return Row(name, kind, "", reason, Share(0, convolutions.total), Share(0, passes.total))
-    reasons = dict.fromkeys(filter(None, (reason, *state.reasons, unpaired(module, running.form))))
-    return Row(name, kind, describe(running.form), "; ".join(reasons), convolutions, passes)
+        return "", reason, convolutions._replace(fused=0), passes._replace(fused=0)
+    return describe(running.form), "; ".join(state.reasons), convolutions, passes
 
 
-def _stem_row(name: str, module: FusedStem, own: Own) -> Row:
-    state, convolutions, passes = module.__dict__[STATE], own.convolutions(), own.passes()
+def _read_stems(module: FusedStem, convolutions: int, passes: int) -> _Read:
+    state = module.__dict__[STATE]
     fused: dict[int, int] = {}  # convolution -> passes behind it: one stem may be called by several methods
     replaced = [method for method in module._resnet_fused_read if module._resnet_fused_replaced(method)]
     what, reasons = [], [f"its class was given another {method} after fuse()" for method in replaced]
@@ -220,4 +210,4 @@ def _stem_row(name: str, module: FusedStem, own: Own) -> Row:
             what.append(text)
             fused |= {id(conv): 2 for conv in site.convolutions}
     shares = Share(len(fused), convolutions), Share(sum(fused.values()), passes)
-    return Row(name, stock_class(module).__name__, ", ".join(what), "; ".join(dict.fromkeys(reasons)), *shares)
+    return ", ".join(what), "; ".join(dict.fromkeys(reasons)), *shares

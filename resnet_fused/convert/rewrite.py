@@ -30,24 +30,19 @@ class Rewriter:
         self.locals = set(code.co_varnames) - set(code.co_cellvars)
         self.unusual = bool(code.co_flags & _UNUSUAL) or _is_bound_again(definition.node, self.receiver)
 
-    def rewrite(self) -> ast.FunctionDef | None:
-        """The changed definition; None if there is nothing to change."""
-        if self.unusual:
-            return None
-        node = copy.deepcopy(self.definition.node)
-        node.body = self._statements(node.body)
-        return node if self.found else None
+    def rewrite(self) -> bool:
+        """Change the definition; whether there is anything to change."""
+        if not self.unusual:
+            self.definition.node.body = self._statements(self.definition.node.body)
+        return bool(self.found)
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, _OWN_SCOPE):
             return node
-        if isinstance(node, ast.Call):
-            chain, argument = self._chain(node)
-            stem = self._stem(chain) if self._is_local(argument) else None
-            if stem is not None:
-                return _at(node, ast.IfExp(self._call("runs", stem, argument), self._call("run", stem, argument), node))
-        self.generic_visit(node)
-        return node
+        chain, argument = self._chain(node)
+        if self._is_local(argument) and (stem := self._stem(chain)):
+            return _at(node, ast.IfExp(*self._calls(stem, argument), node))
+        return self.generic_visit(node)
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for field, value in ast.iter_fields(node):
@@ -68,9 +63,9 @@ class Rewriter:
                 merged.append(self.visit(body[i]))
                 i += 1
                 continue
-            fused = ast.Assign([copy.deepcopy(body[i].targets[0])], self._call("run", stem, argument))
-            choice = ast.If(self._call("runs", stem, argument), [fused], body[i : i + length])
-            merged.append(_at(body[i], choice))
+            runs, run = self._calls(stem, argument)
+            fused = ast.Assign([copy.deepcopy(body[i].targets[0])], run)
+            merged.append(_at(body[i], ast.If(runs, [fused], body[i : i + length])))
             i += length
         return merged
 
@@ -93,12 +88,8 @@ class Rewriter:
         return best
 
     def _stem(self, names: list[str]) -> Stem | None:
-        if len(names) not in (3, 4):
-            return None
-        stem: Stem = (*names, "") if len(names) == 3 else tuple(names)
-        if not self.accept(stem):
-            return None
-        return stem
+        stem: Stem = (*names, "")[:4]
+        return stem if len(names) in (3, 4) and self.accept(stem) else None
 
     def _chain(self, node: ast.expr) -> tuple[list[str], ast.expr]:
         """The names in ``self.c(self.b(self.a(argument)))``, the innermost first, and the argument."""
@@ -116,13 +107,12 @@ class Rewriter:
     def _is_local(self, node: ast.expr | None) -> bool:
         return isinstance(node, ast.Name) and node.id in self.locals
 
-    def _method(self, name: str) -> ast.expr:
-        return ast.Attribute(ast.Name(self.receiver, ast.Load()), f"_resnet_fused_{name}", ast.Load())
-
-    def _call(self, name: str, stem: Stem, argument: ast.Name) -> ast.expr:
-        if name == "run":
-            self.found.append(stem)
-        return ast.Call(self._method(name), [ast.Constant(stem), ast.Name(argument.id, ast.Load())], [])
+    def _calls(self, stem: Stem, argument: ast.Name) -> Iterator[ast.expr]:
+        """The question whether a stem runs, and its run."""
+        self.found.append(stem)
+        for name in ("_resnet_fused_runs", "_resnet_fused_run"):
+            method = ast.Attribute(ast.Name(self.receiver, ast.Load()), name, ast.Load())
+            yield ast.Call(method, [ast.Constant(stem), ast.Name(argument.id, ast.Load())], [])
 
 
 def _is_bound_again(definition: ast.FunctionDef, name: str) -> bool:
@@ -134,26 +124,11 @@ def _is_bound_again(definition: ast.FunctionDef, name: str) -> bool:
         reads = isinstance(node, ast.Attribute | ast.Constant | ast.keyword) or node is parameters[0]
         if reads or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)):
             continue
-        if name in _texts(node):
+        if any(name in value if isinstance(value, list) else name == value for _, value in ast.iter_fields(node)):
             return True
     return False
 
 
-def _texts(node: ast.AST) -> Iterator[str]:
-    for _, value in ast.iter_fields(node):
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str):
-                yield item
-
-
 def _at(where: ast.AST, node: ast.AST) -> ast.AST:
     """`node`, its new nodes placed in the lines of `where`."""
-    todo = [node]
-    while todo:
-        new = todo.pop()
-        if hasattr(new, "lineno"):
-            continue
-        if "lineno" in new._attributes:
-            ast.copy_location(new, where)
-        todo += ast.iter_child_nodes(new)
-    return node
+    return ast.fix_missing_locations(ast.copy_location(node, where))

@@ -13,9 +13,8 @@ from torch import nn
 
 from ..blocks import norms
 from ..blocks.shape import Shape
-from ..blocks.site import find
 from ..steps.program import Addition, Convolution, Pooling
-from .instructions import Form, Ref, ShapeCall, StockCall
+from .instructions import Form, ShapeCall, StockCall
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _ACTIVATIONS = (
@@ -39,27 +38,22 @@ class Share(NamedTuple):
         return cls(sum(share.fused for share in shares), sum(share.total for share in shares))
 
 
-class Own:
-    """What counts for a module's row: everything below it but modules with a row of their own."""
-
-    def __init__(self, module: nn.Module, others: set[str]) -> None:
-        self.module, self.others = module, others
-
-    def convolutions(self) -> int:
-        return sum(isinstance(module, nn.Conv2d) for _, module in self._walk(self.module, ""))
-
-    def passes(self, but: Collection[str] = ()) -> int:
-        """Norms and activations that are modules, without those named `but`."""
-        return sum(passes_of(module) for name, module in self._walk(self.module, "") if name not in but)
-
-    def _walk(self, module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        yield name, module
-        if passes_of(module):  # what is in a norm, such as its activation, counts with it
-            return
+def counted(module: nn.Module, rows: Collection[str], row: str, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What counts for a `row`, by name within it: everything in its module but what has another of the `rows`."""
+    yield name, module
+    if not passes_of(module):  # what is in a norm, such as its activation, counts with it
         for key, child in module.named_children():
-            below = join(name, key)
-            if below not in self.others:
-                yield from self._walk(child, below)
+            if join(row, below := join(name, key)) not in rows:
+                yield from counted(child, rows, row, below)
+
+
+def convolutions_in(own: dict[str, nn.Module]) -> int:
+    return sum(isinstance(module, nn.Conv2d) for module in own.values())
+
+
+def passes_in(own: dict[str, nn.Module], but: Collection[str] = ()) -> int:
+    """Norms and activations that are modules, without those named `but`."""
+    return sum(passes_of(module) for name, module in own.items() if name not in but)
 
 
 def passes_of(module: nn.Module | None) -> int:
@@ -76,43 +70,17 @@ def join(name: str, inner: str) -> str:
     return f"{name}.{inner}" if name and inner else name or inner
 
 
-def of_form(own: Own, form: Form) -> tuple[Share, Share]:
+def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
     """Convolutions and passes of a module that runs `form`."""
     nodes = [node for shape in form.shapes for node in shape.program.nodes]
     convolutions = sum(isinstance(node, Convolution) for node in nodes)
     fused = sum(1 + node.relu for node in nodes if not isinstance(node, Convolution | Pooling))
-    names, stock = {name for shape in form.shapes for name in shape.modules}, 0
-    for call in form.calls:
-        if isinstance(call, StockCall) and call.op != "call_module":
-            stock += getattr(call.target, "__name__", call.target) in _FUNCTIONS
-        elif isinstance(call, StockCall) and (passes := passes_of(find(own.module, call.target))):
-            stock += passes
-            names.add(call.target)
-    stock += own.passes(but=names)
-    return Share(convolutions, own.convolutions()), Share(fused, fused + stock)
-
-
-def unpaired(module: nn.Module, form: Form) -> str:
-    """The convolutions and batch norms of `form` that stay stock for want of each other; empty if there are none."""
-    stock = {call.output: call for call in form.calls if isinstance(call, StockCall) and call.op == "call_module"}
-    modules = {output: find(module, call.target) for output, call in stock.items()}
-    batch_norms = {output for output, found in modules.items() if found is not None and not norms.why_not(found)}
-    before = {arg.name for output in batch_norms for arg in _refs(stock[output])}
-    convs = [stock[o].target for o, m in modules.items() if isinstance(m, nn.Conv2d) and o not in before]
-    after_conv = {o for o in batch_norms if any(isinstance(modules.get(a.name), nn.Conv2d) for a in _refs(stock[o]))}
-    lone = [call.target for output, call in stock.items() if output in batch_norms - after_conv]
-    texts = [f"no batch norm right behind {_listed(convs)}"] if convs else []
-    texts += [f"no convolution right before {_listed(lone)}"] if lone else []
-    return ", ".join(texts)
-
-
-def _refs(call: StockCall) -> list[Ref]:
-    """The values that a call of a module reads."""
-    return [arg for arg in call.args if isinstance(arg, Ref)]
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    stock = [call for call in form.calls if isinstance(call, StockCall)]
+    called = [call.target for call in stock if call.op == "call_module"]
+    passes = sum(getattr(call.target, "__name__", call.target) in _FUNCTIONS for call in stock)
+    passes += sum(passes_of(own.get(name)) for name in called)
+    passes += passes_in(own, but={*called, *(name for shape in form.shapes for name in shape.modules)})
+    return Share(convolutions, convolutions_in(own)), Share(fused, fused + passes)
 
 
 def describe(form: Form) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import functools
 import linecache
 import types
@@ -21,53 +20,42 @@ from typing import NamedTuple
 
 
 class Definition(NamedTuple):
-    """A ``def`` statement and where it stands."""
+    """A ``def`` statement in the tree of its module, both for the caller to change."""
 
     node: ast.FunctionDef
-    filename: str
-    path: tuple[tuple[ast.AST, str, int], ...]  # from the module to `node`: parent, its field, index in that
+    tree: ast.Module
+    within: str  # the class around it, or an empty name
 
     def mangled(self, name: str) -> str:
         """What the attribute `name` is called in the class around `node`."""
-        classes = [parent.name.lstrip("_") for parent, *_ in self.path if isinstance(parent, ast.ClassDef)]
         private = name.startswith("__") and not name.endswith("__")
-        return f"_{classes[-1]}{name}" if private and classes and classes[-1] else name
+        within = self.within.lstrip("_")
+        return f"_{within}{name}" if private and within else name
 
 
 def find(function: types.FunctionType) -> Definition | None:
     """The definition of `function`; None where no source at hand compiles to it, or it has decorators."""
     code = function.__code__
     for source in _sources(function):
-        read = _read(source, code.co_filename)
-        if read is None:
-            continue
-        tree, codes = read
-        path = _path(tree, code.co_name, code.co_firstlineno)
-        if path and _same(_pick(codes, code), code):
-            parent, field, index = path[-1]
-            return Definition(getattr(parent, field)[index], code.co_filename, path)
+        if _same(_pick(_codes(source, code.co_filename), code), code):
+            with _quiet():
+                tree = ast.parse(source)
+            for node, within in _definitions(tree):
+                if (node.name, node.lineno) == (code.co_name, code.co_firstlineno):
+                    return Definition(node, tree, within)
     return None
 
 
-def recompile(function: types.FunctionType, found: Definition, node: ast.FunctionDef) -> types.FunctionType | None:
-    """`function` with `node` in place of its definition; None where its free variables would be others."""
-    replaced: ast.AST = node
-    for parent, field, index in reversed(found.path):
-        children = [*getattr(parent, field)]
-        children[index] = replaced
-        replaced = copy.copy(parent)
-        setattr(replaced, field, children)
-    code = _pick(_compiled(replaced, found.filename), function.__code__)
+def recompile(function: types.FunctionType, found: Definition) -> types.FunctionType | None:
+    """`function` as its definition is now; None where its free variables would be others."""
+    code = _pick(_compiled(found.tree, function.__code__.co_filename), function.__code__)
     if code is None or code.co_freevars != function.__code__.co_freevars:
         return None
     made = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
-    made.__kwdefaults__ = function.__kwdefaults__
-    for name in functools.WRAPPER_ASSIGNMENTS:
-        if hasattr(function, name):
-            setattr(made, name, getattr(function, name))
-    made.__dict__.update(function.__dict__)
+    functools.update_wrapper(made, function)
+    made.__dict__, made.__kwdefaults__ = {**function.__dict__}, function.__kwdefaults__
     return made
 
 
@@ -90,17 +78,15 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read(source: str, filename: str) -> tuple[ast.Module, tuple[types.CodeType, ...]] | None:
-    """The tree of a module and its code objects; None where it is not Python."""
+def _codes(source: str, filename: str) -> tuple[types.CodeType, ...]:
+    """The code objects of a module; none where it is not Python."""
     try:
-        with _quiet():
-            tree = ast.parse(source)
-        return tree, _compiled(tree, filename)
+        return _compiled(source, filename)
     except (SyntaxError, ValueError, RecursionError):
-        return None
+        return ()
 
 
-def _compiled(module: ast.Module, filename: str) -> tuple[types.CodeType, ...]:
+def _compiled(module: str | ast.Module, filename: str) -> tuple[types.CodeType, ...]:
     """The code objects of all functions and classes in `module`."""
     with _quiet():
         todo = [compile(module, filename, "exec", dont_inherit=True)]
@@ -123,15 +109,9 @@ def _same(code: types.CodeType | None, other: types.CodeType) -> bool:
     return code == other and code.co_freevars == other.co_freevars and [*code.co_lines()] == [*other.co_lines()]
 
 
-def _path(node: ast.AST, name: str, line: int) -> tuple[tuple[ast.AST, str, int], ...]:
-    """The way from `node` to the ``def`` of `name` in `line`; empty where there is none."""
-    for field, value in ast.iter_fields(node):
-        for index, child in enumerate(value if isinstance(value, list) else ()):
-            first, last = getattr(child, "lineno", line), getattr(child, "end_lineno", line)
-            if not isinstance(child, ast.AST) or not first <= line <= last:
-                continue
-            if isinstance(child, ast.FunctionDef) and child.name == name and child.lineno == line:
-                return ((node, field, index),)
-            if below := _path(child, name, line):
-                return ((node, field, index), *below)
-    return ()
+def _definitions(node: ast.AST, within: str = "") -> Iterator[tuple[ast.FunctionDef, str]]:
+    """All ``def`` statements in `node`, each with the class around it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef):
+            yield child, within
+        yield from _definitions(child, child.name if isinstance(child, ast.ClassDef) else within)

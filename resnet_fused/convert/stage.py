@@ -12,16 +12,15 @@ stage's own output is large, and lies in huge pages.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import nn
 
 from .. import library
 from ..backends import bounds
-from ..blocks import runtime
+from ..blocks import proven, runtime
 from ..blocks.layers import globally_hooked, hooked
-from ..blocks.site import Site
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
 from . import as_stock, swap
@@ -33,37 +32,21 @@ Tensor = torch.Tensor
 MAPPED, PIECE = 32 << 20, 25 << 20
 
 
-#: Methods through which a call of a module goes.
-_CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
-
-
-class Extent(NamedTuple):
-    """What a block makes of an input: elements an image of its largest result, and the shape of its last."""
-
-    largest: int
-    shape: torch.Size
-
-
-def _extent(site: Site, shape: torch.Size) -> Extent | None:
-    """The extent of a program; None where images meet, in batch statistics, or a pool is called."""
-    program, tensors = runtime.read(site)
-    if program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
-        return None
-    shapes = program.shapes(shape, tensors)[program.inputs :]
-    return Extent(max(made[1:].numel() for made in shapes), shapes[-1])
+#: What of a stage is known to run in stock operations: some of its blocks, which need no proof.
+_IN_PART = "in part"
 
 
 def _is_entered(block: nn.Module) -> bool:
     """Whether calling `block` is nothing but running its fused forward, so that a stage may do that itself."""
     if not isinstance(block, FusedModule) or hooked(block) or block._compiled_call_impl is not None:
         return False
-    if any(name in block.__dict__ for name in _CALLED):
+    if any(name in block.__dict__ for name in ("forward", *proven.CALL)):
         return False
     cls = type(block)
     if torch.compiler.is_compiling():
         return True
     own = cls.forward is vars(cls._resnet_fused_class)["forward"]
-    return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in _CALLED[1:])
+    return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in proven.CALL)
 
 
 def _entries(stage: nn.Sequential) -> list[Running] | None:
@@ -93,49 +76,49 @@ def _run(entry: Running, x: object) -> object:
 
 
 def _one_by_one(stage: nn.Sequential, x: object) -> object:
-    """The stage's output where somebody else's code runs in some of its blocks, and may change others."""
+    """The stage's output where somebody else's code runs in some of its blocks, and may change others; or stock's."""
     for block in stage:
-        found = runnable(block) if _is_entered(block) else None
+        found = None
+        if _is_entered(block) and not as_stock.is_known(block, left(x)):
+            found = runnable(block)
         x = block(left(x)) if found is None else _run(found, x)
     return left(x)
 
 
 def _all_images(entries: list[Running], x: Tensor) -> object:
-    value: object = x
-    for entry in entries:
-        value = _run(entry, value)
-    return value
+    return functools.reduce(lambda value, entry: _run(entry, value), entries, x)
 
 
-def _stage_extent(entries: list[Running], shape: torch.Size) -> Extent | None:
-    """The extent of a whole stage; None unless each block is one program."""
+def _largest(entries: list[Running], shape: torch.Size) -> int:
+    """Elements an image of the largest result in a stage.
+
+    0 where a block is more than one program, where images meet, in batch statistics, and where a pool is called.
+    """
     largest = 0
     for entry in entries:
-        if not entry.form.is_whole:
-            return None
-        extent = _extent(entry.sites[0], shape)
-        if extent is None:
-            return None
-        largest, shape = max(largest, extent.largest), extent.shape
-    return Extent(largest, shape)
+        program, tensors = runtime.read(entry.sites[0])
+        if not entry.form.is_whole or program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
+            return 0
+        made = program.shapes(shape, tensors)[program.inputs :]
+        largest, shape = max(largest, *(of[1:].numel() for of in made)), made[-1]
+    return largest
 
 
 def images_in_piece(entries: list[Running], x: Tensor) -> int:
     """How many images to run at a time; 0: all at once, as stock."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not entries:
         return 0
-    if x.device.type != "cpu" or x.dim() != 4 or x.shape[0] < 2 or not library.status().cpu.loaded:
+    grads = torch.is_grad_enabled()
+    if not x.is_cpu or x.dim() != 4 or x.shape[0] < 2 or (grads and x.requires_grad):
         return 0
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for e in entries for p in e.block.parameters())
-    ):
+    if not library.status().cpu.loaded:
         return 0
-    extent = _stage_extent(entries, x.shape)
-    if extent is None or extent.largest * x.element_size() * x.shape[0] < MAPPED:
+    if grads and any(p.requires_grad for e in entries for p in e.block.parameters()):
         return 0
-    if entry_obstacle(x, entries[0]):
+    image = _largest(entries, x.shape) * x.element_size()
+    if image * x.shape[0] < MAPPED or entry_obstacle(x, entries[0]):
         return 0
-    return max(1, PIECE // (extent.largest * x.element_size()))
+    return max(1, PIECE // image)
 
 
 def _in_pieces(entries: list[Running], x: Tensor, images: int) -> Tensor:
@@ -158,7 +141,7 @@ def _new_batch(piece: Placed, images: int) -> Tensor:
 
 def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     """The output of a stage of fused blocks, in stock's layout."""
-    entries = _entries(stage)
+    entries = None if as_stock.is_known(stage, x, _IN_PART) else _entries(stage)
     if entries is None:
         return _one_by_one(stage, x)
     if torch.compiler.is_compiling():
@@ -169,7 +152,11 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
         if 0 < images < x.shape[0]:
             return _in_pieces(entries, x, images)
         out = left(_all_images(entries, x))
-    as_stock.note(stage, [site for entry in entries for site in entry.sites], x, before)
+    sites, after = [site for entry in entries for site in entry.sites], as_stock.fused_so_far()
+    if after == before or after - before == len(sites):
+        as_stock.note(stage, sites, x, before)
+    else:
+        as_stock.note(stage, sites, x, after, _IN_PART)
     return out
 
 
@@ -183,8 +170,10 @@ class _Stage(swap.Swapped):
     def forward(self, x):
         if not is_fused(self) or type(self) is not FusedStage or self._resnet_fused_replaced("forward"):
             return super().forward(x)
-        if is_stock_forced() or globally_hooked() or _is_traced(x) or as_stock.is_known(self, x):
+        if is_stock_forced() or globally_hooked() or _is_traced(x):
             return super().forward(x)
+        if as_stock.is_known(self, x):
+            return as_stock.run(super().forward, x)
         return run_stage(self, x)
 
 
@@ -195,10 +184,8 @@ def _stage_class(_: type = nn.Sequential) -> type:
 FusedStage = swap.subclass(_Stage, nn.Sequential, (_stage_class, ()))
 
 
-def fuse_stage(module: nn.Module) -> bool:
-    """Make a stage of `module` if it is a plain Sequential of fused blocks; whether it was."""
-    if swap.stock_class(module) is not nn.Sequential or is_fused(module):
-        return False
-    if not len(module) or not all(is_fused(block, FusedModule) for block in module):
-        return False
-    return not swap.put(module, _stage_class, True)
+def fuse_stage(module: nn.Module) -> None:
+    """Make a stage of `module` if it is a plain Sequential of fused blocks."""
+    plain = swap.stock_class(module) is nn.Sequential and not is_fused(module)
+    if plain and len(module) and all(is_fused(block, FusedModule) for block in module):
+        swap.put(module, _stage_class, True)

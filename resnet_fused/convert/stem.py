@@ -136,8 +136,7 @@ def _rewritten(
     if definition is None:
         return None, []
     rewriter = Rewriter(definition, function.__code__, accept)
-    node = rewriter.rewrite()
-    rewritten = None if node is None else source.recompile(function, definition, node)
+    rewritten = source.recompile(function, definition) if rewriter.rewrite() else None
     return rewritten, [] if rewritten is None else rewriter.found
 
 
@@ -178,14 +177,3 @@ def fuse_stem(model: nn.Module, backend: str) -> str:
     if not stems:
         return "no conv-norm-ReLU calls in a row in its methods"
     return swap.put(model, lambda stock: cls or _stem_class(stock, stems), StemState(stems, backend))
-
-
-def stem_modules(model: FusedStem) -> list[nn.Module]:
-    """The modules that the stems of `model` stand in for."""
-    state: StemState = model.__dict__[STATE]
-    modules: list[nn.Module] = []
-    for stem in state.stems:
-        site = stem_site(model, stem, state.backend)
-        if site is not None:
-            modules += [*site.modules, *site.bypassed]
-    return modules

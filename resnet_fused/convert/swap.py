@@ -13,11 +13,10 @@ do, as what it returns replaces the child in a parent that is not ours.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -194,20 +193,3 @@ def remove(module: nn.Module) -> None:
     module.__dict__.pop(STATE, None)
     if _is_ours(type(module)):
         object.__setattr__(module, "__class__", type(module)._resnet_fused_stock)
-
-
-@contextlib.contextmanager
-def seen_as_stock(module: nn.Module) -> Iterator[None]:
-    """Give `module` the stock forward in its class, for reading it; what somebody's subclass adds is still seen."""
-    before = type(module)
-    if not isinstance(module, Swapped):
-        yield
-        return
-    seen = stock = before._resnet_fused_stock
-    if not _is_ours(before):
-        seen = type(before)(before.__name__, (before,), {"forward": stock.forward, _STOCK: stock})
-    object.__setattr__(module, "__class__", seen)
-    try:
-        yield
-    finally:
-        object.__setattr__(module, "__class__", before)

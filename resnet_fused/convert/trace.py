@@ -9,20 +9,17 @@ graph in training and evaluation.
 from __future__ import annotations
 
 import dis
+import functools
 import hashlib
 import inspect
 import operator
 import types
+from collections.abc import Callable
 
 from torch import fx, nn
 
 from . import outside
 
-#: Attributes of tensors and of PyTorch's namespaces that a traceable forward may use.
-_KNOWN = frozenset(
-    "nn functional Tensor relu relu_ add add_ cat flatten mean size shape view reshape max_pool2d avg_pool2d "
-    "adaptive_avg_pool2d".split()
-)
 #: Instructions that leave something behind, or run code that nobody looked at.
 _REFUSED = (
     ("STORE_ATTR", "sets an attribute"),
@@ -35,18 +32,35 @@ _REFUSED = (
     ("MAKE_FUNCTION", "uses super() or an inner function"),
     ("LOAD_SUPER", "uses super() or an inner function"),
 )
-#: What ``torch.fx`` records of an operator, by its sign; of the in-place form it records the same.
-_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_INPLACE = {operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul, operator.truediv: operator.itruediv}  # fmt: skip  # noqa: E501
-_OLD_NAMES = {"ADD": "+", "SUBTRACT": "-", "MULTIPLY": "*", "TRUE_DIVIDE": "/"}  # of Python 3.10's instructions
 
 
 class Untraceable(Exception):
     """Why a forward was not read; the text is shown to the user."""
 
 
+class _Proxy(fx.Proxy):
+    """Records in-place operators as what they are, where ``torch.fx`` records the others."""
+
+    def _write(self, operation: Callable, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
+    setattr(_Proxy, f"__i{_name}__", functools.partialmethod(_Proxy._write, getattr(operator, f"__i{_name}__")))
+
+
 class _ShallowTracer(fx.Tracer):
-    """Every module is a leaf except the block itself and plain Sequentials with convolutions of their own."""
+    """Traces `forward`; every module is a leaf but the block itself and plain Sequentials with own convolutions."""
+
+    def __init__(self, forward: types.FunctionType) -> None:
+        super().__init__()
+        self.forward = forward
+
+    def create_args_for_root(self, root_fn: Callable, *args, **kwargs):
+        return super().create_args_for_root(self.forward, *args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) is not nn.Sequential or not any(isinstance(child, nn.Conv2d) for child in m)
@@ -87,20 +101,15 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
             if before == "child":
                 raise Untraceable(f"its forward reads {step.argval} of a child")
             if before != "self":
-                unknown |= {step.argval} - (frozenset() if outside.exchanged(step.argval) else _KNOWN)
-            elif not _is_plain_attribute(block, step.argval):
-                unknown.add(step.argval)
+                unknown |= set() if outside.is_known(step.argval) else {step.argval}
+            elif step.argval != "training" and value_of(block, step.argval) == _OTHER:
+                unknown.add(step.argval)  # not a module, None or constant: a method, say, whose code nobody looked at
             else:
                 found[step.argval] = None
                 owner = "child" if isinstance(block._modules.get(step.argval), nn.Module) else ""
     if unknown:
         raise Untraceable(f"its forward uses {', '.join(sorted(unknown))}, which may change from call to call")
     return list(found)
-
-
-def _is_plain_attribute(block: nn.Module, name: str) -> bool:
-    """Modules, None and constants; not methods, whose code nobody looked at."""
-    return name == "training" or value_of(block, name) != _OTHER
 
 
 _OTHER = ("something else", "")
@@ -139,9 +148,6 @@ def fingerprint(function: object) -> str:
 def trace(block: nn.Module, cls: type) -> fx.Graph:
     """The graph of the forward of `cls`, the stock class of `block`, the same in training and evaluation.
 
-    What `block` runs must be that forward when this is called. In-place operators, which ``torch.fx`` records as the
-    others, are in the graph as what they are.
-
     Raises:
         Untraceable: with the reason.
     """
@@ -150,12 +156,12 @@ def trace(block: nn.Module, cls: type) -> fx.Graph:
     try:
         for mode in (True, False):
             block.training = mode  # of the block alone; its children are leaves
-            graphs.append(_ShallowTracer().trace(block))
+            graphs.append(_ShallowTracer(cls.forward).trace(block))
     except Exception as error:  # any Python can be in a forward; whatever it raises means "not traced"
         raise Untraceable(f"its forward could not be traced ({type(error).__name__})") from error
     finally:
         block.training = was_training
-    if [_signature(node) for node in graphs[0].nodes] != [_signature(node) for node in graphs[1].nodes]:
+    if str(graphs[0]) != str(graphs[1]):
         raise Untraceable("its forward branches on self.training")
     graph = graphs[0]
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
@@ -163,37 +169,8 @@ def trace(block: nn.Module, cls: type) -> fx.Graph:
     if any(node.op == "get_attr" for node in graph.nodes):
         raise Untraceable("its forward uses parameters or constants of its own")
     for node in graph.nodes:
-        if node.op == "call_module" and any(type(parent) is not nn.Sequential for parent in _parents(block, node)):
+        atoms = node.target.split(".") if node.op == "call_module" else []
+        holders = (block.get_submodule(".".join(atoms[:i])) for i in range(1, len(atoms)))
+        if any(type(holder) is not nn.Sequential for holder in holders):
             raise Untraceable("its forward runs a method of a child")
-    _restore_inplace(graph, cls.forward.__code__)
     return graph
-
-
-def _signature(node: fx.Node) -> tuple[str, str, str, str]:
-    return node.op, str(node.target), str(node.args), str(node.kwargs)
-
-
-def _parents(block: nn.Module, node: fx.Node) -> list[nn.Module]:
-    """The modules between `block` and the one that `node` calls."""
-    atoms = node.target.split(".")[:-1]
-    return [block.get_submodule(".".join(atoms[: i + 1])) for i in range(len(atoms))]
-
-
-def _restore_inplace(graph: fx.Graph, code: types.CodeType) -> None:
-    """Mark the nodes of in-place operators. Of an operator used in both forms, nobody can tell which node is which."""
-    plain, inplace = set(), set()
-    for step in dis.get_instructions(code):
-        kind, _, name = step.opname.partition("_")
-        if step.opname == "BINARY_OP":
-            (inplace if step.argrepr.endswith("=") else plain).add(step.argrepr.rstrip("="))
-        elif kind in ("BINARY", "INPLACE") and name in _OLD_NAMES:
-            (inplace if kind == "INPLACE" else plain).add(_OLD_NAMES[name])
-    if inplace - set(_OPERATORS):
-        raise Untraceable(f"its forward uses {', '.join(sign + '=' for sign in sorted(inplace - set(_OPERATORS)))}")
-    for node in graph.nodes:
-        for sign in inplace:
-            if node.op != "call_function" or node.target is not _OPERATORS.get(sign):
-                continue
-            if sign in plain:
-                raise Untraceable(f"its forward uses both {sign} and {sign}=")
-            node.target = _INPLACE[node.target]

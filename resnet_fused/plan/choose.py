@@ -92,13 +92,11 @@ def place_of(x: Tensor) -> torch.device | None:
 
 def value_device(backend: str, x: Tensor) -> Device | None:
     """The device whose 1x1 kernels would run convolutions on values for `backend`; None: there are none."""
-    if x.dtype not in DATA_DTYPES:
+    if x.dtype not in DATA_DTYPES or not on_gpu(x):
         return None
     if _settings.target is not None:
-        return _settings.target if _settings.target is not CPU_CORE else None
-    if x.device.type != "cuda" or not _HAS_TRITON or backend not in ("auto", "triton"):
-        return None
-    return devices.of(x.device)
+        return _settings.target
+    return devices.of(x.device) if _HAS_TRITON and backend in ("auto", "triton") else None
 
 
 #: Called with a line of text for every choice, by ``explain``.

@@ -15,8 +15,6 @@ expects it to be slower by more than :data:`TOLERATED`, or :data:`TOLERATED_LAZY
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from .devices import Device
@@ -33,45 +31,15 @@ TOLERATED = 0.0
 TOLERATED_LAZY = 1 / 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """FLOPs and bytes of a variant beyond what both variants do, and the convolution's own, forward and backward."""
+def gram_share(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool, device: Device) -> float:
+    """Time that the Gram join of a 1x1 convolution is expected to add, as a share of the convolution's own.
 
-    plain_bytes: int
-    gram_bytes: int
-    gram_flops: int  # in the dtype of the activations
-    small_flops: int  # of the small matrices, in float32
-    conv_bytes: int
-    conv_flops: int
-    dtype: torch.dtype
-
-    def gram_share(self, device: Device) -> float:
-        """Time that the Gram join is expected to add, as a share of the convolution's; negative where it is faster."""
-
-        def seconds(moved: int, flops: int = 0, dtype: torch.dtype = self.dtype) -> float:
-            arithmetic = flops / (device.compute_share * device.peak(dtype))
-            return moved / (device.bandwidth_share * device.bandwidth) + arithmetic
-
-        small = self.small_flops / (device.compute_share * device.single)
-        gram = seconds(self.gram_bytes, self.gram_flops) + small
-        conv = max(seconds(self.conv_bytes), seconds(0, self.conv_flops))
-        return (gram - seconds(self.plain_bytes)) / conv
-
-
-def cost(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool = False) -> Cost:
-    """Costs of the join of a 1x1 convolution from `inputs` to `outputs` channels over `pixels` outputs."""
-    size = dtype.itemsize
-    return Cost(
-        plain_bytes=(6 if lazy else 7) * pixels * outputs * size,
-        gram_bytes=(1 if lazy else 4) * pixels * inputs * size,
-        gram_flops=pixels * inputs * (inputs + 1) + 2 * pixels * inputs * inputs,
-        small_flops=(5 if lazy else 8) * outputs * inputs * inputs,
-        conv_bytes=3 * pixels * (inputs + outputs) * size,
-        conv_flops=6 * pixels * inputs * outputs,
-        dtype=dtype,
-    )
-
-
-def pays(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool, device: Device) -> bool:
-    """Whether the plan takes a Gram join for the memory that it saves."""
-    return cost(pixels, inputs, outputs, dtype, lazy).gram_share(device) <= (TOLERATED_LAZY if lazy else TOLERATED)
+    Of that from `inputs` to `outputs` channels over `pixels` outputs, forward and backward; negative: it is faster.
+    """
+    moved, multiplied = device.bandwidth_share * device.bandwidth, device.compute_share * device.peak(dtype)
+    plain = (6 if lazy else 7) * pixels * outputs * dtype.itemsize / moved
+    gram = (1 if lazy else 4) * pixels * inputs * dtype.itemsize / moved
+    gram += (pixels * inputs * (inputs + 1) + 2 * pixels * inputs * inputs) / multiplied
+    gram += (5 if lazy else 8) * outputs * inputs * inputs / (device.compute_share * device.single)  # in float32
+    conv = max(3 * pixels * (inputs + outputs) * dtype.itemsize / moved, 6 * pixels * inputs * outputs / multiplied)
+    return (gram - plain) / conv

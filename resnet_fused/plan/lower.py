@@ -17,11 +17,11 @@ from .. import library
 from ..backends import soundness, tf32
 from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
+from ..steps.directions import Lowered
 from ..steps.join import Join
 from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
 from ..steps.pooled import PooledNorm
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
-from ..steps.program_node import Lowered
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
 from . import choose, measured, too_small, variants, words
@@ -139,10 +139,11 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
     if isinstance(node, Convolution):
         if _sum_of(program, value) is not None or not gram.isdisjoint(program.readers(value)):
             return []
-        if not (variant.values and _on_value(call, value)):
-            return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation))]
         norms = [n for n in map(program.maker, program.readers(value)) if isinstance(n, Normalisation)]
-        return [ConvolveValue(value, any(norm.norm.batch_stats for norm in norms), one_pass)]
+        statistics = any(norm.norm.batch_stats for norm in norms)
+        if variant.values and _on_value(call, value):
+            return [ConvolveValue(value, statistics, one_pass)]
+        return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation), statistics)]
     if isinstance(node, Pooling):
         return [PooledNorm(value)]
     steps: list[Kind] = []

@@ -26,14 +26,12 @@ from ..backends import backends, disk
 from ..backends.selfcheck import memory
 from ..steps.program import Call
 from . import devices
-from .keys import environment, key_of, threads
+from .keys import key_of, threads
 from .variants import Variant
 
 Tensor = torch.Tensor
 #: Sub-packages whose sources decide how long a program takes.
 SOURCES = ("ops", "backends", "steps", "plan", "blocks")
-_RECENT = 4096  # entries after which short-cuts are built anew
-
 
 Shape = tuple[int, ...]
 Rows = dict[str, dict[Shape, Variant]]  # key -> shape of the input -> choice
@@ -113,7 +111,6 @@ def store(device: torch.device, rows: list[dict]) -> None:
     known = _tables.setdefault(_place(device), _table(kept))
     for key, shapes in _table(rows).items():
         known.setdefault(key, {}).update(shapes)
-    _recent.clear()
     _Seen.changes += 1
     disk.write_json(file_of(device), {"key": identity(device), "rows": [*kept, *rows]})
 
@@ -121,7 +118,6 @@ def store(device: torch.device, rows: list[dict]) -> None:
 # Asking ---------------------------------------------------------------------------------------------------------
 
 _tables: dict[tuple[str, int], Rows] = {}  # by device type and index
-_recent: dict[tuple, Variant | None] = {}  # a call of `recall`, as cheaply hashed as possible -> its answer
 
 
 class _Seen:
@@ -137,7 +133,6 @@ def forget() -> None:
     """Drop what this process remembers; the files stay."""
     _Seen.changes += 1
     _tables.clear()
-    _recent.clear()
 
 
 def _place(device: torch.device) -> tuple[str, int]:
@@ -165,38 +160,12 @@ def load(device: torch.device) -> Rows:
 
 def recall(call: Call, allowed: Callable[[Call], list[Variant]]) -> Variant | None:
     """The variant that was measured to be the fastest for this call; None: it was not measured, or is not `allowed`."""
-    x = call.x
+    x, rows = call.x, None
     if torch.compiler.is_compiling():
         rows = _tables.get(_place(x.device))
-        shapes = rows.get(key_of(call)) if rows else None
-        return None if shapes is None else _checked(_compare(shapes, x), call, allowed)
-    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
-        return None  # a fake tensor, or one that stands for something else
-    rows = _tables.get(_place(x.device))
-    if rows is None:
+    elif type(x) in (Tensor, torch.nn.Parameter):  # not a fake tensor, nor one that stands for something else
         rows = load(x.device)
-    if not rows:
-        return None
-    forms = tuple([(own.weight is None or own.weight.shape, own.bias is None) for own in call.tensors])
-    asked = (call.program, x.shape, forms, call.sample_factor is None, x.dtype, x.device, environment(x))
-    answer = _recent.get(asked, asked)  # a call is no answer: hashed once
-    if answer is not asked:
-        return answer
-    if len(_recent) >= _RECENT:
-        _recent.clear()
-    choice = rows.get(key_of(call), {}).get(tuple(x.shape))
-    _recent[asked] = chosen = _checked(choice, call, allowed)
-    return chosen
-
-
-def _compare(shapes: dict[Shape, Variant], x: Tensor) -> Variant | None:
-    """A look-up by comparisons: what a graph of symbolic sizes can guard on."""
-    for shape, choice in shapes.items():
-        if all(have == want for have, want in zip(x.shape, shape, strict=True)):
-            return choice
+    for shape, choice in rows.get(key_of(call), {}).items() if rows else ():
+        if all(have == want for have, want in zip(x.shape, shape, strict=True)):  # graphs of symbolic sizes guard on it
+            return choice if choice in allowed(call) else None  # a file may say anything
     return None
-
-
-def _checked(choice: Variant | None, call: Call, allowed: Callable[[Call], list[Variant]]) -> Variant | None:
-    """`choice` if it may run: a file may say anything."""
-    return choice if choice is not None and choice in allowed(call) else None

@@ -116,11 +116,11 @@ def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[i
     """
     main, projections = set(), set()
     for _, terms in joins(call.program):
-        norms = _branches(call, terms)
-        if not (terms.sampled and call.sample_factor is not None) and _can_be_main(call, norms[0], values):
-            main.add(norms[0])
-        if len(norms) > 1 and not gram_obstacle(call, norms[1]) and (norms[0] in main or not values):
-            projections.add(norms[1])
+        branch, *projection = _branches(call, terms)
+        if not (terms.sampled and call.sample_factor is not None) and _can_be_main(call, branch, values):
+            main.add(branch)
+        if branch in main or not values:
+            projections.update(norm for norm in projection if not gram_obstacle(call, norm))
     return frozenset(main), frozenset(projections)
 
 
@@ -139,21 +139,24 @@ def runs_folded(call: Call) -> bool:
     return not stem and backend in ("auto", "cpu") and x.device.type == "cpu" and x.dtype in onednn.SERVED
 
 
-def _worth(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> bool:
-    if not call.program.maker(norm).norm.batch_stats:
-        return True
+def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> float:
+    """What the Gram join of a branch with batch statistics is expected to cost, see :mod:`.join_cost`."""
     outputs, inputs = branch_of(call, norm)[1].weight.shape[:2]
-    return join_cost.pays(too_small.pixels(shapes[norm]), inputs, outputs, call.x.dtype, chosen.values, chosen.device)
+    pixels = too_small.pixels(shapes[norm])
+    return join_cost.gram_share(pixels, inputs, outputs, call.x.dtype, chosen.values, chosen.device)
+
+
+def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Options) -> bool:
+    """Whether there are such branches, and Gram joins of all are worth it."""
+    tolerated = join_cost.TOLERATED_LAZY if chosen.values else join_cost.TOLERATED
+    measured = [norm for norm in norms if call.program.maker(norm).norm.batch_stats]
+    return bool(norms) and all(_gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
 
 
 def written(call: Call) -> list[int]:
     """Values that are written for ATen's convolutions where the others are on values."""
-    found = set()
-    for node, own in zip(call.program.nodes, call.tensors, strict=True):
-        is_norm = isinstance(node, Convolution) and isinstance(call.program.maker(node.source), Normalisation)
-        if is_norm and not serves(node.conv, own):
-            found.add(node.source)
-    return sorted(found)
+    reads = {node.source for _, node, own in call.convolutions if not serves(node.conv, own)}
+    return [value for value in reads if isinstance(call.program.maker(value), Normalisation)]
 
 
 def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
@@ -171,8 +174,8 @@ def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
 
 def _has_narrow(call: Call) -> bool:
     """Whether on values there is a convolution whose gradients one pass can make, in a dtype for which there is one."""
-    pairs = [pair for pair in zip(call.program.nodes, call.tensors, strict=True) if isinstance(pair[0], Convolution)]
-    if not any(serves(n.conv, own) and pointwise.narrow(Step(n.conv, Norm()), own.weight) for n, own in pairs):
+    ours = [(node, own) for _, node, own in call.convolutions if serves(node.conv, own)]
+    if not any(pointwise.narrow(Step(node.conv, Norm()), own.weight) for node, own in ours):
         return False
     place, checks = choose.place_of(call.x), not isinstance(call.x, FakeTensor)
     return not soundness.lacking(("conv1x1_backward",), call.x.dtype, place, checks)
@@ -209,8 +212,7 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     found = options(call)
     if found is None:
         return Variant()
-    main = bool(found.main) and all(_worth(call, norm, shapes, found) for norm in found.main)
-    projection = bool(found.projections) and all(_worth(call, norm, shapes, found) for norm in found.projections)
+    main, projection = (_pay(call, norms, shapes, found) for norms in (found.main, found.projections))
     if not found.values:
         return Variant(False, main, projection)
     return Variant(True, main, projection and main, _keeps(call, shapes), _has_narrow(call))
@@ -230,10 +232,8 @@ def why(call: Call, shapes: list[torch.Size]) -> str:
     if not ends:
         return "no batch norm before a sum"
     norm = ends[-1]
-    if gram_obstacle(call, norm):
-        return gram_obstacle(call, norm)
+    if reason := gram_obstacle(call, norm):
+        return reason
     if not call.program.maker(norm).norm.batch_stats:
         return "running statistics"
-    outputs, inputs = branch_of(call, norm)[1].weight.shape[:2]
-    expected = join_cost.cost(too_small.pixels(shapes[norm]), inputs, outputs, call.x.dtype, found.values)
-    return f"costs {expected.gram_share(found.device):+.0%} of its convolution's time"
+    return f"costs {_gram_share(call, norm, shapes, found):+.0%} of its convolution's time"

@@ -23,25 +23,6 @@ from .spec import Conv, Norm, Step, StepGrads, StepTensors
 Tensor = torch.Tensor
 
 
-class _Written:
-    """Activations that were written down for convolutions, each until its last reader has had it."""
-
-    def __init__(self, program: Program) -> None:
-        self.left = [len(program.readers(value)) for value in range(program.output + 1)]
-        self.kept: dict[int, Tensor] = {}
-
-    def tensor(self, number: int, value: Value, backend: str) -> Tensor:
-        """`value`, which has this number, as a tensor, for one of its readers."""
-        self.left[number] -= 1
-        if not isinstance(value, Lazy):
-            return value
-        made = self.kept.pop(number, None)
-        made = value.materialise(backend) if made is None else made
-        if self.left[number] > 0:
-            self.kept[number] = made
-        return made
-
-
 def by_value(program: Program, tensors: list[StepTensors]) -> list[StepTensors]:
     """The tensors of nodes by the values that they make."""
     return [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
@@ -63,7 +44,34 @@ class Handed:
     leaving: Moments | None = None
 
 
-class Forward:
+class _Flow:
+    """What both directions of one call have; dictionaries are by value number."""
+
+    values: list[Value | None]
+
+    def __init__(self, program: Program, tensors: list[StepTensors], sample_factor: Tensor | None) -> None:
+        self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
+        self.tensors = by_value(program, tensors)
+        self.masks: dict[int, Tensor] = {}  # bits of what a ReLU let pass, of values whose kernel wrote them
+        self.winners: dict[int, Tensor] = {}  # of pooled values: the place in each window
+        self.folded: dict[int, Folded] = {}  # norms whose convolution was never written
+        self._left = [len(program.readers(value)) for value in range(program.output + 1)]
+        self._written: dict[int, Tensor] = {}  # activations written for convolutions, each until its last reader had it
+
+    def tensor(self, number: int) -> Tensor:
+        """A value as a tensor, for a step that reads it once."""
+        self._left[number] -= 1
+        value = self.values[number]
+        if not isinstance(value, Lazy):
+            return value
+        made = self._written.pop(number, None)
+        made = value.materialise(self.backend) if made is None else made
+        if self._left[number] > 0:
+            self._written[number] = made
+        return made
+
+
+class Forward(_Flow):
     """The values of one call, as its steps make them."""
 
     def __init__(
@@ -75,22 +83,13 @@ class Forward:
         wanted: list[bool],
     ) -> None:
         """`wanted`: of each value, whether a gradient goes through it."""
+        super().__init__(program, tensors, sample_factor)
         self.wanted = wanted
-        self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
-        self.values: list[Value | None] = [*inputs, *(None for _ in program.nodes)]
-        self.tensors = by_value(program, tensors)
+        self.values = [*inputs, *(None for _ in program.nodes)]
         self.output: Tensor | None = None
         self.statistics: dict[int, Update] = {}  # by norm: what moves the running statistics once all is done
         self.emitted: dict[int, Moments] = {}  # mean and second moment, by a kernel that wrote the value
         self.affine: dict[int, tuple[Affine, Statistics]] = {}  # the same of a norm, with what it makes of them
-        self.masks: dict[int, Tensor] = {}  # bits of what a ReLU let pass, of values whose kernel wrote them
-        self.winners: dict[int, Tensor] = {}  # of pooled values: the place in each window
-        self.folded: dict[int, Folded] = {}  # norms whose convolution was never written
-        self._written = _Written(program)
-
-    def tensor(self, number: int) -> Tensor:
-        """A value as a tensor, for a step that reads it once."""
-        return self._written.tensor(number, self.values[number], self.backend)
 
     def note(self, norm: int, statistics: Statistics | None) -> None:
         """What the batch norm that makes value `norm` saw of the batch, if it looked."""
@@ -98,7 +97,7 @@ class Forward:
             self.statistics[norm] = (self.tensors[norm], self.program.maker(norm).norm, *statistics)
 
 
-class Backward:
+class Backward(_Flow):
     """The gradients of one call, by value number."""
 
     def __init__(
@@ -113,34 +112,27 @@ class Backward:
     ) -> None:
         """`values`: those that were kept; `shapes`: of the others too. `needs`: of each node's tensors, which want a
         gradient."""
-        self._shapes = shapes
+        super().__init__(program, tensors, sample_factor)
+        self.values, self._shapes = values, shapes
         self.in_place = True  # whether a gradient that we own is written over by the one before a norm
-        self.masks: dict[int, Tensor] = {}
-        self.winners: dict[int, Tensor] = {}
-        self.folded: dict[int, Folded] = {}
-        self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
-        self.values, self.tensors = values, by_value(program, tensors)
         self.needs = [*(StepGrads() for _ in range(program.inputs)), *needs]
         self.grads = [StepGrads() for _ in self.tensors]  # of the parameters, by the value that they make
         self.wanted = program.wanted(needs, needs_inputs)
         self._pending: dict[int, Pending] = {}
-        self._written = _Written(program)
-
-    def tensor(self, number: int) -> Tensor:
-        """A value as a tensor, for a step that read it once."""
-        return self._written.tensor(number, self.values[number], self.backend)
 
     def like(self, number: int, grad: Tensor) -> Tensor:
         """A tensor of the shape of a value, whose elements are nobody's business; of the kind of `grad`."""
-        value = self.values[number]
-        value = value.z if isinstance(value, Lazy) else value
+        value = self._kept(number)
         return _empty(self._shapes[number], grad) if value is None else value
 
     def shape(self, number: int) -> torch.Size:
         """The shape of a value."""
-        value = self.values[number]
-        value = value.z if isinstance(value, Lazy) else value
+        value = self._kept(number)
         return self._shapes[number] if value is None else value.shape
+
+    def _kept(self, number: int) -> Tensor | None:
+        value = self.values[number]
+        return value.z if isinstance(value, Lazy) else value
 
     def take(self, number: int, corrected: bool = False) -> Pending | None:
         """The gradient of a value as it is, or `corrected`; the caller has it then. None: nobody wants one."""

@@ -76,10 +76,14 @@ def materialised(b: Backward, grad: Pending) -> Pending:
 
 @dataclasses.dataclass(frozen=True)
 class Convolve:
-    """The convolution that makes `value`. `keeps`: the activation written for it stays until backward."""
+    """The convolution that makes `value`. `keeps`: the activation written for it stays until backward.
+
+    `statistics`: a norm reads it, and normalises with the batch; some kernels emit what that needs.
+    """
 
     value: int
     keeps: bool = False
+    statistics: bool = False
 
     def ops(self, program: Program) -> tuple[str, ...]:
         reads = program.maker(program.maker(self.value).source)
@@ -90,7 +94,10 @@ class Convolve:
         read = f.tensor(node.source)
         if self.keeps and isinstance(f.values[node.source], Lazy):
             f.values[node.source] = f.values[node.source]._replace(written=read)
-        f.values[self.value] = convolutions.conv2d(read, own.weight, own.bias, node.conv)
+        arguments = (read, own.weight, own.bias, node.conv, f.backend, self.statistics)
+        f.values[self.value], moments = convolutions.conv2d_with_moments(*arguments)
+        if moments is not None:
+            f.emitted[self.value] = moments
 
     def backward(self, b: Backward) -> None:
         grad = b.dense(self.value)
@@ -190,7 +197,7 @@ class ConvolveAndAdd:
         node = f.program.maker(add.branch)
         read, other = f.tensor(node.source), f.tensor(add.other)
         factor = f.sample_factor if add.sampled else None
-        out = convolutions.conv2d(read, own.weight, own.bias, node.conv)
+        out = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend)
         if self.statistics:
             f.emitted[self.value] = run("add_stats_", out, other, factor, backend=f.backend)
         else:

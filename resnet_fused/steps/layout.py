@@ -64,11 +64,6 @@ def behind(value: Tensor, before: Placed, weights: Iterable[Tensor], clamped: bo
     return Placed(value, before.channels_last or any(map(suggests_channels_last, weights)), clamped)
 
 
-def as_stock(out: Tensor, x: Tensor, weights: Iterable[Tensor], clamped: bool) -> Tensor:
-    """The end of a chain in stock's layout. `x`: its input. `weights`: of the convolutions on its main branch."""
-    return out if is_channels_last(x, weights) else contiguous(out, clamped)
-
-
 class _Copied(torch.autograd.Function):
     """A contiguous copy; backward raises where somebody wrote to it, as a ReLU's does that saved its result."""
 

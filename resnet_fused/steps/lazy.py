@@ -55,14 +55,12 @@ class LazyGrad(NamedTuple):
         """
         if self.mask is not None:
             raise ValueError("a gradient that is still to be masked by bits is for the ops that do so on load")
-        c = self.coefficients
-        scale, shift = (self.bn.scale, self.bn.shift) if self.relu else (None, None)
-        z = self.z if self.relu or c.b is not None else None
-        arguments = (self.g, z, c.a, c.b, c.d, scale, shift, self.sample_factor, residual)
+        options = self.on_load() | {"residual": residual}
+        del options["mask"]
         if into_g and self.g.device.type == "cpu" and backend != "triton":  # whose interpreter has no such op
-            run("lazy_grad_apply_", *arguments, backend=backend)
+            run("lazy_grad_apply_", self.g, **options, backend=backend)
             return self.g
-        return run("lazy_grad_apply", *arguments, backend=backend)
+        return run("lazy_grad_apply", self.g, **options, backend=backend)
 
 
 Value = Tensor | Lazy

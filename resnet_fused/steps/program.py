@@ -20,12 +20,8 @@ from .spec import Conv, Norm, Pool, StepGrads, StepTensors
 Tensor = torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class Convolution:
-    """A convolution of value `source`; its :class:`StepTensors` has a weight and perhaps a bias."""
-
-    source: int
-    conv: Conv
+class _OfOne:
+    """A node that reads one value, its `source`."""
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -33,7 +29,15 @@ class Convolution:
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalisation:
+class Convolution(_OfOne):
+    """A convolution of value `source`; its :class:`StepTensors` has a weight and perhaps a bias."""
+
+    source: int
+    conv: Conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation(_OfOne):
     """Batch norm of value `source`, and the ReLU behind it if `relu`; its :class:`StepTensors` has no weight.
 
     `sampled`: what batch norm makes is multiplied by a factor for each sample, before the ReLU; only of the last node.
@@ -43,10 +47,6 @@ class Normalisation:
     norm: Norm
     relu: bool = True
     sampled: bool = False
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        return (self.source,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +68,11 @@ class Addition:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pooling:
+class Pooling(_OfOne):
     """The max pool of value `source`, a batch norm with ReLU that nobody else reads: the end of a stem."""
 
     source: int
     pool: Pool
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        return (self.source,)
 
 
 Node = Convolution | Normalisation | Addition | Pooling
@@ -217,6 +213,12 @@ class Call(NamedTuple):
     def inputs(self) -> tuple[Tensor, ...]:
         """The values that come from outside."""
         return (self.x,) if self.program.inputs == 1 else (self.x, self.residual)
+
+    @property
+    def convolutions(self) -> list[tuple[int, Convolution, StepTensors]]:
+        """Value, node and tensors of each."""
+        every = zip(self.program.numbered, self.tensors, strict=True)
+        return [(value, node, own) for (value, node), own in every if isinstance(node, Convolution)]
 
     def shapes(self) -> list[torch.Size]:
         return self.program.shapes(self.x.shape, self.tensors)

@@ -96,7 +96,7 @@ def test_every_configuration_of_a_gpus_plan_is_checked(tmp_path, monkeypatch):
     context = context_of(tmp_path, "selfcheck", Half(size=64))
     child.work(context, BY_NAME["selfcheck"].module, set())
     ops = {op for op, *_ in asked}
-    assert {"conv1x1", "conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "conv1x1_backward", "gram", "bn_stats"} <= ops
+    assert {"conv1x1", "conv1x1_join", "conv1x1_dgrad", "conv1x1_backward", "gram", "bn_stats"} <= ops
     assert all(rest == [{"meta"}, {}, "cpu"] for _, *rest in asked)
     assert len(asked) > 30 and len(rows_of(context)) == len(asked)
     assert {row["name"] for row in Document.of_lines(context.stream.read(), True).failures()} == {"gram"}

@@ -137,6 +137,12 @@ class OwnRelu(Block):
         return relu(self.bn1(self.conv1(x)) + x)
 
 
+class BroadcastOntoConvolution(Block):
+    def forward(self, x):
+        shortcut = torch.mean(x, (2, 3), True)
+        return self.conv2(self.act(self.bn1(self.conv1(x)))) + shortcut
+
+
 class PooledShortcut(Block):  # nothing here stands in the way
     def forward(self, x):
         out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
@@ -146,7 +152,7 @@ class PooledShortcut(Block):  # nothing here stands in the way
 KINDS = [
     ReluInPlace, FunctionalInPlace, MethodInPlace, OperatorInPlace, ThroughAView, IntoTheShortcut, NormTwice,
     NormOnTheShortcut, DropoutOnTheShortcut, DropoutOnBothBranches, RandomWeight, BothOperators, Counting,
-    OwnRelu, PooledShortcut,
+    OwnRelu, BroadcastOntoConvolution, PooledShortcut,
 ]  # fmt: skip
 
 
@@ -219,3 +225,6 @@ def test_in_place_operators_are_told_from_the_others():
 
     assert operator.iadd in [node.target for node in trace(OperatorInPlace(), OperatorInPlace).nodes]
     assert operator.add in [node.target for node in trace(PooledShortcut(), PooledShortcut).nodes]
+    assert [n.target for n in trace(BothOperators(), BothOperators).nodes if n.op == "call_function"] == [
+        operator.add, operator.iadd,
+    ]  # fmt: skip

@@ -96,6 +96,23 @@ def test_what_a_fused_block_leaves_has_a_reason():
     assert report.fused[0].reason and report.fused[0].reason in str(report)
 
 
+def test_an_addition_that_is_left_has_a_reason():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.pool = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.AvgPool2d(1)
+            self.conv1, self.bn1 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            h = self.pool(torch.relu(self.bn(self.conv(x))))
+            h += self.bn1(self.conv1(x))
+            return h
+
+    (row,) = resnet_fused.report(resnet_fused.fuse(Scaled())).fused
+    assert row.what == "conv-bn-relu, [pool], conv1-bn1, [iadd]"
+    assert row.reason == "an addition in place to what others may read"
+
+
 def test_a_model_counts_every_module_once():
     model = resnet_fused.fuse(small_resnet())
     report = resnet_fused.report(model)

@@ -40,7 +40,8 @@ class Kernel:
     launches: Callable | None = None
     mode: Callable = no_mode  # dtype of the activations -> what else than a call's arguments decides its binaries
     #: ``(args, kwargs) -> call``, which runs all calls of the same form (:mod:`.met`) on their arguments in one tuple,
-    #: those by name last, in fewer steps than `run`; None where it knows of none.
+    #: those by name last, in fewer steps than `run`, and writes itself into graphs (:class:`.triton.plans.Plan`). None
+    #: where it knows of none.
     prepare: Callable = no_shorter_way
 
 

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import OPS
-from . import met, opaque
+from . import cards, met, opaque, tf32
 from .declaration import Backend, Kernel
 from .selfcheck import judge
 
@@ -19,6 +19,7 @@ class _Settings:
     """Process-wide, like ``torch.backends``: a plain attribute is what ``torch.compile`` can guard on."""
 
     backend = "auto"
+    shaped = 0  # how often settings have changed that launches are shaped by
 
 
 _settings = _Settings()
@@ -147,6 +148,15 @@ def _choose(op: str, args: tuple, kwargs: dict, name: str) -> tuple[Backend, boo
     raise RuntimeError(f"{op}: no backend can run this case\n" + "\n".join(refused))
 
 
+def declared(run: Callable) -> tuple[dict[str, Kernel], str, Kernel] | None:
+    """The kernel that `run` is, behind all kernels of its backend and its op; None where it is no kernel."""
+    for backend in _backends.values():
+        for op, kernel in backend.kernels.items():
+            if kernel.run is run:
+                return backend.kernels, op, kernel
+    return None
+
+
 def _refusals(op: str, args: tuple, kwargs: dict) -> list[str]:
     return [f"  {backend.name}: {'; '.join(backend.reasons(op, args, kwargs))}" for backend in _backends.values()]
 
@@ -179,6 +189,13 @@ def _run_plain(form: Hashable, op: str, args: tuple, kwargs: dict, backend: str)
 def forget() -> None:
     """Drop what calls were answered: settings have changed that launches are shaped by."""
     _answers.clear()
+    _settings.shaped += 1
+
+
+def state() -> Hashable:
+    """All that decides who runs an op, and how, beside the form of its call (:mod:`.met`); for one that is plain."""
+    verdicts = judge.count_of_changes(), judge.doubt, id(_backends)
+    return *verdicts, _settings.shaped, _settings.backend, cards.assumed(), tf32.allowed(), torch.get_num_threads()
 
 
 def run(op: str, *args, backend: str = "auto", **kwargs):

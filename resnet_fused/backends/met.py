@@ -21,9 +21,14 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _tracer = torch._C._get_tracing_state
 
 
+def is_seen() -> bool:
+    """Whether a dispatch mode, a transform of functorch's or a tracer has to see each op in the dispatcher."""
+    return bool(_modes()) or _transforms() is not None or _tracer() is not None
+
+
 def form(op: str, backend: str, args: tuple, kwargs: dict) -> Hashable:
     """What makes this call another one; None for a call that is not plain."""
-    if _modes() or _transforms() is not None or _tracer() is not None:
+    if is_seen():
         return None
     parts: list[Hashable] = [op, backend, *kwargs, cards.assumed(), args[0].device]
     add = parts.append  # one flat list, and one index for a device: this runs at every call of an op

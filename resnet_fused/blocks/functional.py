@@ -6,8 +6,9 @@ import torch
 
 from ..backends import current
 from ..plan import choose
+from ..plan.lower import lower
 from ..steps import Conv, Norm, StepTensors, stock
-from ..steps.layout import as_stock
+from ..steps.layout import arrived, behind, left
 from ..steps.program import Call, residual_program
 from .evaluation import evaluate, takes
 from .runtime import needs_grad, train
@@ -97,10 +98,10 @@ def conv_bn_add_relu(
         )
     if choose.on_gpu(x) and takes(call) and not needs_grad(call):
         out = evaluate(call)
+        out = stock.program_output(call, moves=True) if out is None else out
     else:
-        out = train(call)
-    out = stock.program_output(call, moves=True) if out is None else out
-    return as_stock(out, x, [weight], relu)
+        out = train(lower(call), call)
+    return left(behind(out, arrived(x), [weight], relu))
 
 
 def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias, training) -> None:

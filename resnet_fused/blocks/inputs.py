@@ -72,6 +72,8 @@ def input_obstacle(x: object, weight: Tensor, channels: int | None) -> str:
         return ""
     if not is_plain(x):
         return f"a tensor of class {type(x).__name__}"
+    if x.is_neg():
+        return "a view whose elements are still to be negated"
     if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return "a tensor of inference mode, which autograd may not save"
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:

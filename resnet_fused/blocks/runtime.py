@@ -16,12 +16,13 @@ from ..backends import bounds, current
 from ..plan import choose
 from ..plan.lower import decided_by, fits, lower, pools
 from ..steps import Pool, StepTensors, stock
+from ..steps.directions import Lowered
 from ..steps.flow import Handed
 from ..steps.layout import Placed, arrived, behind, left
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
-from ..steps.program_node import Lowered, run_program
+from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
-from . import norms
+from . import norms, ready
 from .evaluation import evaluate, takes
 from .site import Site
 
@@ -76,11 +77,16 @@ def _with(program: Program, settings: tuple, backend: str) -> Program:
     return Program(tuple(nodes), program.inputs, backend)
 
 
-def run_site(site: Site, x: Placed, residual: Tensor | None = None) -> Placed | None:
+def run_site(site: Site, x: Placed, residual: Tensor | None = None, just_asked: bool = False) -> Placed | None:
     """The program of `site` on `x`, in whatever layout it gives; nothing was found against it.
 
-    None: stock's operations are to run; nothing was moved or drawn.
+    `just_asked`: for obstacles, and no module has run since. None: stock's operations are to run; nothing was moved
+    or drawn.
     """
+    form = ready.form_of(site, x, residual, just_asked)
+    if form is not None and form in site.kept.unchanged.ready:
+        count_fused()
+        return site.kept.unchanged.ready[form](x, residual)
     program, tensors = read(site)
     given, dtype, scope = x.value, None, contextlib.nullcontext()
     if torch.is_autocast_enabled(given.device.type) and given.dtype != torch.float64:
@@ -96,7 +102,7 @@ def run_site(site: Site, x: Placed, residual: Tensor | None = None) -> Placed | 
         call = Call(program, given if dtype is None else given.to(dtype), tensors, residual, factor)
         known = call.x is x.value and program.inputs == 1 and not torch.compiler.is_compiling()
         handed = Handed(x.moments) if known else None
-        out = _output(site, call, given, dtype, handed)
+        out = _output(site, call, given, dtype, handed, form)
     if out is None:
         return None if factor is None else arrived(called(site, left(x), residual, factor))
     made = behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
@@ -146,12 +152,18 @@ def _add(node: Addition, branch: Tensor, other: Tensor, factor: Tensor | None, i
 
 
 def _output(
-    site: Site, call: Call, given: Tensor, dtype: torch.dtype | None, handed: Handed | None = None
+    site: Site,
+    call: Call,
+    given: Tensor,
+    dtype: torch.dtype | None,
+    handed: Handed | None = None,
+    form: tuple | None = None,
 ) -> Tensor | None:
     """What a call of `site` gives, folded or by an autograd node; None: stock does it.
 
     `given`: the input before autocast. `dtype`: to which the convolutions' parameters are cast, as autocast would;
-    None: they stay. `handed`: what is known of the input, and will be of the output.
+    None: they stay. `handed`: what is known of the input, and will be of the output. `form`: of the call, by which is
+    kept how it ran.
     """
     last = call.program.nodes[-1]
     apart = isinstance(last, Pooling) and not (last.pool and _pools(call, last.pool))
@@ -161,13 +173,19 @@ def _output(
         return None if out is None else _last(site, call, given, out)
     if not fits(call.program, shapes):
         return None
+    repeated = None
     if takes(call) and not needs_grad(call):
         out = evaluate(call, site.modules, dtype)
+        if out is not None and form is not None:
+            ready.keep_evaluation(site, form, call, dtype)
     else:
-        call = call._replace(tensors=[own.cast(dtype) for own in call.tensors])
-        out = train(call, None if site.kept is None else site.kept.lowered, handed)
-        if out is None:  # the same to the bit, and gradients have the strides of their weights
-            return stock.program_output(call, moves=True)
+        cast = call._replace(tensors=[own.cast(dtype) for own in call.tensors])
+        lowered = _lowered(cast, None if site.kept is None else site.kept.lowered)
+        if lowered.steps is None:  # the same to the bit, and gradients have the strides of their weights
+            return stock.program_output(cast, moves=True)
+        if form is not None:
+            repeated = ready.keep_training(site, form, call, lowered, dtype)
+        out = train(lowered, cast, handed, repeated)
     if out is not None:
         count_fused()
     return out
@@ -232,13 +250,12 @@ def needs_grad(call: Call) -> bool:
     return any(t is not None and t.requires_grad for t in candidates)
 
 
-def train(call: Call, kept: dict | None = None, handed: Handed | None = None) -> Tensor | None:
-    """The output of a call as an autograd node; None: as stock. `kept`: what was decided of its program before."""
-    lowered = _lowered(call, kept)
-    if lowered.steps is None:
-        return None
+def train(
+    lowered: Lowered, call: Call, handed: Handed | None = None, repeated: RepeatedProgram | None = None
+) -> Tensor:
+    """The output of a call as an autograd node."""
     with contextlib.nullcontext() if torch.compiler.is_compiling() else bounds.private():
-        return run_program(lowered, call, handed)
+        return run_program(lowered, call, handed, repeated)
 
 
 def _lowered(call: Call, kept: dict | None) -> Lowered:

@@ -54,24 +54,18 @@ class Site:
     backend: str = "auto"
     kept: Kept | None = dataclasses.field(default=None, repr=False)  # None: nothing is kept, while a graph is traced
 
-    @property
-    def nodes(self) -> list[tuple[Node, nn.Module]]:
-        """The nodes that have a module, and theirs."""
+    def __post_init__(self) -> None:
         pairs = zip(self.shape.program.nodes, self.modules, strict=True)
-        return [(node, module) for node, module in pairs if module is not None]
-
-    @property
-    def convolutions(self) -> list[nn.Conv2d]:
-        return [module for node, module in self.nodes if isinstance(node, Convolution)]
-
-    @property
-    def norms(self) -> list[nn.Module]:
-        return [module for node, module in self.nodes if isinstance(node, Normalisation)]
+        #: The nodes that have a module, and theirs.
+        self.nodes = [(node, module) for node, module in pairs if module is not None]
+        self.convolutions = [module for node, module in self.nodes if isinstance(node, Convolution)]
+        self.norms = [module for node, module in self.nodes if isinstance(node, Normalisation)]
+        self._first = next((node, module) for node, module in self.nodes if 0 in node.reads)
 
     @property
     def channels(self) -> int:
         """How many the input has."""
-        return next(_entering(node, module) for node, module in self.nodes if 0 in node.reads)
+        return _entering(*self._first)
 
     @property
     def drop_path(self) -> nn.Module | None:

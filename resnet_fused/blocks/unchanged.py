@@ -80,6 +80,7 @@ class Unchanged:
     read: object = None
 
     def __init__(self, modules: Iterable[nn.Module], bypassed: Iterable[nn.Module]) -> None:
+        self.ready: dict[tuple, object] = {}  # by the form of a call: how it runs
         self._run = _Same(list(modules), inner=True)
         self._bypassed = _Same(list(bypassed), inner=False)
         owns = [*self._run.owns, *self._bypassed.owns]
@@ -107,6 +108,16 @@ class Unchanged:
     def is_plain(self) -> bool:
         """Whether all tensors are PyTorch's own: others (fake ones, of `explain`) stand there for a while only."""
         return all(type(t) in _PLAIN for t in self._tensors())
+
+    def memory(self) -> tuple:
+        """What the memory of the tensors is, which can be exchanged under them."""
+        tensors = self._tensors()
+        return *map(torch.Tensor.data_ptr, tensors), any(map(torch.Tensor.is_inference, tensors))
+
+    def slots(self, tensors: Iterable[torch.Tensor]) -> list[tuple[dict, str]]:
+        """Where each of `tensors`, which are of these modules, is to be looked up."""
+        found = {id(t): (inner, name) for inner in self._run.inner for name, t in inner.items()}
+        return [found[id(t)] for t in tensors]
 
     def settings_hold(self) -> bool:
         """Whether the convolutions, norms and pool have the settings that they had."""

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import run
+from ..backends import run, tape
 from ..ops import stat_dtype
 from .spec import Norm, StepTensors
 
@@ -109,7 +109,13 @@ def silent(t: Tensor) -> Tensor:
     An alias with a version counter of its own: a graph that has saved `t` (two forwards and one backward) goes on to
     backward. Traced code and subclasses see the write as one to `t`.
     """
-    return t if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter) else t.data
+    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return t
+    return tape.noted(_data, t)
+
+
+def _data(t: Tensor) -> Tensor:
+    return t.data
 
 
 def update_running(tensors: StepTensors, norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:

@@ -13,18 +13,18 @@ from .flow import Backward
 from .layout import is_transformed
 from .lazy import Lazy
 from .program import Call, Normalisation, Program
-from .saved import originals, version
-from .spec import StepTensors, regroup
+from .saved import unmoved, version
+from .spec import StepTensors, flatten, regroup
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+INPUTS = 6  # of the node's arguments, where x and the residual are; the tensors of its program's nodes follow
 
 
-def counters(program: Program, tensors: list[StepTensors]) -> tuple[tuple[Tensor, int], ...]:
-    """The counters of norms that used running statistics, and their versions: how to tell that these have moved."""
-    found = zip(program.nodes, tensors, strict=True)
-    frozen = [own.num_batches_tracked for n, own in found if isinstance(n, Normalisation) and not n.norm.batch_stats]
-    return tuple((t, version(t)) for t in frozen if t is not None)
+def counters(program: Program) -> list[int]:
+    """Where the counters of norms that used running statistics lie among flat tensors; versions tell if these moved."""
+    frozen = [i for i, n in enumerate(program.nodes) if isinstance(n, Normalisation) and not n.norm.batch_stats]
+    return [(i + 1) * len(StepTensors._fields) - 1 for i in frozen]
 
 
 def is_needed(ctx, grad_out: Tensor) -> bool:
@@ -38,14 +38,14 @@ def _moved(ctx) -> bool:
 
 
 def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
-    """Gradients of the node's arguments behind its first three: sample factor, x, residual, and all tensors of nodes.
+    """Gradients of x, residual, and all tensors of nodes.
 
     `b`: what was kept. Where somebody trained with the norms since a forward in evaluation, they are of the running
     statistics as these are now, as in stock, which reads them again.
     """
     program, create_graph = b.program, torch.is_grad_enabled()
-    x, *flat = originals(b.values[0], b.tensors[program.inputs :], ctx.aliased)
-    needs, grad_residual = ctx.needs_input_grad[4:], None
+    x, flat = _originals(ctx, b)
+    needs, grad_residual = ctx.needs_input_grad[INPUTS:], None
     with torch.enable_grad(), torch.autocast(grad_out.device.type, enabled=False):
         if program.inputs > 1:  # its value is in the mask, which is all that a gradient wants of it
             grad_out = grad_residual = _behind_relu(ctx, b, grad_out)
@@ -60,7 +60,7 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
             if own is not now:  # not in place: autograd must not see it
                 own.running_mean.data.copy_(now.running_mean)
                 own.running_var.data.copy_(now.running_var)
-        inputs = [x, None, *flat]
+        inputs = [x, None, *(t for t, place in zip(flat, ctx.facts.places, strict=True) if place is not None)]
         wanted = [i for i, need in enumerate(needs) if need and i != 1]
         sources = [inputs[i] for i in wanted]
         grads = torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True)
@@ -68,7 +68,16 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
     for i, grad in zip(wanted, grads, strict=True):
         result[i] = grad
     result[1] = grad_residual if needs[1] else None
-    return None, *result
+    return tuple(result)
+
+
+def _originals(ctx, b: Backward) -> tuple[Tensor, list[Tensor | None]]:
+    """The input and the tensors of all nodes, flat, as autograd knows them."""
+    unmoved(ctx.others, ctx.versions)
+    x, flat = b.values[0], flatten(b.tensors[b.program.inputs :])
+    for place, t in zip(ctx.facts.aliased, ctx.others, strict=False):  # an input that was not saved comes last
+        flat[place] = t
+    return x if ctx.facts.keeps_input else ctx.others[-1], flat
 
 
 def _known(b: Backward) -> dict[int, Tensor]:
@@ -83,7 +92,7 @@ def _behind_relu(ctx, b: Backward, grad_out: Tensor) -> Tensor:
         return grad_out
     mask = b.values[b.program.output]
     if b.program.output in b.masks:  # bits
-        ones = torch.ones(grad_out.shape, dtype=ctx.dtype, device=grad_out.device)
+        ones = torch.ones(grad_out.shape, dtype=ctx.facts.dtype, device=grad_out.device)
         ones = ones.contiguous(memory_format=torch.channels_last)
         mask = run("norm_add_relu_backward", ones, mask=b.masks[b.program.output], backend=b.backend)[0]
     return aten.threshold_backward(grad_out, mask, 0)

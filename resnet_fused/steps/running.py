@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends import current, run, soundness
+from ..backends import current, run, soundness, tape
 from ..ops import running_update
 from .batch_norm import silent, update_running
 from .spec import Norm, StepTensors
@@ -59,7 +59,8 @@ def _move(group: list[running_update.Update], momentum: float) -> None:
     for i in range(0, len(group), running_update.NORMS):
         arguments = running_update.arguments(group[i : i + running_update.NORMS], momentum)
         run("running_update", *arguments, backend=current())
-    torch.autograd.graph.increment_version([t for _, _, t, *_ in group if t is not None])  # no kernel of ours does
+    counters = [t for _, _, t, *_ in group if t is not None]
+    tape.noted(torch.autograd.graph.increment_version, counters)  # no kernel of ours does
 
 
 def _by_op(group: list[running_update.Update]) -> bool:

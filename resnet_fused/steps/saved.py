@@ -4,18 +4,17 @@ Stock operations save some of a block's tensors and raise in backward where one 
 the node, for the same tensors: the input and the weights that a convolution on the way of a gradient reads, batch
 norm's weight, running statistics that it normalised with. Of everything else it keeps aliases, whose writes autograd
 does not see: nothing that the first backward computes depends on them. A backward by stock operations does (see
-:mod:`.replay`), and takes them from :func:`originals`.
+:mod:`.replay`), and asks :func:`unmoved`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from .program import Normalisation, Program
-from .spec import StepTensors, flatten
+from .spec import StepTensors
 
 Tensor = torch.Tensor
 
@@ -51,15 +50,15 @@ class Recorder:
         return kind(*[Recorder.rebuild(child, flat) for child in children])
 
 
-def layouts_of(flat: list[Tensor]) -> tuple[bool, ...]:
+def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:
     """Which of what is saved is channels_last; empty where it comes back as it is, since no hook packs it."""
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return ()
     channels_last = torch.channels_last
-    return tuple(t.dim() == 4 and t.is_contiguous(memory_format=channels_last) for t in flat)
+    return tuple(t is not None and t.dim() == 4 and t.is_contiguous(memory_format=channels_last) for t in flat)
 
 
-def unpacked(tensors: tuple[Tensor, ...], layouts: tuple[bool, ...]) -> list[Tensor]:
+def unpacked(tensors: Sequence[Tensor | None], layouts: tuple[bool, ...]) -> list[Tensor]:
     """What was saved, in the layouts that kernels want: hooks (``save_on_cpu(pin_memory=True)``) may lose strides."""
     if not layouts:
         return list(tensors)
@@ -86,25 +85,18 @@ def refuses_inference_tensors(tensors: list[StepTensors]) -> bool:
     return any(t is not None and t.is_inference() for own in tensors for t in own)
 
 
-class Alias(NamedTuple):
-    """A tensor that was kept as an alias: its place among ``[x, *flatten(tensors)]``, and its version then."""
-
-    place: int
-    original: Tensor
-    version: int
-
-
 def held(
     program: Program, tensors: list[StepTensors], wanted: list[bool], folded: set[int]
-) -> tuple[list[StepTensors], list[Alias]]:
+) -> tuple[list[StepTensors], list[int]]:
     """Of the tensors of nodes those that are saved as they are, as stock does, so that a write is noticed as there.
 
     That is, where a gradient passes: the weight of a convolution, the weight of a batch norm, and running statistics
-    that it normalised with. Aliases of all others are returned beside. `wanted`: of each value. Of the convolutions
-    `folded`, which were never written, the norm's gradients are made of weight and bias: where stock does not save
-    these, a copy is held; so it is of running statistics through whose norm no gradient passes, by which ReLUs decide.
+    that it normalised with. Returned beside: which of ``flatten(tensors)`` are used and not saved. `wanted`: of each
+    value. Of the convolutions `folded`, which were never written, the norm's gradients are made of weight and bias:
+    where stock does not save these, a copy is held; so it is of running statistics through whose norm no gradient
+    passes, by which ReLUs decide.
     """
-    found, aliased, width = [], [], len(StepTensors._fields)
+    found, others, width = [], [], len(StepTensors._fields)
     for i, (node, own) in enumerate(zip(program.nodes, tensors, strict=True)):
         wants, frozen = wanted[i + program.inputs], isinstance(node, Normalisation) and not node.norm.batch_stats
         saves = (wants, False, wants, False, wants and frozen, wants and frozen)
@@ -113,28 +105,25 @@ def held(
             used = own[:4] + (own[4:6] if frozen else (None, None))
             for j, (t, there) in enumerate(zip(used, kept, strict=True)):
                 if t is not None and there is None:
-                    aliased.append(Alias(1 + i * width + j, t, version(t)))
+                    others.append(i * width + j)
             if frozen and not wants and own.num_batches_tracked is not None:
                 kept[4:6] = [t.clone() for t in own[4:6]]
         if i + program.inputs in folded:
             kept[:2] = [t if there is t else t.detach().clone() for t, there in zip(own[:2], kept[:2], strict=True)]
         found.append(StepTensors(*kept))
-    return found, aliased
+    return found, others
 
 
-def originals(x: Tensor, tensors: list[StepTensors], aliased: tuple[Alias, ...]) -> list[Tensor | None]:
-    """``[x, *flatten(tensors)]`` as autograd knows them, for a backward by stock operations.
+def unmoved(given: Iterable[Tensor], versions: Iterable[int]) -> None:
+    """Refuse what was written to since forward, of what a node keeps beside what is saved.
 
     Raises:
-        RuntimeError: one was written to since forward.
+        RuntimeError: one was.
     """
-    flat = [x, *flatten(tensors)]
-    for place, original, before in aliased:
-        if version(original) != before:
+    for t, before in zip(given, versions, strict=True):
+        if version(t) != before:
             raise RuntimeError(
-                f"a bias, or another tensor of shape {list(original.shape)} that a fused block need not save, was "
+                f"a bias, or another tensor of shape {list(t.shape)} that a fused block need not save, was "
                 "modified by an inplace operation between its forward and a backward that runs it again "
                 "(create_graph=True or batched gradients); modify it after that backward"
             )
-        flat[place] = original
-    return flat

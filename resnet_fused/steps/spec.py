@@ -92,6 +92,23 @@ def regroup(flat: Sequence[Tensor | None]) -> list[StepTensors]:
     return [StepTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
+Places = tuple[int | None, ...]
+
+
+def present(flat: Iterable[Tensor | None]) -> tuple[list[Tensor], Places]:
+    """The tensors among `flat`, and of each place there which of them it has: autograd's nodes take time for others."""
+    found, places = [], []
+    for t in flat:
+        places.append(None if t is None else len(found))
+        found += [] if t is None else [t]
+    return found, tuple(places)
+
+
+def spread(found: Sequence, places: Places) -> list:
+    """Inverse of :func:`present`."""
+    return [None if i is None else found[i] for i in places]
+
+
 class StepGrads(NamedTuple):
     """Gradients of the tensors of one step that can have one."""
 

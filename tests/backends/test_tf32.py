@@ -13,11 +13,15 @@ cudnn = torch.backends.cudnn
 @pytest.fixture(autouse=True)
 def restored():
     """What PyTorch starts with, before and after."""
-    precisions = [(torch.backends, "none"), (cudnn, "none"), (cudnn.rnn, "tf32"), (cudnn.conv, "tf32")]
+
+    def restore():
+        for owner, value in [(torch.backends, "none"), (cudnn, "none"), (cudnn.rnn, "tf32"), (cudnn.conv, "tf32")]:
+            owner.fp32_precision = value
+        cudnn.allow_tf32 = True
+
+    restore()
     yield
-    for owner, value in precisions:
-        owner.fp32_precision = value
-    cudnn.allow_tf32 = True
+    restore()
 
 
 def test_the_older_interface():

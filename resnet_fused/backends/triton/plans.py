@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import cards
@@ -57,6 +58,27 @@ class Plan:
         for kernel, programs, arguments, meta in self.starts:
             start(kernel, programs, *arguments(all_of_them), **meta)
         return self.results(all_of_them)
+
+    def write(self, graph: fx.Graph, given: list, device: torch.device) -> object:
+        """The same as nodes of `graph`, from those of the arguments; returns those of the results."""
+
+        def empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
+            return graph.call_function(torch.empty_strided, (shape, stride), {"dtype": dtype, "device": device})
+
+        constants = [empty(c.shape, c.stride(), c.dtype) if isinstance(c, Tensor) else c for c in self.constants]
+        all_of_them = [*given, *(empty(*form) for form in self.made), *constants]
+        for start in self.starts:
+            graph.call_function(self._launcher(*start), start.arguments(all_of_them))
+        return self.results(all_of_them)
+
+    def _launcher(self, kernel: object, programs: int, _: Callable, meta: dict) -> Callable:
+        """A function that starts a kernel on its arguments, and carries its name."""
+
+        def launch(*arguments) -> None:
+            self.start()(kernel, programs, *arguments, **meta)
+
+        launch.__name__, launch.__module__ = kernel.fn.__name__, __name__
+        return launch
 
 
 def of_call(run: Callable, start: Callable, args: tuple, kwargs: dict) -> Plan | None:

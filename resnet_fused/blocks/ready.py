@@ -1,0 +1,122 @@
+"""Calls of a form that was met before, of modules that are unchanged: everything is decided, only tensors are read.
+
+A form holds all else that decides how a call runs: what it is given, as far as that is not values, PyTorch's settings,
+the plan's, and the memory that the modules' tensors lie in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..backends import bounds, dispatch, met, tape
+from ..plan import choose, measured
+from ..steps import StepTensors
+from ..steps.directions import Lowered
+from ..steps.flow import Handed
+from ..steps.layout import Placed, suggests_channels_last
+from ..steps.program import Call
+from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
+from ..steps.spec import flatten, present, regroup, spread
+from .evaluation import repeatable, run_steps
+from .site import Site
+
+Tensor = torch.Tensor
+KEPT = 64  # forms of one site: image sizes, dtypes
+
+
+class Ready(NamedTuple):
+    """How all calls of one form run."""
+
+    run: Callable[[Tensor, Tensor | None, list[Tensor], Handed], Tensor]
+    slots: list[tuple[dict, str]]  # where the tensors of all nodes are to be looked up
+    cast: tuple[int, ...]  # which of these autocast casts
+    dtype: torch.dtype | None  # to which
+    clamped: bool
+    like_weights: bool  # a weight on the main branch is in channels_last
+
+    def __call__(self, x: Placed, residual: Tensor | None) -> Placed:
+        value, dtype = x.value, self.dtype
+        tensors = [inner[name] for inner, name in self.slots]
+        handed = Handed(x.moments if dtype in (None, value.dtype) else None)
+        if dtype is None:
+            out = self.run(value, residual, tensors, handed)
+        else:
+            torch.set_autocast_enabled(value.device.type, False)
+            try:
+                for i in self.cast:
+                    tensors[i] = tensors[i].to(dtype)
+                out = self.run(value.to(dtype), residual, tensors, handed)
+            finally:
+                torch.set_autocast_enabled(value.device.type, True)
+        moments = handed.leaving if residual is None and dtype in (None, value.dtype) else None
+        return Placed(out, x.channels_last or self.like_weights, self.clamped, moments)
+
+
+def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) -> tuple | None:
+    """The form of a call; None where each must find out how it runs. `just_asked`: the modules are unchanged."""
+    if torch.compiler.is_compiling() or site.kept is None or site.drop_path is not None:
+        return None
+    known, value = site.kept.unchanged, x.value
+    if not known or not (just_asked or known.settings_hold()):
+        return None
+    if met.is_seen() or choose.observers or choose.tuner() is not None:
+        return None
+    device = value.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    own = None if residual is None else (residual is value, *_facts(residual))
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    settings = choose.target(), choose.fuses_all(), measured.changes(), site.backend, *dispatch.state()
+    return *_facts(value), x.moments is None, own, *modes, *settings, *known.memory()
+
+
+def _facts(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() % ALIGNED
+
+
+def keep_training(site: Site, form: tuple, call: Call, lowered: Lowered, dtype: torch.dtype | None) -> RepeatedProgram:
+    """Keep that calls of this form are run as `lowered`; returns what is kept of them. `call`: as modules have it."""
+    _, places = present(flatten(call.tensors))
+    weights = [call.tensors[node].weight for node in lowered.program.main_convolutions]
+    in_channels_last, repeated = any(map(suggests_channels_last, [call.x, *weights])), RepeatedProgram()
+
+    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed) -> Tensor:
+        with bounds.private():
+            options = handed if residual is None else None, None, x, residual, tensors, places, in_channels_last
+            return run_flat(lowered, repeated, *options)
+
+    _keep(site, form, call, dtype, run)
+    return repeated
+
+
+def keep_evaluation(site: Site, form: tuple, call: Call, dtype: torch.dtype | None) -> None:
+    """The same of evaluation, where nothing is made of parameters that would have to be compared."""
+    lowered = repeatable(call, site.modules, dtype)
+    if lowered is None:
+        return
+    _, places = present(flatten(call.tensors))
+
+    def once(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> tuple[list[Tensor], None]:
+        own = regroup(spread(tensors, places))
+        return [run_steps(lowered, Call(call_program, x, own, residual), direct=True)], None
+
+    call_program, repeated = call.program, tape.Repeated()
+
+    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed) -> Tensor:
+        with torch.no_grad():
+            return repeated(once, (x, residual, *tensors))[0][0]
+
+    _keep(site, form, call, dtype, run)
+
+
+def _keep(site: Site, form: tuple, call: Call, dtype: torch.dtype | None, run: Callable) -> None:
+    tensors, places = present(flatten(call.tensors))
+    width = len(StepTensors._fields)
+    cast = () if dtype is None else [place for i, place in enumerate(places) if place is not None and i % width < 2]
+    like_weights = any(suggests_channels_last(call.tensors[node].weight) for node in call.program.main_convolutions)
+    slots, known = site.kept.unchanged.slots(tensors), site.kept.unchanged.ready
+    if len(known) >= KEPT:
+        known.clear()
+    known[form] = Ready(run, slots, tuple(cast), dtype, call.program.clamped, like_weights)

@@ -60,7 +60,7 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
     if torch.compiler.is_compiling() or site.kept is None or site.drop_path is not None:
         return None
     known, value = site.kept.unchanged, x.value
-    if not known or not (just_asked or known.settings_hold()):
+    if not known or (known.folds and not torch.is_grad_enabled()) or not (just_asked or known.settings_hold()):
         return None
     if met.is_seen() or choose.observers or choose.tuner() is not None:
         return None
@@ -94,6 +94,7 @@ def keep_training(site: Site, form: tuple, call: Call, lowered: Lowered, dtype: 
 def keep_evaluation(site: Site, form: tuple, call: Call, dtype: torch.dtype | None) -> None:
     """The same of evaluation, where nothing is made of parameters that would have to be compared."""
     lowered = repeatable(call, site.modules, dtype)
+    site.kept.unchanged.folds = lowered is None
     if lowered is None:
         return
     _, places = present(flatten(call.tensors))

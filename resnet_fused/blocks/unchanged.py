@@ -81,6 +81,7 @@ class Unchanged:
 
     def __init__(self, modules: Iterable[nn.Module], bypassed: Iterable[nn.Module]) -> None:
         self.ready: dict[tuple, object] = {}  # by the form of a call: how it runs
+        self.folds = False  # evaluation did, whose calls are never ready: no more forms are made of it
         self._run = _Same(list(modules), inner=True)
         self._bypassed = _Same(list(bypassed), inner=False)
         owns = [*self._run.owns, *self._bypassed.owns]

@@ -61,7 +61,8 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
                 own.running_mean.data.copy_(now.running_mean)
                 own.running_var.data.copy_(now.running_var)
         inputs = [x, None, *(t for t, place in zip(flat, ctx.facts.places, strict=True) if place is not None)]
-        wanted = [i for i, need in enumerate(needs) if need and i != 1]
+        first = {id(t): i for i, t in reversed([*enumerate(inputs)])}  # one that two nodes share has one gradient
+        wanted = [i for i, need in enumerate(needs) if need and i != 1 and first[id(inputs[i])] == i]
         sources = [inputs[i] for i in wanted]
         grads = torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True)
     result: list[Tensor | None] = [None] * len(needs)

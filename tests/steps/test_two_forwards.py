@@ -8,8 +8,9 @@ from chains import Chain, chain_output, make_step, run_chain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import resnet_fused
 from resnet_fused.blocks import FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
-from resnet_fused.models.resnet import Bottleneck
+from resnet_fused.models.resnet import BasicBlock, Bottleneck
 
 CL = torch.channels_last
 
@@ -220,3 +221,19 @@ def test_statistics_that_move_where_no_gradient_passes():
         seen.append([p.grad for p in model.parameters() if p.requires_grad])
     for want, got in zip(*seen, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_one_parameter_of_two_nodes_has_one_gradient_of_gradients():
+    """Autograd adds what a node returns for each of its arguments."""
+    torch.manual_seed(0)
+    stock = BasicBlock(6, 6).double()
+    nn.init.uniform_(stock.bn1.weight, 0.5, 1.5)
+    stock.bn2.weight = stock.bn1.weight
+    fused, x, found = resnet_fused.fuse(copy.deepcopy(stock)), torch.randn(2, 6, 4, 4, dtype=torch.float64), []
+    for block in (stock, fused):
+        leaves = list(block.parameters())
+        first = torch.autograd.grad(block(x).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+        found.append([*first, *second])
+    for got, wanted in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import dispatch
 from .declaration import Kernel
 
 Tensor = torch.Tensor
-PLAIN = 4
+PLAIN = 4  # calls of a form before one is listened to
 aten = torch.ops.aten
 _BY_VALUE = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
 #: Whose results are laid out as settings of PyTorch's and its libraries say, which are no part of a form.
@@ -75,7 +76,7 @@ class _Listener(TorchDispatchMode):
         self.graph, self.spoilt = fx.Graph(), ""
         self.kernels: list[tuple[dict[str, Kernel], str, Kernel]] = []
         self.paused = False
-        self._alive, self._nodes = [], {}  # no id becomes another's
+        self._nodes: dict[int, tuple[weakref.ref, fx.Node]] = {}  # by ids, which others get when a tensor is freed
         for i, t in enumerate(given):
             node = self.graph.placeholder(f"given_{i}")
             if t is not None:
@@ -102,7 +103,7 @@ class _Listener(TorchDispatchMode):
             short = ours[-1].prepare(args, kwargs)
         try:
             placed, by_name = fx.node.map_aggregate((args, kwargs), self._place)
-        except KeyError:
+        except LookupError:
             self.spoilt = f"{func} reads a tensor from elsewhere"
             return
         if short is not None:
@@ -123,16 +124,23 @@ class _Listener(TorchDispatchMode):
 
     def _know(self, t: Tensor, node: fx.Node) -> None:
         """`t` is what `node` makes; one that was known was written to, and is still what it was called."""
-        if id(t) not in self._nodes:
-            self._alive.append(t)
-            self._nodes[id(t)] = node
+        if not self._is_known(t):
+            self._nodes[id(t)] = (weakref.ref(t), node)
+
+    def _is_known(self, t: Tensor) -> bool:
+        known = self._nodes.get(id(t))
+        return known is not None and known[0]() is t
 
     def _place(self, value: Any) -> Any:
-        return self._nodes[id(value)] if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if not self._is_known(value):
+            raise LookupError("a tensor from elsewhere")
+        return self._nodes[id(value)][1]
 
     def tape(self, results: Sequence[Tensor | None]) -> Tape | None:
         """What has been written down, with these as its results; None where something was not to be."""
-        if self.spoilt or any(t is not None and id(t) not in self._nodes for t in results):
+        if self.spoilt or any(t is not None and not self._is_known(t) for t in results):
             return None
         self.graph.output([self._place(t) for t in results])
         for node in reversed(self.graph.nodes):

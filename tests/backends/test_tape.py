@@ -1,5 +1,7 @@
 """Functions repeated by what they dispatched: the same results, and none of the function, or the function itself."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -135,6 +137,22 @@ def test_nothing_is_known_of_an_error():
         with pytest.raises(RuntimeError, match="out of memory"):
             again(function, pairs(1)[0])
     assert again.tape is None and tape._scope.listener is None
+
+
+def test_what_is_listened_to_keeps_no_memory():
+    alive = []
+
+    def function(a, b):
+        made = [a + b]
+        for _ in range(3):
+            alive.append(weakref.ref(made[0]))
+            made[0] = made[0] * 2  # in whose place another comes to lie
+        return made
+
+    _, ran, kept = repeated(function, *pairs())
+    assert ran == 2 and kept is not None and not any(ref() is not None for ref in alive)
+    a, b = pairs(1)[0]
+    assert kept.repeat(a, b)[0].equal(8 * (a + b))
 
 
 def test_versions_move_as_the_function_moves_them():

@@ -40,8 +40,9 @@ TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" /
 
 
 def results() -> str:
-    """The newest recorded run, whole-model rows."""
-    recorded = [run for run in runs.read(RESULTS) if run.kind == runs.BENCH]
+    """The newest recorded run of ResNet-50, whole-model rows."""
+    benched = [run for run in runs.read(RESULTS) if run.kind == runs.BENCH]
+    recorded = [run for run in benched if run.provenance.get("model", "resnet50") == "resnet50"]
     if not recorded:
         return "No results are recorded yet."
     newest = max(recorded, key=lambda run: run.provenance["date"])

@@ -1,8 +1,9 @@
-"""GFLOP/s of a convolution's weight gradient: ours, oneDNN's, and for 1x1 a plain matrix product.
+"""GFLOP/s of a convolution's weight gradient: ours, oneDNN's, for 1x1 a plain matrix product, for 3x3 Winograd's.
 
 Run:  python benchmarks/weight_grad.py [--batch 16] [--rounds 5] [--record benchmarks/results]
 
-The shapes of ResNet-50 at 224x224. `steps/conv.py` chooses by these figures.
+The shapes of ResNet-50 at 224x224. `steps/conv.py` and `steps/winograd_wgrad.py` choose by these figures. GFLOP/s are
+those of a direct sum, whatever fewer an algorithm gets by with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from resnet_fused.bench import runs
 from resnet_fused.bench.timing import Rounds, clock_for, interleave
 from resnet_fused.ops import OPS
 
+CANDIDATES = ("ours", "oneDNN", "matrix product", "Winograd")
 #: input channels, output channels, kernel, stride, input size
 SHAPES = (
     (64, 64, 1, 1, 56),
@@ -55,6 +57,8 @@ def measure(batch: int, shape: tuple[int, ...], rounds: int) -> dict[str, float]
     }
     if kernel == 1 and stride == 1:
         calls["matrix product"] = lambda: (rows(grad).T @ rows(x)).view_as(weight)
+    if kernel == 3 and stride == 1:
+        calls["Winograd"] = lambda: backends()["cpu"].kernels["winograd_conv3x3_wgrad"].run(grad, x, weight, (1, 1))
     expected = op.reference(grad.double(), x.double(), weight.double(), *geometry)
     for name, call in calls.items():
         if (call() - expected).norm() > 1e-5 * expected.norm():
@@ -72,10 +76,10 @@ def main() -> None:
     runs.add_option(parser)
     options = parser.parse_args()
     with runs.printing("weight_grad", options.record, dtype="f32", layout="channels_last", batch=options.batch):
-        print("| C, K, kernel, stride, size | ours | oneDNN | matrix product |\n| --- | ---: | ---: | ---: |")
+        print(f"| C, K, kernel, stride, size | {' | '.join(CANDIDATES)} |\n| --- |{' ---: |' * len(CANDIDATES)}")
         for shape in SHAPES:
             found = measure(options.batch, shape, options.rounds)
-            cells = [f"{found[name]:.0f}" if name in found else "" for name in ("ours", "oneDNN", "matrix product")]
+            cells = [f"{found[name]:.0f}" if name in found else "" for name in CANDIDATES]
             print(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
         print(f"\nGFLOP/s, medians of {options.rounds} interleaved runs")
 

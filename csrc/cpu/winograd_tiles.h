@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "winograd.h"
 
 namespace resnet_fused::cpu::winograd_wgrad {
 
@@ -59,10 +59,7 @@ struct OfX {  // out = B' d
   static constexpr int64_t kSize = 4;
   template <class V>
   static RESNET_FUSED_INLINE void apply(const V* d, V* out) {
-    out[0] = d[0] - d[2];
-    out[1] = d[1] + d[2];
-    out[2] = d[2] - d[1];
-    out[3] = d[1] - d[3];
+    Filtering<2>::input(out, d);
   }
 };
 

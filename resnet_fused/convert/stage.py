@@ -65,7 +65,7 @@ def _run(entry: Running, x: object) -> object:
     value = x.value if isinstance(x, Placed) else x
     if entry_obstacle(value, entry):
         return entry.block(left(x))
-    if value is x or x.channels_last or value.is_contiguous():  # stock's forward needs no copy
+    if _is_as_stock(x):
         if as_stock.is_known(entry.block, value):
             return entry.block._resnet_fused_current("forward")(value)
         before = as_stock.fused_so_far()
@@ -75,12 +75,16 @@ def _run(entry: Running, x: object) -> object:
     return run_form(entry, x)
 
 
+def _is_as_stock(x: object) -> bool:
+    """Whether stock's forward takes a value as it lies, without a copy."""
+    return not isinstance(x, Placed) or x.channels_last or x.value.is_contiguous()
+
+
 def _one_by_one(stage: nn.Sequential, x: object) -> object:
     """The stage's output where somebody else's code runs in some of its blocks, and may change others; or stock's."""
     for block in stage:
-        found = None
-        if _is_entered(block) and not as_stock.is_known(block, left(x)):
-            found = runnable(block)
+        known = _is_as_stock(x) and as_stock.is_known(block, left(x))
+        found = runnable(block) if not known and _is_entered(block) else None
         x = block(left(x)) if found is None else _run(found, x)
     return left(x)
 

@@ -38,7 +38,7 @@ MARGIN = 0.02
 _OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
 #: Seconds that Python takes for a program in evaluation beyond what it takes for stock's modules, on a Zen 5 where the
 #: weights read since its last call have displaced it from the caches (twice as long as else): with the weights as they
-#: are, and with packed ones.
+#: are, and with packed ones. Like what follows fitted to times of one thread, beside other work, that are not recorded.
 _FEW_OVERHEAD, _PACKED_OVERHEAD = 160e-6, 250e-6
 #: Seconds a byte of weight by which stock's convolutions take longer there than ours, by what ATen does: of one image
 #: it takes a plain matrix product, slowly where a contiguous weight of several taps meets several pixels; of more, or

@@ -34,7 +34,8 @@ def saved_products(shape: torch.Size, weight: Tensor, conv: Conv, transposed: bo
     M pixels take 9 C K products. T tiles of 2x2 outputs take 16 C K, and transforms of C and of K values, each as long
     as 200 products of a core at its peak, which both reach (a Zen 5 with AVX-512; 8 ps a product). The weight is
     transformed by one and reordered by the other. It is taken where it is faster by a tenth. Measured there on one
-    thread, oneDNN's time by ours, forward and gradient, at batch 1 to 8, from interleaved calls:
+    thread beside other work, oneDNN's time by ours, forward and gradient, at batch 1 to 8, from interleaved calls
+    (`benchmarks/winograd.py`; batch 8 is recorded, quiet, in benchmarks/results/epyc-zen5-2core/runs.jsonl:16):
 
     ======  ================  =======================  =====================
     C = K   28x28 and larger  smaller, 8 tiles or more  formula, even sizes

@@ -50,8 +50,9 @@ def _is_faster(grad: Tensor, x: Tensor, conv: Conv) -> bool:
     """Whether this takes a sixth less time than oneDNN, by a count of multiplications.
 
     oneDNN leaves out those with padding. A tile takes 16 for each pair of channels, and its transforms the time of 64
-    for each channel. On a Zen 5 with AVX-512, one thread, batch 8, oneDNN's time by ours and, in parentheses, that of
-    both gradients in one call by ours and the input's gradient alone:
+    for each channel. On a Zen 5 with AVX-512, one thread beside other work, batch 8, oneDNN's time by ours and, in
+    parentheses, that of both gradients in one call by ours and the input's gradient alone (recorded on a quiet machine:
+    ResNet-50's shapes, 1.7 to 2.1, benchmarks/results/epyc-zen5-2core/runs.jsonl:17, ``benchmarks/weight_grad.py``):
 
     | channels | 56x56 | 28x28 | 14x14 | 9x9 (64) | 6x6 (64) | 5x5 (64), refused |
     | --- | --- | --- | --- | --- | --- | --- |

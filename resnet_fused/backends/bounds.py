@@ -11,11 +11,9 @@ counter would tell of a write through ``numpy()`` or ``.data``. The notes lie be
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Iterator
 
 import torch
 from torch import overrides
@@ -36,22 +34,24 @@ class _Scope(threading.local):
 _scope = _Scope()
 
 
-@contextlib.contextmanager
-def private() -> Iterator[None]:
+class private:
     """Within this, the tensors that are noted are written by nobody but this package, which keeps its notes true.
 
     Scopes within a scope share its notes; they are dropped when the outermost ends. Where somebody watches each
     operation or each saved tensor, and could write in between, nothing is noted.
     """
-    outer = _scope.notes
-    if _is_watched():
-        _scope.notes = None
-    elif outer is None:
-        _scope.notes = {}
-    try:
-        yield
-    finally:
-        _scope.notes = outer
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> None:
+        self._outer = _scope.notes
+        if _is_watched():
+            _scope.notes = None
+        elif self._outer is None:
+            _scope.notes = {}
+
+    def __exit__(self, *_: object) -> None:
+        _scope.notes = self._outer
 
 
 def _is_watched() -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dispatch
@@ -44,6 +45,32 @@ def laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
+def _empty_on_cpu(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return guards._empty_strided_cpu(shape, stride, dtype)
+
+
+def _empty_on_gpu(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return guards._empty_strided_cuda(shape, stride, dtype)
+
+
+def _allocate_short(graph: fx.Graph) -> int | None:
+    """Allocate as Inductor's code does, without the dispatcher, in half the time; on two GPUs there is no such way.
+
+    Returns the GPU that is to be the current one; it has not run on hardware.
+    """
+    nodes = [node for node in graph.nodes if node.target is torch.empty_strided]
+    devices = {node.kwargs["device"] for node in nodes}
+    if len(devices) > 1 or not all(device.type in _SHORT for device in devices):
+        return None
+    for node in nodes:
+        node.target = _SHORT[node.kwargs["device"].type]
+        node.args, node.kwargs = (*map(tuple, node.args), node.kwargs["dtype"]), {}
+    return next((device.index for device in devices if device.type == "cuda"), None)
+
+
+_SHORT = {"cpu": _empty_on_cpu, "cuda": _empty_on_gpu}
+
+
 class Tape:
     """Tensors (or None) -> tensors (or None), of one form, by the dispatcher's calls alone."""
 
@@ -51,14 +78,16 @@ class Tape:
         self, graph: fx.Graph, kernels: list[tuple[dict[str, Kernel], str, Kernel]], twice: list[tuple[int, int]]
     ) -> None:
         """`kernels`: that ran our ops. `twice`: places of the same tensor among those that are given."""
-        self._kernels, self._twice = kernels, twice
+        self._kernels, self._twice, self._gpu = kernels, twice, _allocate_short(graph)
         made = graph.python_code("self")
         self.code, names = made.src, dict(made.globals)
         exec(compile(self.code, "<tape>", "exec"), names)  # a GraphModule's code is kept for ever
         self.repeat: Callable[..., list[Tensor | None]] = functools.partial(names["forward"], None)
 
     def holds(self) -> bool:
-        """Whether the same kernels would run our ops."""
+        """Whether the same kernels would run our ops, and allocations come from the current GPU."""
+        if self._gpu is not None and self._gpu != torch.cuda.current_device():
+            return False
         return all([kernels.get(op) is kernel for kernels, op, kernel in self._kernels])  # noqa: C419 (is faster)
 
     def takes(self, given: Sequence[Tensor | None]) -> bool:

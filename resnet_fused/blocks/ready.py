@@ -22,6 +22,7 @@ from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
 from ..steps.spec import flatten, present, regroup, spread
 from .evaluation import repeatable, run_steps
 from .site import Site
+from .unchanged import is_wrapper
 
 Tensor = torch.Tensor
 KEPT = 64  # forms of one site: image sizes, dtypes
@@ -62,11 +63,11 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
     known, value = site.kept.unchanged, x.value
     if not known or (known.folds and not torch.is_grad_enabled()) or not (just_asked or known.settings_hold()):
         return None
-    if met.is_seen() or choose.observers or choose.tuner() is not None:
+    if met.is_seen() or choose.observers or choose.tuner() is not None or is_wrapper(value):
         return None
     device = value.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    own = None if residual is None else (residual is value, *_facts(residual))
+    own = None if residual is None else (residual is value, is_wrapper(residual), *_facts(residual))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
     settings = choose.target(), choose.fuses_all(), measured.changes(), site.backend, *dispatch.state()
     return *_facts(value), x.moments is None, own, *modes, *settings, *known.memory()

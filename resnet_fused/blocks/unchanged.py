@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch._C._dynamo.guards import TensorGuards
 
 from . import proven
 
@@ -23,7 +24,9 @@ _CLASSES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPoo
 _OWN, _INNER = operator.attrgetter("__dict__"), ("_parameters", "_buffers")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FACTS = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")
+_ASKED = torch.Tensor.stride, torch.Tensor.is_inference, torch.Tensor.is_neg
 _PLAIN = (torch.Tensor, nn.Parameter)
+is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor  # of a transform, which may have ended
 _FIXED = (bool, int, float, str, type(None))
 
 
@@ -87,14 +90,29 @@ class Unchanged:
         owns = [*self._run.owns, *self._bypassed.owns]
         self._classes = [*map(_Class, {*self._run.classes, *self._bypassed.classes})]
         self._hooks = [hooks for own in owns for hooks in _HOOKS(own)]
-        self._facts = self._read_facts()
+        self._facts, self._guards = self._read_facts(), None
 
     def _tensors(self) -> list[torch.Tensor]:
         return [t for inner in self._run.inner for t in inner.values() if t is not None]
 
     def _read_facts(self) -> list[tuple]:
         tensors = self._tensors()
-        return [*map(_FACTS, tensors), *map(torch.Tensor.stride, tensors)]
+        return [*map(_FACTS, tensors), *itertools.chain.from_iterable(map(ask, tensors) for ask in _ASKED)]
+
+    def _facts_hold(self) -> bool:
+        """Whether the tensors are what they were.
+
+        PyTorch's guards compare the same and more, such as whether autocast is on, in a fifth of the time: where they
+        differ from the call before, the facts decide.
+        """
+        tensors = self._tensors()
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        if self._read_facts() != self._facts:
+            return False
+        if tensors:
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return True
 
     def is_complete(self) -> bool:
         """Whether nothing else decides how these modules are read."""
@@ -108,12 +126,11 @@ class Unchanged:
 
     def is_plain(self) -> bool:
         """Whether all tensors are PyTorch's own: others (fake ones, of `explain`) stand there for a while only."""
-        return all(type(t) in _PLAIN for t in self._tensors())
+        return all(type(t) in _PLAIN and not is_wrapper(t) for t in self._tensors())
 
     def memory(self) -> tuple:
         """What the memory of the tensors is, which can be exchanged under them."""
-        tensors = self._tensors()
-        return *map(torch.Tensor.data_ptr, tensors), any(map(torch.Tensor.is_inference, tensors))
+        return tuple(map(torch.Tensor.data_ptr, self._tensors()))
 
     def slots(self, tensors: Iterable[torch.Tensor]) -> list[tuple[dict, str]]:
         """Where each of `tensors`, which are of these modules, is to be looked up."""
@@ -131,5 +148,5 @@ class Unchanged:
             and self._run.holds()
             and self._bypassed.holds()
             and all(map(_Class.holds, self._classes))
-            and self._read_facts() == self._facts
+            and self._facts_hold()
         )

@@ -163,4 +163,9 @@ def run_flat(
     if x is not given and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         counter = counter_of(given)
     residual = None if residual is None else worked_on(residual, in_channels_last)
-    return FusedProgram.apply(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
+    return _apply(repeated)(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
+
+
+def _apply(repeated: RepeatedProgram | None) -> Callable[..., Tensor]:
+    """How the node is called: where a call is plain, without a look at each argument for transforms of functorch's."""
+    return FusedProgram.apply if repeated is None else super(torch.autograd.Function, FusedProgram).apply

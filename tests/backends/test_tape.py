@@ -177,3 +177,24 @@ def test_tapes_are_freed():
     before = len(_loader.eval_cache)
     _, _, kept = repeated(lambda a, b: [a + b], *pairs())
     assert kept is not None and len(_loader.eval_cache) == before
+
+
+def test_kernels_memory_is_allocated_as_it_was(monkeypatch):
+    shape, stride = (2, 3, 4, 5), (60, 1, 15, 3)
+
+    def function(a):
+        return [tape.noted(torch.empty_strided, shape, stride).copy_(a)]
+
+    def written(graph):
+        for node in graph.nodes:
+            if node.target is torch.empty_strided:
+                node.kwargs = {"dtype": torch.float32, "device": torch.device("cpu")}
+        return short(graph)
+
+    short = tape._allocate_short
+    monkeypatch.setattr(tape, "_allocate_short", written)
+    given = [(torch.randn(shape),) for _ in range(4)]
+    results, ran, made = repeated(function, *given)
+    assert ran == 2 and "empty_on_cpu" in made.code
+    for (result,), (a,) in zip(results, given, strict=True):
+        assert result.stride() == stride and torch.equal(result, a)

@@ -63,6 +63,9 @@ CHANGES = {
     "another buffer": lambda c, n, r: n.register_buffer("extra", torch.zeros(1)),
     "dtype": lambda c, n, r: _data(c.weight, c.weight.data.double()),
     "shape": lambda c, n, r: _data(c.weight, torch.zeros(5, 4, 3, 3)),
+    "strides": lambda c, n, r: _data(c.weight, c.weight.data.transpose(0, 1)),
+    "a negated view": lambda c, n, r: _data(n.weight, torch._neg_view(n.weight.data)),
+    "no gradient": lambda c, n, r: c.weight.requires_grad_(False),
     "statistics with gradients": lambda c, n, r: n.running_var.requires_grad_(),
     "class": lambda c, n, r: _swap_class(c),
     "shadow": lambda c, n, r: c.__dict__.update(weight=torch.zeros(4, 4, 1, 1)),
@@ -78,6 +81,24 @@ def test_every_change_is_seen(place, modules, change):
     assert not known.holds()
     fresh = site_of(modules)
     assert module_obstacle(place) == module_obstacle(fresh)
+
+
+def test_modes_change_nothing(place):
+    known = place.kept.unchanged
+    for scope in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode()) * 2:
+        assert known.holds()
+        with scope:
+            assert known.holds()
+            assert known.holds()
+
+
+def test_a_tensor_that_outlived_its_transform_is_read_at_every_call(modules):
+    escaped = []
+    torch.func.vmap(lambda t: escaped.append(t) or t)(torch.randn(2, 4))
+    modules[1]._buffers["running_mean"] = escaped[0]
+    place = site_of(modules)
+    module_obstacle(place)
+    assert not place.kept.unchanged
 
 
 @pytest.mark.parametrize(

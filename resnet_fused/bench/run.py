@@ -23,6 +23,8 @@ from .timing import Rounds, Samples, clock_for, interleave, speedup_interval
 DTYPES = {"f32": None, "bf16": torch.bfloat16}
 #: Images that equality is proved on: a float64 ResNet-50 takes seconds for each.
 PHOTOS = 4
+#: How far a peer's result in evaluation may be from stock's, of its largest value.
+TOLERATED = {"f32": 1e-3, "bf16": 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +158,20 @@ class Bench:
         """A forward of every peer in evaluation mode, without gradients."""
         x = photos.batches(1, batch, self.plan.size)[0].to(self.device)
         runs = {peer: self.evaluate(model.eval(), x) for peer, model in self.models.items()}
+        self.agree(batch, x)
         timed = interleave(runs, self.plan.evaluation, clock_for(self.device), progress)
         self.add_times(f"evaluation, batch {batch}", timed)
+
+    def agree(self, batch: int, x: torch.Tensor) -> None:
+        """Raise :class:`Disagreement` where a peer evaluates to something else than stock."""
+        with torch.no_grad(), self.autocast():
+            expected, *others = [(peer, model(x).float()) for peer, model in self.models.items()]
+        scale = expected[1].abs().max()
+        wrong = {p: ((out - expected[1]).abs().max() / scale).item() for p, out in others}
+        wrong = {p: off for p, off in wrong.items() if not off <= TOLERATED[self.options.dtype]}
+        if wrong:
+            told = ", ".join(f"{peer} by {off:.1e} of the largest value" for peer, off in wrong.items())
+            raise Disagreement(f"evaluation at batch {batch} differs from stock's: {told}")
 
     def evaluate(self, model: nn.Module, x: torch.Tensor) -> Callable:
         """One forward without gradients, as :func:`interleave` calls it."""
@@ -231,17 +245,23 @@ def run(options: Options) -> records.Report:
     with Bar(parts) as bar:
         if records.busy():
             bar.say(records.busy())
-        bench = Bench(options, decided, device, {}, bar, report)
+        bench, only_evaluate = Bench(options, decided, device, {}, bar, report), {}
         for name, peer in wanted:
-            reason = peer.unavailable(device)
+            takes = options.dtype in getattr(peer, "DTYPES", DTYPES)
+            reason = peer.unavailable(device) or ("" if takes else f"not in {options.dtype}")
             if reason:
                 bar.say(f"without {name}: {reason}")
-            else:
+                continue
+            if getattr(peer, "TRAINS", True):
                 bench.models[name] = peer.prepare(copy.deepcopy(stock))
+            else:
+                only_evaluate[name] = peer
         with bar.part("equality on photographs") as progress:
             bench.equality(progress)
         with bar.part("training step") as progress:
             bench.training(progress)
+        for name, peer in only_evaluate.items():  # of what the others are by now: training moves running statistics
+            bench.models[name] = peer.prepare(copy.deepcopy(bench.models[peers.STOCK]))
         for batch in decided.eval_batches:
             with bar.part(f"evaluation at batch {batch}") as progress:
                 bench.evaluation(batch, progress)

@@ -124,7 +124,13 @@ def parser() -> Parser:
         metavar="N",
         help="time both in N fresh processes each as well, with two allocator settings",
     )
-    bench.add_argument("--peers", nargs="+", default=[], metavar="PEER", help="time these too, e.g. compile")
+    bench.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="PEER",
+        help="time these too: compile, freezing, onnxruntime, openvino",
+    )
     bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     runs.add_option(bench)
     bench.add_argument("--plot", type=picture_file, metavar="FILE", help="draw every figure to FILE (.png, .svg, .pdf)")

@@ -1,7 +1,8 @@
 """What a model is timed against. One file per peer; the file's name is the peer's.
 
 A peer is a module with ``unavailable(device) -> str``, why it cannot run here or an empty text, and
-``prepare(model) -> model``, which may change the model it is given. To add one, add a file.
+``prepare(model) -> model``, which may change the model it is given. ``TRAINS = False``: it evaluates only. ``DTYPES``:
+which of ``--dtype`` it can run, if not all. To add one, add a file.
 """
 
 from __future__ import annotations

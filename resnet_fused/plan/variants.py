@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..backends import onednn, soundness
 from ..steps import pointwise
 from ..steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, Terms
-from ..steps.spec import Conv, Norm, Step, StepTensors
+from ..steps.spec import Conv, StepTensors
 from . import choose, join_cost, too_small
 from .devices import CPU_CORE, Device
 
@@ -175,7 +175,7 @@ def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
 def _has_narrow(call: Call) -> bool:
     """Whether on values there is a convolution whose gradients one pass can make, in a dtype for which there is one."""
     ours = [(node, own) for _, node, own in call.convolutions if serves(node.conv, own)]
-    if not any(pointwise.narrow(Step(node.conv, Norm()), own.weight) for node, own in ours):
+    if not any(pointwise.narrow(node.conv, own.weight) for node, own in ours):
         return False
     place, checks = choose.place_of(call.x), not isinstance(call.x, FakeTensor)
     return not soundness.lacking(("conv1x1_backward",), call.x.dtype, place, checks)

@@ -54,13 +54,13 @@ def pixels(x: Tensor) -> int:
 
 
 class Coefficients(NamedTuple):
-    """Batch norm's backward: ``dz = a*g + b*z + d`` (b and d None: 0) and its parameter gradients; all ``[C]``."""
+    """Batch norm's backward: ``dz = a*g + b*z + d`` (None: 1, 0 and 0) and its parameter gradients; all ``[C]``."""
 
-    a: Tensor
-    b: Tensor | None
-    d: Tensor | None
-    grad_gamma: Tensor
-    grad_beta: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    d: Tensor | None = None
+    grad_gamma: Tensor | None = None
+    grad_beta: Tensor | None = None
 
 
 def batch_affine(
@@ -80,6 +80,13 @@ def affine_of(results: Sequence[Tensor], z: Tensor) -> tuple[Affine, Statistics]
 def parameters(tensors: StepTensors, norm: Norm) -> dict:
     """The arguments with which an op that takes statistics returns what :func:`affine_of` wants."""
     return {"gamma": tensors.gamma, "beta": tensors.beta, "eps": norm.eps}
+
+
+def normalise(z: Tensor, tensors: StepTensors, norm: Norm, backend: str) -> tuple[Affine, Statistics | None]:
+    """Batch norm of `z` as an affine map, from its own statistics or from the running ones."""
+    if not norm.batch_stats:
+        return running_affine(tensors, norm, z.dtype, backend), None
+    return affine_of(run("bn_stats", z, **parameters(tensors, norm), backend=backend), z)
 
 
 def running_affine(

@@ -14,10 +14,12 @@ import torch
 from ..backends import run
 from . import winograd, winograd_wgrad
 from .layout import Moments
+from .lazy import EVERY, Pixels
 from .spec import Conv
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+POINTWISE = Conv()
 
 # Who is fastest on a CPU was measured without and with AVX-512: benchmarks/weight_grad.py, benchmarks/pointwise.py and
 # their results. With it oneDNN is, but where the weight is large beside the pixels, of which oneDNN makes and converts
@@ -75,7 +77,7 @@ def conv2d_with_moments(
 def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
     """ATen's convolution, or a matrix product where that is faster."""
     if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
-        x = strided(x, conv)
+        x = strided(x, conv.stride)
         return _image(rows(x) @ weight.flatten(1).T, x)
     z = aten.convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
     return channels_last(z)
@@ -102,11 +104,9 @@ def _pixels(x: Tensor, conv: Conv) -> int:
     return n * -(-h // rows) * -(-w // columns)
 
 
-def strided(x: Tensor, conv: Conv) -> Tensor:
+def strided(x: Tensor, stride: Pixels) -> Tensor:
     """The pixels of `x` that a 1x1 convolution of this stride reads."""
-    if conv.stride == (1, 1):
-        return x
-    return channels_last(x[:, :, :: conv.stride[0], :: conv.stride[1]])
+    return x if stride == EVERY else channels_last(x[:, :, :: stride[0], :: stride[1]])
 
 
 def rows(x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     pixels = grad[:, 0].numel()
     if conv.is_pointwise(weight):
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
-        return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape) if fast else None
+        return (rows(grad).T @ rows(strided(x, conv.stride))).view(weight.shape) if fast else None
     if winograd_wgrad.takes(grad, x, weight, conv, backend):
         return winograd_wgrad.weight_grad(grad, x, weight, conv, backend)
     many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS

@@ -19,16 +19,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+import torch
+
 from ..backends import run
 from ..ops import stat_dtype
+from . import batch_norm
 from . import conv as convolutions
-from . import conv_norm
-from .batch_norm import batch_affine
+from .batch_norm import Affine, Coefficients, coefficients
 from .flow import Backward, Forward
-from .folded_join import POINTWISE
 from .lazy import EVERY, Lazy, LazyGrad, Pending
 from .program import Convolution, Normalisation, Program
-from .spec import Step, StepGrads
+from .spec import Norm, StepGrads
+
+Tensor = torch.Tensor
 
 
 class Kind(Protocol):
@@ -50,7 +53,7 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     conv, pixels = node.conv, EVERY
     read = b.tensor(node.source) if need.weight else b.like(node.source, grad.grad)
     if conv.is_pointwise(own.weight) and conv.stride != (1, 1):  # of the pixels that it reads: nobody else gets any
-        read, conv, pixels = convolutions.strided(read, conv), POINTWISE, conv.stride
+        read, conv, pixels = convolutions.strided(read, conv.stride), convolutions.POINTWISE, conv.stride
     grad_weight = grad_read = None
     wanted = b.wanted[node.source]
     into = b.take_to_add(node.source) if wanted and pixels == EVERY else None
@@ -105,11 +108,6 @@ class Convolve:
             conv_backward(b, self.value, materialised(b, grad))
 
 
-def as_step(node: Normalisation) -> Step:
-    """A norm as the functions of :mod:`.conv_norm` take it."""
-    return Step(POINTWISE, node.norm)
-
-
 def norm_ops(norm: Normalisation) -> tuple[str, ...]:
     """What a batch norm itself may run, forward and backward, beside who emits its statistics."""
     return ("bn_affine", "bn_coefficients") if norm.norm.batch_stats else ("running_affine",)
@@ -158,9 +156,9 @@ class Normalise:
         if self.value in f.affine:
             bn, statistics = f.affine.pop(self.value)
         elif emitted is not None and node.norm.batch_stats:
-            bn, statistics = batch_affine(*emitted, own, node.norm, z, f.backend)
+            bn, statistics = batch_norm.batch_affine(*emitted, own, node.norm, z, f.backend)
         else:
-            bn, statistics = conv_norm.normalise(z, own, as_step(node), f.backend)
+            bn, statistics = batch_norm.normalise(z, own, node.norm, f.backend)
         lazy = Lazy(z, bn)
         # Without a gradient to take, stock keeps what it wrote, and not what it read, which others may write to.
         writes = node.relu and not f.wanted[self.value] and self.value != f.program.output
@@ -173,8 +171,18 @@ class Normalise:
         grad = b.dense(self.value)
         if grad is None:
             return
-        through = conv_norm.mask_and_sum(grad.grad, lazy.z, lazy.bn, as_step(node), b.backend)
+        through = _mask_and_sum(grad.grad, lazy.z, lazy.bn, node.norm, b.backend)
         give_source(b, self.value, through, grad.owned)
+
+
+def _mask_and_sum(grad: Tensor, z: Tensor, bn: Affine, norm: Norm, backend: str) -> LazyGrad:
+    """The gradient before ``relu(bn(z))``, from the gradient behind it, as a value: two reads, no write."""
+    if norm.batch_stats:
+        arguments = (grad, z, bn.mean, bn.rstd, bn.scale, bn.shift)
+        sum_g, b, d, grad_gamma = run("norm_relu_coefficients", *arguments, backend=backend)
+        return LazyGrad(grad, z, Coefficients(bn.scale, b, d, grad_gamma, sum_g), bn, relu=True)
+    sums = run("norm_add_relu_backward", grad, z, bn.mean, bn.scale, bn.shift, emit_grad=False, backend=backend)
+    return LazyGrad(grad, z, coefficients(bn, sums[1], sums[2], z, norm, backend), bn, relu=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,11 @@ from ..ops import stat_dtype
 from . import pointwise
 from .batch_norm import affine_of, parameters
 from .flow import Backward, Forward, as_lazy
-from .kinds import as_step, give_source
-from .lazy import EVERY, Lazy, LazyGrad, Pending
+from .kinds import give_source
+from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
 from .pointwise import parts
 from .program import Program
-from .spec import Norm, Step, StepGrads
+from .spec import Norm, StepGrads
 
 Tensor = torch.Tensor
 
@@ -39,39 +39,35 @@ def give_read(b: Backward, number: int, grad: Tensor | LazyGrad, pixels: tuple[i
         b.give(number, Pending(grad, True, pixels))
 
 
-def read_alone(b: Backward, number: int) -> tuple[pointwise.Value, Step | None]:
+def read_alone(b: Backward, number: int) -> tuple[Value, Norm | None]:
     """What a 1x1 convolution's gradient is of: a lazy value that nobody else reads, with its norm; else a tensor."""
     value = b.values[number]
     if isinstance(value, Lazy) and len(b.program.readers(number)) == 1:
-        return value, as_step(b.program.maker(number))
+        return value, b.program.maker(number).norm
     return (value.z if isinstance(value, Lazy) else value), None
 
 
 def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = False) -> None:
     """Gradients of the weight of the 1x1 convolution that makes value `number`, and of what it read."""
     node, own, need = b.program.maker(number), b.tensors[number], b.needs[number]
-    step, value = Step(node.conv, Norm()), b.values[node.source]
+    stride, value = node.conv.stride, b.values[node.source]
     wanted, (read, previous) = b.wanted[node.source], read_alone(b, node.source)
     alone, other = previous is not None, None
-    if wanted and not alone and node.conv.stride == EVERY:
+    if wanted and not alone and stride == EVERY:
         other = b.take(node.source)
     coupled = other is not None and other.correction is not None
     both = need.weight and wanted and (alone or not isinstance(value, Lazy))
-    if both and one_pass and pointwise.narrow(step, own.weight, coupled):
-        found = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
-        b.grads[number] = StepGrads(found.weight.view(own.weight.shape))
-        give_read(b, node.source, found.value, EVERY)
-        return
-    if both:
-        grad_read, grad_weight = pointwise.two_grads(grad, read, step, previous, own.weight, b.backend, other)
-        b.grads[number] = StepGrads(grad_weight)
-        give_read(b, node.source, grad_read, node.conv.stride)
-        return
+    if both and one_pass and pointwise.narrow(node.conv, own.weight, coupled):
+        grad_read, product, _ = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
+    elif wanted:
+        arguments = (grad, read, previous, own.weight, b.backend, stride, other)
+        grad_read, product = pointwise.input_grad(*arguments, weight_grad=both)
+    if need.weight and not both:
+        product = pointwise.weight_grad(grad, value, b.backend, stride)
     if need.weight:
-        b.grads[number] = StepGrads(pointwise.weight_grad(grad, value, step, own.weight, b.backend))
+        b.grads[number] = StepGrads(product.view(own.weight.shape))
     if wanted:
-        grad_read = pointwise.input_grad(grad, read, step, previous, own.weight, b.backend, other)
-        give_read(b, node.source, grad_read, node.conv.stride)
+        give_read(b, node.source, grad_read, stride)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from resnet_fused.ops.contract import channels_last
 from resnet_fused.plan.lower import steps_of
 from resnet_fused.plan.variants import Variant
-from resnet_fused.steps import Conv, Norm, StepTensors, conv, conv_norm, winograd
+from resnet_fused.steps import Conv, Norm, StepTensors, batch_norm, conv, winograd
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Program
 from resnet_fused.steps.program_node import run_program
 
@@ -139,7 +139,7 @@ def test_a_block_reads_no_convolution_for_its_statistics(seen, monkeypatch):
     """The same as in float64, which minimal filtering does not have."""
     exact = as_steps(*basic_block(torch.float64))
     assert not seen
-    monkeypatch.setattr(conv_norm, "normalise", None)  # what reads a convolution's result for its statistics
+    monkeypatch.setattr(batch_norm, "normalise", None)  # what reads a convolution's result for its statistics
     ours = as_steps(*basic_block(torch.float32))
     assert seen == ["winograd_conv3x3"] * 4
     for one, other in zip(ours, exact, strict=True):

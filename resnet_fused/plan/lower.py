@@ -19,8 +19,7 @@ from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
 from ..steps.directions import Lowered
 from ..steps.join import Join
-from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
-from ..steps.pooled import PooledNorm
+from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..steps.join import JOINS
 from ..steps.program import Addition, Call, Node, Normalisation
 from ..steps.program_node import run_program
 from ..steps.spec import StepTensors, flatten
@@ -41,11 +42,10 @@ def name(call: Call, variant: Variant) -> str:
     """A variant as the report calls it."""
     if variant.stock:
         return "stock"
-    kind = {True: "Gram join", False: "plain join"}
-    text = ("on values, " if variant.values else "") + kind[variant.gram]
+    text = ("on values, " if variant.values else "") + JOINS[variant.gram]
     last = call.program.nodes[-1]
     projected = isinstance(last, Addition) and call.program.is_affine(last.other)
-    text += f", shortcut {kind[variant.gram_shortcut]}" if projected else ""
+    text += f", shortcut {JOINS[variant.gram_shortcut]}" if projected else ""
     more = ", activations kept" if variant.keep else ""
     return text + more + (", narrow gradients in one pass" if variant.one_pass else "")
 

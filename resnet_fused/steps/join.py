@@ -21,6 +21,8 @@ from .lazy import Lazy, LazyGrad, Pending
 from .program import Program, Terms
 
 Tensor = torch.Tensor
+#: What ``explain`` and ``tune`` call a branch that is a Gram join or not.
+JOINS = {True: "Gram join", False: "plain join"}
 _GRAM = ("bn_stats", "gram", "gram_norm", "gram_grad")
 
 
@@ -35,6 +37,10 @@ class Join:
     gram: bool = False
     gram_other: bool = False
     packs_mask: ClassVar[bool] = False  # whether what the ReLU let pass is kept in bits; else the output tells
+
+    @property
+    def word(self) -> str:
+        return JOINS[self.gram]
 
     def ops(self, program: Program) -> tuple[str, ...]:
         return ("norm_add_relu", "norm_add_relu_backward", "lazy_grad_apply", *self.gram_ops(program))

@@ -1,23 +1,14 @@
 """The kinds of steps that a program's nodes become, each with forward and backward; :mod:`..plan.lower` chooses.
 
-On tensors, by ATen's and oneDNN's convolutions:
-
-========================  ============================================================================================
-:class:`Convolve`         a convolution, written raw; a value that it reads is written first, in a pass of its own
-:class:`Normalise`        batch norm of a raw tensor, as a value: its statistics are one read, and nothing is written
-:class:`ConvolveAndAdd`   a convolution and the addition behind it, in its memory
-:class:`Join`             where a branch ends: batch norm, sum and ReLU in one pass (:mod:`.join`)
-:class:`PooledNorm`       where a stem ends: batch norm, ReLU and pool in one pass (:mod:`.pooled`)
-========================  ============================================================================================
-
-On values, by 1x1 kernels that normalise on load: :mod:`.value_kinds` and :mod:`.value_join`. Each names nodes by the
-values that they make, and says by `ops` which of our ops it runs, forward and backward.
+Those here run on tensors, by ATen's and oneDNN's convolutions, as does :class:`.join.Join`, where a branch ends. Those
+on values, by 1x1 kernels that normalise on load, are in :mod:`.value_kinds` and :mod:`.value_join`. Each names nodes by
+the values that they make, and says by `ops` which of our ops it runs, forward and backward.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -35,9 +26,12 @@ Tensor = torch.Tensor
 
 
 class Kind(Protocol):
-    """A step."""
+    """A step; `word`: what ``explain`` calls it."""
 
     value: int
+
+    @property
+    def word(self) -> str: ...
 
     def ops(self, program: Program) -> tuple[str, ...]:
         """Our ops over activations that it runs, forward and backward; some that a call may not need are counted in."""
@@ -87,6 +81,7 @@ class Convolve:
     value: int
     keeps: bool = False
     statistics: bool = False
+    word: ClassVar[str] = "convolution"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         reads = program.maker(program.maker(self.value).source)
@@ -138,10 +133,14 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Normalise:
-    """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside."""
+    """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside.
+
+    As a value: its statistics are one read, and nothing is written.
+    """
 
     value: int
     emitted: bool = False  # whether the kernel that wrote the tensor emits its statistics; from outside it may anyway
+    word: ClassVar[str] = "norm on load"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         node = program.maker(self.value)
@@ -196,6 +195,10 @@ class ConvolveAndAdd:
     value: int
     statistics: bool = False
 
+    @property
+    def word(self) -> str:
+        return "convolution and sum" + (" with its statistics" if self.statistics else "")
+
     def ops(self, program: Program) -> tuple[str, ...]:
         passes = ("norm_add_relu_backward",) if program.maker(self.value).relu else ()
         return (*passes, "add_stats_") if self.statistics else passes
@@ -226,3 +229,39 @@ class ConvolveAndAdd:
         if b.wanted[add.branch]:
             conv_backward(b, add.branch, branch)
         b.give(add.other, grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledNorm:
+    """The end of a stem: the pool that makes `value`, of a norm with ReLU, which has a step of its own before.
+
+    Batch norm, ReLU and pool are one pass; what lies between is never written. Backward the gradient reaches the stem's
+    convolution from the pool's output, through nothing of the size between.
+    """
+
+    value: int
+    word: ClassVar[str] = "norm, ReLU and pool in one pass"
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        return "norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_apply"
+
+    def forward(self, f: Forward) -> None:
+        node = f.program.maker(self.value)
+        z, bn = f.values[node.source][:2]
+        out, winners = run("norm_relu_pool", z, bn.scale, bn.shift, *node.pool.args, backend=f.backend)
+        f.values[self.value] = f.output = out
+        f.winners[self.value] = winners
+
+    def backward(self, b: Backward) -> None:
+        node, grad = b.program.maker(self.value), b.dense(self.value)
+        if grad is None:
+            return
+        norm, (z, bn, _) = b.program.maker(node.source), b.values[node.source]
+        read = (grad.grad, b.winners[self.value], z)
+        sums = run("norm_relu_pool_backward", *read, bn.mean, bn.scale, bn.shift, *node.pool.args, backend=b.backend)
+        c = coefficients(bn, *sums, z, norm.norm, b.backend)
+        norm_grads(b, node.source, LazyGrad(grad.grad, z, c, bn))
+        if b.wanted[norm.source]:
+            vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
+            dz = run("norm_relu_pool_apply", *read, *vectors, *node.pool.args, backend=b.backend)
+            b.give(norm.source, Pending(dz))

@@ -42,6 +42,10 @@ class ValueJoin(Join):
     one_pass: bool = False
     packs_mask: ClassVar[bool] = True
 
+    @property
+    def word(self) -> str:
+        return f"{super().word} on values"
+
     def ops(self, program: Program) -> tuple[str, ...]:
         product = ("conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad") if self.gram else ("norm_add_relu",)
         more = ("conv1x1_backward",) if self.one_pass else ()

@@ -1,11 +1,5 @@
 """Kinds of steps for devices whose 1x1 kernels take values: they normalise on load, and emit what batch norm needs.
 
-==========================  ==========================================================================================
-:class:`ConvolveValue`      a 1x1 convolution of a value, with the statistics for the norm behind it
-:class:`ConvolveValueAdd`   a 1x1 convolution of a value and the addition behind it, as one product
-:class:`ValueJoin`          where a branch of such convolutions ends (:mod:`.value_join`)
-==========================  ==========================================================================================
-
 Backward the product's epilogue takes the gradient through the ReLU before it and emits the two sums of that batch norm,
 or adds the gradient of a value's other reader. One op makes both gradients, where the convolution is narrow in one
 pass.
@@ -14,6 +8,7 @@ pass.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -77,6 +72,7 @@ class ConvolveValue:
     value: int
     statistics: bool
     one_pass: bool = False  # both gradients at once, where it is narrow
+    word: ClassVar[str] = "1x1 on values"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         return ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", *(("conv1x1_backward",) if self.one_pass else ()))
@@ -108,10 +104,14 @@ class ConvolveValue:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveValueAdd:
-    """The addition that makes `value` and the 1x1 convolution of stride 1, read by it alone, that makes its branch."""
+    """The addition that makes `value` and the 1x1 convolution of stride 1, read by it alone, that makes its branch.
+
+    Both are one product.
+    """
 
     value: int
     one_pass: bool = False
+    word: ClassVar[str] = "1x1 on values that adds"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         ops = ("conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "norm_add_relu_backward")

@@ -48,9 +48,9 @@ class Statistics(NamedTuple):
     count: int
 
 
-def pixels(x: Tensor) -> int:
+def pixels(shape: torch.Size) -> int:
     """Values per channel of ``[N, C, H, W]``."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
+    return shape[0] * shape[2] * shape[3]
 
 
 class Coefficients(NamedTuple):
@@ -68,13 +68,13 @@ def batch_affine(
 ) -> tuple[Affine, Statistics]:
     """Batch norm from the statistics of a batch. `z`: any tensor of as many pixels."""
     var, *vectors = run("bn_affine", mean, m2, tensors.gamma, tensors.beta, z, norm.eps, backend=backend)
-    return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
+    return Affine(mean, *vectors), Statistics(mean, var, pixels(z.shape))
 
 
 def affine_of(results: Sequence[Tensor], z: Tensor) -> tuple[Affine, Statistics]:
     """Batch norm from what an op that takes statistics returned, having been given `parameters`. `z`: as above."""
     mean, _, var, *vectors = results
-    return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
+    return Affine(mean, *vectors), Statistics(mean, var, pixels(z.shape))
 
 
 def parameters(tensors: StepTensors, norm: Norm) -> dict:

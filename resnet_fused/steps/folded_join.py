@@ -195,4 +195,4 @@ def _balance(g: Tensor, sum_g: Tensor, folded_weight: Tensor, gram: Gram, coupli
     sums over pixels.
     """
     sums = sum_g.double() @ folded_weight.flatten(1).double() + gram.total.double() @ coupling.flatten(1).double()
-    return (sums / -max(pixels(g), 1)).to(gram.total.dtype)
+    return (sums / -max(pixels(g.shape), 1)).to(gram.total.dtype)

@@ -93,7 +93,7 @@ class Convolve:
         if self.keeps and isinstance(f.values[node.source], Lazy):
             f.values[node.source] = f.values[node.source]._replace(written=read)
         arguments = (read, own.weight, own.bias, node.conv, f.backend, self.statistics)
-        f.values[self.value], moments = convolutions.conv2d_with_moments(*arguments)
+        f.values[self.value], moments = convolutions.conv2d(*arguments)
         if moments is not None:
             f.emitted[self.value] = moments
 
@@ -208,7 +208,7 @@ class ConvolveAndAdd:
         node = f.program.maker(add.branch)
         read, other = f.tensor(node.source), f.tensor(add.other)
         factor = f.sample_factor if add.sampled else None
-        out = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend)
+        out, _ = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend)
         if self.statistics:
             f.emitted[self.value] = run("add_stats_", out, other, factor, backend=f.backend)
         else:

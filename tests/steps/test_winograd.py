@@ -83,7 +83,7 @@ def test_left_to_aten_for_other_kinds_of_tensors_and_backends(monkeypatch):
 def test_statistics_come_with_the_convolution(seen, statistics):
     torch.manual_seed(0)
     x, weight = drawn(4, 32, 14, 13), torch.randn(32, 32, 3, 3) / 17
-    z, moments = conv.conv2d_with_moments(x, weight, None, SAME, "auto", statistics)
+    z, moments = conv.conv2d(x, weight, None, SAME, "auto", statistics)
     assert seen == ["winograd_conv3x3"] and (moments is not None) is statistics
     if statistics:
         exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
@@ -94,7 +94,7 @@ def test_statistics_come_with_the_convolution(seen, statistics):
 
 def test_a_bias_is_left_to_aten(seen):
     x, weight, bias = drawn(4, 32, 14, 13), torch.randn(32, 32, 3, 3), torch.randn(32)
-    z, moments = conv.conv2d_with_moments(x, weight, bias, SAME, "auto", True)
+    z, moments = conv.conv2d(x, weight, bias, SAME, "auto", True)
     torch.testing.assert_close(z, torch.nn.functional.conv2d(x, weight, bias, padding=1))
     assert moments is None and not seen
 

@@ -22,11 +22,6 @@ from .spec import StepGrads, StepTensors
 Tensor = torch.Tensor
 
 
-def by_value(program: Program, tensors: list[StepTensors]) -> list[StepTensors]:
-    """The tensors of nodes by the values that they make."""
-    return [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
-
-
 @dataclasses.dataclass
 class Handed:
     """Mean and second moment of the value that enters a program, where whoever wrote it has them, and of what leaves.
@@ -45,7 +40,7 @@ class _Flow:
 
     def __init__(self, program: Program, tensors: list[StepTensors], sample_factor: Tensor | None) -> None:
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
-        self.tensors = by_value(program, tensors)
+        self.tensors = [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
         self.masks: dict[int, Tensor] = {}  # bits of what a ReLU let pass, of values whose kernel wrote them
         self.winners: dict[int, Tensor] = {}  # of pooled values: the place in each window
         self.folded: dict[int, Folded] = {}  # norms whose convolution was never written

@@ -44,6 +44,8 @@ class Kind(Protocol):
 def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     """Gradients of a convolution's parameters and of what it read, from the one at its output (value `value`)."""
     node, own, need = b.program.maker(value), b.tensors[value], b.needs[value]
+    if isinstance(grad.grad, LazyGrad):
+        grad = Pending(grad.grad.materialise(b.backend, into_g=grad.owned and b.in_place))
     conv, pixels = node.conv, EVERY
     read = b.tensor(node.source) if need.weight else b.like(node.source, grad.grad)
     if conv.is_pointwise(own.weight) and conv.stride != (1, 1):  # of the pixels that it reads: nobody else gets any
@@ -62,13 +64,6 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     b.grads[value] = StepGrads(grad_weight, bias)
     if grad_read is not None:
         b.give(node.source, Pending(grad_read, True, pixels))
-
-
-def materialised(b: Backward, grad: Pending) -> Pending:
-    """A gradient as a tensor."""
-    if not isinstance(grad.grad, LazyGrad):
-        return grad
-    return Pending(grad.grad.materialise(b.backend, into_g=grad.owned and b.in_place))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Convolve:
     def backward(self, b: Backward) -> None:
         grad = b.dense(self.value)
         if grad is not None:
-            conv_backward(b, self.value, materialised(b, grad))
+            conv_backward(b, self.value, grad)
 
 
 def norm_ops(norm: Normalisation) -> tuple[str, ...]:

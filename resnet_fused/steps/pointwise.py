@@ -8,8 +8,6 @@ else passes over memory.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..backends import run, soundness
@@ -99,14 +97,6 @@ def input_grad(
     return _through(grad_x, sums, value, previous, backend), product
 
 
-class Both(NamedTuple):
-    """What one pass over a lazy gradient makes."""
-
-    value: Tensor | LazyGrad  # of the input, as of :func:`input_grad`
-    weight: Tensor  # [K, C], in its dtype if `rounded`
-    sum_dz: Tensor  # [K]
-
-
 def both_grads(
     grad: LazyGrad,
     value: Value,
@@ -117,8 +107,10 @@ def both_grads(
     weight_scale: Tensor | None = None,
     through_relu: bool = True,
     rounded: bool = False,
-) -> Both:
-    """Gradients of the input and of the weight at once, where :func:`narrow` says so.
+) -> tuple[Tensor | LazyGrad, Tensor, Tensor]:
+    """Gradients of the input, as of :func:`input_grad`, and of the weight, and the sum of `grad`, where narrow.
+
+    See :func:`narrow`. That of the weight, ``[K, C]``, is in its dtype if `rounded`.
 
     `weight_scale`: of the weight for the input's gradient alone. Without `through_relu` the input's stays behind the
     ReLU and batch norm of a lazy value, as a value that `input_grad` goes on from.
@@ -134,4 +126,4 @@ def both_grads(
         grad_x = LazyGrad(grad_x, None, Coefficients(), grad.bn)
     elif isinstance(value, Lazy):
         grad_x = _through(grad_x, sums, value, previous, backend)
-    return Both(grad_x, product, sum_dz)
+    return grad_x, product, sum_dz

@@ -154,10 +154,11 @@ class _ValueBranch(Branch):
         b, complete, scale = self.flow, not self.settings.batch_stats, self.folded.bn.scale
         plain = self.grad._replace(coefficients=Coefficients())
         path = other if complete else None
-        both = pointwise.both_grads(plain, self.read, self.previous, self.own.weight, b.backend, path, scale, complete)
-        found = self.parameter_grads(both.weight, both.sum_dz, self.grad.g, self.folded)
-        self.note(found.weight, None, found.gamma, both.sum_dz)
-        return both.value, found
+        arguments = (plain, self.read, self.previous, self.own.weight, b.backend, path, scale, complete)
+        grad, product, sum_g = pointwise.both_grads(*arguments)
+        found = self.parameter_grads(product, sum_g, self.grad.g, self.folded)
+        self.note(found.weight, None, found.gamma, sum_g)
+        return grad, found
 
     def _parameters(self) -> FoldedGrads | None:
         """Gradients of the parameters, and the correction of the input's."""

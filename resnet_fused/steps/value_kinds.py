@@ -141,14 +141,7 @@ class ConvolveValueAdd:
         if b.wanted[add.branch]:
             value_backward(b, add.branch, branch, self.one_pass)
             if b.needs[add.branch].bias:
-                b.grads[add.branch] = b.grads[add.branch]._replace(bias=_bias_grad(branch, b.backend))
+                options = {"mask": mask, "sample_factor": factor, "relu": add.relu, "emit_grad": False}
+                _, bias, *_ = run("norm_add_relu_backward", grad.grad, **options, backend=b.backend)
+                b.grads[add.branch] = b.grads[add.branch]._replace(bias=bias)
         b.give(add.other, Pending(grad.grad, grad.owned, mask=mask))
-
-
-def _bias_grad(grad: LazyGrad, backend: str) -> Tensor:
-    g = grad.g
-    if grad.mask is not None:
-        g = run("norm_add_relu_backward", g, mask=grad.mask, backend=backend)[0]
-    if grad.sample_factor is not None:
-        g = g * grad.sample_factor.to(g.dtype).view(-1, 1, 1, 1)
-    return g.sum((0, 2, 3), dtype=stat_dtype(g.dtype))

@@ -61,12 +61,6 @@ def branch_of(call: Call, norm: int) -> tuple[Convolution, StepTensors] | None:
     return conv, call.tensors[source - call.program.inputs]
 
 
-def _branches(call: Call, terms: Terms) -> list[int]:
-    """The norms that end in a join."""
-    is_norm = terms.other is not None and call.program.is_affine(terms.other)
-    return [terms.branch, terms.other] if is_norm else [terms.branch]
-
-
 def gram_obstacle(call: Call, norm: int) -> str:
     """Why the branch that ends in this norm cannot be a Gram join; empty if it can."""
     found = branch_of(call, norm)
@@ -84,7 +78,7 @@ def values_obstacle(call: Call) -> str:
     if isinstance(call.program.nodes[-1], Pooling):
         return "a stem"
     for _, terms in joins(call.program):
-        for norm in _branches(call, terms):
+        for norm in terms.norms:
             found = branch_of(call, norm)
             if found is None or not serves(found[0].conv, found[1]):
                 return "the last convolution, or the projection, is not 1x1, or has a bias"
@@ -116,7 +110,7 @@ def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[i
     """
     main, projections = set(), set()
     for _, terms in joins(call.program):
-        branch, *projection = _branches(call, terms)
+        branch, *projection = terms.norms
         if not (terms.sampled and call.sample_factor is not None) and _can_be_main(call, branch, values):
             main.add(branch)
         if branch in main or not values:

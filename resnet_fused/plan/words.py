@@ -22,8 +22,7 @@ from ..steps.program import Program
 
 def of_step(step: Kind, program: Program) -> str:
     """A step."""
-    other = program.terms(step.value).other if isinstance(step, Join) else None
-    projected = other is not None and program.is_affine(other)
+    projected = isinstance(step, Join) and program.terms(step.value).projected
     return f"{step.word}, shortcut {JOINS[step.gram_other]}" if projected else step.word
 
 

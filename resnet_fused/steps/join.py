@@ -16,7 +16,7 @@ from ..backends import run
 from .batch_norm import coefficients
 from .flow import Backward, Forward
 from .folded_join import TensorBranch
-from .kinds import norm_grads, norm_ops
+from .kinds import give_source, norm_ops
 from .lazy import Lazy, LazyGrad, Pending
 from .program import Program, Terms
 
@@ -74,7 +74,7 @@ class Join:
         if self.gram_other:
             branch = TensorBranch(f, terms.other)
             return {"residual": run("conv_add_relu", *branch.product(), None, *branch.geometry.args, backend=f.backend)}
-        if not f.program.is_affine(terms.other):
+        if not terms.projected:
             return {"residual": f.tensor(terms.other)}
         z, bn = f.values[terms.other][:2]
         return {"residual": z, "residual_scale": bn.scale, "residual_shift": bn.shift}
@@ -114,14 +114,14 @@ class Join:
         elif self.gram_other and b.wanted[terms.other]:
             total = sums[0] if factor is None else g.grad.sum((0, 2, 3), dtype=sums[0].dtype)
             TensorBranch(b, terms.other).backward(g.grad, total)
-        elif terms.other is not None and not b.program.is_affine(terms.other):
+        elif terms.other is not None and not terms.projected:
             b.give(terms.other, g)
 
     def written(self, b: Backward, terms: Terms) -> tuple[Lazy | None, Lazy | None]:
         """The branch and the projection where they were written and want a gradient."""
-        is_norm = terms.other is not None and b.program.is_affine(terms.other)
         branch = b.values[terms.branch] if b.wanted[terms.branch] and not self.gram else None
-        return branch, b.values[terms.other] if is_norm and b.wanted[terms.other] and not self.gram_other else None
+        other = terms.projected and b.wanted[terms.other] and not self.gram_other
+        return branch, b.values[terms.other] if other else None
 
     def sums(
         self, b: Backward, terms: Terms, grad: Tensor, branch: Lazy | None, other: Lazy | None, options: dict
@@ -135,8 +135,6 @@ class Join:
 
 def _through_norm(b: Backward, norm: int, grad: Pending, sums: list[Tensor], factor: Tensor | None = None) -> None:
     """Give the source of the batch norm that makes value `norm` its gradient, as a tensor."""
-    node, (z, bn, _) = b.program.maker(norm), b.values[norm]
-    lazy = LazyGrad(grad.grad, z, coefficients(bn, *sums[:2], z, node.norm, b.backend), bn, sample_factor=factor)
-    norm_grads(b, norm, lazy)
-    if b.wanted[node.source]:
-        b.give(node.source, Pending(lazy.materialise(b.backend, into_g=grad.owned and b.in_place)))
+    z, bn = b.values[norm][:2]
+    c = coefficients(bn, *sums[:2], z, b.program.maker(norm).norm, b.backend)
+    give_source(b, norm, LazyGrad(grad.grad, z, c, bn, sample_factor=factor), grad.owned, written=True)

@@ -109,8 +109,8 @@ def norm_grads(b: Backward, value: int, grad: LazyGrad) -> None:
     b.grads[value] = StepGrads(None, None, c.grad_gamma if need.gamma else None, c.grad_beta if need.beta else None)
 
 
-def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None:
-    """Give the source of the norm that makes `value` its gradient: as a value to a convolution, else written.
+def give_source(b: Backward, value: int, through: LazyGrad, owned: bool, written: bool = False) -> None:
+    """Give the source of the norm that makes `value` its gradient: as a value to a convolution, else `written`.
 
     Where the source has another reader, whose gradient is there already, both are joined in the pass that writes.
     """
@@ -118,7 +118,8 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
     norm_grads(b, value, through)
     if not b.wanted[node.source]:
         return
-    if isinstance(b.program.maker(node.source), Convolution) and len(b.program.readers(node.source)) == 1:
+    is_conv = isinstance(b.program.maker(node.source), Convolution)
+    if not written and is_conv and len(b.program.readers(node.source)) == 1:
         b.give(node.source, Pending(through, owned))
         return
     other = b.dense(node.source)

@@ -22,7 +22,7 @@ from .batch_norm import Coefficients, coefficients
 from .flow import Backward, Forward
 from .folded_join import Branch, FoldedGrads
 from .join import Join
-from .kinds import norm_grads
+from .kinds import give_source
 from .lazy import EVERY, Lazy, LazyGrad, Pending
 from .pointwise import parts
 from .program import Convolution, Program, Terms
@@ -77,7 +77,7 @@ class ValueJoin(Join):
         if branch is not None or other is not None:
             _, *sums = self.sums(b, terms, grad.grad, branch, other, {"mask": mask, "emit_grad": False})
         factor = b.sample_factor if terms.sampled else None
-        if terms.other is not None and b.program.is_affine(terms.other):
+        if terms.projected:
             self._branch(b, terms.other, other, grad.grad, mask, sums and sums[2:], None)
         elif terms.other is not None:
             b.give(terms.other, Pending(grad.grad, False, mask=mask))
@@ -92,12 +92,9 @@ class ValueJoin(Join):
             scaled = LazyGrad(g, None, Coefficients(bn.scale), bn, mask=mask)
             _ValueBranch(b, norm, scaled, self.one_pass).backward()
             return
-        node = b.program.maker(norm)
-        c = coefficients(lazy.bn, *sums, g, node.norm, b.backend)
+        c = coefficients(lazy.bn, *sums, g, b.program.maker(norm).norm, b.backend)
         at_conv = LazyGrad(g, lazy.z, c, lazy.bn, sample_factor=factor, mask=mask)
-        norm_grads(b, norm, at_conv)
-        if b.wanted[node.source]:
-            b.give(node.source, Pending(at_conv, False))
+        give_source(b, norm, at_conv, owned=False)
 
 
 class _ValueBranch(Branch):

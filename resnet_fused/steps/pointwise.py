@@ -28,11 +28,11 @@ def parts(value: Value) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return (value.z, value.bn.scale, value.bn.shift) if isinstance(value, Lazy) else (value, None, None)
 
 
-def weight_grad(grad: LazyGrad, value: Value, backend: str, stride: Pixels) -> Tensor:
-    """Gradient of the weight, ``[K, C]``, in its dtype, which is that of x."""
+def weight_grad(grad: LazyGrad, value: Value, backend: str, stride: Pixels, **more) -> list[Tensor]:
+    """What `conv1x1_wgrad` makes: first the gradient of the weight, ``[K, C]``, and the sum of `grad`."""
     x, scale, shift = parts(value)
-    options = grad.on_load() | {"x_scale": scale, "x_shift": shift, "stride": stride, "rounded": True}
-    return run("conv1x1_wgrad", grad.g, x, **options, backend=backend)[0]
+    options = grad.on_load() | {"x_scale": scale, "x_shift": shift, "stride": stride} | more
+    return run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
 
 
 def _asked(value: Lazy, norm: Norm) -> dict:

@@ -146,12 +146,15 @@ class _ValueBranch(Branch):
         before = [b.program.maker(reader) for reader in b.program.readers(self.source) if reader < self.conv]
         return isinstance(b.values[self.source], Tensor) and any(isinstance(node, Convolution) for node in before)
 
+    @property
+    def unscaled(self) -> LazyGrad:
+        return self.grad._replace(coefficients=Coefficients())
+
     def _both(self, other: Pending | None) -> tuple[Tensor | LazyGrad, FoldedGrads]:
         """The one pass; the input's gradient still lacks a correction with batch statistics."""
         b, complete, scale = self.flow, not self.settings.batch_stats, self.folded.bn.scale
-        plain = self.grad._replace(coefficients=Coefficients())
         path = other if complete else None
-        arguments = (plain, self.read, self.previous, self.own.weight, b.backend, path, scale, complete)
+        arguments = (self.unscaled, self.read, self.previous, self.own.weight, b.backend, path, scale, complete)
         grad, product, sum_g = pointwise.both_grads(*arguments)
         found = self.parameter_grads(product, sum_g, self.grad.g, self.folded)
         self.note(found.weight, None, found.gamma, sum_g)
@@ -162,12 +165,11 @@ class _ValueBranch(Branch):
         b, weight, batch_stats = self.flow, self.own.weight, self.settings.batch_stats
         if not (any(self.needs) or (self.wanted and batch_stats)):
             return None
-        (x, x_scale, x_shift), (bn, gram) = parts(b.values[self.source]), self.folded
-        options = {"mask": self.grad.mask, "x_scale": x_scale, "x_shift": x_shift, "stride": self.geometry.stride}
+        (bn, gram), join = self.folded, {}
         if batch_stats:
-            options |= gram._asdict() | {"join_weight": weight.contiguous()}
-            options |= {"join_scale": bn.scale, "join_rstd": bn.rstd}
-        product, sum_g, *more = run("conv1x1_wgrad", self.grad.g, x, **options, backend=b.backend)
+            join = {"join_weight": weight.contiguous(), "join_scale": bn.scale, "join_rstd": bn.rstd} | gram._asdict()
+        arguments = (self.unscaled, b.values[self.source], b.backend, self.geometry.stride)
+        product, sum_g, *more = pointwise.weight_grad(*arguments, **join)
         if batch_stats:
             found = FoldedGrads(product.view(weight.shape), more[0], tuple(more[1:]))
         else:

@@ -58,7 +58,7 @@ def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = Fa
         arguments = (grad, read, previous, own.weight, b.backend, stride, other)
         grad_read, product = pointwise.input_grad(*arguments, weight_grad=both)
     if need.weight and not both:
-        product = pointwise.weight_grad(grad, value, b.backend, stride)
+        product, *_ = pointwise.weight_grad(grad, value, b.backend, stride, rounded=True)
     if need.weight:
         b.grads[number] = StepGrads(product.view(own.weight.shape))
     if wanted:

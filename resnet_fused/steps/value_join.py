@@ -19,7 +19,7 @@ import torch
 from ..backends import run
 from . import pointwise
 from .batch_norm import Coefficients, coefficients
-from .flow import Backward, Forward
+from .flow import Backward, Forward, as_lazy
 from .folded_join import Branch, FoldedGrads
 from .join import Join
 from .kinds import give_source
@@ -88,9 +88,7 @@ class ValueJoin(Join):
         if not b.wanted[norm]:
             return
         if lazy is None:
-            bn = b.folded[norm].bn
-            scaled = LazyGrad(g, None, Coefficients(bn.scale), bn, mask=mask)
-            _ValueBranch(b, norm, scaled, self.one_pass).backward()
+            _ValueBranch(b, norm, as_lazy(Pending(g, False, mask=mask)), self.one_pass).backward()
             return
         c = coefficients(lazy.bn, *sums, g, b.program.maker(norm).norm, b.backend)
         at_conv = LazyGrad(g, lazy.z, c, lazy.bn, sample_factor=factor, mask=mask)
@@ -98,7 +96,7 @@ class ValueJoin(Join):
 
 
 class _ValueBranch(Branch):
-    """One on values, backward; `grad`: ``scale * g``, the rest of the gradient is a correction."""
+    """One on values, backward; `grad`: g. The gradient before the norm is ``scale * g``, and a correction."""
 
     def __init__(self, b: Backward, norm: int, grad: LazyGrad, one_pass: bool) -> None:
         super().__init__(b, norm)
@@ -123,7 +121,8 @@ class _ValueBranch(Branch):
 
     def backward(self) -> None:
         b, stride, weight, other = self.flow, self.geometry.stride, self.own.weight, self._other_path()
-        grad, found = self._both(other) if self.one_pass else (self.grad, self._parameters())
+        scaled = self.grad._replace(coefficients=Coefficients(self.folded.bn.scale))
+        grad, found = self._both(other) if self.one_pass else (scaled, self._parameters())
         correction = None if found is None else found.correction
         if self.one_pass and correction is None:
             give_read(b, self.source, grad, stride)
@@ -146,15 +145,11 @@ class _ValueBranch(Branch):
         before = [b.program.maker(reader) for reader in b.program.readers(self.source) if reader < self.conv]
         return isinstance(b.values[self.source], Tensor) and any(isinstance(node, Convolution) for node in before)
 
-    @property
-    def unscaled(self) -> LazyGrad:
-        return self.grad._replace(coefficients=Coefficients())
-
     def _both(self, other: Pending | None) -> tuple[Tensor | LazyGrad, FoldedGrads]:
         """The one pass; the input's gradient still lacks a correction with batch statistics."""
         b, complete, scale = self.flow, not self.settings.batch_stats, self.folded.bn.scale
         path = other if complete else None
-        arguments = (self.unscaled, self.read, self.previous, self.own.weight, b.backend, path, scale, complete)
+        arguments = (self.grad, self.read, self.previous, self.own.weight, b.backend, path, scale, complete)
         grad, product, sum_g = pointwise.both_grads(*arguments)
         found = self.parameter_grads(product, sum_g, self.grad.g, self.folded)
         self.note(found.weight, None, found.gamma, sum_g)
@@ -168,7 +163,7 @@ class _ValueBranch(Branch):
         (bn, gram), join = self.folded, {}
         if batch_stats:
             join = {"join_weight": weight.contiguous(), "join_scale": bn.scale, "join_rstd": bn.rstd} | gram._asdict()
-        arguments = (self.unscaled, b.values[self.source], b.backend, self.geometry.stride)
+        arguments = (self.grad, b.values[self.source], b.backend, self.geometry.stride)
         product, sum_g, *more = pointwise.weight_grad(*arguments, **join)
         if batch_stats:
             found = FoldedGrads(product.view(weight.shape), more[0], tuple(more[1:]))

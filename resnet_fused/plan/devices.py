@@ -12,14 +12,13 @@ they are. That time is the low end of what is expected: an :class:`Expected` has
 from __future__ import annotations
 
 import dataclasses
-import functools
-import pathlib
 import platform
 from collections.abc import Iterable
 
 import torch
 
 from ..backends import tf32
+from ..steps.conv import cpu_info
 
 #: Shares of the data sheet's figures that a good kernel is assumed to reach.
 BANDWIDTH_SHARE = 0.85
@@ -222,20 +221,12 @@ def _identify(device: torch.device) -> Device:
     return next((known for known in DEVICES.values() if known.reported == name), None) or probe(device)
 
 
-@functools.cache
 def cpu_name() -> str:
     """The processor's name as the kernel tells it, or as Python does where there is no /proc.
 
     With its family and model: a virtual machine may call processors of several generations by one name.
     """
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    told: dict[str, str] = {}
-    for line in lines:
-        field, _, value = line.partition(":")
-        told.setdefault(field.strip(), value.strip())
+    told = cpu_info()
     if "model name" not in told:
         return platform.processor() or platform.machine()
     return f"{told['model name']} (family {told.get('cpu family', '?')}, model {told.get('model', '?')})"

@@ -19,8 +19,7 @@ from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
 from ..steps.directions import Lowered
 from ..steps.join import Join
-from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
-from ..steps.pooled import PooledNorm
+from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
@@ -97,11 +96,11 @@ def steps_of(call: Call, variant: Variant) -> Lowered:
 
 
 def _on_value(call: Call, value: int) -> bool:
-    """Whether the 1x1 ops take a convolution: a bias can only be added where an addition follows."""
+    """Whether the 1x1 ops take a convolution: with the addition that follows, without a stride, else without a bias."""
     node, own = call.program.maker(value), call.tensors[value - call.program.inputs]
-    if not isinstance(node, Convolution) or not node.conv.is_pointwise(own.weight):
-        return False
-    return own.bias is None or (_sum_of(call.program, value) is not None and node.conv.stride == (1, 1))
+    if _sum_of(call.program, value) is not None:
+        return node.conv.is_pointwise(own.weight) and node.conv.stride == (1, 1)
+    return variants.serves(node.conv, own)
 
 
 def _sum_of(program: Program, value: int) -> int | None:
@@ -121,9 +120,14 @@ def _emits(call: Call, variant: Variant, value: int) -> bool:
         return variant.values and _on_value(call, value)
     if not isinstance(node, Addition) or node.relu or not isinstance(program.maker(node.branch), Convolution):
         return False
-    readers = program.readers(0) if value == program.output else program.readers(value)
-    norms = [n for n in map(program.maker, readers) if isinstance(n, Normalisation)]
-    return any(norm.norm.batch_stats for norm in norms) and not variant.values and _adds_with_statistics(call)
+    likely = 0 if value == program.output else value
+    return _meets_batch(program, likely) and not variant.values and _adds_with_statistics(call)
+
+
+def _meets_batch(program: Program, value: int) -> bool:
+    """Whether a norm that normalises with the batch reads a value."""
+    norms = [n for n in map(program.maker, program.readers(value)) if isinstance(n, Normalisation)]
+    return any(norm.norm.batch_stats for norm in norms)
 
 
 def _adds_with_statistics(call: Call) -> bool:
@@ -139,8 +143,7 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
     if isinstance(node, Convolution):
         if _sum_of(program, value) is not None or not gram.isdisjoint(program.readers(value)):
             return []
-        norms = [n for n in map(program.maker, program.readers(value)) if isinstance(n, Normalisation)]
-        statistics = any(norm.norm.batch_stats for norm in norms)
+        statistics = _meets_batch(program, value)
         if variant.values and _on_value(call, value):
             return [ConvolveValue(value, statistics, one_pass)]
         return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation), statistics)]
@@ -155,8 +158,7 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
             return steps
     terms = program.terms(value)
     if terms is None:
-        strided = program.maker(node.branch).conv.stride != (1, 1)
-        on_value = variant.values and _on_value(call, node.branch) and not strided
+        on_value = variant.values and _on_value(call, node.branch)
         return [ConvolveValueAdd(value, one_pass) if on_value else ConvolveAndAdd(value, _emits(call, variant, value))]
     kinds = (terms.branch in gram, terms.other in gram)
     return [*steps, ValueJoin(value, *kinds, one_pass) if variant.values else Join(value, *kinds)]

@@ -106,13 +106,10 @@ def store(device: torch.device, rows: list[dict]) -> None:
     Raises:
         OSError: they cannot be kept on disk; they hold in this process all the same.
     """
-    replaced = {(new["chain"], tuple(new["shape"])) for new in rows}
-    kept = [old for old in _read(device) if (old["chain"], tuple(old["shape"])) not in replaced]
-    known = _tables.setdefault(_place(device), _table(kept))
-    for key, shapes in _table(rows).items():
-        known.setdefault(key, {}).update(shapes)
+    kept = {(row["chain"], tuple(row["shape"])): row for row in (*_read(device), *rows)}
+    _enter(load(device), rows)
     _Seen.changes += 1
-    disk.write_json(file_of(device), {"key": identity(device), "rows": [*kept, *rows]})
+    disk.write_json(file_of(device), {"key": identity(device), "rows": [*kept.values()]})
 
 
 # Asking ---------------------------------------------------------------------------------------------------------
@@ -139,8 +136,7 @@ def _place(device: torch.device) -> tuple[str, int]:
     return device.type, device.index or 0
 
 
-def _table(rows: list[dict]) -> Rows:
-    table: Rows = {}
+def _enter(table: Rows, rows: list[dict]) -> Rows:
     for key, shape, choice in filter(None, map(_parse, rows)):
         table.setdefault(key, {})[shape] = choice
     return table
@@ -154,7 +150,7 @@ def load(device: torch.device) -> Rows:
         rows = []
         with contextlib.suppress(Exception):  # whatever is odd about this machine, no step may fail for a short-cut
             rows = _read(device) if directory().is_dir() else []  # the usual case needs no hash of the sources
-        _tables[place] = _table(rows)
+        _tables[place] = _enter({}, rows)
     return _tables[place]
 
 

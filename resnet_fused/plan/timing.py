@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..steps.program import Addition, Call, Node, Normalisation
+from ..steps.join import JOINS
+from ..steps.program import Call, Node, Normalisation
 from ..steps.program_node import run_program
 from ..steps.spec import StepTensors, flatten
 from .lower import steps_of
@@ -41,11 +42,9 @@ def name(call: Call, variant: Variant) -> str:
     """A variant as the report calls it."""
     if variant.stock:
         return "stock"
-    kind = {True: "Gram join", False: "plain join"}
-    text = ("on values, " if variant.values else "") + kind[variant.gram]
-    last = call.program.nodes[-1]
-    projected = isinstance(last, Addition) and call.program.is_affine(last.other)
-    text += f", shortcut {kind[variant.gram_shortcut]}" if projected else ""
+    text = ("on values, " if variant.values else "") + JOINS[variant.gram]
+    terms = call.program.terms(call.program.output)
+    text += f", shortcut {JOINS[variant.gram_shortcut]}" if terms is not None and terms.projected else ""
     more = ", activations kept" if variant.keep else ""
     return text + more + (", narrow gradients in one pass" if variant.one_pass else "")
 

@@ -24,6 +24,7 @@ import torch
 
 from ..backends import onednn
 from ..steps import winograd
+from ..steps.batch_norm import pixels
 from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from .keys import threads
@@ -96,11 +97,6 @@ def _saved_by_filtering(call: Call, shapes: list[torch.Size]) -> float:
         products += winograd.saved_products(shapes[value], own.weight, node.conv, transposed=True)
         products += winograd.saved_products(shapes[node.source], own.weight, node.conv) if own.bias is None else 0
     return 2 * products / (rate(call.x.dtype) * threads())
-
-
-def pixels(shape: torch.Size) -> int:
-    """Values a channel."""
-    return shape[0] * shape[2] * shape[3]
 
 
 def passes_bytes(call: Call, shapes: list[torch.Size]) -> int:

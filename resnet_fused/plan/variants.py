@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..backends import onednn, soundness
 from ..steps import pointwise
 from ..steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, Terms
-from ..steps.spec import Conv, Norm, Step, StepTensors
+from ..steps.spec import Conv, StepTensors
 from . import choose, join_cost, too_small
 from .devices import CPU_CORE, Device
 
@@ -61,12 +61,6 @@ def branch_of(call: Call, norm: int) -> tuple[Convolution, StepTensors] | None:
     return conv, call.tensors[source - call.program.inputs]
 
 
-def _branches(call: Call, terms: Terms) -> list[int]:
-    """The norms that end in a join."""
-    is_norm = terms.other is not None and call.program.is_affine(terms.other)
-    return [terms.branch, terms.other] if is_norm else [terms.branch]
-
-
 def gram_obstacle(call: Call, norm: int) -> str:
     """Why the branch that ends in this norm cannot be a Gram join; empty if it can."""
     found = branch_of(call, norm)
@@ -84,7 +78,7 @@ def values_obstacle(call: Call) -> str:
     if isinstance(call.program.nodes[-1], Pooling):
         return "a stem"
     for _, terms in joins(call.program):
-        for norm in _branches(call, terms):
+        for norm in terms.norms:
             found = branch_of(call, norm)
             if found is None or not serves(found[0].conv, found[1]):
                 return "the last convolution, or the projection, is not 1x1, or has a bias"
@@ -116,7 +110,7 @@ def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[i
     """
     main, projections = set(), set()
     for _, terms in joins(call.program):
-        branch, *projection = _branches(call, terms)
+        branch, *projection = terms.norms
         if not (terms.sampled and call.sample_factor is not None) and _can_be_main(call, branch, values):
             main.add(branch)
         if branch in main or not values:
@@ -175,7 +169,7 @@ def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
 def _has_narrow(call: Call) -> bool:
     """Whether on values there is a convolution whose gradients one pass can make, in a dtype for which there is one."""
     ours = [(node, own) for _, node, own in call.convolutions if serves(node.conv, own)]
-    if not any(pointwise.narrow(Step(node.conv, Norm()), own.weight) for node, own in ours):
+    if not any(pointwise.narrow(node.conv, own.weight) for node, own in ours):
         return False
     place, checks = choose.place_of(call.x), not isinstance(call.x, FakeTensor)
     return not soundness.lacking(("conv1x1_backward",), call.x.dtype, place, checks)

@@ -15,33 +15,15 @@ from ..steps.evaluation import (
     StockPool,
 )
 from ..steps.gpu_evaluation import Add, Product
-from ..steps.join import Join
-from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise
-from ..steps.pooled import PooledNorm
+from ..steps.join import JOINS, Join
+from ..steps.kinds import Kind
 from ..steps.program import Program
-from ..steps.value_join import ValueJoin
-from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-
-_STEPS = {
-    Convolve: "convolution",
-    ConvolveAndAdd: "convolution and sum",
-    ConvolveValue: "1x1 on values",
-    ConvolveValueAdd: "1x1 on values that adds",
-    Normalise: "norm on load",
-    PooledNorm: "norm, ReLU and pool in one pass",
-}
 
 
 def of_step(step: Kind, program: Program) -> str:
     """A step."""
-    if isinstance(step, ConvolveAndAdd) and step.statistics:
-        return "convolution and sum with its statistics"
-    if not isinstance(step, Join | ValueJoin):
-        return _STEPS[type(step)]
-    terms, kind = program.terms(step.value), {True: "Gram join", False: "plain join"}
-    projected = terms.other is not None and program.is_affine(terms.other)
-    text = kind[step.gram] + (" on values" if isinstance(step, ValueJoin) else "")
-    return text + (f", shortcut {kind[step.gram_other]}" if projected else "")
+    projected = isinstance(step, Join) and program.terms(step.value).projected
+    return f"{step.word}, shortcut {JOINS[step.gram_other]}" if projected else step.word
 
 
 def of_steps(lowered: Lowered) -> str:

@@ -2,7 +2,7 @@
 
 from .lazy import Lazy, LazyGrad
 from .program import Call, Program, residual_program
-from .spec import Conv, Norm, Pool, Step, StepGrads, StepTensors, flatten, regroup
+from .spec import Conv, Norm, Pool, StepGrads, StepTensors, flatten, regroup
 
 __all__ = [
     "Call",
@@ -12,7 +12,6 @@ __all__ = [
     "Norm",
     "Pool",
     "Program",
-    "Step",
     "StepGrads",
     "StepTensors",
     "flatten",

@@ -48,19 +48,19 @@ class Statistics(NamedTuple):
     count: int
 
 
-def pixels(x: Tensor) -> int:
+def pixels(shape: torch.Size) -> int:
     """Values per channel of ``[N, C, H, W]``."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
+    return shape[0] * shape[2] * shape[3]
 
 
 class Coefficients(NamedTuple):
-    """Batch norm's backward: ``dz = a*g + b*z + d`` (b and d None: 0) and its parameter gradients; all ``[C]``."""
+    """Batch norm's backward: ``dz = a*g + b*z + d`` (None: 1, 0 and 0) and its parameter gradients; all ``[C]``."""
 
-    a: Tensor
-    b: Tensor | None
-    d: Tensor | None
-    grad_gamma: Tensor
-    grad_beta: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    d: Tensor | None = None
+    grad_gamma: Tensor | None = None
+    grad_beta: Tensor | None = None
 
 
 def batch_affine(
@@ -68,18 +68,25 @@ def batch_affine(
 ) -> tuple[Affine, Statistics]:
     """Batch norm from the statistics of a batch. `z`: any tensor of as many pixels."""
     var, *vectors = run("bn_affine", mean, m2, tensors.gamma, tensors.beta, z, norm.eps, backend=backend)
-    return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
+    return Affine(mean, *vectors), Statistics(mean, var, pixels(z.shape))
 
 
 def affine_of(results: Sequence[Tensor], z: Tensor) -> tuple[Affine, Statistics]:
     """Batch norm from what an op that takes statistics returned, having been given `parameters`. `z`: as above."""
     mean, _, var, *vectors = results
-    return Affine(mean, *vectors), Statistics(mean, var, pixels(z))
+    return Affine(mean, *vectors), Statistics(mean, var, pixels(z.shape))
 
 
 def parameters(tensors: StepTensors, norm: Norm) -> dict:
     """The arguments with which an op that takes statistics returns what :func:`affine_of` wants."""
     return {"gamma": tensors.gamma, "beta": tensors.beta, "eps": norm.eps}
+
+
+def normalise(z: Tensor, tensors: StepTensors, norm: Norm, backend: str) -> tuple[Affine, Statistics | None]:
+    """Batch norm of `z` as an affine map, from its own statistics or from the running ones."""
+    if not norm.batch_stats:
+        return running_affine(tensors, norm, z.dtype, backend), None
+    return affine_of(run("bn_stats", z, **parameters(tensors, norm), backend=backend), z)
 
 
 def running_affine(

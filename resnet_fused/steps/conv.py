@@ -6,6 +6,7 @@ that exists already (the identity path's gradient) instead of making one that a 
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 
@@ -14,10 +15,12 @@ import torch
 from ..backends import run
 from . import winograd, winograd_wgrad
 from .layout import Moments
+from .lazy import EVERY, Pixels
 from .spec import Conv
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+POINTWISE = Conv()
 
 # Who is fastest on a CPU was measured without and with AVX-512: benchmarks/weight_grad.py, benchmarks/pointwise.py and
 # their results. With it oneDNN is, but where the weight is large beside the pixels, of which oneDNN makes and converts
@@ -32,25 +35,27 @@ _WIDE_MM = 256  # with: from so many channels on, a gradient is added to that of
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
 
 
-def products_are_slow(cpuinfo: str) -> bool:
-    """Whether plain products run at half the rate of oneDNN's convolutions on the processor that this text describes.
+@functools.cache
+def cpu_info(file: str = "/proc/cpuinfo") -> dict[str, str]:
+    """What the kernel tells of the first processor; nothing where there is no /proc."""
+    try:
+        text = pathlib.Path(file).read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    return dict(re.findall(r"^(.*?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+
+
+def products_are_slow(cpu: dict[str, str]) -> bool:
+    """Whether plain products run at half the rate of oneDNN's convolutions on the processor of this :func:`cpu_info`.
 
     MKL uses 256-bit vectors on AMD's processors; from Zen 5 on (family 26) their units are 512 bits wide, which oneDNN
     uses. On an EPYC of that family with 2 cores: 195 to 217 GFLOP/s, while convolutions of the same sizes reach 300 to
     470 from 784 pixels on, and 181 at 98. On Zen 4 both reach the same.
     """
-    fields = dict(re.findall(r"^(vendor_id|cpu family)\s*: (\S+)$", cpuinfo, re.MULTILINE))
-    return fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
+    return cpu.get("vendor_id") == "AuthenticAMD" and int(cpu.get("cpu family", 0)) >= 26
 
 
-def _cpuinfo() -> str:
-    try:
-        return pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
-SLOW_PRODUCTS = torch.backends.mkl.is_available() and products_are_slow(_cpuinfo())
+SLOW_PRODUCTS = torch.backends.mkl.is_available() and products_are_slow(cpu_info())
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -58,27 +63,20 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str) -> Tensor:
-    """The convolution, channels_last in and out: ATen's, or what is faster."""
-    return conv2d_with_moments(x, weight, bias, conv, backend, False)[0]
-
-
-def conv2d_with_moments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str, wanted: bool
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str, statistics: bool = False
 ) -> tuple[Tensor, Moments | None]:
-    """:func:`conv2d`, and the batch statistics of its result if they are `wanted` and its kernel emits them."""
+    """The convolution, channels_last in and out: ATen's, or what is faster.
+
+    And its batch statistics, if they are asked for and its kernel emits them.
+    """
     if bias is None and winograd.takes(x, weight, conv, backend):
-        return winograd.convolve(x, weight, conv, backend, wanted)
-    return _direct(x, weight, bias, conv), None
-
-
-def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    """ATen's convolution, or a matrix product where that is faster."""
+        return winograd.convolve(x, weight, conv, backend, statistics)
     if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
-        x = strided(x, conv)
-        return _image(rows(x) @ weight.flatten(1).T, x)
+        x = strided(x, conv.stride)
+        return _image(rows(x) @ weight.flatten(1).T, x), None
     z = aten.convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
-    return channels_last(z)
+    return channels_last(z), None
 
 
 def is_product(pixels: int, weight: Tensor, conv: Conv, like: Tensor, few: int = _FEW_GRADIENTS) -> bool:
@@ -102,11 +100,9 @@ def _pixels(x: Tensor, conv: Conv) -> int:
     return n * -(-h // rows) * -(-w // columns)
 
 
-def strided(x: Tensor, conv: Conv) -> Tensor:
+def strided(x: Tensor, stride: Pixels) -> Tensor:
     """The pixels of `x` that a 1x1 convolution of this stride reads."""
-    if conv.stride == (1, 1):
-        return x
-    return channels_last(x[:, :, :: conv.stride[0], :: conv.stride[1]])
+    return x if stride == EVERY else channels_last(x[:, :, :: stride[0], :: stride[1]])
 
 
 def rows(x: Tensor) -> Tensor:
@@ -144,7 +140,7 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     pixels = grad[:, 0].numel()
     if conv.is_pointwise(weight):
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
-        return (rows(grad).T @ rows(strided(x, conv))).view(weight.shape) if fast else None
+        return (rows(grad).T @ rows(strided(x, conv.stride))).view(weight.shape) if fast else None
     if winograd_wgrad.takes(grad, x, weight, conv, backend):
         return winograd_wgrad.weight_grad(grad, x, weight, conv, backend)
     many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS

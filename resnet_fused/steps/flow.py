@@ -13,24 +13,13 @@ import torch
 from ..backends import run
 from . import pointwise
 from .batch_norm import Affine, Coefficients, Statistics
-from .folded_join import Folded
 from .layout import Moments
-from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
+from .lazy import EVERY, Folded, Lazy, LazyGrad, Pending, Value
 from .program import Program
 from .running import Update
-from .spec import Conv, Norm, Step, StepGrads, StepTensors
+from .spec import StepGrads, StepTensors
 
 Tensor = torch.Tensor
-
-
-def by_value(program: Program, tensors: list[StepTensors]) -> list[StepTensors]:
-    """The tensors of nodes by the values that they make."""
-    return [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
-
-
-def merged(tensors: list[StepTensors], conv: int, norm: int) -> StepTensors:
-    """The tensors of a convolution and of the batch norm behind it, by the values that they make."""
-    return tensors[norm]._replace(weight=tensors[conv].weight, bias=tensors[conv].bias)
 
 
 @dataclasses.dataclass
@@ -51,7 +40,7 @@ class _Flow:
 
     def __init__(self, program: Program, tensors: list[StepTensors], sample_factor: Tensor | None) -> None:
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
-        self.tensors = by_value(program, tensors)
+        self.tensors = [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
         self.masks: dict[int, Tensor] = {}  # bits of what a ReLU let pass, of values whose kernel wrote them
         self.winners: dict[int, Tensor] = {}  # of pooled values: the place in each window
         self.folded: dict[int, Folded] = {}  # norms whose convolution was never written
@@ -172,18 +161,16 @@ class Backward(_Flow):
             masked = run("norm_add_relu_backward", grad.grad, mask=grad.mask, backend=self.backend)[0]
             grad = grad._replace(grad=masked, owned=True, mask=None)
         if grad.correction is not None:
-            step, lazy = Step(Conv(stride=grad.pixels), Norm()), as_lazy(grad)
-            arguments = (lazy, self.values[number], step, None, None, self.backend, None, grad.correction)
-            grad = grad._replace(grad=pointwise.input_grad(*arguments), owned=True, correction=None)
+            arguments = (as_lazy(grad), self.values[number], None, None, self.backend, grad.pixels)
+            corrected, _ = pointwise.input_grad(*arguments, correction=grad.correction)
+            grad = grad._replace(grad=corrected, owned=True, correction=None)
         return grad
-
-
-_AS_IS = Coefficients(None, None, None, None, None)
 
 
 def as_lazy(grad: Pending) -> LazyGrad:
     """A gradient as the 1x1 ops take it."""
-    return grad.grad if isinstance(grad.grad, LazyGrad) else LazyGrad(grad.grad, None, _AS_IS, None, mask=grad.mask)
+    known = isinstance(grad.grad, LazyGrad)
+    return grad.grad if known else LazyGrad(grad.grad, None, Coefficients(), None, mask=grad.mask)
 
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:

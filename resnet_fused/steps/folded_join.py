@@ -19,80 +19,16 @@ from typing import NamedTuple
 import torch
 
 from ..backends import run
-from .batch_norm import Affine, Statistics, affine_of, parameters, running_affine
-from .conv import input_grad, strided, weight_grad
-from .lazy import Lazy
-from .spec import Conv, Step, StepGrads, StepTensors
+from .batch_norm import affine_of, parameters, pixels, running_affine
+from .conv import POINTWISE, input_grad, strided, weight_grad
+from .flow import Backward, Forward
+from .lazy import EVERY, Folded, Gram, Lazy, Pending, Pixels, Value
+from .pointwise import parts
+from .spec import Conv, StepGrads
 
 Tensor = torch.Tensor
-POINTWISE = Conv()
 CENTRE_IMAGES = 4
 FEW_CHANNELS = 16  # below, oneDNN's weight gradients of 8192 pixels were up to 7 times less exact than those of ours
-
-
-class Gram(NamedTuple):
-    """Sufficient statistics of the input `a` of a 1x1 convolution, shifted by `centre`."""
-
-    gram: Tensor  # [C, C]
-    total: Tensor  # [C]
-    centre: Tensor  # [C]
-
-
-class Folded(NamedTuple):
-    """A branch of a join whose output is never written."""
-
-    bn: Affine
-    gram: Gram | None  # None: running statistics
-
-
-def sample_mean(value: Tensor | Lazy, backend: str, conv: Conv = POINTWISE) -> Tensor:
-    """Mean of the first few images: to shift by, it need not be that of all, which would cost a pass.
-
-    Of the pixels that `conv` reads, since the others may hold anything.
-    """
-    a = value.z if isinstance(value, Lazy) else value
-    a = strided(a[:CENTRE_IMAGES], conv)
-    if isinstance(value, Lazy):
-        a = Lazy(a, value.bn).materialise(backend)
-    return run("bn_stats", a, backend=backend)[0]
-
-
-def fold(
-    a: Tensor,
-    tensors: StepTensors,
-    step: Step,
-    centre: Tensor | None,
-    backend: str,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    stride: tuple[int, int] = (1, 1),
-    like: Tensor | None = None,
-) -> tuple[Folded, Statistics | None]:
-    """Batch norm of ``conv(a)`` without the convolution, or of ``conv(relu(scale*a + shift))`` where these are given.
-
-    `centre` None: running statistics. `a` holds the pixels that the convolution reads, or all, to be read at `stride`;
-    `like` is then any tensor of as many pixels as the output.
-    """
-    if not step.norm.batch_stats:
-        return Folded(running_affine(tensors, step.norm, a.dtype, backend), None), None
-    gram, total = run("gram", a, centre, scale, shift, stride, backend=backend)
-    like = a if like is None else like
-    arguments = (tensors.weight.contiguous(), gram, total, centre, like)
-    found = run("gram_norm", *arguments, **parameters(tensors, step.norm), backend=backend)
-    bn, statistics = affine_of(found, like)
-    return Folded(bn, Gram(gram, total, centre)), statistics
-
-
-def shift_of(folded: Folded, tensors: StepTensors) -> Tensor:
-    """What the join adds to the folded convolution: batch norm's shift, and the convolution's own bias scaled."""
-    if tensors.bias is None:
-        return folded.bn.shift
-    return torch.addcmul(folded.bn.shift, folded.bn.scale, tensors.bias.to(folded.bn.scale.dtype))
-
-
-def scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """`weight` with batch norm's scale in it, rounded once to the weight's dtype."""
-    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
 
 
 class FoldedGrads(NamedTuple):
@@ -100,59 +36,149 @@ class FoldedGrads(NamedTuple):
 
     weight: Tensor  # [K, C/groups, R, S]
     gamma: Tensor  # [K]
-    coupling: Tensor | None  # [C, C, 1, 1], S of the formulas; None: running statistics
-    constant: Tensor | None  # [C]
+    #: S of the formulas, [C, C, 1, 1], and the constant, [C]; None: running statistics.
+    correction: tuple[Tensor, Tensor] | None
 
 
-def parameter_grads(
-    product: Tensor,
-    sum_g: Tensor,
-    g: Tensor,
-    tensors: StepTensors,
-    step: Step,
-    folded: Folded,
-    backend: str,
-    wide: bool = False,
-) -> FoldedGrads:
-    """Gradients of the branch's weight and gamma, and what corrects its input's. `product` is not shifted.
+class Branch:
+    """A convolution and the batch norm behind it, never written, in one direction of a call; `norm` makes its value."""
 
-    `g`: any tensor of as many pixels as the output. `wide`: in float64, results too, but for the coupling: an error
-    there is the same at every pixel, and what lies before the branch sums over pixels.
+    def __init__(self, flow: Forward | Backward, norm: int) -> None:
+        node = flow.program.maker(norm)
+        conv = flow.program.maker(node.source)
+        self.flow, self.backend, self.norm, self.conv = flow, flow.backend, norm, node.source
+        self.source, self.settings, self.geometry = conv.source, node.norm, conv.conv
+        own = flow.tensors[self.conv]
+        self.own = flow.tensors[norm]._replace(weight=own.weight, bias=own.bias)
+
+    def fold(self, read: Value, stride: Pixels = EVERY, like: Tensor | None = None) -> Folded:
+        """Batch norm of the convolution without the convolution; forward.
+
+        `read`: what the convolution reads, of all pixels, to be read at `stride`, or of those that it reads. `like`:
+        any tensor of as many pixels as its output; None: `read` is.
+        """
+        f, value, (a, *applied) = self.flow, self.flow.values[self.source], parts(read)
+        if not self.settings.batch_stats:
+            f.folded[self.norm] = Folded(running_affine(self.own, self.settings, a.dtype, self.backend), None)
+            return self.folded
+        centre = value.bn.centre if isinstance(value, Lazy) else None
+        centre = _sample_mean(read, stride, self.backend) if centre is None else centre
+        gram, total = run("gram", a, centre, *applied, stride, backend=self.backend)
+        like = a if like is None else like
+        arguments = (self.own.weight.contiguous(), gram, total, centre, like)
+        found = run("gram_norm", *arguments, **parameters(self.own, self.settings), backend=self.backend)
+        bn, statistics = affine_of(found, like)
+        f.folded[self.norm] = Folded(bn, Gram(gram, total, centre))
+        f.note(self.norm, statistics)
+        return self.folded
+
+    @property
+    def folded(self) -> Folded:
+        return self.flow.folded[self.norm]
+
+    @property
+    def needs(self) -> StepGrads:
+        """What of the convolution's and the norm's tensors wants a gradient."""
+        return StepGrads(*self.flow.needs[self.conv][:2], *self.flow.needs[self.norm][2:])
+
+    def note(self, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None, beta: Tensor) -> None:
+        """Note the gradients of the convolution and of the norm, of those that are wanted."""
+        pairs = zip((weight, bias, gamma, beta), self.needs, strict=True)
+        wanted = [value if need else None for value, need in pairs]
+        self.flow.grads[self.conv] = StepGrads(*wanted[:2])
+        self.flow.grads[self.norm] = StepGrads(None, None, *wanted[2:])
+
+    def parameter_grads(
+        self, product: Tensor, sum_g: Tensor, g: Tensor, folded: Folded, wide: bool = False
+    ) -> FoldedGrads:
+        """Gradients of the branch's weight and gamma, and what corrects its input's. `product` is not shifted.
+
+        `g`: any tensor of as many pixels as the output. `wide`: in float64, results too, but for the coupling: an error
+        there is the same at every pixel, and what lies before the branch sums over pixels.
+        """
+        (bn, gram), own = folded, self.own
+        weight = own.weight.contiguous()
+        if wide:
+            bn, gram = bn._replace(rstd=bn.rstd.double(), scale=bn.scale.double()), Gram(*(t.double() for t in gram))
+            weight, sum_g = weight.double(), sum_g.double()
+        product = product.flatten(1).to(bn.scale.dtype)
+        if self.settings.batch_stats:
+            arguments = (weight, product, *gram, sum_g, bn.scale, bn.rstd)
+            weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=self.backend)
+            return FoldedGrads(weight.view(own.weight.shape), gamma, (coupling.to(own.weight.dtype), constant))
+        offset = bn.mean if own.bias is None else bn.mean - own.bias.to(bn.scale.dtype)
+        sums = torch.float64 if product.device.type == "cpu" else product.dtype  # as in gram_grad: digits cancel
+        along = (own.weight.flatten(1).to(product.dtype) * product).sum(1, dtype=sums)
+        centred = torch.addcmul(along, offset.to(sums), sum_g.to(sums), value=-1).to(product.dtype)
+        weight = (bn.scale.unsqueeze(1) * product).view(own.weight.shape)
+        return FoldedGrads(weight, bn.rstd * centred, None)
+
+
+def _sample_mean(value: Value, stride: Pixels, backend: str) -> Tensor:
+    """Mean of the first few images: to shift by, it need not be that of all, which would cost a pass.
+
+    Of the pixels at `stride`, since the others may hold anything.
     """
-    bn, gram = folded
-    weight = tensors.weight.contiguous()
-    if wide:
-        bn, gram = bn._replace(rstd=bn.rstd.double(), scale=bn.scale.double()), Gram(*(t.double() for t in gram))
-        weight, sum_g = weight.double(), sum_g.double()
-    product = product.flatten(1).to(bn.scale.dtype)
-    if step.norm.batch_stats:
-        arguments = (weight, product, *gram, sum_g, bn.scale, bn.rstd)
-        weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=backend)
-        coupling = coupling.to(tensors.weight.dtype)
-        return FoldedGrads(weight.view(tensors.weight.shape), gamma, coupling, constant)
-    offset = bn.mean if tensors.bias is None else bn.mean - tensors.bias.to(bn.scale.dtype)
-    sums = torch.float64 if product.device.type == "cpu" else product.dtype  # as in gram_grad: digits cancel
-    own = (tensors.weight.flatten(1).to(product.dtype) * product).sum(1, dtype=sums)
-    centred = torch.addcmul(own, offset.to(sums), sum_g.to(sums), value=-1).to(product.dtype)
-    weight = (bn.scale.unsqueeze(1) * product).view(tensors.weight.shape)
-    return FoldedGrads(weight, bn.rstd * centred, None, None)
+    a = value.z if isinstance(value, Lazy) else value
+    a = strided(a[:CENTRE_IMAGES], stride)
+    if isinstance(value, Lazy):
+        a = Lazy(a, value.bn).materialise(backend)
+    return run("bn_stats", a, backend=backend)[0]
 
 
-def _centres(a: Tensor) -> bool:
-    """Whether the gradients are taken of the centred input: not in 16 bits, where it would be rounded once more."""
-    return a.element_size() > 2
+class TensorBranch(Branch):
+    """One on tensors."""
+
+    def product(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, weight and shift of the convolution that is the branch; forward."""
+        read = self.flow.tensor(self.source)
+        bn, _ = self.fold(strided(read, self.geometry.stride) if self.settings.batch_stats else read)
+        shift, bias = bn.shift, self.own.bias
+        if bias is not None:
+            shift = torch.addcmul(shift, bn.scale, bias.to(bn.scale.dtype))
+        return read, _scaled(self.own.weight, bn.scale), shift
+
+    def backward(self, g: Tensor, sum_g: Tensor) -> None:
+        """Gradients of the parameters and of what the convolution read, from the masked gradient and its sum."""
+        b, folded, conv, stride, found = self.flow, self.folded, self.geometry, EVERY, None
+        read, weight, coupled = b.tensor(self.source), self.own.weight, self.settings.batch_stats
+        if conv.is_pointwise(weight) and conv.stride != EVERY:
+            read, conv, stride = strided(read, conv.stride), POINTWISE, conv.stride
+        centred = coupled and read.element_size() > 2  # in 16 bits a centred input would be rounded once more
+        if centred:
+            read, folded = self._centred(read)
+        if coupled or self.needs.weight or self.needs.gamma:
+            product = _product(g, read, weight, conv, self.backend)
+            found = self.parameter_grads(product, sum_g, g, folded, wide=centred)
+        bias = torch.zeros_like(sum_g) if coupled else folded.bn.scale * sum_g
+        self.note(found and found.weight, bias, found and found.gamma, sum_g)
+        if not b.wanted[self.source]:
+            return
+        scaled = _scaled(weight, folded.bn.scale)
+        grad = input_grad(g, read, scaled, conv, self.backend)
+        if coupled:
+            coupling, constant = found.correction
+            constant = _balance(g, sum_g, scaled, folded.gram, coupling) if centred else constant
+            run("conv_add_relu_", grad, read, coupling, constant, backend=self.backend)
+        b.give(self.source, Pending(grad, True, stride))
+
+    def _centred(self, read: Tensor) -> tuple[Tensor, Folded]:
+        """What is read less the centre, and the branch as one that reads that: its own centre is 0.
+
+        Otherwise ``g' a - sum_g centre'`` and ``a S - centre S`` would cancel as many digits as the mean has more than
+        the deviation, after products have been rounded to float32.
+        """
+        gram, total, centre = self.folded.gram
+        value, along = self.flow.values[self.source], centre.to(read.dtype).view(1, -1, 1, 1)
+        readers = self.flow.program.readers(self.source)
+        ours = isinstance(value, Lazy) and value.written is None and len(readers) == 1
+        d = read.sub_(along) if ours else read - along
+        return d, self.folded._replace(gram=Gram(gram, total, torch.zeros_like(centre)))
 
 
-def _centred(a: Tensor, folded: Folded, conv: Conv, owned: bool) -> tuple[Tensor, Folded]:
-    """The pixels that `conv` reads less the centre, and the branch as one that reads those: its own centre is 0.
-
-    Otherwise ``g' a - sum_g centre'`` and ``a S - centre S`` would cancel as many digits as the mean has more than the
-    deviation, after products have been rounded to float32.
-    """
-    gram, total, centre = folded.gram
-    own, along = strided(a, conv), centre.to(a.dtype).view(1, -1, 1, 1)
-    d = own.sub_(along) if owned or own is not a else own - along
-    return d, folded._replace(gram=Gram(gram, total, torch.zeros_like(centre)))
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight` with batch norm's scale in it, rounded once to the weight's dtype."""
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
 
 
 def _product(g: Tensor, a: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
@@ -168,44 +194,5 @@ def _balance(g: Tensor, sum_g: Tensor, folded_weight: Tensor, gram: Gram, coupli
     Of the two matrices as they were rounded: their rounding is the same at every pixel, and what lies before the branch
     sums over pixels.
     """
-    pixels = g.shape[0] * g.shape[2] * g.shape[3]
     sums = sum_g.double() @ folded_weight.flatten(1).double() + gram.total.double() @ coupling.flatten(1).double()
-    return (sums / -max(pixels, 1)).to(gram.total.dtype)
-
-
-def backward(
-    g: Tensor,
-    sum_g: Tensor,
-    a: Tensor,
-    tensors: StepTensors,
-    step: Step,
-    folded: Folded,
-    backend: str,
-    needs: StepGrads,
-    needs_a: bool,
-    conv: Conv,
-    owned: bool = False,
-) -> tuple[Tensor | None, StepGrads]:
-    """Gradients of the branch's input and parameters from the masked gradient `g` and its sum.
-
-    `conv`: the geometry from `a` to the output (`a` may be strided already). `owned`: `a` may be overwritten.
-    """
-    scale, coupled, found = folded.bn.scale, step.norm.batch_stats, None
-    if coupled and _centres(a):
-        a, folded = _centred(a, folded, conv, owned)
-        conv = POINTWISE
-    if coupled or needs.weight or needs.gamma:
-        product = _product(g, a, tensors.weight, conv, backend)
-        found = parameter_grads(product, sum_g, g, tensors, step, folded, backend, wide=coupled and _centres(a))
-    bias = torch.zeros_like(sum_g) if coupled else scale * sum_g
-    values = (None if found is None else found.weight, bias, None if found is None else found.gamma, sum_g)
-    grads = StepGrads(*(value if need else None for value, need in zip(values, needs, strict=True)))
-    if not needs_a:
-        return None, grads
-    folded_weight = scaled(tensors.weight, scale)
-    grad_a = input_grad(g, a, folded_weight, conv, backend)
-    if coupled:
-        centred = _centres(a)
-        constant = _balance(g, sum_g, folded_weight, folded.gram, found.coupling) if centred else found.constant
-        run("conv_add_relu_", grad_a, a, found.coupling, constant, backend=backend)
-    return grad_a, grads
+    return (sums / -max(pixels(g.shape), 1)).to(gram.total.dtype)

@@ -1,11 +1,4 @@
-"""Steps of a program in evaluation that only GPUs have: batch norm, sum and ReLU where a tensor is read or written.
-
-=====================  ==============================================================================================
-:class:`Product`       a 1x1 convolution of stride 1 with its norm, sum or projection, and ReLU: one kernel
-:class:`Convolve`      any convolution, by ATen
-:class:`Add`           a sum in the memory of its branch, by ATen
-=====================  ==============================================================================================
-"""
+"""Steps of a program in evaluation that only GPUs have: batch norm, sum and ReLU where a tensor is read or written."""
 
 from __future__ import annotations
 
@@ -25,9 +18,10 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product(ForwardStep):
-    """The convolution `conv` with `norm`, if there is one, and the convolution `projection`, of value `projected`.
+    """A 1x1 convolution of stride 1, `main`, with its norm, sum or projection, and ReLU: one kernel.
 
-    `source` and `other` may be values that :class:`NormValue` made.
+    `projection`: another convolution, of value `projected`, that is added. `source` and `other` may
+    be values that :class:`NormValue` made.
     """
 
     ops: ClassVar[tuple[str, ...]] = ("conv1x1_join",)

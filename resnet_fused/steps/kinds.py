@@ -1,40 +1,37 @@
 """The kinds of steps that a program's nodes become, each with forward and backward; :mod:`..plan.lower` chooses.
 
-On tensors, by ATen's and oneDNN's convolutions:
-
-========================  ============================================================================================
-:class:`Convolve`         a convolution, written raw; a value that it reads is written first, in a pass of its own
-:class:`Normalise`        batch norm of a raw tensor, as a value: its statistics are one read, and nothing is written
-:class:`ConvolveAndAdd`   a convolution and the addition behind it, in its memory
-:class:`Join`             where a branch ends: batch norm, sum and ReLU in one pass (:mod:`.join`)
-:class:`PooledNorm`       where a stem ends: batch norm, ReLU and pool in one pass (:mod:`.pooled`)
-========================  ============================================================================================
-
-On values, by 1x1 kernels that normalise on load: :mod:`.value_kinds` and :mod:`.value_join`. Each names nodes by the
-values that they make, and says by `ops` which of our ops it runs, forward and backward.
+Those here run on tensors, by ATen's and oneDNN's convolutions, as does :class:`.join.Join`, where a branch ends. Those
+on values, by 1x1 kernels that normalise on load, are in :mod:`.value_kinds` and :mod:`.value_join`. Each names nodes by
+the values that they make, and says by `ops` which of our ops it runs, forward and backward.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
+
+import torch
 
 from ..backends import run
 from ..ops import stat_dtype
+from . import batch_norm
 from . import conv as convolutions
-from . import conv_norm
-from .batch_norm import batch_affine
+from .batch_norm import Affine, Coefficients, coefficients
 from .flow import Backward, Forward
-from .folded_join import POINTWISE
 from .lazy import EVERY, Lazy, LazyGrad, Pending
 from .program import Convolution, Normalisation, Program
-from .spec import Step, StepGrads
+from .spec import Norm, StepGrads
+
+Tensor = torch.Tensor
 
 
 class Kind(Protocol):
-    """A step."""
+    """A step; `word`: what ``explain`` calls it."""
 
     value: int
+
+    @property
+    def word(self) -> str: ...
 
     def ops(self, program: Program) -> tuple[str, ...]:
         """Our ops over activations that it runs, forward and backward; some that a call may not need are counted in."""
@@ -47,10 +44,12 @@ class Kind(Protocol):
 def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     """Gradients of a convolution's parameters and of what it read, from the one at its output (value `value`)."""
     node, own, need = b.program.maker(value), b.tensors[value], b.needs[value]
+    if isinstance(grad.grad, LazyGrad):
+        grad = Pending(grad.grad.materialise(b.backend, into_g=grad.owned and b.in_place))
     conv, pixels = node.conv, EVERY
     read = b.tensor(node.source) if need.weight else b.like(node.source, grad.grad)
     if conv.is_pointwise(own.weight) and conv.stride != (1, 1):  # of the pixels that it reads: nobody else gets any
-        read, conv, pixels = convolutions.strided(read, conv), POINTWISE, conv.stride
+        read, conv, pixels = convolutions.strided(read, conv.stride), convolutions.POINTWISE, conv.stride
     grad_weight = grad_read = None
     wanted = b.wanted[node.source]
     into = b.take_to_add(node.source) if wanted and pixels == EVERY else None
@@ -67,13 +66,6 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
         b.give(node.source, Pending(grad_read, True, pixels))
 
 
-def materialised(b: Backward, grad: Pending) -> Pending:
-    """A gradient as a tensor."""
-    if not isinstance(grad.grad, LazyGrad):
-        return grad
-    return Pending(grad.grad.materialise(b.backend, into_g=grad.owned and b.in_place))
-
-
 @dataclasses.dataclass(frozen=True)
 class Convolve:
     """The convolution that makes `value`. `keeps`: the activation written for it stays until backward.
@@ -84,6 +76,7 @@ class Convolve:
     value: int
     keeps: bool = False
     statistics: bool = False
+    word: ClassVar[str] = "convolution"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         reads = program.maker(program.maker(self.value).source)
@@ -95,19 +88,14 @@ class Convolve:
         if self.keeps and isinstance(f.values[node.source], Lazy):
             f.values[node.source] = f.values[node.source]._replace(written=read)
         arguments = (read, own.weight, own.bias, node.conv, f.backend, self.statistics)
-        f.values[self.value], moments = convolutions.conv2d_with_moments(*arguments)
+        f.values[self.value], moments = convolutions.conv2d(*arguments)
         if moments is not None:
             f.emitted[self.value] = moments
 
     def backward(self, b: Backward) -> None:
         grad = b.dense(self.value)
         if grad is not None:
-            conv_backward(b, self.value, materialised(b, grad))
-
-
-def as_step(node: Normalisation) -> Step:
-    """A norm as the functions of :mod:`.conv_norm` take it."""
-    return Step(POINTWISE, node.norm)
+            conv_backward(b, self.value, grad)
 
 
 def norm_ops(norm: Normalisation) -> tuple[str, ...]:
@@ -121,8 +109,8 @@ def norm_grads(b: Backward, value: int, grad: LazyGrad) -> None:
     b.grads[value] = StepGrads(None, None, c.grad_gamma if need.gamma else None, c.grad_beta if need.beta else None)
 
 
-def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None:
-    """Give the source of the norm that makes `value` its gradient: as a value to a convolution, else written.
+def give_source(b: Backward, value: int, through: LazyGrad, owned: bool, written: bool = False) -> None:
+    """Give the source of the norm that makes `value` its gradient: as a value to a convolution, else `written`.
 
     Where the source has another reader, whose gradient is there already, both are joined in the pass that writes.
     """
@@ -130,7 +118,8 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
     norm_grads(b, value, through)
     if not b.wanted[node.source]:
         return
-    if isinstance(b.program.maker(node.source), Convolution) and len(b.program.readers(node.source)) == 1:
+    is_conv = isinstance(b.program.maker(node.source), Convolution)
+    if not written and is_conv and len(b.program.readers(node.source)) == 1:
         b.give(node.source, Pending(through, owned))
         return
     other = b.dense(node.source)
@@ -140,10 +129,14 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Normalise:
-    """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside."""
+    """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside.
+
+    As a value: its statistics are one read, and nothing is written.
+    """
 
     value: int
     emitted: bool = False  # whether the kernel that wrote the tensor emits its statistics; from outside it may anyway
+    word: ClassVar[str] = "norm on load"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         node = program.maker(self.value)
@@ -158,9 +151,9 @@ class Normalise:
         if self.value in f.affine:
             bn, statistics = f.affine.pop(self.value)
         elif emitted is not None and node.norm.batch_stats:
-            bn, statistics = batch_affine(*emitted, own, node.norm, z, f.backend)
+            bn, statistics = batch_norm.batch_affine(*emitted, own, node.norm, z, f.backend)
         else:
-            bn, statistics = conv_norm.normalise(z, own, as_step(node), f.backend)
+            bn, statistics = batch_norm.normalise(z, own, node.norm, f.backend)
         lazy = Lazy(z, bn)
         # Without a gradient to take, stock keeps what it wrote, and not what it read, which others may write to.
         writes = node.relu and not f.wanted[self.value] and self.value != f.program.output
@@ -173,8 +166,18 @@ class Normalise:
         grad = b.dense(self.value)
         if grad is None:
             return
-        through = conv_norm.mask_and_sum(grad.grad, lazy.z, lazy.bn, as_step(node), b.backend)
+        through = _mask_and_sum(grad.grad, lazy.z, lazy.bn, node.norm, b.backend)
         give_source(b, self.value, through, grad.owned)
+
+
+def _mask_and_sum(grad: Tensor, z: Tensor, bn: Affine, norm: Norm, backend: str) -> LazyGrad:
+    """The gradient before ``relu(bn(z))``, from the gradient behind it, as a value: two reads, no write."""
+    if norm.batch_stats:
+        arguments = (grad, z, bn.mean, bn.rstd, bn.scale, bn.shift)
+        sum_g, b, d, grad_gamma = run("norm_relu_coefficients", *arguments, backend=backend)
+        return LazyGrad(grad, z, Coefficients(bn.scale, b, d, grad_gamma, sum_g), bn, relu=True)
+    sums = run("norm_add_relu_backward", grad, z, bn.mean, bn.scale, bn.shift, emit_grad=False, backend=backend)
+    return LazyGrad(grad, z, coefficients(bn, sums[1], sums[2], z, norm, backend), bn, relu=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +191,10 @@ class ConvolveAndAdd:
     value: int
     statistics: bool = False
 
+    @property
+    def word(self) -> str:
+        return "convolution and sum" + (" with its statistics" if self.statistics else "")
+
     def ops(self, program: Program) -> tuple[str, ...]:
         passes = ("norm_add_relu_backward",) if program.maker(self.value).relu else ()
         return (*passes, "add_stats_") if self.statistics else passes
@@ -197,7 +204,7 @@ class ConvolveAndAdd:
         node = f.program.maker(add.branch)
         read, other = f.tensor(node.source), f.tensor(add.other)
         factor = f.sample_factor if add.sampled else None
-        out = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend)
+        out, _ = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend)
         if self.statistics:
             f.emitted[self.value] = run("add_stats_", out, other, factor, backend=f.backend)
         else:
@@ -218,3 +225,39 @@ class ConvolveAndAdd:
         if b.wanted[add.branch]:
             conv_backward(b, add.branch, branch)
         b.give(add.other, grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledNorm:
+    """The end of a stem: the pool that makes `value`, of a norm with ReLU, which has a step of its own before.
+
+    Batch norm, ReLU and pool are one pass; what lies between is never written. Backward the gradient reaches the stem's
+    convolution from the pool's output, through nothing of the size between.
+    """
+
+    value: int
+    word: ClassVar[str] = "norm, ReLU and pool in one pass"
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        return "norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_apply"
+
+    def forward(self, f: Forward) -> None:
+        node = f.program.maker(self.value)
+        z, bn = f.values[node.source][:2]
+        out, winners = run("norm_relu_pool", z, bn.scale, bn.shift, *node.pool.args, backend=f.backend)
+        f.values[self.value] = f.output = out
+        f.winners[self.value] = winners
+
+    def backward(self, b: Backward) -> None:
+        node, grad = b.program.maker(self.value), b.dense(self.value)
+        if grad is None:
+            return
+        norm, (z, bn, _) = b.program.maker(node.source), b.values[node.source]
+        read = (grad.grad, b.winners[self.value], z)
+        sums = run("norm_relu_pool_backward", *read, bn.mean, bn.scale, bn.shift, *node.pool.args, backend=b.backend)
+        c = coefficients(bn, *sums, z, norm.norm, b.backend)
+        norm_grads(b, node.source, LazyGrad(grad.grad, z, c, bn))
+        if b.wanted[norm.source]:
+            vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
+            dz = run("norm_relu_pool_apply", *read, *vectors, *node.pool.args, backend=b.backend)
+            b.give(norm.source, Pending(dz))

@@ -28,6 +28,21 @@ class Lazy(NamedTuple):
         return run("norm_add_relu", self.z, self.bn.scale, self.bn.shift, backend=backend)[0]
 
 
+class Gram(NamedTuple):
+    """Sufficient statistics of the input `a` of a 1x1 convolution, shifted by `centre`."""
+
+    gram: Tensor  # [C, C]
+    total: Tensor  # [C]
+    centre: Tensor  # [C]
+
+
+class Folded(NamedTuple):
+    """A branch of a join whose output is never written."""
+
+    bn: Affine
+    gram: Gram | None  # None: running statistics
+
+
 class LazyGrad(NamedTuple):
     """``a*f*keep*g + b*z + d``: a gradient known by the one behind batch norm (and ReLU, if `relu`)."""
 

@@ -8,21 +8,19 @@ else passes over memory.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..backends import run, soundness
 from .batch_norm import Coefficients, coefficients
-from .lazy import Lazy, LazyGrad, Pending, Value
-from .spec import Step
+from .lazy import EVERY, Lazy, LazyGrad, Pending, Pixels, Value
+from .spec import Conv, Norm
 
 Tensor = torch.Tensor
 
 
-def narrow(step: Step, weight: Tensor, coupled: bool = False) -> bool:
-    """Whether one pass over the gradient can make both of the step's. `coupled`: and add another path's correction."""
-    return step.conv.stride == (1, 1) and soundness.takes("conv1x1_backward", *weight.shape[:2], coupled)
+def narrow(conv: Conv, weight: Tensor, coupled: bool = False) -> bool:
+    """Whether one pass over the gradient can make both of `conv`. `coupled`: and add another path's correction."""
+    return conv.stride == EVERY and soundness.takes("conv1x1_backward", *weight.shape[:2], coupled)
 
 
 def parts(value: Value) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -30,73 +28,53 @@ def parts(value: Value) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return (value.z, value.bn.scale, value.bn.shift) if isinstance(value, Lazy) else (value, None, None)
 
 
-def weight_grad(grad: LazyGrad, value: Value, step: Step, weight: Tensor, backend: str) -> Tensor:
-    """Gradient of the weight, in its dtype, which is that of x."""
+def weight_grad(grad: LazyGrad, value: Value, backend: str, stride: Pixels, **more) -> list[Tensor]:
+    """What `conv1x1_wgrad` makes: first the gradient of the weight, ``[K, C]``, and the sum of `grad`."""
     x, scale, shift = parts(value)
-    options = grad.on_load() | {"x_scale": scale, "x_shift": shift, "stride": step.conv.stride, "rounded": True}
-    product, *_ = run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
-    return product.view(weight.shape)
+    options = grad.on_load() | {"x_scale": scale, "x_shift": shift, "stride": stride} | more
+    return run("conv1x1_wgrad", grad.g, x, **options, backend=backend)
 
 
-def asked(value: Lazy, step: Step) -> dict:
-    """What an op is given of the batch norm of `value`, which `step` made, to emit what :func:`through` wants."""
-    return {"x_mean": value.bn.mean, "x_rstd": value.bn.rstd if step.norm.batch_stats else None}
+def _asked(value: Lazy, norm: Norm) -> dict:
+    """What an op is given of the batch norm of `value`, to emit what :func:`_through` wants."""
+    return {"x_mean": value.bn.mean, "x_rstd": value.bn.rstd if norm.batch_stats else None}
 
 
-def through(grad_x: Tensor, sums: tuple[Tensor, ...], value: Lazy, step: Step, backend: str) -> LazyGrad:
+def _through(grad_x: Tensor, sums: list[Tensor], value: Lazy, norm: Norm, backend: str) -> LazyGrad:
     """The gradient before the ReLU and batch norm of `value`, already masked. `sums`: what the op emitted of it."""
     sum_g, sum_gx, b, d, grad_gamma = sums
-    if step.norm.batch_stats:
+    if norm.batch_stats:
         c = Coefficients(value.bn.scale, b, d, grad_gamma, sum_g)
     else:
-        c = coefficients(value.bn, sum_g, sum_gx, value.z, step.norm, backend)
+        c = coefficients(value.bn, sum_g, sum_gx, value.z, norm, backend)
     return LazyGrad(grad_x, value.z, c, value.bn)
+
+
+def _added(other: Pending | None) -> dict:
+    """The gradient of another path, as the ops add it."""
+    if other is None:
+        return {}
+    return {"residual": other.grad, "residual_mask": other.mask, "residual_stride": other.pixels}
 
 
 def input_grad(
     grad: LazyGrad,
     value: Value,
-    step: Step,
-    previous: Step | None,
+    previous: Norm | None,
     weight: Tensor | None,
     backend: str,
+    stride: Pixels = EVERY,
     other: Pending | None = None,
-    correction: tuple[Tensor, Tensor] | None = None,
-) -> Tensor | LazyGrad:
-    """Gradient of a tensor at the pixels that the step read; of a lazy value (that `previous` made) the one before it.
-
-    `weight` None: `grad` is the product with it already. `other`: added, where the step read a tensor. `correction`:
-    coupling and constant of a Gram join; that of `other` takes its place.
-    """
-    return _input_grad(grad, value, step, previous, weight, backend, other, correction)[0]
-
-
-def two_grads(
-    grad: LazyGrad,
-    value: Value,
-    step: Step,
-    previous: Step | None,
-    weight: Tensor,
-    backend: str,
-    other: Pending | None = None,
-) -> tuple[Tensor | LazyGrad, Tensor]:
-    """What :func:`input_grad` and :func:`weight_grad` make, of one value, with a launch less."""
-    found, product = _input_grad(grad, value, step, previous, weight, backend, other, weight_grad=True)
-    return found, product.view(weight.shape)
-
-
-def _input_grad(
-    grad: LazyGrad,
-    value: Value,
-    step: Step,
-    previous: Step | None,
-    weight: Tensor | None,
-    backend: str,
-    other: Pending | None,
     correction: tuple[Tensor, Tensor] | None = None,
     weight_grad: bool = False,
 ) -> tuple[Tensor | LazyGrad, Tensor]:
-    """The input's gradient, and with `weight_grad` the weight's, ``[K, C]``."""
+    """Gradient of a tensor at the pixels that were read; of a lazy value (that `previous` made) the one before it.
+
+    With `weight_grad` also that of the weight, ``[K, C]``, of one value and with a launch less than two.
+
+    `weight` None: `grad` is the product with it already. `other`: added, where a tensor was read. `correction`:
+    coupling and constant of a Gram join; that of `other` takes its place.
+    """
     x, scale, shift = parts(value)
     options: dict = grad.on_load()
     weight = None if weight is None else weight.contiguous()
@@ -104,57 +82,48 @@ def _input_grad(
     if correction is not None:
         options |= {"coupling": correction[0], "constant": correction[1]}
     if correction is not None or scale is not None or weight_grad:
-        options |= {"x": x, "x_stride": step.conv.stride}
+        options |= {"x": x, "x_stride": stride}
     if weight_grad:
         options["weight_grad"] = True
-    if isinstance(value, Lazy):
-        options |= {"x_scale": scale, "x_shift": shift} | asked(value, previous)
-        grad_x, *sums, product = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
-        if step.conv.stride != (1, 1):  # of the pixels that nobody read it is 0, and adds nothing to the sums
-            compact, (rows, columns) = grad_x, step.conv.stride
-            grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
-            grad_x[:, :, ::rows, ::columns] = compact
-        return through(grad_x, tuple(sums), value, previous, backend), product
-    if other is not None:
-        options |= {"residual": other.grad, "residual_mask": other.mask, "residual_stride": other.pixels}
-    grad_x, *_, product = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
-    return grad_x, product
-
-
-class Both(NamedTuple):
-    """What one pass over a lazy gradient makes."""
-
-    value: Tensor | LazyGrad  # of the input, as of :func:`input_grad`
-    weight: Tensor  # [K, C], in its dtype if `rounded`
-    sum_dz: Tensor  # [K]
+    if not isinstance(value, Lazy):
+        grad_x, *_, product = run("conv1x1_dgrad", grad.g, weight, **options, **_added(other), backend=backend)
+        return grad_x, product
+    options |= {"x_scale": scale, "x_shift": shift} | _asked(value, previous)
+    grad_x, *sums, product = run("conv1x1_dgrad", grad.g, weight, **options, backend=backend)
+    if stride != EVERY:  # of the pixels that nobody read it is 0, and adds nothing to the sums
+        compact, (rows, columns) = grad_x, stride
+        grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
+        grad_x[:, :, ::rows, ::columns] = compact
+    return _through(grad_x, sums, value, previous, backend), product
 
 
 def both_grads(
     grad: LazyGrad,
     value: Value,
-    previous: Step | None,
+    previous: Norm | None,
     weight: Tensor,
     backend: str,
     other: Pending | None = None,
     weight_scale: Tensor | None = None,
     through_relu: bool = True,
     rounded: bool = False,
-) -> Both:
-    """Gradients of the input and of the weight at once, where :func:`narrow` says so.
+) -> tuple[Tensor | LazyGrad, Tensor, Tensor]:
+    """Gradients of the input, as of :func:`input_grad`, and of the weight, and the sum of `grad`, where narrow.
+
+    See :func:`narrow`. That of the weight, ``[K, C]``, is in its dtype if `rounded`.
 
     `weight_scale`: of the weight for the input's gradient alone. Without `through_relu` the input's stays behind the
     ReLU and batch norm of a lazy value, as a value that `input_grad` goes on from.
     """
     x, scale, shift = parts(value)
     options: dict = grad.on_load() | {"x_scale": scale, "x_shift": shift, "weight_scale": weight_scale}
-    options |= {"rounded": rounded} | (asked(value, previous) if isinstance(value, Lazy) and through_relu else {})
+    options |= {"rounded": rounded} | (_asked(value, previous) if isinstance(value, Lazy) and through_relu else {})
     if other is not None:
-        options |= {"residual": other.grad, "residual_mask": other.mask, "residual_stride": other.pixels}
         coupling, constant = other.correction or (None, None)
-        options |= {"coupling": coupling, "constant": constant}
+        options |= _added(other) | {"coupling": coupling, "constant": constant}
     grad_x, product, sum_dz, *sums = run("conv1x1_backward", grad.g, weight.contiguous(), x, **options, backend=backend)
     if not through_relu:
-        grad_x = LazyGrad(grad_x, None, Coefficients(None, None, None, None, None), grad.bn)
+        grad_x = LazyGrad(grad_x, None, Coefficients(), grad.bn)
     elif isinstance(value, Lazy):
-        grad_x = through(grad_x, tuple(sums), value, previous, backend)
-    return Both(grad_x, product, sum_dz)
+        grad_x = _through(grad_x, sums, value, previous, backend)
+    return grad_x, product, sum_dz

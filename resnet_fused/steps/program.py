@@ -133,8 +133,9 @@ class Program:
         """
         node = self.maker(value)
         if isinstance(node, Addition):
-            return Terms(node.branch, node.other, node.relu, node.sampled) if self.is_affine(node.branch) else None
-        return Terms(value, None, node.relu, node.sampled) if isinstance(node, Normalisation) else None
+            terms = Terms(node.branch, node.other, self.is_affine(node.other), node.relu, node.sampled)
+            return terms if self.is_affine(node.branch) else None
+        return Terms(value, None, False, node.relu, node.sampled) if isinstance(node, Normalisation) else None
 
     def wanted(self, needs: list[StepGrads], needs_inputs: tuple[bool, ...]) -> list[bool]:
         """Of each value, whether it, or anything that it is made of, wants a gradient; `needs`: of each node's own."""
@@ -196,8 +197,14 @@ class Terms(NamedTuple):
 
     branch: int  # the value of a batch norm
     other: int | None
+    projected: bool  # whether the other is the value of a batch norm too
     relu: bool
     sampled: bool
+
+    @property
+    def norms(self) -> list[int]:
+        """The values of batch norms that are joined."""
+        return [self.branch, self.other] if self.projected else [self.branch]
 
 
 class Call(NamedTuple):

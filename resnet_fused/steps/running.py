@@ -30,14 +30,10 @@ def update_running_all(items: Sequence[Update]) -> None:
 
     Where two norms share a buffer, order counts: all move one by one, as do norms that :func:`_goes_alone` names.
     """
-    if _share_buffers(items):
-        for item in items:
-            update_running(*item)
-        return
-    counters, groups = [], {}
+    shared, counters, groups = _share_buffers(items), [], {}
     for item in items:
         tensors, norm, mean, var, count = item
-        if _goes_alone(tensors, norm):
+        if shared or _goes_alone(tensors, norm):
             update_running(*item)
         elif tensors.running_mean is None or count == 0:
             counters += [] if tensors.num_batches_tracked is None else [tensors.num_batches_tracked]

@@ -1,11 +1,5 @@
 """Kinds of steps for devices whose 1x1 kernels take values: they normalise on load, and emit what batch norm needs.
 
-==========================  ==========================================================================================
-:class:`ConvolveValue`      a 1x1 convolution of a value, with the statistics for the norm behind it
-:class:`ConvolveValueAdd`   a 1x1 convolution of a value and the addition behind it, as one product
-:class:`ValueJoin`          where a branch of such convolutions ends (:mod:`.value_join`)
-==========================  ==========================================================================================
-
 Backward the product's epilogue takes the gradient through the ReLU before it and emits the two sums of that batch norm,
 or adds the gradient of a value's other reader. One op makes both gradients, where the convolution is narrow in one
 pass.
@@ -14,6 +8,7 @@ pass.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -22,11 +17,11 @@ from ..ops import stat_dtype
 from . import pointwise
 from .batch_norm import affine_of, parameters
 from .flow import Backward, Forward, as_lazy
-from .kinds import as_step, give_source
-from .lazy import EVERY, Lazy, LazyGrad, Pending
+from .kinds import give_source
+from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
 from .pointwise import parts
 from .program import Program
-from .spec import Norm, Step, StepGrads
+from .spec import Norm, StepGrads
 
 Tensor = torch.Tensor
 
@@ -39,39 +34,35 @@ def give_read(b: Backward, number: int, grad: Tensor | LazyGrad, pixels: tuple[i
         b.give(number, Pending(grad, True, pixels))
 
 
-def read_alone(b: Backward, number: int) -> tuple[pointwise.Value, Step | None]:
+def read_alone(b: Backward, number: int) -> tuple[Value, Norm | None]:
     """What a 1x1 convolution's gradient is of: a lazy value that nobody else reads, with its norm; else a tensor."""
     value = b.values[number]
     if isinstance(value, Lazy) and len(b.program.readers(number)) == 1:
-        return value, as_step(b.program.maker(number))
+        return value, b.program.maker(number).norm
     return (value.z if isinstance(value, Lazy) else value), None
 
 
 def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = False) -> None:
     """Gradients of the weight of the 1x1 convolution that makes value `number`, and of what it read."""
     node, own, need = b.program.maker(number), b.tensors[number], b.needs[number]
-    step, value = Step(node.conv, Norm()), b.values[node.source]
+    stride, value = node.conv.stride, b.values[node.source]
     wanted, (read, previous) = b.wanted[node.source], read_alone(b, node.source)
     alone, other = previous is not None, None
-    if wanted and not alone and node.conv.stride == EVERY:
+    if wanted and not alone and stride == EVERY:
         other = b.take(node.source)
     coupled = other is not None and other.correction is not None
     both = need.weight and wanted and (alone or not isinstance(value, Lazy))
-    if both and one_pass and pointwise.narrow(step, own.weight, coupled):
-        found = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
-        b.grads[number] = StepGrads(found.weight.view(own.weight.shape))
-        give_read(b, node.source, found.value, EVERY)
-        return
-    if both:
-        grad_read, grad_weight = pointwise.two_grads(grad, read, step, previous, own.weight, b.backend, other)
-        b.grads[number] = StepGrads(grad_weight)
-        give_read(b, node.source, grad_read, node.conv.stride)
-        return
+    if both and one_pass and pointwise.narrow(node.conv, own.weight, coupled):
+        grad_read, product, _ = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
+    elif wanted:
+        arguments = (grad, read, previous, own.weight, b.backend, stride, other)
+        grad_read, product = pointwise.input_grad(*arguments, weight_grad=both)
+    if need.weight and not both:
+        product, *_ = pointwise.weight_grad(grad, value, b.backend, stride, rounded=True)
     if need.weight:
-        b.grads[number] = StepGrads(pointwise.weight_grad(grad, value, step, own.weight, b.backend))
+        b.grads[number] = StepGrads(product.view(own.weight.shape))
     if wanted:
-        grad_read = pointwise.input_grad(grad, read, step, previous, own.weight, b.backend, other)
-        give_read(b, node.source, grad_read, node.conv.stride)
+        give_read(b, node.source, grad_read, stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +72,7 @@ class ConvolveValue:
     value: int
     statistics: bool
     one_pass: bool = False  # both gradients at once, where it is narrow
+    word: ClassVar[str] = "1x1 on values"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         return ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", *(("conv1x1_backward",) if self.one_pass else ()))
@@ -112,10 +104,14 @@ class ConvolveValue:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveValueAdd:
-    """The addition that makes `value` and the 1x1 convolution of stride 1, read by it alone, that makes its branch."""
+    """The addition that makes `value` and the 1x1 convolution of stride 1, read by it alone, that makes its branch.
+
+    Both are one product.
+    """
 
     value: int
     one_pass: bool = False
+    word: ClassVar[str] = "1x1 on values that adds"
 
     def ops(self, program: Program) -> tuple[str, ...]:
         ops = ("conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad", "norm_add_relu_backward")
@@ -145,14 +141,7 @@ class ConvolveValueAdd:
         if b.wanted[add.branch]:
             value_backward(b, add.branch, branch, self.one_pass)
             if b.needs[add.branch].bias:
-                b.grads[add.branch] = b.grads[add.branch]._replace(bias=_bias_grad(branch, b.backend))
+                options = {"mask": mask, "sample_factor": factor, "relu": add.relu, "emit_grad": False}
+                _, bias, *_ = run("norm_add_relu_backward", grad.grad, **options, backend=b.backend)
+                b.grads[add.branch] = b.grads[add.branch]._replace(bias=bias)
         b.give(add.other, Pending(grad.grad, grad.owned, mask=mask))
-
-
-def _bias_grad(grad: LazyGrad, backend: str) -> Tensor:
-    g = grad.g
-    if grad.mask is not None:
-        g = run("norm_add_relu_backward", g, mask=grad.mask, backend=backend)[0]
-    if grad.sample_factor is not None:
-        g = g * grad.sample_factor.to(g.dtype).view(-1, 1, 1, 1)
-    return g.sum((0, 2, 3), dtype=stat_dtype(g.dtype))

@@ -15,7 +15,7 @@ from resnet_fused.blocks import runtime
 from resnet_fused.convert import fused_module
 from resnet_fused.models.preact import PreActBasicBlock, PreActBottleneck
 from resnet_fused.plan import lower
-from resnet_fused.steps import conv_norm
+from resnet_fused.steps import batch_norm
 from resnet_fused.steps.layout import Placed
 
 pytestmark = pytest.mark.skipif(not library.status().cpu.loaded, reason="a kernel of the compiled library")
@@ -34,8 +34,8 @@ X = (3, 8, 6, 6)
 @pytest.fixture
 def reads(monkeypatch):
     """Channels of every tensor that is read for its statistics alone."""
-    found, original = [], conv_norm.normalise
-    monkeypatch.setattr(conv_norm, "normalise", lambda z, *rest: found.append(z.shape[1]) or original(z, *rest))
+    found, original = [], batch_norm.normalise
+    monkeypatch.setattr(batch_norm, "normalise", lambda z, *rest: found.append(z.shape[1]) or original(z, *rest))
     return found
 
 

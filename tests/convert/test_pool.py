@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from chains import Chain, chain_output, run_chain
+from chains import Chain, Step, chain_output, run_chain
 from nets import assert_same, images, observe
 from torch import nn
 
 import resnet_fused
-from resnet_fused.steps import Conv, Norm, Pool, Step, StepTensors
+from resnet_fused.steps import Conv, Norm, Pool, StepTensors
 
 
 class Traced(nn.Module):

@@ -51,7 +51,7 @@ def test_values_and_gradients(case, layout, large, monkeypatch):
     x, weight = channels_last(*shape), torch.randn(weight_shape).contiguous(memory_format=layout)
     exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
     exact = F.conv2d(exact_x, exact_w, None, *geometry.args)
-    out = conv.conv2d(x, weight, None, geometry, "auto")
+    out, _ = conv.conv2d(x, weight, None, geometry, "auto")
     close(out, exact, "output")
     assert out.is_contiguous(memory_format=torch.channels_last)
     grad, into = channels_last(*out.shape), channels_last(*shape)
@@ -99,6 +99,11 @@ def test_fewer_weight_gradients_are_ours_where_vectors_of_256_bits_are_slow(avx5
     ("vendor", "family", "slow"),
     [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False), (None, None, False)],
 )
-def test_processors_on_which_plain_products_are_slow(vendor, family, slow):
-    text = "" if vendor is None else f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
-    assert conv.products_are_slow(text) is slow
+def test_processors_on_which_plain_products_are_slow(tmp_path, vendor, family, slow):
+    file = tmp_path / "cpuinfo"
+    if vendor is not None:
+        told = "processor\t: {}\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 2\nflags\t: a: b\n\n"
+        file.write_text(told.format(0, vendor, family) + told.format(1, "other", 1))
+        read = conv.cpu_info(str(file))
+        assert (read["cpu family"], read["model"], read["flags"]) == (str(family), "2", "a: b")
+    assert conv.products_are_slow(conv.cpu_info(str(file))) is slow

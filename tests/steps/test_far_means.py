@@ -9,9 +9,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from chains import Chain, chain_output, run_chain
+from chains import Chain, Step, chain_output, run_chain
 
-from resnet_fused.steps import Conv, Norm, Pool, Step, StepTensors
+from resnet_fused.steps import Conv, Norm, Pool, StepTensors
 
 SEEDS = 5  # the median of so many draws: a sign that turns by rounding is an error of another kind
 ROUNDING = torch.finfo(torch.float32).eps  # of the result itself

@@ -10,9 +10,9 @@ import dataclasses
 
 import pytest
 import torch
-from chains import Chain, chain_output, make_step, run_chain
+from chains import Chain, Step, chain_output, make_step, run_chain
 
-from resnet_fused.steps import Conv, Step
+from resnet_fused.steps import Conv
 
 SEEDS = 7
 FLOOR = 2 * torch.finfo(torch.float32).eps  # of the result's own scale: what rounding each of its inputs does

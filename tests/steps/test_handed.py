@@ -12,7 +12,7 @@ from resnet_fused.plan import choose, words
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.lower import lower, steps_of
 from resnet_fused.plan.variants import Variant
-from resnet_fused.steps import conv_norm
+from resnet_fused.steps import batch_norm
 from resnet_fused.steps.flow import Handed
 from resnet_fused.steps.kinds import ConvolveAndAdd, Normalise
 from resnet_fused.steps.program import Addition, Call, Normalisation
@@ -85,8 +85,8 @@ def test_a_factor_for_each_sample_is_applied_before_the_sum():
 
 @needs_library
 def test_a_norm_with_statistics_from_outside_does_not_read_for_them(monkeypatch):
-    read, original = [], conv_norm.normalise
-    monkeypatch.setattr(conv_norm, "normalise", lambda z, *rest: read.append(z.shape[1]) or original(z, *rest))
+    read, original = [], batch_norm.normalise
+    monkeypatch.setattr(batch_norm, "normalise", lambda z, *rest: read.append(z.shape[1]) or original(z, *rest))
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     two_blocks(pair(torch.float64), x.requires_grad_(), False)
     assert read == [6, 4, 4] * 2
@@ -102,8 +102,8 @@ def test_within_a_program_every_norm_of_a_sum_takes_its_statistics(monkeypatch):
     steps = lower(call).steps
     assert [s.statistics for s in steps if isinstance(s, ConvolveAndAdd)] == [True, False, True]
     assert [s.emitted for s in steps if isinstance(s, Normalise)] == [False, False, True]
-    read, original = [], conv_norm.normalise
-    monkeypatch.setattr(conv_norm, "normalise", lambda z, *rest: read.append(z) or original(z, *rest))
+    read, original = [], batch_norm.normalise
+    monkeypatch.setattr(batch_norm, "normalise", lambda z, *rest: read.append(z) or original(z, *rest))
     handed = Handed((torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)))
     run_program(lower(call), call, handed)
     assert not read, "both norms of the input take those from outside"

@@ -1,6 +1,5 @@
 """Chains against stock operations in float64: every variant, forward and each gradient, and the double backward."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -117,7 +116,7 @@ def test_gradients_only_where_they_are_wanted(x, frozen):
 def test_running_statistics_move_as_in_stock(x):
     for momentum in (0.1, 0.3, None):
         (step, own), bn = make_step(6, 4), torch.nn.BatchNorm2d(4, momentum=momentum).double()
-        step = dataclasses.replace(step, norm=Norm(bn.eps, momentum))
+        step = step._replace(norm=Norm(bn.eps, momentum))
         own = own._replace(
             running_mean=torch.zeros(4, dtype=F64),
             running_var=torch.ones(4, dtype=F64),

@@ -6,7 +6,7 @@ import torch
 from resnet_fused.ops.contract import channels_last
 from resnet_fused.plan.lower import steps_of
 from resnet_fused.plan.variants import Variant
-from resnet_fused.steps import Conv, Norm, StepTensors, conv, conv_norm, winograd
+from resnet_fused.steps import Conv, Norm, StepTensors, batch_norm, conv, winograd
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Program
 from resnet_fused.steps.program_node import run_program
 
@@ -83,7 +83,7 @@ def test_left_to_aten_for_other_kinds_of_tensors_and_backends(monkeypatch):
 def test_statistics_come_with_the_convolution(seen, statistics):
     torch.manual_seed(0)
     x, weight = drawn(4, 32, 14, 13), torch.randn(32, 32, 3, 3) / 17
-    z, moments = conv.conv2d_with_moments(x, weight, None, SAME, "auto", statistics)
+    z, moments = conv.conv2d(x, weight, None, SAME, "auto", statistics)
     assert seen == ["winograd_conv3x3"] and (moments is not None) is statistics
     if statistics:
         exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
@@ -94,7 +94,7 @@ def test_statistics_come_with_the_convolution(seen, statistics):
 
 def test_a_bias_is_left_to_aten(seen):
     x, weight, bias = drawn(4, 32, 14, 13), torch.randn(32, 32, 3, 3), torch.randn(32)
-    z, moments = conv.conv2d_with_moments(x, weight, bias, SAME, "auto", True)
+    z, moments = conv.conv2d(x, weight, bias, SAME, "auto", True)
     torch.testing.assert_close(z, torch.nn.functional.conv2d(x, weight, bias, padding=1))
     assert moments is None and not seen
 
@@ -139,7 +139,7 @@ def test_a_block_reads_no_convolution_for_its_statistics(seen, monkeypatch):
     """The same as in float64, which minimal filtering does not have."""
     exact = as_steps(*basic_block(torch.float64))
     assert not seen
-    monkeypatch.setattr(conv_norm, "normalise", None)  # what reads a convolution's result for its statistics
+    monkeypatch.setattr(batch_norm, "normalise", None)  # what reads a convolution's result for its statistics
     ours = as_steps(*basic_block(torch.float32))
     assert seen == ["winograd_conv3x3"] * 4
     for one, other in zip(ours, exact, strict=True):

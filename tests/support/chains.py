@@ -1,17 +1,25 @@
 """Post-activation blocks with tensors of their own, in a given variant, and their comparison with stock in float64."""
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
 from resnet_fused.plan.lower import steps_of
 from resnet_fused.plan.variants import Variant
-from resnet_fused.steps import Call, Conv, Norm, Pool, Step, StepTensors, residual_program
+from resnet_fused.steps import Call, Conv, Norm, Pool, StepTensors, residual_program
 from resnet_fused.steps.program import Convolution, Normalisation
 from resnet_fused.steps.program_node import run_program
 from resnet_fused.steps.stock import program_output
 
 F64 = torch.float64
+
+
+class Step(NamedTuple):
+    """One convolution and the batch norm behind it."""
+
+    conv: Conv
+    norm: Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +50,9 @@ class Chain:
 def call_of(chain, x, tensors, residual=None, factor=None):
     """`chain` as what the plan and the node take."""
     kind = "x" if chain.identity or residual is x else "" if residual is None else "tensor"
-    shortcut = None if chain.shortcut is None else tuple(vars(chain.shortcut).values())
     program = residual_program(
-        [(step.conv, step.norm) for step in chain.steps],
-        shortcut,
+        list(chain.steps),
+        chain.shortcut,
         residual=kind,
         relu=chain.relu,
         sampled=factor is not None,

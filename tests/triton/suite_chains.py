@@ -5,11 +5,11 @@ Collected where there is a GPU; test_interpreter.py runs it in a process with TR
 
 import pytest
 import torch
-from chains import Chain, chain_output, run_chain
+from chains import Chain, Step, chain_output, run_chain
 
 from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.triton import common
-from resnet_fused.steps import Conv, Norm, Step, StepTensors, value_join
+from resnet_fused.steps import Conv, Norm, StepTensors, value_join
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")
 DEVICE = torch.device("cpu" if common.INTERPRETING else "cuda")

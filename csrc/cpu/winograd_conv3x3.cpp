@@ -19,10 +19,14 @@
 #include "alloc.h"
 #include "moments.h"
 #include "panels.h"
+#include "winograd_outputs.h"
 #include "winograd_stages.h"
+#include "winograd_work.h"
 
 namespace resnet_fused::cpu {
 namespace {
+
+using F2 = Filtering<2>;
 
 // The stages at one level of the machine.
 struct Stages {
@@ -39,14 +43,14 @@ struct At;
   template <>                                                                                                  \
   struct At<LEVEL> {                                                                                           \
     TARGET static void inputs(const Problem& p, int64_t block, float* v, const float* zeros) {                 \
-      transform_inputs<LEVEL>(p, block, v, zeros);                                                             \
+      transform_inputs<LEVEL, F2>(p, block, v, zeros);                                                         \
     }                                                                                                          \
     TARGET static void weights(const Problem& p, int64_t panel, int64_t begin, int64_t end, float* u) {        \
-      transform_weights<LEVEL>(p, panel, begin, end, u);                                                       \
+      transform_weights<LEVEL, F2, float>(p, panel, begin, end, nullptr, u);                                   \
     }                                                                                                          \
     TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, \
                                float* m, const Sums& sums) {                                                   \
-      return write_outputs<LEVEL>(p, block, panel, v, u, m, sums);                                             \
+      return write_outputs<LEVEL, F2>(p, block, panel, v, u, m, sums, Plain{});                                \
     }                                                                                                          \
     static constexpr Stages stages{LEVEL::panel, inputs, weights, outputs};                                    \
   };
@@ -90,22 +94,11 @@ Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64
     p.weight += 2 * (p.stride_r + p.stride_s);
     p.stride_r = -p.stride_r, p.stride_s = -p.stride_s;
   }
-  p.panel = panel, p.panels = (p.K + panel - 1) / panel;
-  p.tile_rows = (p.P + F2::outputs - 1) / F2::outputs, p.tile_columns = (p.Q + F2::outputs - 1) / F2::outputs;
-  p.tiles = p.N * p.tile_rows * p.tile_columns;
+  p.cut(F2::outputs, panel);
+  p.u_pitch = panel, p.u_gap = Problem::kGap;
   const int64_t most = tiles_of_a_block(p);
   p.blocks = (p.tiles + most - 1) / most;
   return p;
-}
-
-// work(unit) for every unit, each by the thread that asks for it first; `make()` gives a thread its `work`.
-template <class Make>
-void share(int64_t units, const Make& make) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, units, 1, [&](int64_t, int64_t) {
-    const auto work = make();
-    for (int64_t unit = next++; unit < units; unit = next++) work(unit);
-  });
 }
 
 struct Statistics {
@@ -123,7 +116,7 @@ struct Statistics {
   void merge(const Problem& p, const Tensor& mean, const Tensor& m2) {
     std::vector<int64_t> rows(p.blocks);
     for (int64_t block = 0; block < p.blocks; ++block) {
-      Tile tile(p, p.first_tile(block));
+      Tile<F2::outputs> tile(p, p.first_tile(block));
       for (int64_t t = 0; t < p.size(block); ++t, tile.advance(p)) rows[block] += tile.rows(p) * tile.columns(p);
     }
     torch::stable::parallel_for(0, p.K, 64, [&](int64_t begin, int64_t end) {
@@ -187,33 +180,25 @@ bool by_block(const Problem& p, const Stages& at, Statistics& statistics) {
   return finite;
 }
 
-StableIValue ints(std::vector<int64_t> values) { return torch::stable::detail::from(values); }
-
 // What ATen makes of it. The transforms may overflow where a direct sum does not, and which of inf and NaN a sum
 // becomes depends on its order: where a result is not finite, all of them are taken from there.
 Tensor direct(const Tensor& x, const Tensor& weight, const Tensor& z, int64_t padding, bool transposed) {
   using torch::stable::detail::from;
-  const std::vector<int64_t> one{1, 1}, zero{0, 0}, around{padding, padding};
-  if (transposed) {
-    static const std::array<bool, 3> wanted{true, false, false};
-    std::array<StableIValue, 11> stack{from(x),
-                                       from(z),
-                                       from(weight),
-                                       from(std::nullopt),
-                                       ints(one),
-                                       ints(around),
-                                       ints(one),
-                                       from(false),
-                                       ints(zero),
-                                       from(int64_t(1)),
-                                       from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-    for (size_t i : {1, 2}) torch::stable::detail::to<Tensor>(stack[i]);  // undefined, but ours to free
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  std::array<StableIValue, 9> stack{from(x),   from(weight), from(std::nullopt), ints(one),       ints(around),
-                                    ints(one), from(false),  ints(zero),         from(int64_t(1))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  if (!transposed) return aten_convolution(x, weight, padding);
+  static const std::array<bool, 3> wanted{true, false, false};
+  std::array<StableIValue, 11> stack{from(x),
+                                     from(z),
+                                     from(weight),
+                                     from(std::nullopt),
+                                     ints({1, 1}),
+                                     ints({padding, padding}),
+                                     ints({1, 1}),
+                                     from(false),
+                                     ints({0, 0}),
+                                     from(int64_t(1)),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  for (size_t i : {1, 2}) torch::stable::detail::to<Tensor>(stack[i]);  // undefined, but ours to free
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

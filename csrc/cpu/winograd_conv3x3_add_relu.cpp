@@ -65,14 +65,12 @@ const Stages& stages_of() {
 // Whether panel by panel of the weight passes the whole input, see above.
 bool is_small(const Problem& p) { return p.tiles < p.K; }
 
-// Tiles of a block, in whole groups of product.h's rows: so many that what is transformed fits the second-level cache
-// beside a panel and its products, and no more than leave every thread of a common machine several blocks.
+// Tiles of a block, in whole groups of product.h's rows. Where panels pass, many, for each block reads all of them.
+// Else so many that what is transformed fits the second-level cache beside a panel and its products, and no more than
+// leave every thread of a common machine several blocks. `folded_outputs` in steps/winograd.py counts on this.
 int64_t tiles_of_a_block(const Problem& p) {
-  constexpr int64_t kGroup = Level512::rows, kBlocks = 16;
-  static const int64_t kFloats = (getenv("WF") ? atoi(getenv("WF")) : 172) << 10;
-  static const int64_t kLeast = getenv("WL") ? atoi(getenv("WL")) : 28, kMost = getenv("WM") ? atoi(getenv("WM")) : 84;
-  static const int64_t kSmall = getenv("WS") ? atoi(getenv("WS")) : 56;
-  if (is_small(p)) return kSmall;
+  constexpr int64_t kFloats = int64_t(172) << 10, kMost = 84, kLeast = 28, kGroup = Level512::rows, kBlocks = 16;
+  if (is_small(p)) return kMost;
   const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, kMost);
   return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
 }

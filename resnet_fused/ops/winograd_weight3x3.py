@@ -58,6 +58,4 @@ def flops(weight: Tensor, scale: Tensor | None = None, outputs: int = 2) -> int:
     return 2 * weight.shape[0] * weight.shape[1] * (9 * inputs + 3 * inputs**2)
 
 
-OP = define(
-    "winograd_weight3x3", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, compiled=True
-)
+OP = define("winograd_weight3x3", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, compiled=True)

@@ -30,10 +30,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
+from ..steps import winograd
 from ..steps.evaluation import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import choose, too_small, words
 from .evaluation_steps import Steps, carries_sum
+from .keys import threads
 
 Tensor = torch.Tensor
 
@@ -78,9 +80,21 @@ def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
     auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
     if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
-    lowered = Steps(call.program, few=few).lowered()
+    lowered = Steps(call.program, few=few, filtered=None if few else _filtered(call)).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
+
+
+def _filtered(call: Call) -> dict[int, int]:
+    """The convolutions that minimal filtering makes faster, and the outputs of its tiles to a side."""
+    program, shapes, found = call.program, call.shapes(), {}
+    if call.x.dtype != torch.float32 or program.backend not in ("auto", "cpu"):
+        return found
+    for value, node, own in call.convolutions:
+        if own.weight.dtype == torch.float32:
+            outputs, _ = winograd.folded(shapes[node.source], own.weight, node.conv, program.precision, threads())
+            found |= {value: outputs} if outputs else {}
+    return found
 
 
 def _are_few(call: Call) -> bool:

@@ -13,6 +13,7 @@ from ..steps.evaluation import (
     RawPool,
     StockNorm,
     StockPool,
+    WinogradConvolution,
 )
 from ..steps.gpu_evaluation import Add, Product
 from ..steps.join import Join
@@ -53,6 +54,7 @@ def of_steps(lowered: Lowered) -> str:
 
 _EVALUATION = {
     FoldedConvolution: "convolution",
+    WinogradConvolution: "Winograd F({0.outputs}x{0.outputs}) convolution",
     FewPixels: "convolution of few pixels",
     NormValue: "norm on load",
     NormPass: "pass",
@@ -72,7 +74,7 @@ def of_evaluation(lowered: evaluation.Lowered) -> str:
 
 def _word(step: ForwardStep) -> str:
     """A step, with what it does beside."""
-    word, part = _EVALUATION[type(step)], step.folded if isinstance(step, FoldedConvolution) else None
+    word, part = _EVALUATION[type(step)].format(step), getattr(step, "folded", None)
     part = step.main if isinstance(step, Product | FewPixels) else part
     normed = isinstance(step, NormPass) or (part is not None and part.norm is not None)
     added = step.other is not None or (isinstance(step, Product) and step.projection is not None)

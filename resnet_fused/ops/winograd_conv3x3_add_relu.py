@@ -44,7 +44,7 @@ def reference(
         y = y + per_channel(shift)
     if residual is not None:
         y = y + residual
-    return channels_last(torch.relu(y) if relu else y)
+    return channels_last((torch.relu(y) if relu else y).to(x.dtype))
 
 
 def _shape(x: Tensor, weight: Tensor, padding: int) -> tuple[int, int, int, int]:

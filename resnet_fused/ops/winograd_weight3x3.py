@@ -38,7 +38,7 @@ def reference(weight: Tensor, scale: Tensor | None = None, outputs: int = 2) -> 
     wide = weight.double() if scale is None else weight.double() * scale.double().view(-1, 1, 1, 1)
     u = torch.einsum("ir,kcrs,js->ijkc", g, wide, g).flatten(0, 1)
     u = torch.nn.functional.pad(u, (0, 0, 0, -weight.shape[0] % COLUMNS)).unflatten(1, (-1, COLUMNS))
-    return u.permute(1, 0, 3, 2).to(weight.dtype).contiguous()
+    return fake(weight, scale, outputs).copy_(u.permute(1, 0, 3, 2))
 
 
 def fake(weight: Tensor, scale: Tensor | None = None, outputs: int = 2) -> Tensor:

@@ -79,6 +79,43 @@ def test_left_to_aten_for_other_kinds_of_tensors_and_backends(monkeypatch):
     assert not winograd.takes(x, weight, SAME, "auto")
 
 
+def folded(batch, channels, size, precision="default", threads=1, conv=SAME, outputs=None):
+    weight = torch.empty(outputs or channels, channels, 3, 3)
+    return winograd.folded(torch.Size((batch, channels, size, size)), weight, conv, precision, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_tiles_in_evaluation_by_precision(channels, size, threads):
+    for batch in (8, 32):
+        for precision, outputs in (("default", 2), ("fast", 4)):
+            tile, saved = folded(batch, channels, size, precision, threads)
+            assert tile == outputs and saved > 0
+
+
+def test_large_weights_meet_too_few_tiles_in_evaluation():
+    """A direct sum reads 9 numbers from memory where tiles of 4x4 outputs read 36."""
+    assert folded(1, 512, 7, "fast")[0] != 4
+    assert folded(1, 512, 7, threads=8) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"conv": Conv((2, 2), (1, 1))},
+        {"conv": Conv(padding=(2, 2))},
+        {"channels": 3, "outputs": 64},
+        {"channels": 8},
+        {"batch": 1, "size": 4},
+        {"size": 1},
+    ],
+    ids=str,
+)
+def test_left_to_onednn_in_evaluation(more):
+    case = {"batch": 8, "channels": 64, "size": 28} | more
+    assert folded(**case) == folded(**case, precision="fast") == (0, 0.0)
+
+
 @pytest.mark.parametrize("statistics", [False, True])
 def test_statistics_come_with_the_convolution(seen, statistics):
     torch.manual_seed(0)

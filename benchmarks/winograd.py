@@ -124,13 +124,8 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=125.0, help="products a nanosecond of all threads")
     runs.add_option(parser)
     options = parser.parse_args()
-    with runs.printing(
-        "winograd_evaluation" if options.evaluation else "winograd",
-        options.record,
-        dtype="f32",
-        layout="channels_last",
-        batch=options.batch,
-    ):
+    name = "winograd_evaluation" if options.evaluation else "winograd"
+    with runs.printing(name, options.record, dtype="f32", layout="channels_last", batch=options.batch):
         (evaluation_rows if options.evaluation else training_rows)(options)
         print(f"\nms, medians of {options.rounds} interleaved runs")
 

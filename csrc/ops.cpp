@@ -37,7 +37,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
   m.def(
-      "winograd_conv3x3(Tensor x, Tensor weight, int padding=1, bool transposed=False, bool statistics=False) "
+      "winograd_conv3x3(Tensor x, Tensor weight, int padding=1, bool transposed=False, bool statistics=False, "
+      "int outputs=2) "
       "-> (Tensor z, Tensor mean, Tensor m2)");
   m.def(
       "winograd_conv3x3_wgrad(Tensor grad, Tensor x, Tensor weight, int[2] padding=1) "

@@ -64,11 +64,11 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: 
 
 
 def conv2d_with_moments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str, wanted: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str, wanted: bool, precision: str = "default"
 ) -> tuple[Tensor, Moments | None]:
     """:func:`conv2d`, and the batch statistics of its result if they are `wanted` and its kernel emits them."""
-    if bias is None and winograd.takes(x, weight, conv, backend):
-        return winograd.convolve(x, weight, conv, backend, wanted)
+    if bias is None and winograd.takes(x, weight, conv, backend, precision=precision):
+        return winograd.convolve(x, weight, conv, backend, wanted, precision)
     return _direct(x, weight, bias, conv), None
 
 
@@ -155,7 +155,13 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
 
 
 def input_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    backend: str,
+    add_to: Tensor | None = None,
+    precision: str = "default",
 ) -> Tensor:
     """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
     if add_to is not None and _adds_in_place(x, weight, conv, backend):
@@ -164,8 +170,8 @@ def input_grad(
         else:
             run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
-    if winograd.takes(grad, weight, conv, backend, transposed=True):
-        grad_x = winograd.input_grad(grad, weight, conv, backend)
+    if winograd.takes(grad, weight, conv, backend, True, precision):
+        grad_x = winograd.input_grad(grad, weight, conv, backend, precision)
     elif conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
         grad_x = _image(rows(grad) @ weight.flatten(1), x)
     else:
@@ -187,14 +193,20 @@ def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
 
 
 def both_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    backend: str,
+    add_to: Tensor | None = None,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
     own = _own_weight_grad(grad, x, weight, conv, backend)
-    alone = winograd.takes(grad, weight, conv, backend, transposed=True)
+    alone = winograd.takes(grad, weight, conv, backend, True, precision)
     if own is not None or alone or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
         own = weight_grad(grad, x, weight, conv, backend) if own is None else own
-        return own, input_grad(grad, x, weight, conv, backend, add_to)
+        return own, input_grad(grad, x, weight, conv, backend, add_to, precision)
     grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])
     grad_x = channels_last(grad_x)
     return grad_weight, grad_x if add_to is None else add_to.add_(grad_x)

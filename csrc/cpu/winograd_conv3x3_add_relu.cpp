@@ -161,7 +161,8 @@ Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Te
   advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * sizeof(float));
   std::vector<float> shifts(packed.size(0) * kPackedColumns);
   if (shift) std::copy_n(data<float>(*shift), K, shifts.data());
-  const Epilogue epilogue{shifts.data(), residual ? data<float>(*residual) : nullptr, data<float>(out), relu};
+  const Epilogue epilogue{shifts.data(), residual ? data<float>(*residual) : nullptr, data<float>(out), relu,
+                          kAhead * 2 * K};
   const Stages& at = packed.size(1) == 16 ? stages_of<2>() : stages_of<4>();
   const Problem p = problem_of(x, packed, out, padding, at.panel);
   const float* u = data<float>(packed);

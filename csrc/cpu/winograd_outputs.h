@@ -29,6 +29,7 @@ struct Epilogue {
   const float* residual;  // as z, or null
   const float* z;
   bool relu;
+  int64_t ahead;  // how far behind a pixel of the residual that of a later tile lies
 
   // `target`: where `count` values of y, from channel k on, will be.
   template <class L>
@@ -38,8 +39,8 @@ struct Epilogue {
     y += other;
     if (residual) {
       const float* from = residual + (target - z);
+      __builtin_prefetch(from + ahead);
       if (count >= L::lanes) {
-        __builtin_prefetch(from + 2 * kAhead * L::panel);
         load_vector<L>(other, from);
       } else {
         other = typename L::Vector{};

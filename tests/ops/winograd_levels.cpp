@@ -86,7 +86,7 @@ int64_t wrong(const Shape& s, int64_t tile, int64_t panel, Inputs inputs, Weight
   for (int64_t k = 0; s.columns && k < p.K; ++k) scale.push_back(scale_of(k));
   for (int64_t k = 0; k < p.K; ++k) shift[k] = static_cast<float>(k % 5 - 2);
   for (size_t i = 0; i < residual.size(); ++i) residual[i] = static_cast<float>(i % 7) - 3;
-  const Epilogue epilogue{shift.data(), residual.data(), z.data(), true};
+  const Epilogue epilogue{shift.data(), residual.data(), z.data(), true, p.K};
   int64_t found = 0;
   for (int64_t block = 0; block < p.blocks; ++block) {
     std::vector<float> v(p.v_size(p.size(block)));

@@ -1,7 +1,8 @@
 """From a program to its steps in evaluation: who carries batch norm, sum and ReLU, for the CPU and for GPUs.
 
 On a CPU every convolution does: the norm that alone reads it is in its weight, the sum that alone reads that, and the
-ReLU, in oneDNN's epilogue. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
+ReLU, in oneDNN's epilogue, or, of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`), in that of
+`winograd_conv3x3_add_relu`. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
 weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
 as it is, and norm, sum and ReLU are its epilogue's. What is too small for either is stock's
 (:func:`.too_small.is_small_in_evaluation`).

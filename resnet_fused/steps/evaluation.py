@@ -1,15 +1,15 @@
 """Steps of a program in evaluation: forward only, with running statistics; :mod:`..plan.evaluation` chooses them.
 
-==========================  =========================================================================================
-:class:`FoldedConvolution`  a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
+============================  =========================================================================================
+:class:`FoldedConvolution`    a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
 :class:`WinogradConvolution`  the same of 3x3 convolutions, by fewer multiplications
-:class:`FewPixels`          the same where the weight is read as it is
-:class:`NormValue`          batch norm as a value ``scale*z + shift``: nothing is written
-:class:`NormPass`           such a value, and a sum behind it, written in one pass
-:class:`RawPool`            such a value, clamped and pooled in one pass
-:class:`StockNorm`          a batch norm with nothing behind it
-:class:`StockPool`          a max pool of a tensor
-==========================  =========================================================================================
+:class:`FewPixels`            the same where the weight is read as it is
+:class:`NormValue`            batch norm as a value ``scale*z + shift``: nothing is written
+:class:`NormPass`             such a value, and a sum behind it, written in one pass
+:class:`RawPool`              such a value, clamped and pooled in one pass
+:class:`StockNorm`            a batch norm with nothing behind it
+:class:`StockPool`            a max pool of a tensor
+============================  =========================================================================================
 
 Those for GPUs alone are in :mod:`.gpu_evaluation`. Each names values by their numbers in the program.
 """

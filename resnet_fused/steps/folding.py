@@ -1,8 +1,9 @@
 """What evaluation makes of parameters: batch norm in the convolution before it, or as a scale and a shift; kept packed.
 
-Folded weights are kept between calls, packed as oneDNN wants them. They are made again when a tensor they came from was
-replaced or written to: its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its
-content's checksum changed. The checksum reads all weights once, as fast as memory gives them.
+Folded weights are kept between calls, packed as oneDNN wants them or transformed for minimal filtering. They are made
+again when a tensor they came from was replaced or written to: its version counter moved, or, for writes that bypass the
+counter (``p.data.mul_()``), its content's checksum changed. The checksum reads all weights once, as fast as memory
+gives them.
 """
 
 from __future__ import annotations

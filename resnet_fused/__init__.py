@@ -1,6 +1,7 @@
 """Fused residual networks for PyTorch: `fuse` a model, and it runs the same mathematics with less memory traffic."""
 
 from .backends import use
+from .backends.precision import precision
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
 from .convert import fuse, report, unfuse
 from .plan.tune import tune
@@ -15,6 +16,7 @@ __all__ = [
     "conv_bn_add_relu",
     "explain",
     "fuse",
+    "precision",
     "report",
     "tune",
     "unfuse",

@@ -5,7 +5,8 @@
 
 namespace resnet_fused {
 
-inline void check_winograd_conv3x3(const Tensor& x, const Tensor& weight, int64_t padding, bool transposed) {
+inline void check_winograd_conv3x3(const Tensor& x, const Tensor& weight, int64_t padding, bool transposed,
+                                   int64_t outputs) {
   const char* op = "winograd_conv3x3";
   check_data(op, "x", x);
   check_device(op, "weight", weight, x);
@@ -13,6 +14,7 @@ inline void check_winograd_conv3x3(const Tensor& x, const Tensor& weight, int64_
     fail(op, ": got ", x.scalar_type(), " x and ", weight.scalar_type(), " weight; pass Float");
   }
   if (padding != 0 && padding != 1) fail(op, ": padding is ", padding, "; pass 0 or 1");
+  if (outputs != 2 && outputs != 4) fail(op, ": outputs is ", outputs, "; pass 2 or 4");
   if (weight.dim() != 4 || weight.size(2) != 3 || weight.size(3) != 3 || weight.size(transposed ? 0 : 1) != x.size(1)) {
     const char *before = transposed ? "[" : "[K, ", *after = transposed ? ", C, 3, 3]" : ", 3, 3]";
     fail(op, ": weight has shape ", shape_of(weight), "; pass ", before, x.size(1), after);

@@ -38,18 +38,19 @@ RESNET_FUSED_INLINE void store_vector(float* p, const typename L::Vector& v) {
   *reinterpret_cast<typename L::Anywhere*>(p) = v;
 }
 
-// c[r][j] = sum_k a[r][k] * b[k][j] for R rows and one panel, summed in the order of k.
+// c[r][j] = sum_k a[r][k] * b[k][j] for R rows and one panel, summed in the order of k. The panel's rows are b_pitch
+// apart.
 template <class L, int64_t R>
-RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c,
-                                        int64_t c_pitch) {
+RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t depth,
+                                        float* c, int64_t c_pitch) {
   constexpr int64_t kAhead = 12;  // rows of the panel, on their way from the second-level cache
   typename L::Vector sums[R][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k, b += L::panel) {
+  for (int64_t k = 0; k < depth; ++k, b += b_pitch) {
     typename L::Vector columns[kVectors];
 #pragma GCC unroll 2
     for (int64_t j = 0; j < kVectors; ++j) {
       load_vector<L>(columns[j], b + j * L::lanes);
-      __builtin_prefetch(b + kAhead * L::panel + j * L::lanes);
+      __builtin_prefetch(b + kAhead * b_pitch + j * L::lanes);
     }
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {
@@ -66,22 +67,23 @@ RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const f
 }
 
 template <class L, int64_t R>
-RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
-                                           float* c, int64_t c_pitch) {
+RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b,
+                                           int64_t b_pitch, int64_t depth, float* c, int64_t c_pitch) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_group<L, R>(a, a_pitch, b, depth, c, c_pitch);
-    multiply_group_of<L, R - 1>(rows, a, a_pitch, b, depth, c, c_pitch);
+    if (rows == R) return multiply_group<L, R>(a, a_pitch, b, b_pitch, depth, c, c_pitch);
+    multiply_group_of<L, R - 1>(rows, a, a_pitch, b, b_pitch, depth, c, c_pitch);
   }
 }
 
 // The same for any number of rows, in groups of sizes as equal as they get.
 template <class L>
-RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
-                                       float* c, int64_t c_pitch) {
+RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
+                                       int64_t depth, float* c, int64_t c_pitch) {
   const int64_t groups = (rows + L::rows - 1) / L::rows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
-    multiply_group_of<L, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, depth, c + begin * c_pitch, c_pitch);
+    multiply_group_of<L, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, b_pitch, depth, c + begin * c_pitch,
+                                  c_pitch);
   }
 }
 

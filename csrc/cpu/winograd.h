@@ -1,10 +1,13 @@
 // Winograd's minimal filtering (Lavin & Gray 2016) for 3x3 kernels: the transforms of F(MxM, 3x3) in one dimension, and
 // of tiles in two. A tile of (M+2)^2 inputs becomes as many values, which a product over channels with the transformed
-// weight follows, and M^2 outputs come back: for M = 2, 16 multiplications instead of 36.
+// weight follows, and M^2 outputs come back: for M = 2, 16 multiplications instead of 36; for M = 4, 36 instead of 144.
 //
 // With M = 2 every output is made of exactly the inputs that a direct sum has: a value that is not finite reaches no
-// other output, and zeros give zeros.
+// other output, and zeros give zeros. With M = 4 all inputs of a tile take part in all its outputs, to cancel up to
+// rounding. Its points are 0, +-0.625, +-1.5 and infinity: with the usual +-1 and +-2 errors are twice as large.
 #pragma once
+
+#include <type_traits>
 
 #include "product.h"
 
@@ -26,7 +29,8 @@ struct Filtering<2> {
   }
   template <class V>
   static RESNET_FUSED_INLINE void weight(V* r, const V* g) {
-    const V even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+    using E = std::remove_cvref_t<decltype(r[0][0])>;
+    const V even = E(0.5) * (g[0] + g[2]), odd = E(0.5) * g[1];
     r[0] = g[0];
     r[1] = even + odd;
     r[2] = even - odd;
@@ -36,6 +40,49 @@ struct Filtering<2> {
   static RESNET_FUSED_INLINE void output(V* y, const V* m) {
     y[0] = m[0] + (m[1] + m[2]);
     y[1] = (m[1] - m[2]) - m[3];
+  }
+};
+
+template <>
+struct Filtering<4> {
+  static constexpr int64_t outputs = 4, inputs = 6, values = inputs * inputs;
+  // The points, and what of their powers is used; all but those of `weight` are exact in float.
+  static constexpr double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;
+
+  template <class V>
+  static RESNET_FUSED_INLINE void input(V* r, const V* d) {
+    constexpr float kA = a, kB = b, kA2 = a2, kB2 = b2, kProduct = a2 * b2, kSum = a2 + b2;
+    const V even_a = d[4] - kB2 * d[2], odd_a = d[3] - kB2 * d[1];
+    const V even_b = d[4] - kA2 * d[2], odd_b = d[3] - kA2 * d[1];
+    r[0] = kProduct * d[0] + (d[4] - kSum * d[2]);
+    r[1] = even_a + kA * odd_a;
+    r[2] = even_a - kA * odd_a;
+    r[3] = even_b + kB * odd_b;
+    r[4] = even_b - kB * odd_b;
+    r[5] = kProduct * d[1] + (d[5] - kSum * d[3]);
+  }
+  template <class V>
+  static RESNET_FUSED_INLINE void weight(V* r, const V* g) {
+    using E = std::remove_cvref_t<decltype(r[0][0])>;
+    constexpr double of_a = 1 / (2 * a2 * (a2 - b2)), of_b = 1 / (2 * b2 * (b2 - a2));
+    const V even_a = E(of_a) * g[0] + E(of_a * a2) * g[2], odd_a = E(of_a * a) * g[1];
+    const V even_b = E(of_b) * g[0] + E(of_b * b2) * g[2], odd_b = E(of_b * b) * g[1];
+    r[0] = E(1 / (a2 * b2)) * g[0];
+    r[1] = even_a + odd_a;
+    r[2] = even_a - odd_a;
+    r[3] = even_b + odd_b;
+    r[4] = even_b - odd_b;
+    r[5] = g[2];
+  }
+  template <class V>
+  static RESNET_FUSED_INLINE void output(V* y, const V* m) {
+    constexpr float kA = a, kB = b, kA2 = a2, kB2 = b2, kA3 = a2 * a, kB3 = b2 * b;
+    const V sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+    const V sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = m[0] + (sum_a + sum_b);
+    y[1] = kA * difference_a + kB * difference_b;
+    y[2] = kA2 * sum_a + kB2 * sum_b;
+    y[3] = kA3 * difference_a + (kB3 * difference_b + m[5]);
   }
 };
 
@@ -85,10 +132,12 @@ RESNET_FUSED_INLINE void transform_input(float* v, int64_t plane, const float* c
   input_vectors<L, F>(v + whole, plane, copies, 0, 0);
 }
 
-// u[value][k] (planes `plane` apart) = the transform of the taps g[r * 3 + s][k] of one panel of output channels.
-template <class L, class F>
-RESNET_FUSED_INLINE void transform_weight(float* u, int64_t plane, const float* g) {
-  using V = typename L::Vector;
+// u[value][k] (planes `plane` apart) = the transform of the taps g[r * 3 + s][k] of one panel of output channels, of
+// Tap: float, or double, in which taps have a factor each and are rounded once.
+template <class L, class F, class Tap>
+RESNET_FUSED_INLINE void transform_weight(float* u, int64_t plane, const Tap* g) {
+  typedef Tap V __attribute__((vector_size(L::lanes * sizeof(Tap))));
+  typedef Tap Anywhere __attribute__((vector_size(L::lanes * sizeof(Tap)), aligned(alignof(Tap)), may_alias));
   constexpr int64_t A = F::inputs;
   for (int64_t k = 0; k < L::panel; k += L::lanes) {
     V columns[3][A];
@@ -96,7 +145,7 @@ RESNET_FUSED_INLINE void transform_weight(float* u, int64_t plane, const float* 
     for (int64_t s = 0; s < 3; ++s) {
       V taps[3];
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < 3; ++r) load_vector<L>(taps[r], g + (r * 3 + s) * L::panel + k);
+      for (int64_t r = 0; r < 3; ++r) taps[r] = *reinterpret_cast<const Anywhere*>(g + (r * 3 + s) * L::panel + k);
       F::weight(columns[s], taps);
     }
 #pragma GCC unroll 8
@@ -105,7 +154,10 @@ RESNET_FUSED_INLINE void transform_weight(float* u, int64_t plane, const float* 
       V r[A];
       F::weight(r, taps);
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < A; ++j) store_vector<L>(u + (i * A + j) * plane + k, r[j]);
+      for (int64_t j = 0; j < A; ++j) {
+        const typename L::Vector rounded = __builtin_convertvector(r[j], typename L::Vector);
+        store_vector<L>(u + (i * A + j) * plane + k, rounded);
+      }
     }
   }
 }
@@ -124,7 +176,7 @@ RESNET_FUSED_INLINE void transform_output(typename L::Vector (&y)[F::outputs][F:
     for (int64_t i = 0; i < A; ++i) load_vector<L>(d[i], m + (i * A + j) * plane);
     F::output(columns[j], d);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t i = 0; i < M; ++i) {
     V d[A];
 #pragma GCC unroll 8

@@ -1,5 +1,5 @@
-// A 3x3 convolution of stride 1, or the gradient of its input, by F(2x2, 3x3): 16/36 of the multiplications, which
-// bind.
+// A 3x3 convolution of stride 1, or the gradient of its input, by F(2x2, 3x3) or F(4x4, 3x3): 16/36 or 36/144 of
+// the multiplications, which bind.
 //
 // The transformed input of a block of tiles stays in the second-level cache while all panels of the weight pass by, or,
 // where the weight is larger than the input, a panel of it while all blocks do. No result depends on the number of
@@ -19,7 +19,9 @@
 #include "alloc.h"
 #include "moments.h"
 #include "panels.h"
+#include "winograd_outputs.h"
 #include "winograd_stages.h"
+#include "winograd_work.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -32,52 +34,59 @@ struct Stages {
   bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Sums&);
 };
 
-template <class L>
+template <class L, int64_t M>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                     \
+// The weight of tiles of 4x4 is transformed in double, as rounding matters more.
+#define RESNET_FUSED_STAGES(LEVEL, TARGET, M, TAP)                                                             \
   template <>                                                                                                  \
-  struct At<LEVEL> {                                                                                           \
+  struct At<LEVEL, M> {                                                                                        \
     TARGET static void inputs(const Problem& p, int64_t block, float* v, const float* zeros) {                 \
-      transform_inputs<LEVEL>(p, block, v, zeros);                                                             \
+      transform_inputs<LEVEL, Filtering<M>>(p, block, v, zeros);                                               \
     }                                                                                                          \
     TARGET static void weights(const Problem& p, int64_t panel, int64_t begin, int64_t end, float* u) {        \
-      transform_weights<LEVEL>(p, panel, begin, end, u);                                                       \
+      transform_weights<LEVEL, Filtering<M>, TAP>(p, panel, begin, end, nullptr, u);                           \
     }                                                                                                          \
     TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, \
                                float* m, const Sums& sums) {                                                   \
-      return write_outputs<LEVEL>(p, block, panel, v, u, m, sums);                                             \
+      return write_outputs<LEVEL, Filtering<M>>(p, block, panel, v, u, m, sums, Plain{});                      \
     }                                                                                                          \
     static constexpr Stages stages{LEVEL::panel, inputs, weights, outputs};                                    \
   };
 
-RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
-RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256)
-RESNET_FUSED_STAGES(Level128, )
+RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 2, float)
+RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256, 2, float)
+RESNET_FUSED_STAGES(Level128, , 2, float)
+RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 4, double)
+RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256, 4, double)
+RESNET_FUSED_STAGES(Level128, , 4, double)
 #undef RESNET_FUSED_STAGES
 
-const Stages& stages() {
+template <int64_t M>
+const Stages& stages_of() {
   static const std::string_view level = cpu_level();
-  return level == "avx512" ? At<Level512>::stages : level == "avx2" ? At<Level256>::stages : At<Level128>::stages;
+  if (level == "avx512") return At<Level512, M>::stages;
+  return level == "avx2" ? At<Level256, M>::stages : At<Level128, M>::stages;
 }
 
 // Whether panel by panel of the weight passes the whole input, see above.
 bool is_small(const Problem& p) { return p.tiles < p.K; }
 
 // Tiles of a block, in whole groups of product.h's rows. Where panels pass, two groups, for each of which a panel comes
-// from the second-level cache. Else so many that what is transformed fits that cache beside a panel and its products,
-// and no more than leave every thread of a common machine several blocks.
+// from the second-level cache, in which one of larger tiles has no room: then many. Else so many that what is
+// transformed fits that cache beside a panel and its products, and no more than leave every thread of a common machine
+// several blocks.
 int64_t tiles_of_a_block(const Problem& p) {
   constexpr int64_t kFloats = int64_t(172) << 10, kMost = 56, kLeast = 42, kGroup = Level512::rows, kBlocks = 16;
-  if (is_small(p)) return 2 * kGroup;
-  const int64_t fit = std::clamp(kFloats / (F2::values * p.C), kLeast, kMost);
+  if (is_small(p)) return (p.outputs == 2 ? 2 : 6) * kGroup;
+  const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, kMost);
   return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
 }
 
 constexpr int64_t kChannelsAtOnce = 64;  // of a weight's panel, a unit of work
 
 Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64_t padding, bool transposed,
-                   int64_t panel) {
+                   int64_t outputs, int64_t panel) {
   Problem p{};
   p.x = data<float>(x), p.weight = data<float>(weight), p.z = data<float>(z);
   p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
@@ -90,22 +99,19 @@ Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64
     p.weight += 2 * (p.stride_r + p.stride_s);
     p.stride_r = -p.stride_r, p.stride_s = -p.stride_s;
   }
-  p.panel = panel, p.panels = (p.K + panel - 1) / panel;
-  p.tile_rows = (p.P + F2::outputs - 1) / F2::outputs, p.tile_columns = (p.Q + F2::outputs - 1) / F2::outputs;
-  p.tiles = p.N * p.tile_rows * p.tile_columns;
+  p.cut(outputs, panel);
+  p.u_pitch = panel, p.u_gap = Problem::kGap;
   const int64_t most = tiles_of_a_block(p);
   p.blocks = (p.tiles + most - 1) / most;
   return p;
 }
 
-// work(unit) for every unit, each by the thread that asks for it first; `make()` gives a thread its `work`.
-template <class Make>
-void share(int64_t units, const Make& make) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, units, 1, [&](int64_t, int64_t) {
-    const auto work = make();
-    for (int64_t unit = next++; unit < units; unit = next++) work(unit);
-  });
+template <int64_t M>
+int64_t outputs_of(const Problem& p, int64_t block) {
+  Tile<M> tile(p, p.first_tile(block));
+  int64_t count = 0;
+  for (int64_t t = 0; t < p.size(block); ++t, tile.advance(p)) count += tile.rows(p) * tile.columns(p);
+  return count;
 }
 
 struct Statistics {
@@ -123,8 +129,7 @@ struct Statistics {
   void merge(const Problem& p, const Tensor& mean, const Tensor& m2) {
     std::vector<int64_t> rows(p.blocks);
     for (int64_t block = 0; block < p.blocks; ++block) {
-      Tile tile(p, p.first_tile(block));
-      for (int64_t t = 0; t < p.size(block); ++t, tile.advance(p)) rows[block] += tile.rows(p) * tile.columns(p);
+      rows[block] = p.outputs == 2 ? outputs_of<2>(p, block) : outputs_of<4>(p, block);
     }
     torch::stable::parallel_for(0, p.K, 64, [&](int64_t begin, int64_t end) {
       const int64_t C = end - begin;
@@ -187,39 +192,31 @@ bool by_block(const Problem& p, const Stages& at, Statistics& statistics) {
   return finite;
 }
 
-StableIValue ints(std::vector<int64_t> values) { return torch::stable::detail::from(values); }
-
 // What ATen makes of it. The transforms may overflow where a direct sum does not, and which of inf and NaN a sum
 // becomes depends on its order: where a result is not finite, all of them are taken from there.
 Tensor direct(const Tensor& x, const Tensor& weight, const Tensor& z, int64_t padding, bool transposed) {
   using torch::stable::detail::from;
-  const std::vector<int64_t> one{1, 1}, zero{0, 0}, around{padding, padding};
-  if (transposed) {
-    static const std::array<bool, 3> wanted{true, false, false};
-    std::array<StableIValue, 11> stack{from(x),
-                                       from(z),
-                                       from(weight),
-                                       from(std::nullopt),
-                                       ints(one),
-                                       ints(around),
-                                       ints(one),
-                                       from(false),
-                                       ints(zero),
-                                       from(int64_t(1)),
-                                       from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-    for (size_t i : {1, 2}) torch::stable::detail::to<Tensor>(stack[i]);  // undefined, but ours to free
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  std::array<StableIValue, 9> stack{from(x),   from(weight), from(std::nullopt), ints(one),       ints(around),
-                                    ints(one), from(false),  ints(zero),         from(int64_t(1))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  if (!transposed) return aten_convolution(x, weight, padding);
+  static const std::array<bool, 3> wanted{true, false, false};
+  std::array<StableIValue, 11> stack{from(x),
+                                     from(z),
+                                     from(weight),
+                                     from(std::nullopt),
+                                     ints({1, 1}),
+                                     ints({padding, padding}),
+                                     ints({1, 1}),
+                                     from(false),
+                                     ints({0, 0}),
+                                     from(int64_t(1)),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  for (size_t i : {1, 2}) torch::stable::detail::to<Tensor>(stack[i]);  // undefined, but ours to free
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> winograd_conv3x3(const Tensor& x, const Tensor& weight, int64_t padding,
-                                                    bool transposed, bool statistics) {
-  check_winograd_conv3x3(x, weight, padding, transposed);
+                                                    bool transposed, bool statistics, int64_t outputs) {
+  check_winograd_conv3x3(x, weight, padding, transposed, outputs);
   const int64_t grows = transposed ? 2 - 2 * padding : 2 * padding - 2;
   const int64_t K = weight.size(transposed ? 1 : 0), P = x.size(2) + grows, Q = x.size(3) + grows;
   Tensor z = empty_strided<4>({x.size(0), K, P, Q}, {P * Q * K, 1, Q * K, K}, ScalarType::Float);
@@ -229,8 +226,8 @@ std::tuple<Tensor, Tensor, Tensor> winograd_conv3x3(const Tensor& x, const Tenso
     for (const Tensor* t : {&z, &mean, &m2}) std::fill_n(data<float>(*t), t->numel(), 0.0f);
     return {z, mean, m2};
   }
-  const Stages& at = stages();
-  const Problem p = problem_of(x, weight, z, padding, transposed, at.panel);
+  const Stages& at = outputs == 2 ? stages_of<2>() : stages_of<4>();
+  const Problem p = problem_of(x, weight, z, padding, transposed, outputs, at.panel);
   Statistics sums(p, statistics);
   if (is_small(p) ? by_panel(p, at, sums) : by_block(p, at, sums)) {
     if (statistics) sums.merge(p, mean, m2);

@@ -41,6 +41,27 @@ def winograd_reasons(x, weight, padding=1, *args, **kwargs) -> list[str]:
     return reasons
 
 
+def winograd_weight_reasons(weight, scale=None, *args, **kwargs) -> list[str]:
+    """The weight may be in any layout, the scale must be a dense vector."""
+    reasons = loop_reasons()
+    if tuple(weight.shape[2:]) != (3, 3):
+        reasons.append(f"takes 3x3 weights, not {'x'.join(map(str, weight.shape[2:]))}")
+    if scale is not None and not (scale.is_contiguous() and scale.dtype == weight.dtype):
+        reasons.append("takes contiguous vectors of the weight's dtype only")
+    return reasons
+
+
+def winograd_packed_reasons(
+    x, weight, packed, scale=None, shift=None, residual=None, padding=1, relu=False
+) -> list[str]:
+    """As :func:`winograd_reasons`; the transformed weight is dense, and so are vectors."""
+    reasons = winograd_reasons(x, weight, padding) + (loop_reasons(residual) if residual is not None else [])
+    vectors = [t for t in (scale, shift) if t is not None]
+    if not all(t.is_contiguous() and t.dtype == x.dtype for t in (packed, *vectors)):
+        reasons.append("takes a contiguous transformed weight and vectors of the activations' dtype only")
+    return reasons
+
+
 def few_pixels_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
     """As :func:`loop_reasons` for the activations; the weight may be contiguous too, and vectors must be."""
     tensors = [t for t in (*args, *kwargs.values(), residual) if isinstance(t, torch.Tensor)]
@@ -92,10 +113,12 @@ _OTHERS = {
     "gram_norm": matrix_reasons,
     "gram_grad": matrix_reasons,
     "winograd_conv3x3": winograd_reasons,
+    "winograd_conv3x3_add_relu": winograd_packed_reasons,
     "winograd_conv3x3_wgrad": weight_grad_reasons,
+    "winograd_weight3x3": winograd_weight_reasons,
 }
 #: Kernels that do not take every dtype of the loops.
-_DTYPES = dict.fromkeys(("winograd_conv3x3", "winograd_conv3x3_wgrad"), (torch.float32,))
+_DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith("winograd_")}
 _DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
 
 

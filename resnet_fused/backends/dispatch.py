@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import OPS
-from . import cards, met, opaque, tf32
+from . import cards, met, opaque, precision, tf32
 from .declaration import Backend, Kernel
 from .selfcheck import judge
 
@@ -195,7 +195,8 @@ def forget() -> None:
 def state() -> Hashable:
     """All that decides who runs an op, and how, beside the form of its call (:mod:`.met`); for one that is plain."""
     verdicts = judge.count_of_changes(), judge.doubt, id(_backends)
-    return *verdicts, _settings.shaped, _settings.backend, cards.assumed(), tf32.allowed(), torch.get_num_threads()
+    settings = _settings.shaped, _settings.backend, precision.asked(), cards.assumed(), tf32.allowed()
+    return *verdicts, *settings, torch.get_num_threads()
 
 
 def run(op: str, *args, backend: str = "auto", **kwargs):

@@ -19,7 +19,7 @@ from ..plan.evaluation import lower, takes
 from ..plan.keys import threads
 from ..steps import folding
 from ..steps.conv import channels_last
-from ..steps.evaluation import Evaluation, Lowered
+from ..steps.evaluation import Evaluation, Lowered, WinogradConvolution
 from ..steps.folding import Folded, fold
 from ..steps.program import Call
 
@@ -119,7 +119,7 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
     weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
-    settings = choose.fuses_all(), threads(), judge.count_of_changes()
+    settings = call.program.precision, choose.fuses_all(), threads(), judge.count_of_changes()
     key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))
@@ -177,7 +177,8 @@ def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: li
             continue
         nodes = [value - first for value in step.part if value is not None]
         key = tuple(keys[node] for node in nodes)
-        found.append(folding.packed(modules[nodes[-1]], call, step.part, key, shapes[step.source]))
+        outputs = step.outputs if isinstance(step, WinogradConvolution) else None
+        found.append(folding.packed(modules[nodes[-1]], call, step.part, key, shapes[step.source], outputs))
     return None if any(one is not None and one.enlarges + one.bound == math.inf for one in found) else found
 
 

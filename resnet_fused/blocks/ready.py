@@ -69,7 +69,7 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     own = None if residual is None else (residual is value, is_wrapper(residual), *_facts(residual))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
-    settings = choose.target(), choose.fuses_all(), measured.changes(), site.backend, *dispatch.state()
+    settings = choose.target(), choose.fuses_all(), measured.changes(), site.backend, site.precision, *dispatch.state()
     return *_facts(value), x.moments is None, own, *modes, *settings, *known.memory()
 
 

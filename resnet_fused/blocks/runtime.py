@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from ..backends import bounds, current
+from ..backends import bounds, current, precision
 from ..plan import choose
 from ..plan.lower import decided_by, fits, lower, pools
 from ..steps import Pool, StepTensors, stock
@@ -50,31 +50,32 @@ def count_fused() -> None:
 def read(site: Site) -> tuple[Program, list[StepTensors]]:
     """The program and the tensors of `site` as its modules are now; the same program as long as their settings are."""
     backend, tensors = site.backend if current() == "auto" else current(), site.tensors()
+    who = backend, precision.of(site.precision)
     if site.kept is None or torch.compiler.is_compiling():
-        return _with(site.shape.program, site.settings(), backend), tensors
+        return _with(site.shape.program, site.settings(), *who), tensors
     known = site.kept.unchanged or None
     if known is not None and not known.settings_hold():
         known = None
-    if known is not None and known.read is not None and known.read.backend == backend:
+    if known is not None and known.read is not None and (known.read.backend, known.read.precision) == who:
         return known.read, tensors
     settings, found = site.settings(), site.kept.by_settings
-    if (backend, settings) not in found:
+    if (who, settings) not in found:
         if len(found) >= KEPT:
             found.clear(), site.kept.lowered.clear()
-        found[backend, settings] = _with(site.shape.program, settings, backend)
+        found[who, settings] = _with(site.shape.program, settings, *who)
     if known is not None:
-        known.read = found[backend, settings]
-    return found[backend, settings], tensors
+        known.read = found[who, settings]
+    return found[who, settings], tensors
 
 
 _FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool"}
 
 
-def _with(program: Program, settings: tuple, backend: str) -> Program:
+def _with(program: Program, settings: tuple, *who: str) -> Program:
     nodes = []
     for node, own in zip(program.nodes, settings, strict=True):
         nodes.append(node if isinstance(node, Addition) else dataclasses.replace(node, **{_FIELDS[type(node)]: own}))
-    return Program(tuple(nodes), program.inputs, backend)
+    return Program(tuple(nodes), program.inputs, *who)
 
 
 def run_site(site: Site, x: Placed, residual: Tensor | None = None, just_asked: bool = False) -> Placed | None:

@@ -52,6 +52,7 @@ class Site:
     modules: tuple[nn.Module | None, ...]  # of each node; None for additions
     bypassed: tuple[nn.Module, ...] = ()
     backend: str = "auto"
+    precision: str = "default"
     kept: Kept | None = dataclasses.field(default=None, repr=False)  # None: nothing is kept, while a graph is traced
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ def find(block: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
-def _found(block: nn.Module, shapes: Iterable[Shape], names: Iterable[str], backend: str) -> list[Site] | None:
+def _found(block: nn.Module, shapes: Iterable[Shape], names: Iterable[str], *settings: str) -> list[Site] | None:
     if any(find(block, name) is None for name in names):
         return None
     return [
@@ -114,7 +115,7 @@ def _found(block: nn.Module, shapes: Iterable[Shape], names: Iterable[str], back
             shape,
             tuple(find(block, name) if name else None for name in shape.names),
             tuple(find(block, name) for name, _ in shape.bypassed),
-            backend,
+            *settings,
             None if torch.compiler.is_compiling() else Kept(),
         )
         for shape in shapes
@@ -126,7 +127,11 @@ _looked: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple]] = weakref.WeakKe
 
 
 def sites_in(
-    block: nn.Module, shapes: tuple[Shape, ...], backend: str = "auto", names: tuple[str, ...] = ()
+    block: nn.Module,
+    shapes: tuple[Shape, ...],
+    backend: str = "auto",
+    names: tuple[str, ...] = (),
+    precision: str = "default",
 ) -> list[Site] | None:
     """The sites of `shapes`, the same again until a child was replaced. `names`: of modules that must be there too.
 
@@ -134,20 +139,20 @@ def sites_in(
     """
     looked = None if torch.compiler.is_compiling() else _looked.setdefault(block, {})
     known = looked and looked.get(id(shapes))
-    if known and known[0] is shapes and known[2] == _children(block, known[1], backend):
+    if known and known[0] is shapes and known[2] == _children(block, known[1], backend, precision):
         return known[3]
     wanted = (*names, *(name for shape in shapes for name in shape.modules))
-    sites = _found(block, shapes, wanted, backend)
+    sites = _found(block, shapes, wanted, backend, precision)
     if looked is not None:
         if len(looked) >= KEPT:  # of forms that nobody has any more
             looked.clear()
         parents = tuple(sorted({name.rpartition(".")[0] for name in wanted} - {""}))
-        looked[id(shapes)] = shapes, parents, _children(block, parents, backend), sites
+        looked[id(shapes)] = shapes, parents, _children(block, parents, backend, precision), sites
     return sites
 
 
-def _children(block: nn.Module, parents: tuple[str, ...], backend: str) -> list:
-    found = [backend, *map(id, block._modules.values())]
+def _children(block: nn.Module, parents: tuple[str, ...], *settings: str) -> list:
+    found = [*settings, *map(id, block._modules.values())]
     for name in parents:
         holder = find(block, name)
         found += [] if holder is None else map(id, holder._modules.values())

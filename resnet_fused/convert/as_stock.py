@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..backends import current
+from ..backends import current, precision
 from ..blocks import runtime
 from ..blocks.site import Site
 from ..plan import choose, keys, measured
+from .swap import STATE
 
 _LIMIT = 64  # keys of a module after which they are collected anew
 
@@ -79,12 +80,19 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         current(),
+        *_fused_for(module),
         keys.threads(),
         measured.changes(),
         module.training,
         *[bool(norm.training) for norm in kept.norms],
         *([] if not torch.is_grad_enabled() else map(_wants_gradient, kept.parameters)),
     )
+
+
+def _fused_for(module: nn.Module) -> tuple:
+    """The backend of a fused module, and how exact it is to be now."""
+    state = module.__dict__.get(STATE)
+    return getattr(state, "backend", ""), precision.of(getattr(state, "precision", "default"))
 
 
 def _wants_gradient(parameters: dict) -> bool:

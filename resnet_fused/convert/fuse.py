@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..backends import check_name
+from ..backends.precision import check_word
 from ..blocks import norms
 from . import swap
 from .fused_module import FusedModule, FusedState, fused_class
@@ -29,7 +30,12 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def fuse(
-    model: nn.Module, *, filter_fn: FilterFn | None = None, backend: str = "auto", strict: bool = False
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    backend: str = "auto",
+    precision: str | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Fuse the residual blocks (and conv-BN-ReLU chains) of `model`, in place.
 
@@ -43,6 +49,8 @@ def fuse(
         model: any module; also a single block.
         filter_fn: ``filter_fn(name, module) -> bool``; modules for which it is false are left alone.
         backend: who runs the ops, "auto" or a name of :func:`resnet_fused.use`.
+        precision: how exact float32 convolutions on CPUs are, "default" or "fast", see :func:`resnet_fused.precision`;
+            None: as fused before, else "default".
         strict: raise instead of warn when there is nothing to fuse.
 
     Returns:
@@ -50,11 +58,12 @@ def fuse(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: unknown `backend`; or nothing to fuse, with `strict`.
+        ValueError: unknown `backend` or `precision`; or nothing to fuse, with `strict`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
+    check_word("default" if precision is None else precision)
     inside: set[str] = set()  # modules that a fused one runs
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
@@ -65,8 +74,8 @@ def fuse(
             left_out.add(name)
             continue
         if not isinstance(module, BUILT_FUSED) and (is_fused(module, FusedModule | FusedStem) or _is_candidate(module)):
-            reason = _fuse_one(module, backend)
-            if reason and fuse_stem(module, backend):
+            reason = _fuse_one(module, backend, precision)
+            if reason and fuse_stem(module, backend, precision):
                 left[id(module)] = reason
         if is_fused_here(module):
             inside |= {join(name, inner) for inner in runs_itself(module)}
@@ -94,7 +103,7 @@ def _form(module: nn.Module) -> tuple[Form, list[str]]:
     return form, reasons
 
 
-def _fuse_one(module: nn.Module, backend: str) -> str:
+def _fuse_one(module: nn.Module, backend: str, precision: str | None) -> str:
     """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
@@ -102,11 +111,13 @@ def _fuse_one(module: nn.Module, backend: str) -> str:
     except Untraceable as error:
         swap.remove(module)
         return str(error)
+    before = module.__dict__.get(swap.STATE)
     state = FusedState(
         form=form,
         traced=state_of(module, names_read(module, cls)),
         code=fingerprint(cls.forward),
         backend=backend,
+        precision=precision or getattr(before, "precision", "default"),
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )

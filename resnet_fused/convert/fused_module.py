@@ -63,6 +63,7 @@ class FusedState:
     code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
     outside: Outside  # what the forward reads outside of the block
+    precision: str = "default"
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
     def __setstate__(self, state: dict) -> None:
@@ -120,7 +121,7 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     if not runs_as_traced(block, state):
         return None, "its forward, or what it reads, was changed after fuse(); call fuse() again"
     form = state.form
-    sites = sites_in(block, form.shapes, state.backend, form.modules)
+    sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision)
     reason = _form_obstacle(block, form, sites)
     return None if reason else Running(block, form, sites), reason
 

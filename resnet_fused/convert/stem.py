@@ -40,6 +40,7 @@ class StemState:
 
     stems: tuple[Stem, ...]
     backend: str
+    precision: str = "default"
 
 
 def _child(model: nn.Module, name: str) -> nn.Module | None:
@@ -58,7 +59,9 @@ def _shapes(names: tuple[str, ...], sequential: str, pool: str) -> tuple[Shape]:
     return (residual_shape(steps, pool=pool, bypassed=tuple(bypassed)),)
 
 
-def stem_site(model: nn.Module, stem: Stem, backend: str, pools: bool = False) -> Site | None:
+def stem_site(
+    model: nn.Module, stem: Stem, backend: str, pools: bool = False, precision: str = "default"
+) -> Site | None:
     """The program of a stem, a Sequential's members laid out in a row; None if not every third of them is a ReLU.
 
     `pools`: with its pool.
@@ -71,7 +74,8 @@ def stem_site(model: nn.Module, stem: Stem, backend: str, pools: bool = False) -
     names += stem[1:3]
     if len(names) % 3 or any(type(find(model, name)) is not nn.ReLU for name in names[2::3]):
         return None
-    sites = sites_in(model, _shapes(tuple(names), sequential, stem[3] if pools else ""), backend)
+    shapes = _shapes(tuple(names), sequential, stem[3] if pools else "")
+    sites = sites_in(model, shapes, backend, precision=precision)
     return None if sites is None else sites[0]
 
 
@@ -83,14 +87,15 @@ class FusedStem(swap.Swapped):
         state: StemState | None = self.__dict__.get(STATE)
         if state is None or stem not in state.stems or is_stock_forced() or as_stock.is_known(self, x, stem):
             return False
-        site = stem_site(self, stem, state.backend)
+        site = stem_site(self, stem, state.backend, precision=state.precision)
         return site is not None and not module_obstacle(site) and not value_obstacle(x, site)
 
     def _resnet_fused_run(self, stem: Stem, x):
         """``pool(act(norm(conv(x))))``, fused; the pool may be any module, called if it cannot be fused."""
         pool, before = self._modules[stem[3]] if stem[3] else None, as_stock.fused_so_far()
         pools = pool is not None and pool_geometry(pool) is not None
-        site = stem_site(self, stem, self.__dict__[STATE].backend, pools)
+        state: StemState = self.__dict__[STATE]
+        site = stem_site(self, stem, state.backend, pools, state.precision)
         out = run_as_stock(site, x)
         as_stock.note(self, [site], x, before, stem)
         return out if pool is None or pools else pool(out)
@@ -151,7 +156,7 @@ def _stem_class(stock: type, stems: tuple[Stem, ...]) -> type:
     return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body, functions)
 
 
-def fuse_stem(model: nn.Module, backend: str) -> str:
+def fuse_stem(model: nn.Module, backend: str, precision: str | None = None) -> str:
     """Fuse the stem of `model`, if it has one. Returns why not, or an empty text."""
 
     def accept(stem: Stem) -> bool:
@@ -176,4 +181,5 @@ def fuse_stem(model: nn.Module, backend: str) -> str:
         stems = tuple(dict.fromkeys(found))
     if not stems:
         return "no conv-norm-ReLU calls in a row in its methods"
-    return swap.put(model, lambda stock: cls or _stem_class(stock, stems), StemState(stems, backend))
+    word = precision or getattr(model.__dict__.get(STATE), "precision", "default")
+    return swap.put(model, lambda stock: cls or _stem_class(stock, stems), StemState(stems, backend, word))

@@ -7,8 +7,9 @@ Formula, with p = padding, 0 or 1::
     m2[k]   = sum_m (z[m, k] - mean[k])**2        both as of `bn_stats`; empty without `statistics`
 
 By Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016): 16 multiplications where a direct sum has 36. Every
-output is made of exactly the inputs that a direct sum has, so zeros stay zeros and what is not finite reaches nothing
-else. A transform may overflow where the direct sum does not: where any output is not finite, all are ATen's.
+output is made of exactly the inputs that a direct sum has, so zeros stay zeros. A transform may overflow where the
+direct sum does not: where any output is not finite, all are ATen's. With ``outputs=4`` by F(4x4, 3x3), see
+`winograd_conv3x3_add_relu`: 36 multiplications where a direct sum has 144, and more rounding error.
 
 `x`: ``[N, C, H, W]``, channels_last; `weight`: ``[K, C, 3, 3]``, or ``[C, K, 3, 3]`` if transposed, of any strides;
 float32. `z`: ``[N, K, H+2p-2, W+2p-2]``, or ``[N, K, H+2-2p, W+2-2p]``, channels_last; `mean`, `m2`: ``[K]``.
@@ -22,13 +23,13 @@ from . import bn_stats
 from .contract import Tensor, channels_last, channels_last_strides, define, nbytes, one_more_for_sums, stat_dtype
 
 SCHEMA = (
-    "(Tensor x, Tensor weight, int padding=1, bool transposed=False, bool statistics=False) "
-    "-> (Tensor z, Tensor mean, Tensor m2)"
+    "(Tensor x, Tensor weight, int padding=1, bool transposed=False, bool statistics=False, "
+    "int outputs=2) -> (Tensor z, Tensor mean, Tensor m2)"
 )
 
 
 def reference(
-    x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False
+    x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False, outputs: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
     convolve = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
     z = channels_last(convolve(x, weight, padding=padding))
@@ -37,7 +38,7 @@ def reference(
 
 
 def fake(
-    x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False
+    x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False, outputs: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = _shape(x, weight, padding, transposed)
     mean, m2 = (x.new_empty(shape[1] if statistics else 0, dtype=stat_dtype(x.dtype)) for _ in range(2))
@@ -50,13 +51,17 @@ def _shape(x: Tensor, weight: Tensor, padding: int, transposed: bool) -> tuple[i
     return n, weight.shape[1 if transposed else 0], h + grows, w + grows
 
 
-def bytes(x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False) -> int:
+def bytes(
+    x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False, outputs: int = 2
+) -> int:
     """One read of `x` and `weight`, one write of `z`."""
     n, k, p, q = _shape(x, weight, padding, transposed)
     return nbytes(x, weight) + n * k * p * q * x.element_size()
 
 
-def flops(x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False) -> int:
+def flops(
+    x: Tensor, weight: Tensor, padding: int = 1, transposed: bool = False, statistics: bool = False, outputs: int = 2
+) -> int:
     """Those of the direct sum, two per multiply-add, whatever fewer the algorithm gets by with."""
     n, k, p, q = _shape(x, weight, padding, transposed)
     pixels = x.shape[0] * x.shape[2] * x.shape[3] if transposed else n * p * q

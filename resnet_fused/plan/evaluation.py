@@ -1,7 +1,8 @@
 """From a program to its steps in evaluation: who carries batch norm, sum and ReLU, for the CPU and for GPUs.
 
 On a CPU every convolution does: the norm that alone reads it is in its weight, the sum that alone reads that, and the
-ReLU, in oneDNN's epilogue. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
+ReLU, in oneDNN's epilogue, or, of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`), in that of
+`winograd_conv3x3_add_relu`. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
 weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
 as it is, and norm, sum and ReLU are its epilogue's. What is too small for either is stock's
 (:func:`.too_small.is_small_in_evaluation`).
@@ -30,10 +31,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
+from ..steps import winograd
 from ..steps.evaluation import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import choose, too_small, words
 from .evaluation_steps import Steps, carries_sum
+from .keys import threads
 
 Tensor = torch.Tensor
 
@@ -78,9 +81,21 @@ def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
     auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
     if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
-    lowered = Steps(call.program, few=few).lowered()
+    lowered = Steps(call.program, few=few, filtered=None if few else _filtered(call)).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
+
+
+def _filtered(call: Call) -> dict[int, int]:
+    """The convolutions that minimal filtering makes faster, and the outputs of its tiles to a side."""
+    program, shapes, found = call.program, call.shapes(), {}
+    if call.x.dtype != torch.float32 or program.backend not in ("auto", "cpu"):
+        return found
+    for value, node, own in call.convolutions:
+        if own.weight.dtype == torch.float32:
+            outputs, _ = winograd.folded(shapes[node.source], own.weight, node.conv, program.precision, threads())
+            found |= {value: outputs} if outputs else {}
+    return found
 
 
 def _are_few(call: Call) -> bool:

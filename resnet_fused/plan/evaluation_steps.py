@@ -12,6 +12,7 @@ from ..steps.evaluation import (
     RawPool,
     StockNorm,
     StockPool,
+    WinogradConvolution,
 )
 from ..steps.folding import Part
 from ..steps.gpu_evaluation import Add, Convolve, Product
@@ -34,14 +35,21 @@ def carries_sum(program: Program, value: int) -> bool:
 
 class Steps:
     """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
-    has no norm; None: on a CPU. `few`: with the weights as they are.
+    has no norm; None: on a CPU. `few`: with the weights as they are. `filtered`: the convolutions that run by minimal
+    filtering, and how many outputs to a side their tiles have.
 
     `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
     the norms that their readers apply on load.
     """
 
-    def __init__(self, program: Program, pointwise: dict[int, str] | None = None, few: bool = False) -> None:
-        self.program, self.gpu, self.few = program, pointwise is not None, few
+    def __init__(
+        self,
+        program: Program,
+        pointwise: dict[int, str] | None = None,
+        few: bool = False,
+        filtered: dict[int, int] | None = None,
+    ) -> None:
+        self.program, self.gpu, self.few, self.filtered = program, pointwise is not None, few, filtered or {}
         self.projections: set[int] = set()
         self.lazy: set[int] = set()
         self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
@@ -136,6 +144,9 @@ class Steps:
         node = self.program.maker(part.conv)
         if self.few:
             return [FewPixels(value, node.source, other, relu, main=part, conv=node.conv)]
+        if part.conv in self.filtered:
+            more = {"folded": part, "conv": node.conv, "outputs": self.filtered[part.conv]}
+            return [WinogradConvolution(value, node.source, other, relu, **more)]
         if not self.gpu:
             in_place = other is not None and other >= self.program.inputs and len(self.program.readers(other)) == 1
             more = {"folded": part, "conv": node.conv, "in_place": in_place}

@@ -77,6 +77,7 @@ def settings(call: Call) -> str:
     """What decides the time beside geometry and shape: "float32, auto, 2 threads"."""
     text, found = f"{name_of(call.x.dtype)}, {call.program.backend}", environment(call.x)
     if call.x.device.type == "cpu":
+        text += "" if call.program.precision == "default" else f", {call.program.precision}"
         return f"{text}, {found} threads"
     return f"{text}, tf32" if found else text
 

@@ -113,15 +113,18 @@ def is_small_in_evaluation(call: Call, shapes: list[torch.Size], few: bool) -> b
 
     `few`: these read the weights as they are; else folded and packed ones are kept, whose origin is compared.
     """
-    saved, flops = 0.0, 0
+    saved, flops, filtered = 0.0, 0, 0.0
     for (value, node), own in zip(call.program.numbered, call.tensors, strict=True):
         if isinstance(node, Convolution):
             outputs = pixels(shapes[value])
             saved += own.weight.numel() * call.x.element_size() * _slower(own.weight, shapes[node.source], outputs, few)
             flops += 2 * own.weight.numel() * outputs
+            if not few and call.x.dtype == own.weight.dtype == torch.float32:
+                setting = call.program.precision, threads()
+                filtered += winograd.folded(shapes[node.source], own.weight, node.conv, *setting)[1]
     if few:
         return saved < _FEW_OVERHEAD
-    beside = _PACKED * flops / rate(call.x.dtype) + passes_bytes(call, shapes) / _PASSES
+    beside = (_PACKED * flops + 2 * filtered) / rate(call.x.dtype) + passes_bytes(call, shapes) / _PASSES
     return saved + beside / threads() < _PACKED_OVERHEAD
 
 

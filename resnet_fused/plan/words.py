@@ -13,6 +13,7 @@ from ..steps.evaluation import (
     RawPool,
     StockNorm,
     StockPool,
+    WinogradConvolution,
 )
 from ..steps.gpu_evaluation import Add, Product
 from ..steps.join import JOINS, Join
@@ -35,6 +36,7 @@ def of_steps(lowered: Lowered) -> str:
 
 _EVALUATION = {
     FoldedConvolution: "convolution",
+    WinogradConvolution: "convolution",
     FewPixels: "convolution of few pixels",
     NormValue: "norm on load",
     NormPass: "pass",
@@ -54,7 +56,9 @@ def of_evaluation(lowered: evaluation.Lowered) -> str:
 
 def _word(step: ForwardStep) -> str:
     """A step, with what it does beside."""
-    word, part = _EVALUATION[type(step)], step.folded if isinstance(step, FoldedConvolution) else None
+    word, part = _EVALUATION[type(step)], getattr(step, "folded", None)
+    if isinstance(step, WinogradConvolution):
+        word = f"Winograd F({step.outputs}x{step.outputs}) convolution"
     part = step.main if isinstance(step, Product | FewPixels) else part
     normed = isinstance(step, NormPass) or (part is not None and part.norm is not None)
     added = step.other is not None or (isinstance(step, Product) and step.projection is not None)

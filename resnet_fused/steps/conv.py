@@ -64,14 +64,20 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, backend: str, statistics: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    backend: str,
+    statistics: bool = False,
+    precision: str = "default",
 ) -> tuple[Tensor, Moments | None]:
     """The convolution, channels_last in and out: ATen's, or what is faster.
 
     And its batch statistics, if they are asked for and its kernel emits them.
     """
-    if bias is None and winograd.takes(x, weight, conv, backend):
-        return winograd.convolve(x, weight, conv, backend, statistics)
+    if bias is None and winograd.takes(x, weight, conv, backend, precision=precision):
+        return winograd.convolve(x, weight, conv, backend, statistics, precision)
     if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
         x = strided(x, conv.stride)
         return _image(rows(x) @ weight.flatten(1).T, x), None
@@ -151,7 +157,13 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
 
 
 def input_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    backend: str,
+    add_to: Tensor | None = None,
+    precision: str = "default",
 ) -> Tensor:
     """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
     if add_to is not None and _adds_in_place(x, weight, conv, backend):
@@ -160,8 +172,8 @@ def input_grad(
         else:
             run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
         return add_to
-    if winograd.takes(grad, weight, conv, backend, transposed=True):
-        grad_x = winograd.input_grad(grad, weight, conv, backend)
+    if winograd.takes(grad, weight, conv, backend, True, precision):
+        grad_x = winograd.input_grad(grad, weight, conv, backend, precision)
     elif conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
         grad_x = _image(rows(grad) @ weight.flatten(1), x)
     else:
@@ -183,14 +195,20 @@ def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
 
 
 def both_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    backend: str,
+    add_to: Tensor | None = None,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
     own = _own_weight_grad(grad, x, weight, conv, backend)
-    alone = winograd.takes(grad, weight, conv, backend, transposed=True)
+    alone = winograd.takes(grad, weight, conv, backend, True, precision)
     if own is not None or alone or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
         own = weight_grad(grad, x, weight, conv, backend) if own is None else own
-        return own, input_grad(grad, x, weight, conv, backend, add_to)
+        return own, input_grad(grad, x, weight, conv, backend, add_to, precision)
     grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])
     grad_x = channels_last(grad_x)
     return grad_weight, grad_x if add_to is None else add_to.add_(grad_x)

@@ -1,14 +1,15 @@
 """Steps of a program in evaluation: forward only, with running statistics; :mod:`..plan.evaluation` chooses them.
 
-==========================  =========================================================================================
-:class:`FoldedConvolution`  a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
-:class:`FewPixels`          the same where the weight is read as it is
-:class:`NormValue`          batch norm as a value ``scale*z + shift``: nothing is written
-:class:`NormPass`           such a value, and a sum behind it, written in one pass
-:class:`RawPool`            such a value, clamped and pooled in one pass
-:class:`StockNorm`          a batch norm with nothing behind it
-:class:`StockPool`          a max pool of a tensor
-==========================  =========================================================================================
+============================  =========================================================================================
+:class:`FoldedConvolution`    a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
+:class:`WinogradConvolution`  the same of 3x3 convolutions, by fewer multiplications
+:class:`FewPixels`            the same where the weight is read as it is
+:class:`NormValue`            batch norm as a value ``scale*z + shift``: nothing is written
+:class:`NormPass`             such a value, and a sum behind it, written in one pass
+:class:`RawPool`              such a value, clamped and pooled in one pass
+:class:`StockNorm`            a batch norm with nothing behind it
+:class:`StockPool`            a max pool of a tensor
+============================  =========================================================================================
 
 Those for GPUs alone are in :mod:`.gpu_evaluation`. Each names values by their numbers in the program.
 """
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from ..backends import bounds, onednn, run
 from ..ops import stat_dtype
-from . import stock
+from . import stock, winograd
 from .batch_norm import running_affine
 from .conv import channels_last
 from .folding import Folded, Part
@@ -140,6 +141,37 @@ class FoldedConvolution(ForwardStep):
             bounds.remember(made.shift, made.bound)
         if other is not None:
             bounds.remember(other, e.bounds[self.other])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WinogradConvolution(ForwardStep):
+    """The 3x3 convolution `folded` by minimal filtering, with tiles of `outputs` x `outputs` outputs."""
+
+    ops: ClassVar[tuple[str, ...]] = ("winograd_conv3x3_add_relu", "winograd_weight3x3")
+
+    folded: Part
+    conv: Conv
+    outputs: int
+
+    @property
+    def part(self) -> Part:
+        return self.folded
+
+    def forward(self, e: Evaluation, made: Folded) -> None:
+        other = None if self.other is None else e.values[self.other]
+        weight, transformed = e.own(self.folded.conv).weight, made.weight
+        if made.layout != winograd.layout(self.outputs):  # nothing is kept: folded for this call alone
+            weight = made.weight
+            transformed = run("winograd_weight3x3", weight, None, self.outputs, backend=e.backend)
+        vectors = made.scale, made.shift
+        arguments = (e.values[self.source], weight, transformed, *vectors, other, self.conv.padding[0], self.relu)
+        if e.direct:
+            e.values[self.value] = torch.ops.resnet_fused.winograd_conv3x3_add_relu.default(*arguments)
+        else:
+            e.values[self.value] = run("winograd_conv3x3_add_relu", *arguments, backend=e.backend)
+        if e.bounds is not None:
+            added = 0.0 if self.other is None else e.bounds[self.other]
+            e.bounds[self.value] = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

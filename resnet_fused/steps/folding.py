@@ -1,8 +1,9 @@
 """What evaluation makes of parameters: batch norm in the convolution before it, or as a scale and a shift; kept packed.
 
-Folded weights are kept between calls, packed as oneDNN wants them. They are made again when a tensor they came from was
-replaced or written to: its version counter moved, or, for writes that bypass the counter (``p.data.mul_()``), its
-content's checksum changed. The checksum reads all weights once, as fast as memory gives them.
+Folded weights are kept between calls, packed as oneDNN wants them or transformed for minimal filtering. They are made
+again when a tensor they came from was replaced or written to: its version counter moved, or, for writes that bypass the
+counter (``p.data.mul_()``), its content's checksum changed. The checksum reads all weights once, as fast as memory
+gives them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ..backends import bounds, onednn
+from . import winograd
 from .batch_norm import running_affine
 from .program import Call, Convolution
 from .spec import StepTensors
@@ -38,6 +40,7 @@ class Folded(NamedTuple):
     bound: float = 0.0  # of the shift; see `bounds.of`
     enlarges: float = 0.0  # see `bounds.of_weight`
     layout: bytes = b""
+    scale: Tensor | None = None  # in a weight that :mod:`.winograd` transformed
 
 
 class Kept(NamedTuple):
@@ -108,10 +111,17 @@ def fold(call: Call, part: Part, to: torch.dtype | None, wide: bool = False) -> 
     return weight, shift.to(torch.float32) if wide else shift
 
 
-def packed(module: nn.Module, call: Call, part: Part, key: tuple, shape: torch.Size) -> Folded:
-    """`part` folded and packed for inputs of `shape`, kept or made now. `module`: by which it is kept."""
+def packed(
+    module: nn.Module, call: Call, part: Part, key: tuple, shape: torch.Size, outputs: int | None = None
+) -> Folded:
+    """`part` folded and packed for inputs of `shape`, kept or made now. `module`: by which it is kept.
+
+    `outputs`: of a tile, where the weight is to be transformed for filtering.
+    """
     dtype, case, seen, layout = call.x.dtype, None, True, b""
-    if part.conv is not None:
+    if outputs is not None:
+        layout = winograd.layout(outputs)
+    elif part.conv is not None:
         own: StepTensors = call.tensors[part.conv - call.program.inputs]
         node: Convolution = call.program.maker(part.conv)
         case = (dtype, own.weight.shape, node.conv, shape, torch.get_num_threads())
@@ -125,13 +135,26 @@ def packed(module: nn.Module, call: Call, part: Part, key: tuple, shape: torch.S
     with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
         weight, shift = fold(call, part, dtype, wide=True)
         limit = 0.0 if shift is None else bounds.of(shift)
-        if case is None:
+        if outputs is not None:
+            made = _transformed(call, part, Folded(weight, shift, limit, bounds.of_weight(weight), layout), outputs)
+        elif case is None:
             made = Folded(weight, shift, limit, bounds.of_weight(weight.unsqueeze(1)))
         else:
             weight = onednn.prepack(weight, shape, *node.conv.args)
             made = Folded(weight, shift, limit, bounds.of_weight(weight), onednn.layout_of(weight))
             _layouts.learn(case, made.layout)
     return _keep(module, key, dtype, made)
+
+
+def _transformed(call: Call, part: Part, folded: Folded, outputs: int) -> Folded:
+    """The weight of a part transformed, with the scale of its norm, as :mod:`.winograd` takes it."""
+    scale = None
+    if part.norm is not None:
+        norm, settings = call.tensors[part.norm - call.program.inputs], call.program.maker(part.norm).norm
+        scale = running_affine(norm, settings, torch.float64).scale.to(torch.float32)
+    weight = call.tensors[part.conv - call.program.inputs].weight.detach()
+    transformed = torch.ops.resnet_fused.winograd_weight3x3(weight, scale, outputs)
+    return folded._replace(weight=transformed, scale=scale)
 
 
 def _keep(module: nn.Module, key: tuple, dtype: torch.dtype, made: Folded) -> Folded:

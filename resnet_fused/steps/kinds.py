@@ -55,11 +55,11 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     into = b.take_to_add(node.source) if wanted and pixels == EVERY else None
     arguments = (grad.grad, read, own.weight, conv, b.backend)
     if need.weight and wanted:
-        grad_weight, grad_read = convolutions.both_grads(*arguments, into)
+        grad_weight, grad_read = convolutions.both_grads(*arguments, into, b.program.precision)
     elif need.weight:
         grad_weight = convolutions.weight_grad(*arguments)
     elif wanted:
-        grad_read = convolutions.input_grad(*arguments, into)
+        grad_read = convolutions.input_grad(*arguments, into, b.program.precision)
     bias = grad.grad.sum((0, 2, 3), dtype=stat_dtype(grad.grad.dtype)) if need.bias else None
     b.grads[value] = StepGrads(grad_weight, bias)
     if grad_read is not None:
@@ -87,7 +87,7 @@ class Convolve:
         read = f.tensor(node.source)
         if self.keeps and isinstance(f.values[node.source], Lazy):
             f.values[node.source] = f.values[node.source]._replace(written=read)
-        arguments = (read, own.weight, own.bias, node.conv, f.backend, self.statistics)
+        arguments = (read, own.weight, own.bias, node.conv, f.backend, self.statistics, f.program.precision)
         f.values[self.value], moments = convolutions.conv2d(*arguments)
         if moments is not None:
             f.emitted[self.value] = moments
@@ -204,7 +204,7 @@ class ConvolveAndAdd:
         node = f.program.maker(add.branch)
         read, other = f.tensor(node.source), f.tensor(add.other)
         factor = f.sample_factor if add.sampled else None
-        out, _ = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend)
+        out, _ = convolutions.conv2d(read, own.weight, own.bias, node.conv, f.backend, False, f.program.precision)
         if self.statistics:
             f.emitted[self.value] = run("add_stats_", out, other, factor, backend=f.backend)
         else:

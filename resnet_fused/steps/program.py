@@ -83,12 +83,13 @@ class Program:
     """The nodes of a block in the order in which stock runs them.
 
     `inputs`: 1, or 2 with a residual from outside, which the last node, an addition, reads and nobody else. `backend`:
-    who runs the ops.
+    who runs the ops; `precision`: how exact they are, see :mod:`..backends.precision`.
     """
 
     nodes: tuple[Node, ...]
     inputs: int = 1
     backend: str = "auto"
+    precision: str = "default"
 
     @property
     def output(self) -> int:

@@ -15,15 +15,43 @@ Tensor = torch.Tensor
 #: Whether the library is there, and for vectors like oneDNN's: what is built without them was not measured.
 IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] != "baseline"
 _GEOMETRIES = (Conv(), Conv(padding=(1, 1)))
-_TILE, _LEAST_TILES, _TRANSFORM = 2, 8, 200  # outputs to a side; tiles; products that take as long as one value's
+_TILE, _LEAST_TILES = 2, 8  # outputs to a side; tiles
+_TRANSFORM = {2: 200, 4: 1000}  # by outputs to a side, products that take as long as the transforms of one value's tile
+_SIZES = {"default": (2,), "fast": (2, 4)}  # outputs to a side, by how exact they are to be
+_IN_DOUBLE = 600  # products that take as long as a weight's element is transformed in double
+_WEIGHT = 16  # products that take as long as a weight's element takes from memory
+_PANEL = 32  # output channels to a transformed weight's panel, the least that is multiplied
+_BLOCKS, _LEAST_BLOCK, _LARGEST_BLOCK, _VALUES = 16, 28, 84, 172 << 10  # see winograd_conv3x3_add_relu.cpp
 
 
-def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, transposed: bool = False) -> bool:
+def takes(
+    x: Tensor, weight: Tensor, conv: Conv, backend: str, transposed: bool = False, precision: str = "default"
+) -> bool:
     """Whether the op `winograd_conv3x3` has this convolution, or the gradient of its input from `x`, and is faster."""
     if tuple(weight.shape[2:]) != (3, 3) or x.device.type != "cpu" or backend not in ("auto", "cpu"):
         return False
     here = x.dtype == weight.dtype == torch.float32 and is_channels_last(x)
-    return here and saved_products(x.shape, weight, conv, transposed) > 0
+    return here and tiles_of(x.shape, weight, conv, transposed, precision)[0] > 0
+
+
+def tiles_of(
+    shape: torch.Size, weight: Tensor, conv: Conv, transposed: bool = False, precision: str = "default"
+) -> tuple[int, float]:
+    """Outputs to a side of the tiles that are fastest, and how many products they save, see :func:`saved_products`.
+
+    0 of both where a direct sum is. The weight of tiles of 4x4 is transformed at every call, in double.
+    """
+    saved = saved_products(shape, weight, conv, transposed)
+    best = _TILE if saved else 0
+    if 4 in _SIZES[precision] and saved:
+        k, c = weight.shape[:2]
+        grows = (2 if transposed else -2) * (1 - conv.padding[0])
+        n, p, q = shape[0], shape[2] + grows, shape[3] + grows
+        pixels = n * (shape[2] * shape[3] if transposed else p * q)
+        tiles = n * -(-p // 4) * -(-q // 4)
+        more = 9 * pixels * c * k - tiles * (36 * c * k + _TRANSFORM[4] * (c + k)) - _IN_DOUBLE * c * k
+        best, saved = (4, more) if more > saved else (best, saved)
+    return best, saved
 
 
 def saved_products(shape: torch.Size, weight: Tensor, conv: Conv, transposed: bool = False) -> int:
@@ -59,16 +87,61 @@ def saved_products(shape: torch.Size, weight: Tensor, conv: Conv, transposed: bo
     grows = (2 if transposed else -2) * (1 - conv.padding[0])
     p, q = h + grows, w + grows
     tiles, pixels = n * -(-p // _TILE) * -(-q // _TILE), n * (h * w if transposed else p * q)
-    direct, ours = 9 * pixels * c * k, tiles * (16 * c * k + _TRANSFORM * (c + k))
+    direct, ours = 9 * pixels * c * k, tiles * (16 * c * k + _TRANSFORM[_TILE] * (c + k))
     return direct - ours if tiles >= _LEAST_TILES and 10 * direct >= 11 * ours else 0
 
 
-def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:
+def layout(outputs: int) -> bytes:
+    """The layout of a weight that is transformed for tiles of so many outputs to a side."""
+    return f"winograd {outputs}".encode()
+
+
+def folded(shape: torch.Size, weight: Tensor, conv: Conv, precision: str, threads: int) -> tuple[int, float]:
+    """Outputs to a side of the tiles by which a convolution in evaluation is fastest, and how many products that saves.
+
+    0 of both where a direct sum is: oneDNN's, with a weight that is packed as well. As in :func:`saved_products`, by
+    the products of a core; their weights are read from memory at every call, by all threads at its one rate, and a
+    transformed one is larger. `shape`: of what the convolution reads.
+    """
+    if not IS_BUILT or conv not in _GEOMETRIES or tuple(weight.shape[2:]) != (3, 3):
+        return 0, 0.0
+    k, c = weight.shape[:2]
+    n, _, h, w = shape
+    shrinks = 2 - 2 * conv.padding[0]
+    p, q = h - shrinks, w - shrinks
+    direct = (9 * n * p * q + _WEIGHT * 9 * threads) * c * k
+    best, least = 0, 10 / 11 * direct
+    for outputs in _SIZES[precision]:
+        tiles, values, columns = n * -(-p // outputs) * -(-q // outputs), (outputs + 2) ** 2, -(-k // _PANEL) * _PANEL
+        if tiles < _LEAST_TILES and outputs == _TILE:
+            continue
+        products = tiles * (values * c * columns + _TRANSFORM[outputs] * (c + k)) / _share(tiles, values, c, k, threads)
+        products += _WEIGHT * values * threads * c * columns
+        if products < least:
+            best, least = outputs, products
+    return best, direct - least if best else 0.0
+
+
+def _share(tiles: int, values: int, c: int, k: int, threads: int) -> float:
+    """The share of the threads' time that the pieces of work fill."""
+    if tiles < k:
+        pieces = -(-k // _PANEL)
+    else:
+        fit = min(max(_VALUES // (values * c), _LEAST_BLOCK), _LARGEST_BLOCK)
+        pieces = -(-tiles // (max(min(fit, tiles // _BLOCKS) // 14, 1) * 14))
+    return pieces / (-(-pieces // threads) * threads)
+
+
+def convolve(
+    x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool, precision: str = "default"
+) -> tuple[Tensor, Moments | None]:
     """The convolution, and its batch statistics if they are asked for."""
-    z, *moments = run("winograd_conv3x3", x, weight, conv.padding[0], False, statistics, backend=backend)
+    settings = conv.padding[0], False, statistics, tiles_of(x.shape, weight, conv, False, precision)[0]
+    z, *moments = run("winograd_conv3x3", x, weight, *settings, backend=backend)
     return z, tuple(moments) if statistics else None
 
 
-def input_grad(grad: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
+def input_grad(grad: Tensor, weight: Tensor, conv: Conv, backend: str, precision: str = "default") -> Tensor:
     """Gradient of what the convolution read."""
-    return run("winograd_conv3x3", grad, weight, conv.padding[0], True, backend=backend)[0]
+    settings = conv.padding[0], True, False, tiles_of(grad.shape, weight, conv, True, precision)[0]
+    return run("winograd_conv3x3", grad, weight, *settings, backend=backend)[0]

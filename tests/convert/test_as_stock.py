@@ -46,6 +46,20 @@ def known():
     return model
 
 
+@pytest.mark.parametrize("settings", [{"backend": "cpu"}, {"precision": "fast"}], ids=str)
+def test_fused_with_other_settings_it_is_asked_again(known, settings):
+    resnet_fused.fuse(known, **settings)
+    assert not as_stock.is_known(known, image())
+    resnet_fused.fuse(known, backend="auto", precision="default")
+    assert as_stock.is_known(known, image())
+
+
+def test_another_precision_is_asked_for_itself(known):
+    with resnet_fused.precision("fast"):
+        assert not as_stock.is_known(known, image())
+    assert as_stock.is_known(known, image())
+
+
 def test_a_known_call_proves_nothing_and_is_stock_to_the_bit(monkeypatch):
     stock, model = pair()
     for step in range(3):

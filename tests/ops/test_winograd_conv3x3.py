@@ -69,6 +69,22 @@ def test_no_less_exact_than_stock(shape, kind, most):
         assert ours.abs().max() <= 1.1 * stock.abs().max()
 
 
+@pytest.mark.parametrize(("kind", "most"), [("normal", 2.2), ("after a relu", 2.5), ("far mean", 1.0)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_errors_of_larger_tiles(shape, kind, most):
+    """By root mean square; statistics are those of what was written."""
+    x, weight, grad = drawn(shape, 64)
+    x, grad = channels_last(values(kind, x)), channels_last(values(kind, grad))
+    (z, mean, m2), back = convolve(x, weight, 1, False, True, 4), convolve(grad, weight, 1, True, False, 4)[0]
+    exact = F.conv2d(x.double(), weight.double(), padding=1), gradient(grad.double(), weight.double(), 1)
+    stock = F.conv2d(x, weight, padding=1), gradient(grad, weight, 1)
+    for ours, theirs, wanted in zip((z, back), stock, exact, strict=True):
+        assert 0 < root_mean_square(ours.double() - wanted) <= most * root_mean_square(theirs.double() - wanted)
+    wanted = OPS["bn_stats"].reference(z.double())[:2]
+    torch.testing.assert_close(mean.double(), wanted[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m2.double(), wanted[1], rtol=1e-5, atol=1e-6)
+
+
 def test_patches_of_zeros_give_zeros_beside_values_in_the_same_tile():
     x, weight, _ = drawn((2, 32, 14, 15), 48)
     x[:, :, 3:10, 2:9] = 0
@@ -85,7 +101,8 @@ def kinds(t):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("where", ["x", "weight"])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_what_is_not_finite_reaches_what_it_reaches_in_stock(padding, where, value):
+@pytest.mark.parametrize("tile", [2, 4])
+def test_what_is_not_finite_reaches_what_it_reaches_in_stock(tile, padding, where, value):
     """Corners, edges and the middle of a tile; in a weight a tap that padding hides from some outputs."""
     x, weight, grad = drawn((2, 40, 9, 10), 24)
     if where == "weight":
@@ -93,12 +110,12 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_stock(padding, where, val
     else:
         for t in (x, grad):
             t[0, 3, 0, 0] = t[1, 7, 4, 5] = t[1, 20, 8, 3] = value
-    ours, stock = convolve(x, weight, padding, False, True), F.conv2d(x, weight, padding=padding)
+    ours, stock = convolve(x, weight, padding, False, True, tile), F.conv2d(x, weight, padding=padding)
     assert all(map(torch.equal, kinds(ours[0]), kinds(stock)))
     mean, m2 = OPS["bn_stats"].reference(stock)[:2]
     if value != 3e38:  # whose sum may be too large for float32, and is in no fixed order
         assert torch.equal(ours[1].isfinite(), mean.isfinite()) and torch.equal(ours[2].isfinite(), m2.isfinite())
-    back, wanted = convolve(grad, weight, padding, True)[0], gradient(grad, weight, padding)
+    back, wanted = convolve(grad, weight, padding, True, False, tile)[0], gradient(grad, weight, padding)
     assert all(map(torch.equal, kinds(back), kinds(wanted)))
 
 
@@ -121,7 +138,8 @@ def test_bits_do_not_depend_on_the_thread_count(shape, outputs):
     try:
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            results.append([*convolve(x, weight, 1, False, True), *convolve(grad, weight, 1, True, True)])
+            more = [*convolve(x, weight, 1, False, True, 4), *convolve(grad, weight, 1, True, True, 4)]
+            results.append([*convolve(x, weight, 1, False, True), *convolve(grad, weight, 1, True, True), *more])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -143,6 +161,7 @@ def test_layout_of_the_weight_changes_no_bit():
         (lambda x, w: (x.double(), w.double()), "got Double x and Double weight; pass Float"),
         (lambda x, w: (x, w.bfloat16()), "got Float x and BFloat16 weight; pass Float"),
         (lambda x, w: (x, w, 2), "padding is 2; pass 0 or 1"),
+        (lambda x, w: (x, w, 1, False, False, 3), "outputs is 3; pass 2 or 4"),
         (lambda x, w: (x, w[:, :7]), r"weight has shape \[6, 7, 3, 3\]; pass \[K, 8, 3, 3\]"),
         (lambda x, w: (x, w, 1, True), r"weight has shape \[6, 8, 3, 3\]; pass \[8, C, 3, 3\]"),
         (lambda x, w: (x, w[..., :1]), r"weight has shape \[6, 8, 3, 1\]; pass \[K, 8, 3, 3\]"),

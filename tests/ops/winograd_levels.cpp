@@ -1,7 +1,10 @@
-// The stages of the Winograd convolution at every level that this machine runs, on small numbers, of which every
-// product and sum is exact: each result has to be that of the direct sum. Buffers have no room to spare.
+// The stages of the Winograd convolutions at every level that this machine runs, on small numbers, of which with tiles
+// of 2x2 every product and sum is exact: each result has to be that of the direct sum. Buffers have no room to spare.
 #include "../../csrc/cpu/winograd_stages.h"
 
+#include "../../csrc/cpu/winograd_outputs.h"
+
+#include <cmath>
 #include <cstdio>
 #include <string_view>
 #include <vector>
@@ -13,21 +16,28 @@ namespace {
 struct Shape {
   int64_t C, K, H, W, padding, block;
   bool transposed;
+  int64_t columns;  // of the transformed weight's rows; 0: a panel's
 };
 
-#define LEVEL(NAME, TARGET, L)                                                                                         \
-  TARGET void inputs_##NAME(const Problem& p, int64_t block, float* v, const float* zeros) {                           \
-    transform_inputs<L>(p, block, v, zeros);                                                                           \
-  }                                                                                                                    \
-  TARGET void weights_##NAME(const Problem& p, int64_t panel, float* u) {                                              \
-    transform_weights<L>(p, panel, 0, p.C / 2, u);                                                                     \
-    transform_weights<L>(p, panel, p.C / 2, p.C, u);                                                                   \
-  }                                                                                                                    \
-  TARGET bool outputs_##NAME(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, float* m, \
-                             const Sums& sums) {                                                                       \
-    return write_outputs<L>(p, block, panel, v, u, m, sums);                                                           \
-  }                                                                                                                    \
-  int64_t wrong_##NAME(const Shape& s) { return wrong(s, L::panel, inputs_##NAME, weights_##NAME, outputs_##NAME); }
+#define LEVEL(NAME, TARGET, L, M)                                                                                     \
+  TARGET void inputs_##NAME##_##M(const Problem& p, int64_t block, float* v, const float* zeros) {                    \
+    transform_inputs<L, Filtering<M>>(p, block, v, zeros);                                                            \
+  }                                                                                                                   \
+  TARGET void weights_##NAME##_##M(const Problem& p, int64_t panel, const float* scale, float* u) {                   \
+    transform_weights<L, Filtering<M>, float>(p, panel, 0, p.C / 2, scale, u);                                        \
+    transform_weights<L, Filtering<M>, double>(p, panel, p.C / 2, p.C, scale, u);                                     \
+  }                                                                                                                   \
+  TARGET bool plain_##NAME##_##M(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,      \
+                                 float* m, const Sums& sums) {                                                        \
+    return write_outputs<L, Filtering<M>>(p, block, panel, v, u, m, sums, Plain{});                                   \
+  }                                                                                                                   \
+  TARGET bool behind_##NAME##_##M(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,     \
+                                  float* m, const Epilogue& epilogue) {                                               \
+    return write_outputs<L, Filtering<M>>(p, block, panel, v, u, m, Sums{}, epilogue);                                \
+  }                                                                                                                   \
+  int64_t wrong_##NAME##_##M(const Shape& s) {                                                                        \
+    return wrong(s, M, L::panel, inputs_##NAME##_##M, weights_##NAME##_##M, plain_##NAME##_##M, behind_##NAME##_##M); \
+  }
 
 float direct(const Problem& p, int64_t n, int64_t i, int64_t j, int64_t k) {
   float sum = 0;
@@ -44,9 +54,18 @@ float direct(const Problem& p, int64_t n, int64_t i, int64_t j, int64_t k) {
   return sum;
 }
 
+// What follows the sum of an output, of which `residual` is one value.
+float behind(float sum, int64_t k, float residual) {
+  const float y = sum + static_cast<float>(k % 5 - 2) + residual;
+  return y < 0 ? 0 : y;
+}
+
+float scale_of(int64_t k) { return k % 2 ? 2.0f : 0.5f; }
+
 // How many results differ from the direct sum.
-template <class Inputs, class Weights, class Outputs>
-int64_t wrong(const Shape& s, int64_t panel, Inputs inputs, Weights weights, Outputs outputs) {
+template <class Inputs, class Weights, class Outputs, class Behind>
+int64_t wrong(const Shape& s, int64_t tile, int64_t panel, Inputs inputs, Weights weights, Outputs outputs,
+              Behind with_epilogue) {
   Problem p{};
   p.N = 2, p.C = s.C, p.K = s.K, p.H = s.H, p.W = s.W, p.padding = s.padding;
   p.P = s.H + 2 * s.padding - 2, p.Q = s.W + 2 * s.padding - 2;
@@ -60,29 +79,45 @@ int64_t wrong(const Shape& s, int64_t panel, Inputs inputs, Weights weights, Out
   } else {
     p.stride_k = 9 * p.C, p.stride_c = 1, p.stride_r = 3 * p.C, p.stride_s = p.C;
   }
-  p.panel = panel, p.panels = (p.K + panel - 1) / panel;
-  p.tile_rows = (p.P + 1) / 2, p.tile_columns = (p.Q + 1) / 2, p.tiles = p.N * p.tile_rows * p.tile_columns;
+  p.cut(tile, panel);
+  p.u_pitch = s.columns ? s.columns : panel, p.u_gap = s.columns ? 0 : Problem::kGap;
   p.blocks = (p.tiles + s.block - 1) / s.block;
+  std::vector<float> scale, shift(p.panels * panel), residual(z.size());
+  for (int64_t k = 0; s.columns && k < p.K; ++k) scale.push_back(scale_of(k));
+  for (int64_t k = 0; k < p.K; ++k) shift[k] = static_cast<float>(k % 5 - 2);
+  for (size_t i = 0; i < residual.size(); ++i) residual[i] = static_cast<float>(i % 7) - 3;
+  const Epilogue epilogue{shift.data(), residual.data(), z.data(), true, p.K};
   int64_t found = 0;
   for (int64_t block = 0; block < p.blocks; ++block) {
     std::vector<float> v(p.v_size(p.size(block)));
     inputs(p, block, v.data(), zeros.data());
     for (int64_t k = 0; k < p.panels; ++k) {
+      const int64_t column = k * panel % p.u_pitch;
       std::vector<float> u(p.u_size()), m(p.m_size()), pivot(p.panels * panel), sum(pivot), square(pivot);
-      weights(p, k, u.data());
-      found += !outputs(p, block, k, v.data(), u.data(), m.data(), {pivot.data(), sum.data(), square.data()});
+      weights(p, k, s.columns ? scale.data() : nullptr, u.data() + column);
+      if (s.columns) {
+        found += !with_epilogue(p, block, k, v.data(), u.data() + column, m.data(), epilogue);
+      } else {
+        found += !outputs(p, block, k, v.data(), u.data(), m.data(), {pivot.data(), sum.data(), square.data()});
+      }
     }
   }
+  const float error = tile == 2 ? 0 : 2e-3f;
   for (int64_t i = 0; i < p.N * p.P * p.Q * p.K; ++i) {
-    const int64_t pixel = i / p.K, n = pixel / (p.P * p.Q);
-    found += z[i] != direct(p, n, pixel / p.Q % p.P, pixel % p.Q, i % p.K);
+    const int64_t pixel = i / p.K, n = pixel / (p.P * p.Q), k = i % p.K;
+    const float plain = direct(p, n, pixel / p.Q % p.P, pixel % p.Q, k);
+    const float expected = s.columns ? behind(plain * scale_of(k), k, residual[i]) : plain;
+    found += !(std::abs(z[i] - expected) <= error);
   }
   return found;
 }
 
-LEVEL(512, RESNET_FUSED_TARGET_512, Level512)
-LEVEL(256, RESNET_FUSED_TARGET_256, Level256)
-LEVEL(128, , Level128)
+LEVEL(512, RESNET_FUSED_TARGET_512, Level512, 2)
+LEVEL(256, RESNET_FUSED_TARGET_256, Level256, 2)
+LEVEL(128, , Level128, 2)
+LEVEL(512, RESNET_FUSED_TARGET_512, Level512, 4)
+LEVEL(256, RESNET_FUSED_TARGET_256, Level256, 4)
+LEVEL(128, , Level128, 4)
 
 }  // namespace
 
@@ -95,10 +130,10 @@ int main() {
         for (int64_t padding : {0, 1, 2}) {
           for (bool transposed : {false, true}) {
             for (int64_t block : {3, 14}) {
-              const Shape s{C, K, H, W, padding, block, transposed};
-              found += wrong_128(s);
-              if (level != "baseline") found += wrong_256(s);
-              if (level == "avx512") found += wrong_512(s);
+              const Shape s{C, K, H, W, padding, block, transposed, transposed ? 0 : 32};
+              found += wrong_128_2(s) + wrong_128_4(s);
+              if (level != "baseline") found += wrong_256_2(s) + wrong_256_4(s);
+              if (level == "avx512") found += wrong_512_2(s) + wrong_512_4(s);
               ++shapes;
             }
           }

@@ -151,7 +151,7 @@ def test_size_of_the_cache(monkeypatch):
         (640, 1, torch.channels_last, "few pixels"),  # two weights of 14.7 MB
         (256, 2, torch.channels_last, "stock (too small to gain)"),  # of 2.4 MB, which stock multiplies well
         (256, 2, torch.contiguous_format, "few pixels"),  # and slowly
-        (64, 96, torch.channels_last, "evaluation: convolution with"),
+        (64, 96, torch.channels_last, "convolution with norm, ReLU; "),
     ],
 )
 def test_evaluation_is_stocks_where_fusion_saves_less_than_python_takes(channels, size, layout, word):

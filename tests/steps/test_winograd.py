@@ -79,6 +79,43 @@ def test_left_to_aten_for_other_kinds_of_tensors_and_backends(monkeypatch):
     assert not winograd.takes(x, weight, SAME, "auto")
 
 
+def folded(batch, channels, size, precision="default", threads=1, conv=SAME, outputs=None):
+    weight = torch.empty(outputs or channels, channels, 3, 3)
+    return winograd.folded(torch.Size((batch, channels, size, size)), weight, conv, precision, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_tiles_in_evaluation_by_precision(channels, size, threads):
+    for batch in (8, 32):
+        for precision, outputs in (("default", 2), ("fast", 4)):
+            tile, saved = folded(batch, channels, size, precision, threads)
+            assert tile == outputs and saved > 0
+
+
+def test_large_weights_meet_too_few_tiles_in_evaluation():
+    """A direct sum reads 9 numbers from memory where tiles of 4x4 outputs read 36."""
+    assert folded(1, 512, 7, "fast")[0] != 4
+    assert folded(1, 512, 7, threads=8) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"conv": Conv((2, 2), (1, 1))},
+        {"conv": Conv(padding=(2, 2))},
+        {"channels": 3, "outputs": 64},
+        {"channels": 8},
+        {"batch": 1, "size": 4},
+        {"size": 1},
+    ],
+    ids=str,
+)
+def test_left_to_onednn_in_evaluation(more):
+    case = {"batch": 8, "channels": 64, "size": 28} | more
+    assert folded(**case) == folded(**case, precision="fast") == (0, 0.0)
+
+
 @pytest.mark.parametrize("statistics", [False, True])
 def test_statistics_come_with_the_convolution(seen, statistics):
     torch.manual_seed(0)
@@ -121,7 +158,7 @@ def as_steps(program, x, tensors):
     return out, *grads, *(t for own in tensors for t in (own.running_mean, own.running_var) if t is not None)
 
 
-def basic_block(dtype):
+def basic_block(dtype, precision="default"):
     """Two 3x3 convolutions of 32 channels, their norms and the sum with what came in: values 1 to 5."""
     torch.manual_seed(0)
     nodes = [Convolution(0, SAME), Normalisation(1, Norm()), Convolution(2, SAME), Normalisation(3, Norm(), False)]
@@ -132,7 +169,7 @@ def basic_block(dtype):
         vectors = (gamma.to(dtype).requires_grad_(), beta.to(dtype).requires_grad_(), mean.to(dtype), var.to(dtype))
         tensors += [StepTensors(weight.to(dtype).requires_grad_()), StepTensors(None, None, *vectors, torch.tensor(0))]
     x = drawn(4, 32, 10, 9).to(dtype).requires_grad_()
-    return Program((*nodes, Addition(4, 0, True))), x, [*tensors, StepTensors(None)]
+    return Program((*nodes, Addition(4, 0, True)), precision=precision), x, [*tensors, StepTensors(None)]
 
 
 def test_a_block_reads_no_convolution_for_its_statistics(seen, monkeypatch):
@@ -144,3 +181,28 @@ def test_a_block_reads_no_convolution_for_its_statistics(seen, monkeypatch):
     assert seen == ["winograd_conv3x3"] * 4
     for one, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+def test_precision_in_training(seen, monkeypatch):
+    """Larger tiles forward and backward, where a program asks for them; within their error."""
+    tiles, run = [], winograd.run
+    monkeypatch.setattr(winograd, "run", lambda op, *args, **more: tiles.append(args[-1]) or run(op, *args, **more))
+    monkeypatch.setattr(winograd, "_IN_DOUBLE", 0)  # so small images are taken
+    monkeypatch.setitem(winograd._TRANSFORM, 4, 0)
+    exact = as_steps(*basic_block(torch.float64))
+    for precision, outputs in (("default", 2), ("fast", 4)):
+        ours = as_steps(*basic_block(torch.float32, precision))
+        assert tiles == [outputs] * 4
+        tiles.clear()
+        for one, other in zip(ours, exact, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=4e-5 * other.abs().max().item())
+
+
+def test_tiles_in_training():
+    weight, small = torch.empty(64, 64, 3, 3), torch.empty(512, 512, 3, 3)
+    for transposed in (False, True):
+        where = SAME, transposed
+        assert winograd.tiles_of(torch.Size((8, 64, 56, 56)), weight, *where)[0] == 2
+        assert winograd.tiles_of(torch.Size((8, 64, 56, 56)), weight, *where, "fast")[0] == 4
+        assert winograd.tiles_of(torch.Size((1, 512, 7, 7)), small, *where, "fast")[0] == 2
+        assert winograd.tiles_of(torch.Size((1, 64, 2, 2)), weight, *where, "fast") == (0, 0)

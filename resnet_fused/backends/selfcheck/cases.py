@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...ops import OPS
+from ...ops import OPS, winograd_weight3x3
 from ...ops.contract import pack_mask
 from . import lazy_cases
 from .draws import ODD, TAIL, Case, Draw
@@ -119,6 +119,22 @@ def _winograd_conv3x3_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("no padding, contiguous weight", args, {})
 
 
+def _winograd_weight3x3(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    weight, scale = draw.data((40, 24, 3, 3)), draw.vector(40)
+    yield Case("2 outputs, scaled", (weight, scale), {})
+    yield Case("4 outputs, contiguous", (weight.contiguous(), None, 4), {})
+
+
+def _winograd_conv3x3_add_relu(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw(TAIL)
+    weight, scale, shift = draw.data((24, 40, 3, 3)) / 4, draw.vector(24), draw.vector(24)
+    args = (draw.data(), weight, winograd_weight3x3.reference(weight, scale), scale, shift)
+    yield Case("all behind it", (*args, draw.data((3, 24, 9, 7))), {"relu": True})
+    args = (draw.data(), weight, winograd_weight3x3.reference(weight, None, 4))
+    yield Case("4 outputs, no padding", args, {"padding": 0})
+
+
 _CASES = {
     "bn_stats": _bn_stats,
     "add_stats_": _add_stats,
@@ -143,6 +159,8 @@ _CASES = {
     "conv_weight_grad": _conv_weight_grad,
     "winograd_conv3x3": _winograd_conv3x3,
     "winograd_conv3x3_wgrad": _winograd_conv3x3_wgrad,
+    "winograd_conv3x3_add_relu": _winograd_conv3x3_add_relu,
+    "winograd_weight3x3": _winograd_weight3x3,
     "gram_norm": lazy_cases.gram_norm,
     "gram_grad": lazy_cases.gram_grad,
     "norm_relu_pool": lazy_cases.norm_relu_pool,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...ops import winograd_weight3x3
 from ...plan import devices
 from ...traffic.calls import Call, Spec, calls
 from .. import named
@@ -28,6 +29,9 @@ def drawn(call: Call, generator: torch.Generator) -> tuple:
     given = {n: draw(v, generator, window) if isinstance(v, Spec) else v for n, v in call.arguments}
     if "gram" in given:
         consistent_gram(given, generator)
+    if "packed" in given:  # what a weight was transformed to
+        outputs = math.isqrt(given["packed"].shape[1]) - 2
+        given["packed"] = winograd_weight3x3.reference(given["weight"], given.get("scale"), outputs)
     return tuple(given.values())
 
 

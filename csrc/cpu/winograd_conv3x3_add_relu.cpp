@@ -1,0 +1,180 @@
+// A 3x3 convolution of stride 1 by Winograd's filtering with a transformed weight that is kept, and shift, sum and ReLU
+// in the output's transform.
+//
+// Tiles come in blocks, whose transformed input stays in the second-level cache while all panels of the weight pass by;
+// or, where the weight is larger than the input, a panel of it passes the whole. No result depends on the number of
+// threads: an output is a sum over channels in their order.
+// Bytes: x, residual, packed and out once; FLOPs counted as the direct sum's, 2*M*K*C*9.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cmath>
+#include <string_view>
+#include <vector>
+
+#include "../checks/winograd_conv3x3_add_relu.h"
+#include "alloc.h"
+#include "panels.h"
+#include "rows.h"
+#include "winograd_outputs.h"
+#include "winograd_stages.h"
+#include "winograd_work.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+// The stages at one level of the machine, of a size of tiles.
+struct Stages {
+  int64_t panel;
+  void (*inputs)(const Problem&, int64_t, float*, const float*);
+  bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Epilogue&);
+};
+
+template <class L, int64_t M>
+struct At;
+
+#define RESNET_FUSED_STAGES(LEVEL, TARGET, M)                                                                  \
+  template <>                                                                                                  \
+  struct At<LEVEL, M> {                                                                                        \
+    TARGET static void inputs(const Problem& p, int64_t block, float* v, const float* zeros) {                 \
+      transform_inputs<LEVEL, Filtering<M>>(p, block, v, zeros);                                               \
+    }                                                                                                          \
+    TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, \
+                               float* m, const Epilogue& epilogue) {                                           \
+      return write_outputs<LEVEL, Filtering<M>>(p, block, panel, v, u, m, Sums{}, epilogue);                   \
+    }                                                                                                          \
+    static constexpr Stages stages{LEVEL::panel, inputs, outputs};                                             \
+  };
+
+RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 2)
+RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256, 2)
+RESNET_FUSED_STAGES(Level128, , 2)
+RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 4)
+RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256, 4)
+RESNET_FUSED_STAGES(Level128, , 4)
+#undef RESNET_FUSED_STAGES
+
+template <int64_t M>
+const Stages& stages_of() {
+  static const std::string_view level = cpu_level();
+  if (level == "avx512") return At<Level512, M>::stages;
+  return level == "avx2" ? At<Level256, M>::stages : At<Level128, M>::stages;
+}
+
+// Whether panel by panel of the weight passes the whole input, see above.
+bool is_small(const Problem& p) { return p.tiles < p.K; }
+
+// Tiles of a block, in whole groups of product.h's rows. Where panels pass, many, for each block reads all of them.
+// Else so many that what is transformed fits the second-level cache beside a panel and its products, and no more than
+// leave every thread of a common machine several blocks. `folded_outputs` in steps/winograd.py counts on this.
+int64_t tiles_of_a_block(const Problem& p) {
+  constexpr int64_t kFloats = int64_t(172) << 10, kMost = 84, kLeast = 28, kGroup = Level512::rows, kBlocks = 16;
+  if (is_small(p)) return kMost;
+  const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, kMost);
+  return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
+}
+
+Problem problem_of(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t padding, int64_t panel) {
+  Problem p{};
+  p.x = data<float>(x), p.z = data<float>(out), p.padding = padding;
+  p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
+  p.K = out.size(1), p.P = out.size(2), p.Q = out.size(3);
+  p.cut(packed.size(1) == 16 ? 2 : 4, panel);
+  p.u_pitch = kPackedColumns;
+  const int64_t most = tiles_of_a_block(p);
+  p.blocks = (p.tiles + most - 1) / most;
+  return p;
+}
+
+// Where a panel of the weight begins.
+const float* weight_of(const Problem& p, const float* packed, int64_t panel) {
+  const int64_t column = panel * p.panel;
+  return packed + column / kPackedColumns * p.u_size() + column % kPackedColumns;
+}
+
+// Panel by panel of the weight, past the whole input. Whether all is finite.
+bool by_panel(const Problem& p, const Stages& at, const float* packed, const Epilogue& epilogue) {
+  std::atomic<bool> finite{true};
+  const auto v = aligned_array<float>(p.v_size(p.tiles));
+  const std::vector<float> zeros(p.C);
+  const auto input_of = [&](int64_t block) { return v.get() + p.v_size(p.first_tile(block)); };
+  share(p.blocks, [&] { return [&](int64_t block) { at.inputs(p, block, input_of(block), zeros.data()); }; });
+  share(p.panels, [&] {
+    return [&, m = aligned_array<float>(p.m_size())](int64_t panel) {
+      for (int64_t block = 0; block < p.blocks && finite; ++block) {
+        const float* weight = weight_of(p, packed, panel);
+        if (!at.outputs(p, block, panel, input_of(block), weight, m.get(), epilogue)) finite = false;
+      }
+    };
+  });
+  return finite;
+}
+
+// Block by block of the input, past the whole weight. Whether all is finite.
+bool by_block(const Problem& p, const Stages& at, const float* packed, const Epilogue& epilogue) {
+  std::atomic<bool> finite{true};
+  const std::vector<float> zeros(p.C);
+  share(p.blocks, [&] {
+    return
+        [&, v = aligned_array<float>(p.v_size(p.most_tiles())), m = aligned_array<float>(p.m_size())](int64_t block) {
+          if (!finite) return;
+          at.inputs(p, block, v.get(), zeros.data());
+          for (int64_t panel = 0; panel < p.panels; ++panel) {
+            const float* weight = weight_of(p, packed, panel);
+            if (!at.outputs(p, block, panel, v.get(), weight, m.get(), epilogue)) finite = false;
+          }
+        };
+  });
+  return finite;
+}
+
+// The same of ATen's convolution. The transforms may overflow where a direct sum does not, and which of inf and NaN a
+// sum becomes depends on its order: where a sum is not finite, all of them are taken from there.
+void direct(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const Epilogue& epilogue,
+            int64_t padding, const Tensor& out) {
+  Tensor result = out, sums = aten_convolution(x, weight, padding);
+  torch::stable::copy_(result, sums);
+  const int64_t K = out.size(1), rows = out.numel() / K;
+  const float* factors = scale ? data<float>(*scale) : nullptr;
+  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* y = data<float>(out) + row * K;
+      for (int64_t k = 0; k < K; ++k) {
+        float value = factors ? y[k] * factors[k] : y[k];
+        value += epilogue.shift[k];
+        if (epilogue.residual) value += epilogue.residual[row * K + k];
+        y[k] = epilogue.relu && value < 0 ? 0.0f : value;
+      }
+    }
+  });
+}
+
+Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Tensor& packed,
+                                 const OptionalTensor& scale, const OptionalTensor& shift,
+                                 const OptionalTensor& residual, int64_t padding, bool relu) {
+  check_winograd_conv3x3_add_relu(x, weight, packed, scale, shift, padding);
+  const int64_t K = weight.size(0), P = x.size(2) + 2 * padding - 2, Q = x.size(3) + 2 * padding - 2;
+  Tensor out = empty_strided<4>({x.size(0), K, P, Q}, {P * Q * K, 1, Q * K, K}, ScalarType::Float);
+  if (residual) check_like("winograd_conv3x3_add_relu", "residual", *residual, "the result", out);
+  if (out.numel() == 0) return out;
+  advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * sizeof(float));
+  std::vector<float> shifts(packed.size(0) * kPackedColumns);
+  if (shift) std::copy_n(data<float>(*shift), K, shifts.data());
+  const Epilogue epilogue{shifts.data(), residual ? data<float>(*residual) : nullptr, data<float>(out), relu,
+                          kAhead * 2 * K};
+  const Stages& at = packed.size(1) == 16 ? stages_of<2>() : stages_of<4>();
+  const Problem p = problem_of(x, packed, out, padding, at.panel);
+  const float* u = data<float>(packed);
+  const bool finite = is_small(p) ? by_panel(p, at, u, epilogue) : by_block(p, at, u, epilogue);
+  if (!finite) direct(x, weight, scale, epilogue, padding, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("winograd_conv3x3_add_relu", TORCH_BOX(&winograd_conv3x3_add_relu));
+}
+
+}  // namespace resnet_fused::cpu

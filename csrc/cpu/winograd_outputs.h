@@ -1,0 +1,165 @@
+// What follows the products of Winograd's filtering: the output's transform with what is done to an output before it is
+// written, and the sums of batch statistics while the outputs are in cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "winograd.h"
+#include "winograd_problem.h"
+
+namespace resnet_fused::cpu {
+
+// Sums of a block's outputs, per channel, for statistics: see block_moments in moments.h. Null: not asked for.
+struct Sums {
+  float *pivot = nullptr, *sum = nullptr, *square = nullptr;  // of one block
+};
+
+// Outputs are written as they are, and kept for the sums.
+struct Plain {
+  static constexpr bool kept = true;
+  template <class L>
+  RESNET_FUSED_INLINE void apply(typename L::Vector&, int64_t, const float*, int64_t) const {}
+};
+
+// Outputs are shifted, added to and clamped.
+struct Epilogue {
+  static constexpr bool kept = false;
+  const float* shift;     // of whole panels
+  const float* residual;  // as z, or null
+  const float* z;
+  bool relu;
+  int64_t ahead;  // how far behind a pixel of the residual that of a later tile lies
+
+  // `target`: where `count` values of y, from channel k on, will be.
+  template <class L>
+  RESNET_FUSED_INLINE void apply(typename L::Vector& y, int64_t k, const float* target, int64_t count) const {
+    typename L::Vector other;
+    load_vector<L>(other, shift + k);
+    y += other;
+    if (residual) {
+      const float* from = residual + (target - z);
+      __builtin_prefetch(from + ahead);
+      if (count >= L::lanes) {
+        load_vector<L>(other, from);
+      } else {
+        other = typename L::Vector{};
+        for (int64_t lane = 0; lane < count; ++lane) other[lane] = from[lane];
+      }
+      y += other;
+    }
+    if (relu) y = y < 0.0f ? typename L::Vector{} : y;  // NaN stays
+  }
+};
+
+// Write the outputs of a tile; `m` has its values of a panel, whose first outputs * outputs planes get the outputs too
+// where they are kept. bad stays 0 while all outputs are finite.
+template <class L, class F, class E>
+RESNET_FUSED_INLINE void write_tile(const Problem& p, const E& epilogue, const Tile<F::outputs>& tile, int64_t k,
+                                    float* m, int64_t plane, typename L::Vector& bad) {
+  const int64_t channels = std::min(L::panel, p.K - k), rows = tile.rows(p), columns = tile.columns(p);
+  float* first = p.z + ((tile.sample * p.P + tile.row) * p.Q + tile.column) * p.K + k;
+  for (int64_t c = 0; c < channels; c += L::lanes) {
+    typename L::Vector y[F::outputs][F::outputs];
+    transform_output<L, F>(y, m + c, plane);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < F::outputs; ++i) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < F::outputs; ++j) {
+        bad += y[i][j] * 0.0f;
+        if constexpr (E::kept) store_vector<L>(m + (i * F::outputs + j) * plane + c, y[i][j]);
+        if (i >= rows || j >= columns) continue;
+        float* target = first + (i * p.Q + j) * p.K + c;
+        __builtin_prefetch(target + kAhead * 2 * p.K, 1);
+        epilogue.template apply<L>(y[i][j], k + c, target, channels - c);
+        if (channels - c >= L::lanes) {
+          store_vector<L>(target, y[i][j]);
+        } else {
+          for (int64_t lane = 0; lane < channels - c; ++lane) target[lane] = y[i][j][lane];
+        }
+      }
+    }
+  }
+}
+
+// total = the sum of `count` vectors, pair by pair; count is a power of two.
+template <int64_t count, class V>
+RESNET_FUSED_INLINE void add_up(V& total, const V* parts) {
+  if constexpr (count == 1) {
+    total = parts[0];
+  } else {
+    V other;
+    add_up<count / 2>(total, parts);
+    add_up<count / 2>(other, parts + count / 2);
+    total += other;
+  }
+}
+
+// Sums over the outputs of the tiles [first, first + count) for one vector of channels; m as write_tile
+// leaves it. The mean is found first, from differences to the first output, then everything is summed about it.
+template <class L, class F>
+RESNET_FUSED_INLINE void sum_vector(const Problem& p, int64_t first, int64_t count, const float* m, int64_t plane,
+                                    float* pivot, float* sum, float* square) {
+  using V = typename L::Vector;
+  constexpr int64_t kOutputs = F::outputs * F::outputs;
+  V about, totals[kOutputs] = {}, squares[kOutputs] = {};
+  load_vector<L>(about, m);
+  int64_t outputs = 0;
+  for (int64_t pass = 0; pass < 2; ++pass) {
+    Tile<F::outputs> tile(p, first);
+    for (int64_t t = 0; t < count; ++t, tile.advance(p)) {
+      const int64_t rows = tile.rows(p), columns = tile.columns(p);
+      const float* values = m + t * p.m_pitch();
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kOutputs; ++i) {
+        if (i / F::outputs >= rows || i % F::outputs >= columns) continue;
+        V value;
+        load_vector<L>(value, values + i * plane);
+        const V difference = value - about;
+        totals[i] += difference;
+        squares[i] += difference * difference;
+      }
+      outputs += rows * columns;
+    }
+    if (pass == 0) {
+      V total;
+      add_up<kOutputs>(total, totals);
+      about += total * (1.0f / static_cast<float>(outputs));
+      for (int64_t i = 0; i < kOutputs; ++i) totals[i] = squares[i] = V{};
+    }
+  }
+  store_vector<L>(pivot, about);
+  V total;
+  add_up<kOutputs>(total, totals);
+  store_vector<L>(sum, total);
+  add_up<kOutputs>(total, squares);
+  store_vector<L>(square, total);
+}
+
+// The outputs of a block in a panel, from the transformed input and weight; `m` is room for m_size values. Returns
+// whether all are finite before the epilogue.
+template <class L, class F, class E>
+RESNET_FUSED_INLINE bool write_outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,
+                                       float* m, const Sums& sums, const E& epilogue) {
+  const int64_t first = p.first_tile(block), count = p.size(block), k = panel * L::panel;
+  const int64_t plane = count * p.m_pitch();
+  for (int64_t i = 0; i < F::values; ++i) {
+    multiply_rows<L>(count, v + i * count * p.v_pitch(), p.v_pitch(), u + i * p.u_plane(), p.u_pitch, p.C,
+                     m + i * plane, p.m_pitch());
+  }
+  typename L::Vector bad = {};
+  Tile<F::outputs> tile(p, first);
+  for (int64_t t = 0; t < count; ++t, tile.advance(p)) {
+    write_tile<L, F>(p, epilogue, tile, k, m + t * p.m_pitch(), plane, bad);
+  }
+  if (sums.pivot) {
+    for (int64_t c = 0; c < L::panel; c += L::lanes) {
+      sum_vector<L, F>(p, first, count, m + c, plane, sums.pivot + k + c, sums.sum + k + c, sums.square + k + c);
+    }
+  }
+  float lanes[L::lanes];
+  store_vector<L>(lanes, bad);
+  return std::all_of(lanes, lanes + L::lanes, [](float lane) { return lane == 0; });
+}
+
+}  // namespace resnet_fused::cpu

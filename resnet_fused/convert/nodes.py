@@ -66,24 +66,14 @@ class NoProgram(Exception):
     """Why a node cannot be part of a program."""
 
 
-def shape_of(nodes: Nodes, region: Iterable[fx.Node], inputs: tuple[fx.Node, ...]) -> Shape | str:
-    """The nodes of `region`, in the graph's order, as one program of `inputs` that ends in the last.
-
-    Or why they are none, although with others behind them they might be.
+class Reader:
+    """A region of a graph as a program of `inputs`.
 
     Raises:
-        NoProgram: they cannot be.
+        NoProgram: its nodes, in the graph's order, cannot be part of one.
     """
-    reader = _Reader(nodes, inputs)
-    for node in region:
-        reader.take(node)
-    return reader.shape(node)
 
-
-class _Reader:
-    """Nodes of a graph as those of a program."""
-
-    def __init__(self, nodes: Nodes, inputs: tuple[fx.Node, ...]) -> None:
+    def __init__(self, nodes: Nodes, region: Iterable[fx.Node], inputs: tuple[fx.Node, ...]) -> None:
         self.read, self.inputs = nodes, inputs
         self.made: dict[fx.Node, Node] = {}  # they read nodes of the graph until :meth:`_program` numbers these
         self.value = {node: node for node in inputs}  # which of `made` or `inputs` a node, perhaps a ReLU, passes on
@@ -91,19 +81,21 @@ class _Reader:
         self.bypassed: set[str] = set()
         self.inplace: set[bool] = set()
         self.drop_path = ""
+        for self.end in region:
+            self._take(self.end)
 
-    def shape(self, end: fx.Node) -> Shape | str:
-        """The program whose output is the value of `end`, or why there is none."""
+    def shape(self) -> Shape | str:
+        """The program that ends in the last node; or why there is none, although with others behind it may be one."""
         called = [node.target for node in self.made if node.op == "call_module"]
         if len(set(called)) < len(called):
             return "a module that is called twice"
         if len(self.inplace) > 1:
             return "an addition in place beside one that is not"
-        if end in self.dropped:
+        if self.end in self.dropped:
             return "a drop path that no addition follows"
         if not any(isinstance(made, Convolution) for made in self.made.values()):
             return "no convolution"
-        program, names = self._program(self.value[end])
+        program, names = self._program(self.value[self.end])
         if len(names) < len(self.made) or not all(map(program.readers, range(program.inputs))):
             return "a value that nobody reads"
         kinds, inplace = self.read.kinds(self.bypassed), True in self.inplace
@@ -130,12 +122,7 @@ class _Reader:
         number(end)
         return Program(tuple(nodes), len(self.inputs)), tuple(names)
 
-    def take(self, node: fx.Node) -> None:
-        """Make `node` part of the program.
-
-        Raises:
-            NoProgram: it cannot be.
-        """
+    def _take(self, node: fx.Node) -> None:
         inplace, module = self.read.adds(node), self.read.module(node)
         identity = type(module) is nn.Identity
         if inplace is None and not identity and not self.dropped.isdisjoint(node.all_input_nodes):

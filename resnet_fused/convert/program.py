@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..blocks import norms
 from ..blocks.shape import Shape
 from .instructions import Form, ShapeCall, StockCall, plain
-from .nodes import Nodes, NoProgram, shape_of
+from .nodes import Nodes, NoProgram, Reader
 from .order import Order, module_effect
 
 _Nodes = tuple[fx.Node, ...]
@@ -60,7 +60,7 @@ class _Builder:
         """The program of a region; why it must go on to be one that may run where its end stands; None: it cannot."""
         end, draws = region[-1], any(map(self.nodes.is_drop_path, region))
         try:
-            found = shape_of(self.nodes, region, inputs)
+            found = Reader(self.nodes, region, inputs).shape()
             if isinstance(found, str) and self.nodes.adds(end) is not None:
                 raise NoProgram(found)
         except NoProgram as error:
@@ -142,7 +142,7 @@ def _whole(nodes: Nodes) -> Form | None:
     if not inside or output.args[0] is not inside[-1]:
         return None
     try:
-        shape = shape_of(nodes, inside, (source,))
+        shape = Reader(nodes, inside, (source,)).shape()
     except NoProgram:
         return None
     return _form(nodes, [ShapeCall(shape, (source.name,), inside[-1].name)], {}) if isinstance(shape, Shape) else None

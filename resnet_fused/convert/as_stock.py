@@ -71,6 +71,7 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
     """All that decides whether the plan leaves a call to stock; None where it must be asked."""
     if choose.is_directed() or not x.is_cpu:
         return None
+    wanting = kept.parameters if torch.is_grad_enabled() else ()
     return (
         part,
         x.shape,
@@ -83,13 +84,8 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         measured.changes(),
         module.training,
         *[bool(norm.training) for norm in kept.norms],
-        *([] if not torch.is_grad_enabled() else map(_wants_gradient, kept.parameters)),
+        *[getattr(own.get("weight"), "requires_grad", False) for own in wanting],
     )
-
-
-def _wants_gradient(parameters: dict) -> bool:
-    weight = parameters.get("weight")
-    return weight is not None and weight.requires_grad
 
 
 def fused_so_far() -> int:

@@ -10,7 +10,7 @@ from ..plan.lower import lower
 from ..steps import Conv, Norm, StepTensors, stock
 from ..steps.layout import arrived, behind, left
 from ..steps.program import Call, residual_program
-from .evaluation import evaluate, takes
+from .kept_evaluation import evaluate, takes
 from .layers import pair
 from .runtime import needs_grad, train
 

@@ -13,7 +13,7 @@ from . import swap
 from .fused_module import FusedState, fused_class
 from .instructions import Form
 from .outside import read_by
-from .program import build
+from .regions import build
 from .report import BUILT_FUSED, Report, complaint, is_fused_here, outermost, survey
 from .stage import fuse_stage
 from .stem import fuse_stem

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from ..blocks import norms
+from ..blocks import norms, proven
 from ..blocks.layers import why_not_conv
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
@@ -40,13 +40,7 @@ class Nodes:
 
     def is_drop_path(self, node: fx.Node | None) -> bool:
         """timm's DropPath, whose random call this package repeats."""
-        cls = type(self.module(node))
-        return (cls.__module__, cls.__name__) == ("timm.layers.drop", "DropPath")
-
-    def clamps(self, node: fx.Node) -> bool | None:
-        """Of a batch norm: whether it clamps by an activation of its own; None if that is something else."""
-        act = norms.activation_of(self.module(node))
-        return False if act is None or type(act) is nn.Identity else True if type(act) is nn.ReLU else None
+        return proven.kind(self.module(node)) in proven.DROP_PATHS
 
     @staticmethod
     def only_reader(node: fx.Node) -> fx.Node | None:
@@ -175,12 +169,12 @@ class Reader:
     def _norm(self, node: fx.Node, module: nn.Module) -> None:
         if reason := norms.why_not(module):
             raise NoProgram(reason)
-        clamps = self.read.clamps(node)
-        if clamps is None:
-            raise NoProgram(f"a norm with an activation of class {type(module.act).__name__}")
-        if norms.activation_of(module) is not None:
+        act = norms.activation_of(module)
+        if act is not None and type(act) not in (nn.Identity, nn.ReLU):
+            raise NoProgram(f"a norm with an activation of class {type(act).__name__}")
+        if act is not None:
             self.bypassed |= {f"{node.target}.{name}" for name, _ in module.named_children()}
-        self._make(node, Normalisation(self.value[node.args[0]], Norm(), clamps))
+        self._make(node, Normalisation(self.value[node.args[0]], Norm(), type(act) is nn.ReLU))
 
     def _relu(self, node: fx.Node) -> None:
         """A ReLU belongs to the norm or the addition before it, which nobody else may read; it may work in place."""

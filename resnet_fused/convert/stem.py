@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -119,16 +119,16 @@ class _Rewritten:
 
 
 def _rewritten(
-    cls: type, names: Collection[str], accept: Callable[[Stem], bool]
+    cls: type, names: Iterable[str], accept: Callable[[Stem], bool]
 ) -> dict[str, tuple[types.FunctionType, list[Stem]]]:
     """The methods that read at least three of `names`, as the class knows them, with their stems rewritten, and these.
 
     But for those where there are none, or whose source is not proven.
     """
-    found = {}
+    names, found = set(names), {}
     for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
         method = None if name.startswith("__") else swap.method_of(cls, name)
-        if method is None or len({*names}.intersection(method.__code__.co_names)) < 3:
+        if method is None or len(names.intersection(method.__code__.co_names)) < 3:
             continue
         definition = source.find(method)
         rewriter = definition and Rewriter(definition, method.__code__, accept)
@@ -142,8 +142,8 @@ def _stem_class(stock: type, stems: tuple[Stem, ...]) -> type:
     """The subclass of `stock` whose methods run `stems`."""
     methods = _rewritten(stock, {child for stem in stems for child in stem}, stems.__contains__)
     body = {name: _Rewritten(name, function) for name, (function, _) in methods.items()}
-    functions = {entry.key: entry.function for entry in body.values()}
-    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body, functions)
+    body |= {entry.key: entry.function for entry in [*body.values()]}
+    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body)
 
 
 def fuse_stem(model: nn.Module, backend: str) -> str:

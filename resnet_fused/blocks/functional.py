@@ -10,15 +10,12 @@ from ..plan.lower import lower
 from ..steps import Conv, Norm, StepTensors, stock
 from ..steps.layout import arrived, behind, left
 from ..steps.program import Call, residual_program
-from .evaluation import evaluate, takes
+from .kept_evaluation import evaluate, takes
+from .layers import pair
 from .runtime import needs_grad, train
 
 Tensor = torch.Tensor
 Pair = int | tuple[int, int]
-
-
-def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def conv_bn_add_relu(
@@ -76,7 +73,7 @@ def conv_bn_add_relu(
     """
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    conv = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
+    conv = Conv(pair(stride), pair(padding), pair(dilation), groups)
     _check_vectors(weight.shape[0], running_mean, running_var, bn_weight, bn_bias, bias, training)
     joins = {"residual": "" if residual is None else "tensor", "sampled": sample_factor is not None}
     program = residual_program([(conv, Norm(eps, momentum, training))], relu=relu, backend=current(), **joins)

@@ -11,13 +11,14 @@ from . import proven
 _PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """A setting of height and width, as PyTorch reads it."""
     return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
 
 
 def conv_geometry(conv: nn.Conv2d) -> Conv | None:
     """Geometry of a convolution module with zero padding; None where the padding is of another kind."""
-    padding, dilation = conv.padding, _pair(conv.dilation)
+    padding, dilation = conv.padding, pair(conv.dilation)
     if conv.padding_mode != "zeros":
         return None
     if padding == "valid":
@@ -27,7 +28,7 @@ def conv_geometry(conv: nn.Conv2d) -> Conv | None:
         if any(t % 2 for t in total):
             return None
         padding = (total[0] // 2, total[1] // 2)
-    stride, padding = _pair(conv.stride), _pair(padding)
+    stride, padding = pair(conv.stride), pair(padding)
     usual = len(stride) == len(padding) == len(dilation) == 2 and min(*stride, *dilation, conv.groups) > 0
     return Conv(stride, padding, dilation, conv.groups) if usual else None
 
@@ -62,7 +63,7 @@ def pool_geometry(pool: nn.Module) -> Pool | None:
     if why_not_pool(pool) or pool.ceil_mode or hooked(pool):
         return None
     stride = pool.kernel_size if pool.stride is None else pool.stride
-    kernel, stride, padding, dilation = map(_pair, (pool.kernel_size, stride, pool.padding, pool.dilation))
+    kernel, stride, padding, dilation = map(pair, (pool.kernel_size, stride, pool.padding, pool.dilation))
     fits = (
         dilation == (1, 1)
         and kernel[0] * kernel[1] < 256

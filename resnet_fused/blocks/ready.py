@@ -20,7 +20,7 @@ from ..steps.layout import Placed, suggests_channels_last
 from ..steps.program import Call
 from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
 from ..steps.spec import flatten, present, regroup, spread
-from .evaluation import repeatable, run_steps
+from .kept_evaluation import repeatable, run_steps
 from .site import Site
 from .unchanged import is_wrapper
 

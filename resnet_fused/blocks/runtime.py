@@ -23,7 +23,7 @@ from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Po
 from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
 from . import norms, ready
-from .evaluation import evaluate, takes
+from .kept_evaluation import evaluate, takes
 from .site import Site
 
 Tensor = torch.Tensor

@@ -2,14 +2,13 @@
 
 A fused block owns its convolutions and norms as before and calls none of them. Whatever would have happened in those
 calls (hooks, pruning, a replaced child or method) must still happen, so each call asks :func:`module_obstacle`, and of
-its input :func:`obstacle`, first and runs the stock forward where there is one.
+its input :func:`value_obstacle`, first and runs the stock forward where there is one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -56,9 +55,9 @@ class Site:
     kept: Kept | None = dataclasses.field(default=None, repr=False)  # None: nothing is kept, while a graph is traced
 
     def __post_init__(self) -> None:
-        pairs = zip(self.shape.program.nodes, self.modules, strict=True)
-        #: The nodes that have a module, and theirs.
-        self.nodes = [(node, module) for node, module in pairs if module is not None]
+        #: All nodes and their modules, and those that have one.
+        self.pairs = list(zip(self.shape.program.nodes, self.modules, strict=True))
+        self.nodes = [(node, module) for node, module in self.pairs if module is not None]
         self.convolutions = [module for node, module in self.nodes if isinstance(node, Convolution)]
         self.norms = [module for node, module in self.nodes if isinstance(node, Normalisation)]
         self._first = next((node, module) for node, module in self.nodes if 0 in node.reads)
@@ -75,13 +74,12 @@ class Site:
 
     def settings(self) -> tuple[Conv | Norm | Pool | None, ...]:
         """What each node's module is set to now."""
-        pairs = zip(self.shape.program.nodes, self.modules, strict=True)
-        return tuple(None if module is None else _READ[type(node)](module) for node, module in pairs)
+        return tuple(None if module is None else _READ[type(node)](module) for node, module in self.pairs)
 
     def tensors(self) -> list[StepTensors]:
         """The tensors of each node."""
         found = []
-        for node, module in zip(self.shape.program.nodes, self.modules, strict=True):
+        for node, module in self.pairs:
             if isinstance(node, Convolution):
                 found.append(StepTensors(module.weight, module.bias))
             elif isinstance(node, Normalisation):
@@ -107,19 +105,10 @@ def find(block: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
-def _found(block: nn.Module, shapes: Iterable[Shape], names: Iterable[str], *settings: str) -> list[Site] | None:
-    if any(find(block, name) is None for name in names):
-        return None
-    return [
-        Site(
-            shape,
-            tuple(find(block, name) if name else None for name in shape.names),
-            tuple(find(block, name) for name, _ in shape.bypassed),
-            *settings,
-            None if torch.compiler.is_compiling() else Kept(),
-        )
-        for shape in shapes
-    ]
+def _site(block: nn.Module, shape: Shape, *settings: str) -> Site:
+    modules = tuple(find(block, name) if name else None for name in shape.names)
+    bypassed = tuple(find(block, name) for name, _ in shape.bypassed)
+    return Site(shape, modules, bypassed, *settings, None if torch.compiler.is_compiling() else Kept())
 
 
 #: Of each block, by the ids of their shapes: these, the names of what holds modules, whom they held, the sites.
@@ -142,7 +131,9 @@ def sites_in(
     if known and known[0] is shapes and known[2] == _children(block, known[1], backend, precision):
         return known[3]
     wanted = (*names, *(name for shape in shapes for name in shape.modules))
-    sites = _found(block, shapes, wanted, backend, precision)
+    sites = None
+    if all(find(block, name) is not None for name in wanted):
+        sites = [_site(block, shape, backend, precision) for shape in shapes]
     if looked is not None:
         if len(looked) >= KEPT:  # of forms that nobody has any more
             looked.clear()
@@ -209,18 +200,15 @@ def _tensor_obstacle(site: Site) -> str:
     """Why the parameters are not those of one program: another class, device, dtype or shape than fit together."""
     program, first = site.shape.program, site.convolutions[0].weight
     channels: list[int | None] = [None] * program.inputs  # of each value; None: of an input, as its first reader says
-    for node, module in zip(program.nodes, site.modules, strict=True):
+    for node, module in site.pairs:
         entering = channels[node.reads[0]]
         if isinstance(node, Addition | Pooling):
             channels.append(entering)
             continue
-        weight, vectors = None, ()
-        if isinstance(node, Convolution):
-            weight, vectors = module.weight, (module.bias,)
-            if weight.dim() != 4:
-                return "a weight of another form"
-        else:
-            vectors = norms.vectors(module)
+        is_conv = isinstance(node, Convolution)
+        weight, vectors = (module.weight, (module.bias,)) if is_conv else (None, norms.vectors(module))
+        if is_conv and weight.dim() != 4:
+            return "a weight of another form"
         takes = _entering(node, module)
         if entering is None:
             channels[node.reads[0]] = entering = takes

@@ -43,8 +43,8 @@ def is_known(module: nn.Module, x: object, part: object = None) -> bool:
         return False
     if _within.known:
         return True
-    kept = _kept.get(module)
-    return kept is not None and _is_current(kept, module) and _key(kept, module, x, part) in kept.keys
+    kept = _current(module)
+    return kept is not None and _key(kept, module, x, part) in kept.keys
 
 
 class _Within(threading.local):
@@ -63,15 +63,18 @@ def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch
         _within.known = before
 
 
-def _is_current(kept: _Kept, module: nn.Module) -> bool:
-    now = module._modules
-    return len(now) == len(kept.children) and all(map(operator.is_, now.values(), kept.children))
+def _current(module: nn.Module) -> _Kept | None:
+    """What is known of `module`, as long as its children are what they were."""
+    kept, now = _kept.get(module), module._modules
+    same = kept is not None and len(now) == len(kept.children) and all(map(operator.is_, now.values(), kept.children))
+    return kept if same else None
 
 
 def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple | None:
     """All that decides whether the plan leaves a call to stock; None where it must be asked."""
     if choose.is_directed() or not x.is_cpu:
         return None
+    wanting = kept.parameters if torch.is_grad_enabled() else ()
     return (
         part,
         x.shape,
@@ -85,7 +88,7 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         measured.changes(),
         module.training,
         *[bool(norm.training) for norm in kept.norms],
-        *([] if not torch.is_grad_enabled() else map(_wants_gradient, kept.parameters)),
+        *[getattr(own.get("weight"), "requires_grad", False) for own in wanting],
     )
 
 
@@ -93,11 +96,6 @@ def _fused_for(module: nn.Module) -> tuple:
     """The backend of a fused module, and how exact it is to be now."""
     state = module.__dict__.get(STATE)
     return getattr(state, "backend", ""), precision.of(getattr(state, "precision", "default"))
-
-
-def _wants_gradient(parameters: dict) -> bool:
-    weight = parameters.get("weight")
-    return weight is not None and weight.requires_grad
 
 
 def fused_so_far() -> int:
@@ -109,8 +107,8 @@ def note(module: nn.Module, sites: Sequence[Site], x: object, before: int, part:
     """Note that `module`, whose programs are `sites`, ran on `x`, if none of them ran fused since `before`."""
     if torch.compiler.is_compiling() or runtime.fused_programs() != before or type(x) is not torch.Tensor:
         return
-    kept = _kept.get(module)
-    if kept is None or not _is_current(kept, module) or len(kept.keys) >= _LIMIT:
+    kept = _current(module)
+    if kept is None or len(kept.keys) >= _LIMIT:
         parameters = tuple(conv._parameters for site in sites for conv in site.convolutions)
         norms = tuple(norm for site in sites for norm in site.norms)
         _kept[module] = kept = _Kept(tuple(module._modules.values()), norms, parameters, set())

@@ -11,21 +11,22 @@ from ..backends import check_name
 from ..backends.precision import check_word
 from ..blocks import norms
 from . import swap
-from .fused_module import FusedModule, FusedState, fused_class
+from .fused_module import FusedState, fused_class
 from .instructions import Form
 from .outside import read_by
-from .program import build
-from .report import BUILT_FUSED, Report, complaint, is_fused_here, runs_itself, survey
-from .shares import join
+from .regions import build
+from .report import BUILT_FUSED, Report, complaint, is_fused_here, outermost, survey
 from .stage import fuse_stage
-from .stem import FusedStem, fuse_stem
-from .swap import is_fused
+from .stem import fuse_stem
 from .trace import Untraceable, fingerprint, names_read, state_of, trace
 
 FilterFn = Callable[[str, nn.Module], bool]
 
 
 def _is_candidate(module: nn.Module) -> bool:
+    """Whether `fuse` looks at a module, again if it is fused."""
+    if is_fused_here(module):
+        return not isinstance(module, BUILT_FUSED)
     return any(isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children())
 
 
@@ -64,21 +65,15 @@ def fuse(
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     check_word("default" if precision is None else precision)
-    inside: set[str] = set()  # modules that a fused one runs
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
-    for name, module in list(model.named_modules()):
-        if name in inside:
-            continue
+    for name, module in outermost(model):
         if filter_fn is not None and not filter_fn(name, module):
             left_out.add(name)
-            continue
-        if not isinstance(module, BUILT_FUSED) and (is_fused(module, FusedModule | FusedStem) or _is_candidate(module)):
+        elif _is_candidate(module):
             reason = _fuse_one(module, backend, precision)
             if reason and fuse_stem(module, backend, precision):
                 left[id(module)] = reason
-        if is_fused_here(module):
-            inside |= {join(name, inner) for inner in runs_itself(module)}
     for module in list(model.modules()):
         fuse_stage(module)
     nothing = not any(map(is_fused_here, model.modules()))

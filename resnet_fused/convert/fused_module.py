@@ -189,16 +189,22 @@ def placed(value: Tensor | Placed) -> Placed:
     return value if isinstance(value, Placed) else arrived(value)
 
 
-def run_block(block: nn.Module, x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
-    """A fused block's output: its form's, or that of its stock forward."""
-    if as_stock.is_known(block, x):
-        return as_stock.run(stock, x)
-    running = runnable(block)
-    if running is None or entry_obstacle(x, running):
-        return stock(x)
+def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], running: Running | None = None) -> object:
+    """A fused block's output for another: its form's, or that of `stock`, its forward or itself.
+
+    `running`: what it runs, if that was just found.
+    """
+    value = x.value if isinstance(x, Placed) else x
+    plain = value is x or x.channels_last or value.is_contiguous()  # stock takes it as it lies, without a copy
+    if plain and as_stock.is_known(block, value):
+        return as_stock.run(stock, value)
+    running = runnable(block) if running is None else running
+    if running is None or entry_obstacle(value, running):
+        return stock(left(x))
     before = as_stock.fused_so_far()
-    out = left(run_form(running, x))
-    as_stock.note(block, running.sites, x, before)
+    out = run_form(running, x)
+    if plain:
+        as_stock.note(block, running.sites, value, before)
     return out
 
 
@@ -209,7 +215,7 @@ class FusedModule(swap.Swapped):
     _resnet_fused_reader: Callable[[], tuple | None]  # of the globals that the stock forward reads
 
     def forward(self, x):
-        return run_block(self, x, super().forward)
+        return left(run_block(self, x, super().forward))
 
 
 def fused_class(stock_class: type) -> type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections.abc import Callable
 
 from torch import fx
 
@@ -77,27 +78,28 @@ class Form:
 
 
 def plain(arg: object) -> object:
-    """An argument of a node with names for nodes, in Python's own containers: ``torch.compile`` knows no others."""
-    if isinstance(arg, fx.Node):
-        return Ref(arg.name)
-    if isinstance(arg, slice):
-        return slice(plain(arg.start), plain(arg.stop), plain(arg.step))
-    if isinstance(arg, dict):
-        return {key: plain(value) for key, value in arg.items()}
-    if isinstance(arg, tuple | list):
-        return (tuple if isinstance(arg, tuple) else list)(map(plain, arg))
-    return arg
+    """An argument of a node with names for nodes."""
+    return _changed(arg, lambda item: Ref(item.name) if isinstance(item, fx.Node) else item)
 
 
 def resolve(arg: object, values: dict[str, object]) -> object:
     """What :func:`plain` made an argument or a result of, with values in stock's layout for their names."""
-    if isinstance(arg, Ref):
-        values[arg.name] = left(values[arg.name])
-        return values[arg.name]
+
+    def value(item: object) -> object:
+        if not isinstance(item, Ref):
+            return item
+        values[item.name] = left(values[item.name])
+        return values[item.name]
+
+    return _changed(arg, value)
+
+
+def _changed(arg: object, change: Callable[[object], object]) -> object:
+    """`arg` with all items changed, in Python's own containers: ``torch.compile`` knows no others."""
     if isinstance(arg, slice):
-        return slice(resolve(arg.start, values), resolve(arg.stop, values), resolve(arg.step, values))
+        return slice(*[_changed(item, change) for item in (arg.start, arg.stop, arg.step)])
     if isinstance(arg, dict):
-        return {key: resolve(item, values) for key, item in arg.items()}
+        return {key: _changed(item, change) for key, item in arg.items()}
     if isinstance(arg, tuple | list):
-        return type(arg)([resolve(item, values) for item in arg])
-    return arg
+        return (tuple if isinstance(arg, tuple) else list)([_changed(item, change) for item in arg])
+    return change(arg)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterable
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from ..blocks import norms
+from ..blocks import norms, proven
 from ..blocks.layers import why_not_conv
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
 from ..steps import Conv, Norm, Pool
 from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+from .outside import called
 
-_ADDS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}  # in place or not
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_ADDS = {"add": False, "iadd": True, "add_": True}  # in place or not
 
 
 class Nodes:
@@ -36,22 +33,14 @@ class Nodes:
     @staticmethod
     def adds(node: fx.Node | None) -> bool | None:
         """Of an addition, whether it is in place; None of all else."""
-        return _ADDS.get(node.target) if node is not None and node.op in ("call_function", "call_method") else None
+        return None if node is None else _ADDS.get(called(node))
 
     def is_relu(self, node: fx.Node | None) -> bool:
-        if node is None or node.op == "call_module":
-            return type(self.module(node)) is nn.ReLU
-        return node.op in ("call_function", "call_method") and node.target in _RELUS
+        return type(self.module(node)) is nn.ReLU or (node is not None and called(node) in ("relu", "relu_"))
 
     def is_drop_path(self, node: fx.Node | None) -> bool:
         """timm's DropPath, whose random call this package repeats."""
-        cls = type(self.module(node))
-        return (cls.__module__, cls.__name__) == ("timm.layers.drop", "DropPath")
-
-    def clamps(self, node: fx.Node) -> bool | None:
-        """Of a batch norm: whether it clamps by an activation of its own; None if that is something else."""
-        act = norms.activation_of(self.module(node))
-        return False if act is None or type(act) is nn.Identity else True if type(act) is nn.ReLU else None
+        return proven.kind(self.module(node)) in proven.DROP_PATHS
 
     @staticmethod
     def only_reader(node: fx.Node) -> fx.Node | None:
@@ -71,57 +60,63 @@ class NoProgram(Exception):
     """Why a node cannot be part of a program."""
 
 
-def shape_of(nodes: Nodes, region: Iterable[fx.Node], inputs: tuple[fx.Node, ...]) -> Shape | str:
-    """The nodes of `region`, in the graph's order, as one program of `inputs` that ends in the last.
-
-    Or why they are none, although with others behind them they might be.
+class Reader:
+    """A region of a graph as a program of `inputs`.
 
     Raises:
-        NoProgram: they cannot be.
+        NoProgram: its nodes, in the graph's order, cannot be part of one.
     """
-    reader = _Reader(nodes, inputs)
-    for node in region:
-        reader.take(node)
-    return reader.shape(node)
 
-
-class _Reader:
-    """Nodes of a graph as those of a program."""
-
-    def __init__(self, nodes: Nodes, inputs: tuple[fx.Node, ...]) -> None:
-        self.read, self.inputs = nodes, len(inputs)
-        self.nodes: list[Node] = []
-        self.names: list[str] = []
-        self.values: dict[fx.Node, int] = {node: value for value, node in enumerate(inputs)}
+    def __init__(self, nodes: Nodes, region: Iterable[fx.Node], inputs: tuple[fx.Node, ...]) -> None:
+        self.read, self.inputs = nodes, inputs
+        self.made: dict[fx.Node, Node] = {}  # they read nodes of the graph until :meth:`_program` numbers these
+        self.value = {node: node for node in inputs}  # which of `made` or `inputs` a node, perhaps a ReLU, passes on
         self.dropped: set[fx.Node] = set()
         self.bypassed: set[str] = set()
         self.inplace: set[bool] = set()
         self.drop_path = ""
+        for self.end in region:
+            self._take(self.end)
 
-    def shape(self, end: fx.Node) -> Shape | str:
-        """The program whose output is the value of `end`, or why there is none."""
-        used = [name for name in self.names if name]
-        if len(set(used)) < len(used):
+    def shape(self) -> Shape | str:
+        """The program that ends in the last node; or why there is none, although with others behind it may be one."""
+        called = [node.target for node in self.made if node.op == "call_module"]
+        if len(set(called)) < len(called):
             return "a module that is called twice"
         if len(self.inplace) > 1:
             return "an addition in place beside one that is not"
-        if end in self.dropped:
+        if self.end in self.dropped:
             return "a drop path that no addition follows"
-        program = Program(tuple(self.nodes), self.inputs)
-        if not any(isinstance(node, Convolution) for node in self.nodes):
+        if not any(isinstance(made, Convolution) for made in self.made.values()):
             return "no convolution"
-        if self.values[end] != program.output or any(not program.readers(value) for value in range(program.output)):
+        program, names = self._program(self.value[self.end])
+        if len(names) < len(self.made) or not all(map(program.readers, range(program.inputs))):
             return "a value that nobody reads"
-        program, names = _in_order(program, self.names)
         kinds, inplace = self.read.kinds(self.bypassed), True in self.inplace
         return obstacle(program) or Shape(program, names, kinds, self.drop_path, inplace)
 
-    def take(self, node: fx.Node) -> None:
-        """Make `node` part of the program.
+    def _program(self, end: fx.Node) -> tuple[Program, tuple[str, ...]]:
+        """What makes the value `end`, each node behind what it reads, first the branch of an addition; and their names.
 
-        Raises:
-            NoProgram: it cannot be.
+        So a residual program has them.
         """
+        numbers = {node: value for value, node in enumerate(self.inputs)}
+        nodes: list[Node] = []
+        names: list[str] = []
+
+        def number(node: fx.Node) -> int:
+            if node not in numbers:
+                made = self.made[node]
+                fields = ("branch", "other") if isinstance(made, Addition) else ("source",)
+                nodes.append(dataclasses.replace(made, **dict(zip(fields, [*map(number, made.reads)], strict=True))))
+                names.append(node.target if node.op == "call_module" else "")
+                numbers[node] = len(numbers)
+            return numbers[node]
+
+        number(end)
+        return Program(tuple(nodes), len(self.inputs)), tuple(names)
+
+    def _take(self, node: fx.Node) -> None:
         inplace, module = self.read.adds(node), self.read.module(node)
         identity = type(module) is nn.Identity
         if inplace is None and not identity and not self.dropped.isdisjoint(node.all_input_nodes):
@@ -132,7 +127,7 @@ class _Reader:
             self._relu(node)
         elif module is None:
             raise NoProgram(f"{getattr(node.target, '__name__', node.target)} in its forward")
-        elif node.args[0] not in self.values:
+        elif node.args[0] not in self.value:
             raise NoProgram(f"an input of {node.name} that is no value of its own")
         elif identity:
             self._pass(node)
@@ -140,32 +135,29 @@ class _Reader:
         elif isinstance(module, nn.Conv2d):
             if reason := why_not_conv(module):
                 raise NoProgram(reason)
-            self._make(node, Convolution(self.values[node.args[0]], Conv()))
+            self._make(node, Convolution(self.value[node.args[0]], Conv()))
         elif type(module) is nn.MaxPool2d:
-            self._make(node, Pooling(self.values[node.args[0]], Pool()))
+            self._make(node, Pooling(self.value[node.args[0]], Pool()))
         elif self.read.is_drop_path(node):
             self._drop(node)
         else:
             self._norm(node, module)
 
     def _make(self, node: fx.Node, made: Node) -> None:
-        self.values[node] = self.inputs + len(self.nodes)
-        self.nodes.append(made)
-        self.names.append(node.target if node.op == "call_module" else "")
+        self.made[node], self.value[node] = made, node
 
     def _pass(self, node: fx.Node) -> None:
         """Give `node` the value that it reads."""
-        self.values[node] = self.values[node.args[0]]
+        self.value[node] = self.value[node.args[0]]
         if node.op == "call_module":
             self.bypassed.add(node.target)
 
     def _made(self, node: fx.Node) -> Node | None:
-        place = self.values.get(node, -1) - self.inputs
-        return None if place < 0 else self.nodes[place]
+        return self.made.get(self.value.get(node))
 
     def _is_sole(self, node: fx.Node) -> bool:
         """Whether a value, under all of its names, has one reader."""
-        return all(len(name.users) == 1 for name, value in self.values.items() if value == self.values[node])
+        return all(len(name.users) == 1 for name, value in self.value.items() if value is self.value[node])
 
     def _drop(self, node: fx.Node) -> None:
         if self.drop_path or not self._is_sole(node.args[0]):
@@ -177,12 +169,12 @@ class _Reader:
     def _norm(self, node: fx.Node, module: nn.Module) -> None:
         if reason := norms.why_not(module):
             raise NoProgram(reason)
-        clamps = self.read.clamps(node)
-        if clamps is None:
-            raise NoProgram(f"a norm with an activation of class {type(module.act).__name__}")
-        if norms.activation_of(module) is not None:
+        act = norms.activation_of(module)
+        if act is not None and type(act) not in (nn.Identity, nn.ReLU):
+            raise NoProgram(f"a norm with an activation of class {type(act).__name__}")
+        if act is not None:
             self.bypassed |= {f"{node.target}.{name}" for name, _ in module.named_children()}
-        self._make(node, Normalisation(self.values[node.args[0]], Norm(), clamps))
+        self._make(node, Normalisation(self.value[node.args[0]], Norm(), type(act) is nn.ReLU))
 
     def _relu(self, node: fx.Node) -> None:
         """A ReLU belongs to the norm or the addition before it, which nobody else may read; it may work in place."""
@@ -190,10 +182,10 @@ class _Reader:
         if not isinstance(made, Normalisation | Addition) or made.relu or not self._is_sole(node.args[0]):
             raise NoProgram("a ReLU of something but a batch norm or an addition")
         self._pass(node)
-        self.nodes[self.values[node] - self.inputs] = dataclasses.replace(made, relu=True)
+        self.made[self.value[node]] = dataclasses.replace(made, relu=True)
 
     def _addition(self, node: fx.Node, inplace: bool) -> None:
-        if len(node.args) != 2 or node.kwargs or not self.values.keys() >= set(node.args):
+        if len(node.args) != 2 or node.kwargs or not self.value.keys() >= set(node.args):
             raise NoProgram("an addition of something but two values")
         able = [node.args[i] for i in (0, 1) if self._is_branch(node.args[i]) and node.args[1 - i] not in self.dropped]
         if not able:
@@ -205,11 +197,11 @@ class _Reader:
             raise NoProgram("an addition in place to what others may read")
         other_first = branch is not node.args[0]
         other = node.args[0] if other_first else node.args[1]
-        if 0 < self.values[other] < self.inputs and isinstance(self._made(branch), Convolution):
+        if self.value[other] in self.inputs[1:] and isinstance(self._made(branch), Convolution):
             raise NoProgram("an addition of a convolution to what is made elsewhere, which stock may broadcast")
         self.inplace.add(inplace)
         sampled = branch in self.dropped
-        self._make(node, Addition(self.values[branch], self.values[other], False, sampled, other_first))
+        self._make(node, Addition(self.value[branch], self.value[other], False, sampled, other_first))
 
     def _is_branch(self, node: fx.Node) -> bool:
         made = self._made(node)
@@ -218,29 +210,7 @@ class _Reader:
 
     def _depth(self, node: fx.Node) -> int:
         """How many nodes make a value, along what stock's operations take first."""
-        value, depth = self.values[node], 0
-        while value >= self.inputs:
-            value, depth = self.nodes[value - self.inputs].reads[0], depth + 1
+        value, depth = self.value[node], 0
+        while value in self.made:
+            value, depth = self.made[value].reads[0], depth + 1
         return depth
-
-
-def _in_order(program: Program, names: list[str]) -> tuple[Program, tuple[str, ...]]:
-    """The same nodes, each behind what it reads, first the branch of an addition: as a residual program has them."""
-    order: list[int] = []
-
-    def place(value: int) -> None:
-        if value < program.inputs or value in order:
-            return
-        for read in program.maker(value).reads:
-            place(read)
-        order.append(value)
-
-    place(program.output)
-    new = {value: value for value in range(program.inputs)}
-    new |= {value: number for number, value in enumerate(order, program.inputs)}
-    nodes = []
-    for value in order:
-        node = program.maker(value)
-        fields = ("branch", "other") if isinstance(node, Addition) else ("source",)
-        nodes.append(dataclasses.replace(node, **{field: new[getattr(node, field)] for field in fields}))
-    return Program(tuple(nodes), program.inputs), tuple(names[value - program.inputs] for value in order)

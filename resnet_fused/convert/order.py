@@ -13,25 +13,14 @@ Of a module that is not known here all of this is assumed: that it writes to its
 from __future__ import annotations
 
 import itertools
-import operator
 from typing import NamedTuple
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from ..blocks import proven
+from .outside import called
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)  # in evaluation they return their argument
-
-_FRESH_FUNCTIONS = (
-    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, torch.mean, F.max_pool2d,
-    F.avg_pool2d, F.adaptive_avg_pool2d,
-)  # fmt: skip
-_WRITING_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_, F.relu_)
-_RELUS = (F.relu, torch.relu)
-_FRESH_METHODS = frozenset({"add", "relu", "mean"})
-_VIEWS = frozenset({"flatten", "view", "reshape", "size", "shape"})
 
 
 class Effect(NamedTuple):
@@ -44,6 +33,12 @@ class Effect(NamedTuple):
 
 _NONE, _SHARES = Effect(False, False, False), Effect(True, False, False)
 _WRITES, _UNKNOWN = Effect(True, True, False), Effect(True, True, True)
+#: Of the functions and methods that a traceable forward may call, by name.
+_EFFECTS = {
+    **dict.fromkeys("add sub mul truediv cat mean relu max_pool2d avg_pool2d adaptive_avg_pool2d".split(), _NONE),
+    **dict.fromkeys("flatten view reshape size shape getitem getattr".split(), _SHARES),
+    **dict.fromkeys("iadd isub imul itruediv add_ relu_".split(), _WRITES),
+}
 
 
 def module_effect(module: nn.Module) -> Effect:
@@ -68,16 +63,10 @@ def _effect(block: nn.Module, node: fx.Node) -> Effect:
         return _NONE
     if node.op == "call_module":
         return module_effect(block.get_submodule(node.target))
-    if node.op == "call_method":
-        return _NONE if node.target in _FRESH_METHODS else _SHARES if node.target in _VIEWS else _WRITES
-    if node.target in _FRESH_FUNCTIONS:
-        return _NONE
-    if node.target in _RELUS:
-        inplace = node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False)
-        return _WRITES if inplace else _NONE
-    if node.target in _WRITING_FUNCTIONS:
+    name = called(node)
+    if name == "relu" and node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False):
         return _WRITES
-    return _SHARES if node.target in (torch.flatten, operator.getitem, getattr) else _UNKNOWN
+    return _EFFECTS.get(name, _UNKNOWN)
 
 
 class Order:
@@ -117,12 +106,12 @@ class Order:
 
     def _shared_module(self, inside: list[fx.Node]) -> str:
         """Whether a module with parameters or buffers of its own is also run by another node."""
-        called = {n: self.block.get_submodule(n.target) for n in self.nodes if n.op == "call_module"}
-        modules = [called[node] for node in inside if node in called]
+        found = {n: self.block.get_submodule(n.target) for n in self.nodes if n.op == "call_module"}
+        modules = [found[node] for node in inside if node in found]
         own = [id(m) for m in modules if any(True for _ in itertools.chain(m.parameters(), m.buffers()))]
         if len(set(own)) < len(own):
             return "a convolution or batch norm is called twice"
-        for node, module in called.items():
+        for node, module in found.items():
             if node not in inside and any(id(inner) in own for inner in module.modules()):
                 return f"a convolution or batch norm is called by {node.name} as well"
         return ""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from ..blocks.proven import exchanged
@@ -46,6 +46,13 @@ def path_of(value: object) -> str:
 def is_known(name: str) -> bool:
     """Whether a traceable forward may read `name` of PyTorch's namespaces or of tensors: nobody replaced it."""
     return name in _NAMES and not exchanged(at for at in (*_FUNCTIONS.values(), *_METHODS) if at[1] == name)
+
+
+def called(node: fx.Node) -> str:
+    """The name of the function or method that a node of a traced forward calls; empty where it does something else."""
+    if node.op == "call_method":
+        return node.target
+    return node.target.__name__ if node.op == "call_function" else ""
 
 
 class Outside(NamedTuple):

@@ -7,7 +7,7 @@ removed since ``fuse`` is a reason, not an error.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import nn
@@ -126,17 +126,10 @@ def survey(
         left_out: names of modules that get no row, and count in nobody's.
     """
     found: dict[str, tuple[nn.Module, str]] = {}  # name -> module, why it was left
-    inside: set[str] = set()  # modules that a fused one runs
-    for name, module in model.named_modules():
-        if name in inside:
-            continue
-        if is_fused_here(module):
-            found[name] = module, ""
-            inside |= {join(name, inner) for inner in runs_itself(module)}
-        else:
-            reason = "" if name in left_out else why_left(module)
-            if reason is not None:
-                found[name] = module, reason
+    for name, module in outermost(model):
+        reason = "" if name in left_out or is_fused_here(module) else why_left(module)
+        if reason is not None:
+            found[name] = module, reason
     fused, left = [], []
     for name, (module, reason) in found.items():
         own = dict(counted(module, found, name))
@@ -152,8 +145,19 @@ def is_fused_here(module: nn.Module) -> bool:
     return isinstance(module, BUILT_FUSED) or is_fused(module, FusedModule | FusedStem)
 
 
-def runs_itself(module: nn.Module) -> set[str]:
+def outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` by name, but for those that one before them runs, which may be fused as it is met."""
+    inside: set[str] = set()
+    for name, module in list(model.named_modules()):
+        if name not in inside:
+            yield name, module
+            inside |= {join(name, inner) for inner in _runs_itself(module)}
+
+
+def _runs_itself(module: nn.Module) -> set[str]:
     """Names of what is in a module that is fused here and runs with it."""
+    if not is_fused_here(module):
+        return set()
     if isinstance(module, BUILT_FUSED):
         return {name for name, _ in module.named_modules() if name}
     state = module.__dict__[STATE]

@@ -24,7 +24,7 @@ from ..blocks.layers import globally_hooked, hooked
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
 from . import as_stock, swap
-from .fused_module import FusedModule, Running, entry_obstacle, is_stock_forced, placed, run_form, runnable
+from .fused_module import FusedModule, Running, entry_obstacle, is_stock_forced, placed, run_block, runnable
 from .swap import is_fused
 
 Tensor = torch.Tensor
@@ -60,37 +60,15 @@ def _entries(stage: nn.Sequential) -> list[Running] | None:
     return entries
 
 
-def _run(entry: Running, x: object) -> object:
-    """A block's output for the next one; of a call like any other where its input is unusual."""
-    value = x.value if isinstance(x, Placed) else x
-    if entry_obstacle(value, entry):
-        return entry.block(left(x))
-    if _is_as_stock(x):
-        if as_stock.is_known(entry.block, value):
-            return entry.block._resnet_fused_current("forward")(value)
-        before = as_stock.fused_so_far()
-        out = run_form(entry, x)
-        as_stock.note(entry.block, entry.sites, value, before)
-        return out
-    return run_form(entry, x)
-
-
-def _is_as_stock(x: object) -> bool:
-    """Whether stock's forward takes a value as it lies, without a copy."""
-    return not isinstance(x, Placed) or x.channels_last or x.value.is_contiguous()
-
-
 def _one_by_one(stage: nn.Sequential, x: object) -> object:
     """The stage's output where somebody else's code runs in some of its blocks, and may change others; or stock's."""
     for block in stage:
-        known = _is_as_stock(x) and as_stock.is_known(block, left(x))
-        found = runnable(block) if not known and _is_entered(block) else None
-        x = block(left(x)) if found is None else _run(found, x)
+        x = run_block(block, x, block) if _is_entered(block) else block(left(x))
     return left(x)
 
 
 def _all_images(entries: list[Running], x: Tensor) -> object:
-    return functools.reduce(lambda value, entry: _run(entry, value), entries, x)
+    return functools.reduce(lambda value, entry: run_block(entry.block, value, entry.block, entry), entries, x)
 
 
 def _largest(entries: list[Running], shape: torch.Size) -> int:

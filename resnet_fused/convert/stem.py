@@ -123,37 +123,32 @@ class _Rewritten:
         return getattr(module, self.key)
 
 
-def _methods(cls: type, names: Iterable[str]) -> dict[str, types.FunctionType]:
-    """The methods that read at least three of `names`, as the class knows them."""
+def _rewritten(
+    cls: type, names: Iterable[str], accept: Callable[[Stem], bool]
+) -> dict[str, tuple[types.FunctionType, list[Stem]]]:
+    """The methods that read at least three of `names`, as the class knows them, with their stems rewritten, and these.
+
+    But for those where there are none, or whose source is not proven.
+    """
     names, found = set(names), {}
     for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
         method = None if name.startswith("__") else swap.method_of(cls, name)
-        if method is not None and len(names.intersection(method.__code__.co_names)) >= 3:
-            found[name] = method
+        if method is None or len(names.intersection(method.__code__.co_names)) < 3:
+            continue
+        definition = source.find(method)
+        rewriter = definition and Rewriter(definition, method.__code__, accept)
+        function = source.recompile(method, definition) if rewriter and rewriter.rewrite() else None
+        if function is not None:
+            found[name] = function, rewriter.found
     return found
-
-
-def _rewritten(
-    function: types.FunctionType, accept: Callable[[Stem], bool]
-) -> tuple[types.FunctionType | None, list[Stem]]:
-    """`function` with its stems rewritten, and these; None where there are none or its source is not proven."""
-    definition = source.find(function)
-    if definition is None:
-        return None, []
-    rewriter = Rewriter(definition, function.__code__, accept)
-    rewritten = source.recompile(function, definition) if rewriter.rewrite() else None
-    return rewritten, [] if rewritten is None else rewriter.found
 
 
 def _stem_class(stock: type, stems: tuple[Stem, ...]) -> type:
     """The subclass of `stock` whose methods run `stems`."""
-    body = {}
-    for name, function in _methods(stock, {child for stem in stems for child in stem}).items():
-        rewritten, _ = _rewritten(function, stems.__contains__)
-        if rewritten is not None:
-            body[name] = _Rewritten(name, rewritten)
-    functions = {entry.key: entry.function for entry in body.values()}
-    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body, functions)
+    methods = _rewritten(stock, {child for stem in stems for child in stem}, stems.__contains__)
+    body = {name: _Rewritten(name, function) for name, (function, _) in methods.items()}
+    body |= {entry.key: entry.function for entry in [*body.values()]}
+    return swap.subclass(FusedStem, stock, (_stem_class, (stock, stems)), body)
 
 
 def fuse_stem(model: nn.Module, backend: str, precision: str | None = None) -> str:
@@ -173,12 +168,8 @@ def fuse_stem(model: nn.Module, backend: str, precision: str | None = None) -> s
         stems = tuple(stem for stem in cls._resnet_fused_recipe[1][1] if accept(stem))
     else:
         cls = None
-        found = [
-            stem
-            for method in _methods(swap.stock_class(model), model._modules).values()
-            for stem in _rewritten(method, accept)[1]
-        ]
-        stems = tuple(dict.fromkeys(found))
+        methods = _rewritten(swap.stock_class(model), model._modules, accept)
+        stems = tuple(dict.fromkeys(stem for _, found in methods.values() for stem in found))
     if not stems:
         return "no conv-norm-ReLU calls in a row in its methods"
     word = precision or getattr(model.__dict__.get(STATE), "precision", "default")

@@ -86,23 +86,17 @@ def _rebuild(recipe: Recipe, state: object, function: Callable, arguments: tuple
     return module
 
 
-def subclass(
-    mixin: type,
-    stock: type,
-    recipe: Recipe,
-    methods: dict[str, object] | None = None,
-    more: dict[str, object] | None = None,
-) -> type:
+def subclass(mixin: type, stock: type, recipe: Recipe, more: dict[str, object] | None = None) -> type:
     """The class with `mixin` in front of `stock`; one for each recipe, as long as anybody has it.
 
-    `methods`: what stands in for methods of `stock`, under the same names. `more`: attributes of other names.
+    `more`: other attributes; what has the name of a method of `stock` stands in for that.
 
     Raises:
         TypeError: the forward of `stock` is no function of one argument.
         Exception: whatever the metaclass of `stock` raises.
     """
-    body = {**(methods or {}), **(more or {})}
-    read = {name: method_of(stock, name) for name in methods or ()}
+    body = {**(more or {})}
+    read = {name: method_of(stock, name) for name in body if hasattr(stock, name)}
     if "forward" in vars(mixin):
         read["forward"] = method_of(stock, "forward")
         body["forward"] = _disguised(vars(mixin)["forward"], read["forward"])

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tuned import unsound
 
 from resnet_fused.backends import onednn
-from resnet_fused.blocks.evaluation import takes
+from resnet_fused.blocks.kept_evaluation import takes
 from resnet_fused.library import status
 from resnet_fused.plan import choose
 from resnet_fused.plan.devices import DEVICES

@@ -8,7 +8,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.blocks import evaluation, runtime
+from resnet_fused.blocks import kept_evaluation, runtime
 from resnet_fused.blocks.site import sites_in
 from resnet_fused.convert.swap import STATE
 from resnet_fused.library import status
@@ -94,7 +94,7 @@ def test_settled_weights_are_of_this_shape_and_number_of_threads(monkeypatch):
     model = resnet_fused.fuse(block())
     for size in (6, 10, 6, 10):
         settled(model, images(size))
-    recent = evaluation._recent[model.bn3]
+    recent = kept_evaluation._recent[model.bn3]
     assert recent.settled and recent.case[0] == images(10).shape
     layouts = folding._Layouts()
     monkeypatch.setattr(folding, "_layouts", layouts)  # as if nothing were known: it need not be asked

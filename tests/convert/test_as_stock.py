@@ -9,7 +9,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.convert import as_stock, fused_module, stage
+from resnet_fused.convert import as_stock, fused_module
 from resnet_fused.models import BasicBlock, resnet18
 from resnet_fused.plan import choose, measured, too_small
 from resnet_fused.steps import conv
@@ -194,8 +194,8 @@ def test_a_stage_that_is_stocks_in_part_proves_the_other_blocks(monkeypatch):
     model, x = resnet_fused.fuse(copy.deepcopy(stock)), image()
     for _ in range(2):
         torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
-    proven, original = [], stage.runnable
-    monkeypatch.setattr(stage, "runnable", lambda block: proven.append(block) or original(block))
+    proven, original = [], fused_module.runnable
+    monkeypatch.setattr(fused_module, "runnable", lambda block: proven.append(block) or original(block))
     torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
     assert len(proven) == 1 and proven[0] is model[2]
     for one in (model, stock):  # while the first block runs, the last one changes

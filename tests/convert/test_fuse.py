@@ -75,6 +75,14 @@ def test_filter_fn_and_backend():
         resnet_fused.fuse(model, backend="nope")
 
 
+def test_what_a_fused_module_runs_is_no_business_of_a_second_call():
+    """A block that a second call leaves out keeps its shortcut, a Sequential that could be fused alone."""
+    model = resnet_fused.fuse(small_resnet())
+    before = str(resnet_fused.report(model))
+    resnet_fused.fuse(model, filter_fn=lambda name, module: name != "layer2.0")
+    assert str(resnet_fused.report(model)) == before
+
+
 def test_nothing_to_fuse():
     with pytest.warns(UserWarning, match="nothing to fuse in Sequential"):
         resnet_fused.fuse(nn.Sequential(nn.Linear(2, 2)))

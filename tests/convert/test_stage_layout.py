@@ -104,13 +104,13 @@ def test_stock_operations_within_a_block_get_stocks_layout():
 
 def test_values_stay_in_channels_last_inside_a_stage(monkeypatch):
     _, fused = pair(nn.Sequential(nn.Sequential(block(8, 8), block(32, 8), block(32, 8))))
-    seen, original = [], stage.run_form
+    seen, original = [], fused_module.run_form
 
     def noted(running, x):
         seen.append(x.value.is_contiguous(memory_format=CL) if isinstance(x, fused_module.Placed) else None)
         return original(running, x)
 
-    monkeypatch.setattr(stage, "run_form", noted)
+    monkeypatch.setattr(fused_module, "run_form", noted)
     x = torch.randn(2, 8, 64, 64)
     for training in (True, False):
         out = fused.train(training)(x)

@@ -6,7 +6,7 @@ import torch
 from programs import NONE, conv_tensors, norm_tensors
 from torch import nn
 
-from resnet_fused.blocks import evaluation
+from resnet_fused.blocks import kept_evaluation
 from resnet_fused.steps import Conv, Norm, Pool
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, residual_program
 from resnet_fused.steps.stock import program_output
@@ -15,7 +15,7 @@ FROZEN, P1, P3 = Norm(batch_stats=False), Conv(), Conv(padding=(1, 1))
 
 
 def evaluate(call, modules=None, dtype=None):
-    out = evaluation.evaluate(call, modules, dtype)
+    out = kept_evaluation.evaluate(call, modules, dtype)
     if out is not None:
         return out
     return program_output(call if dtype is None else call._replace(tensors=[own.cast(dtype) for own in call.tensors]))

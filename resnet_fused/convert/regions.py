@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..blocks import norms
 from ..blocks.shape import Shape
 from .instructions import Form, ShapeCall, StockCall, plain
-from .nodes import Nodes, NoProgram, shape_of
+from .nodes import Nodes, NoProgram, Reader
 from .order import Order, module_effect
 
 _Nodes = tuple[fx.Node, ...]
@@ -49,18 +49,34 @@ class _Builder:
                 break
             inside, inputs = region, (*inputs, *outside)
             if isinstance(found, Shape):
-                shape, taken, names = found, inside, tuple(value.name for value in inputs)
+                shape, taken, source = found, inside, inputs
             node = self.nodes.only_reader(node)
         if shape is not None:
             self.between |= dict.fromkeys(n.target for n in self.order.between(taken) if n.op == "call_module")
-            self.taken.update(dict.fromkeys(taken))
-            self.taken[taken[-1]] = ShapeCall(shape, names, taken[-1].name)
+            self._take(taken, shape, source)
+
+    def take_whole(self) -> bool:
+        """Take all of the block as one program; whether it is one."""
+        source, *inside, output = self.graph.nodes
+        if not inside or output.args[0] is not inside[-1]:
+            return False
+        try:
+            shape = Reader(self.nodes, inside, (source,)).shape()
+        except NoProgram:
+            return False
+        if isinstance(shape, Shape):
+            self._take(inside, shape, (source,))
+        return isinstance(shape, Shape)
+
+    def _take(self, region: list[fx.Node], shape: Shape, inputs: _Nodes) -> None:
+        names = tuple(value.name for value in inputs)
+        self.taken |= {**dict.fromkeys(region), region[-1]: ShapeCall(shape, names, region[-1].name)}
 
     def _shape(self, region: list[fx.Node], inputs: _Nodes) -> Shape | str | None:
         """The program of a region; why it must go on to be one that may run where its end stands; None: it cannot."""
         end, draws = region[-1], any(map(self.nodes.is_drop_path, region))
         try:
-            found = shape_of(self.nodes, region, inputs)
+            found = Reader(self.nodes, region, inputs).shape()
             if isinstance(found, str) and self.nodes.adds(end) is not None:
                 raise NoProgram(found)
         except NoProgram as error:
@@ -83,6 +99,35 @@ class _Builder:
             yield (), others
         else:
             yield (), ()
+
+    def form(self) -> Form:
+        """The form of what was taken, with all that must stay what it is for it."""
+        block, graph, calls = self.nodes.block, self.graph, self._calls()
+        source = next(node.name for node in graph.nodes if node.op == "placeholder")
+        result = next(node.args[0] for node in graph.nodes if node.op == "output")
+        targets = {node.target for node in graph.nodes if node.op == "call_module"}
+        holders = sorted({target.rpartition(".")[0] for target in targets} - {""})
+        taken = {name for call in calls if isinstance(call, ShapeCall) for name in call.shape.modules}
+        between = self.nodes.kinds(set(self.between) - taken)
+        return Form(
+            tuple(calls),
+            source,
+            plain(result),
+            tuple((name, len(block.get_submodule(name))) for name in holders),
+            tuple((name, kind, module_effect(block.get_submodule(name))) for name, kind in between),
+            tuple(sorted(taken | targets)),
+        )
+
+    def _calls(self) -> list[ShapeCall | StockCall]:
+        """Instructions in graph order; a program runs where its last node was, after everything it reads."""
+        calls: list[ShapeCall | StockCall] = []
+        for node in self.graph.nodes:
+            if node in self.taken:
+                calls += [] if self.taken[node] is None else [self.taken[node]]
+            elif node.op in ("call_module", "call_function", "call_method"):
+                kwargs = tuple(plain(node.kwargs).items())
+                calls.append(StockCall(node.op, node.target, plain(node.args), kwargs, node.name))
+        return calls
 
     def reasons(self) -> list[str]:
         """Why convolutions, norms and additions are in no program, as far as there are reasons."""
@@ -123,59 +168,11 @@ def _listed(names: list[str]) -> str:
 
 def build(block: nn.Module, graph: fx.Graph) -> tuple[Form | None, list[str]]:
     """The form of a traced block, None where nothing is fusible, and reasons why something that looked so is not."""
-    nodes = Nodes(block, graph)
-    whole = _whole(nodes)
-    if whole is not None:
-        return whole, []
-    builder = _Builder(nodes)
-    for node in builder.main_first():
-        builder.grow(node)
-    parts, reasons = _form(nodes, _schedule(graph, builder.taken), builder.between), builder.reasons()
-    if parts.shapes:
-        return parts, reasons + builder.unpaired()
+    builder = _Builder(Nodes(block, graph))
+    if not builder.take_whole():
+        for node in builder.main_first():
+            builder.grow(node)
+    form, reasons = builder.form(), builder.reasons()
+    if form.shapes:
+        return form, reasons + builder.unpaired()
     return None, reasons or builder.unpaired() or ["no convolution followed by batch norm"]
-
-
-def _whole(nodes: Nodes) -> Form | None:
-    """All of a block as one program; None where it is none."""
-    source, *inside, output = nodes.graph.nodes
-    if not inside or output.args[0] is not inside[-1]:
-        return None
-    try:
-        shape = shape_of(nodes, inside, (source,))
-    except NoProgram:
-        return None
-    return _form(nodes, [ShapeCall(shape, (source.name,), inside[-1].name)], {}) if isinstance(shape, Shape) else None
-
-
-def _form(nodes: Nodes, calls: list[ShapeCall | StockCall], between: dict[str, None]) -> Form:
-    """The form of these calls, with all that must stay what it is for it."""
-    block, graph = nodes.block, nodes.graph
-    source = next(node.name for node in graph.nodes if node.op == "placeholder")
-    result = next(node.args[0] for node in graph.nodes if node.op == "output")
-    targets = {node.target for node in graph.nodes if node.op == "call_module"}
-    holders = sorted({target.rpartition(".")[0] for target in targets} - {""})
-    taken = {name for call in calls if isinstance(call, ShapeCall) for name in call.shape.modules}
-    stood_between = [
-        (name, kind, module_effect(block.get_submodule(name))) for name, kind in nodes.kinds(set(between) - taken)
-    ]
-    return Form(
-        tuple(calls),
-        source,
-        plain(result),
-        tuple((name, len(block.get_submodule(name))) for name in holders),
-        tuple(stood_between),
-        tuple(sorted(taken | targets)),
-    )
-
-
-def _schedule(graph: fx.Graph, taken: dict[fx.Node, ShapeCall | None]) -> list[ShapeCall | StockCall]:
-    """Instructions in graph order; a program runs where its last node was, after everything it reads."""
-    calls: list[ShapeCall | StockCall] = []
-    for node in graph.nodes:
-        if node in taken:
-            calls += [] if taken[node] is None else [taken[node]]
-        elif node.op in ("call_module", "call_function", "call_method"):
-            kwargs = tuple(plain(node.kwargs).items())
-            calls.append(StockCall(node.op, node.target, plain(node.args), kwargs, node.name))
-    return calls

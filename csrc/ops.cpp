@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? beta, float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
       "bool relu=False) -> Tensor out");
   m.def(
+      "conv1x1(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, "
+      "bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
+      "-> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
+  m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
   m.def(

@@ -51,6 +51,13 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
       "-> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
   m.def(
+      "conv1x1_dgrad(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
+      "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, "
+      "Tensor? x_scale=None, Tensor? x_shift=None, Tensor? x_mean=None, Tensor? coupling=None, Tensor? constant=None, "
+      "Tensor? residual=None, Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1, "
+      "Tensor? x_rstd=None, bool weight_grad=False) -> (Tensor grad_x, Tensor sum_g, Tensor sum_gx, Tensor b, "
+      "Tensor d, Tensor grad_gamma, Tensor grad_weight)");
+  m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
   m.def(

@@ -5,6 +5,7 @@
 // Bytes: the pixels of x, weight and z once; FLOPs 2*M*K*C.
 #include <torch/csrc/stable/library.h>
 
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -41,6 +42,11 @@ RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
 RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256)
 RESNET_FUSED_STAGES(Level128, )
 #undef RESNET_FUSED_STAGES
+
+const Stages& stages() {
+  static const std::string_view level = cpu_level();
+  return level == "avx512" ? At<Level512>::stages : level == "avx2" ? At<Level256>::stages : At<Level128>::stages;
+}
 
 // How the rows and the panels are cut into units of work.
 struct Work {
@@ -116,7 +122,7 @@ Results conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_s
   const int64_t K = weight.size(0), C = x.size(1), h = pixels.height, w = pixels.width;
   Tensor z = empty_strided<4>({x.size(0), K, h, w}, {h * w * K, 1, w * K, K}, ScalarType::Float);
   advise_huge_pages(z.mutable_data_ptr(), static_cast<size_t>(z.numel()) * sizeof(float));
-  const Stages& at = stages_of_level<At>();
+  const Stages& at = stages();
   Conv1x1 p{{data<float>(x), data<float>(x_scale), data<float>(x_shift), C, pixels},
             data<float>(weight),
             nullptr,

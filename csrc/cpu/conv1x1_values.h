@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <string_view>
 
 #include "panels.h"
 #include "pixels.h"
@@ -115,13 +114,6 @@ void share_units(int64_t units, const Make& make) {
     auto work = make();
     for (int64_t unit = next++; unit < units; unit = next++) work(unit);
   });
-}
-
-// A table of functions, `At<L>::stages` for every level, as the machine's level has it.
-template <template <class> class At>
-auto& stages_of_level() {
-  static const std::string_view level = cpu_level();
-  return level == "avx512" ? At<Level512>::stages : level == "avx2" ? At<Level256>::stages : At<Level128>::stages;
 }
 
 }  // namespace resnet_fused::cpu

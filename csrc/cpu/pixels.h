@@ -15,6 +15,7 @@ namespace resnet_fused::cpu {
 struct Pixels {
   int64_t H, W, height, width, stride_h, step, rows;  // height and width are of what is left, step is between columns
 
+  Pixels() = default;
   Pixels(const torch::stable::Tensor& a, const std::vector<int64_t>& stride)
       : H(a.size(2)),
         W(a.size(3)),

@@ -77,7 +77,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
       "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");
-  // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
+  // Not ops of the contract: see backends/cpu.py, csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
+  m.def(
+      "conv1x1_wgrad_sums(Tensor g, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
+      "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x_scale=None, "
+      "Tensor? x_shift=None, int[2] stride=1) -> (Tensor grad_weight, Tensor sum_g)");
   m.def("checksum(Tensor[] tensors) -> int[]");
   m.def("new_batch(Tensor like, int samples) -> Tensor");
 }

@@ -44,6 +44,13 @@ struct Conv1x1Backward {
   int64_t scratch() const { return tile() * (pitch_of(K) + pitch_of(C)) + 2 * kPart * panel; }
 };
 
+// Several at once: of the gradient, z, x and the residual.
+struct Fetch {
+  Ahead g, z, x, residual;
+
+  RESNET_FUSED_INLINE void operator()() { g(), z(), x(), residual(); }
+};
+
 // What a unit of work sums: [panels of all channels][K][panel], [C] each and [K].
 struct BackwardSums {
   float* weight = nullptr;
@@ -99,7 +106,7 @@ RESNET_FUSED_INLINE void add_terms(const Conv1x1Backward& p, float* y, const flo
 // A panel of the input's gradient, [c, c + columns), for rows whose dz and x^ are in the cache.
 template <class L>
 RESNET_FUSED_INLINE void input_panel(const Conv1x1Backward& p, const float* dz, const float* activation, int64_t pitch,
-                                     int64_t row, int64_t rows, int64_t c, int64_t first, float* y, Ahead& ahead,
+                                     int64_t row, int64_t rows, int64_t c, int64_t first, float* y, Fetch& ahead,
                                      const BackwardSums& sums) {
   const int64_t panel = c / L::panel, columns = std::min(L::panel, p.C - c), K = p.gradient.K;
   const int64_t vectors = columns / L::lanes * L::lanes, dz_pitch = pitch_of(K);
@@ -138,6 +145,39 @@ RESNET_FUSED_INLINE void sum_rows(const float* dz, int64_t pitch, int64_t rows, 
   }
 }
 
+// The sums of the weight's gradient over a tile's rows, by blocks of outputs whose gradients stay in the first cache.
+template <class L>
+RESNET_FUSED_INLINE void add_to_weight(const Conv1x1Backward& p, const float* dz, const float* activation, int64_t rows,
+                                       int64_t first, int64_t end, bool add, float* weight) {
+  const int64_t blocks = (p.K + 4 * L::rows - 1) / (4 * L::rows), dz_pitch = pitch_of(p.K), pitch = pitch_of(p.C);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k = p.K * block / blocks, outputs = p.K * (block + 1) / blocks - k;
+    for (int64_t panel = first; panel < end; ++panel) {
+      multiply_columns<L>(outputs, dz + k, dz_pitch, activation + (panel - first) * L::panel, pitch, rows, add,
+                          weight + (panel * p.K + k) * L::panel);
+    }
+  }
+}
+
+// What the products of a part of a tile fetch meanwhile: its share of the next tile, and the next part's residual.
+template <class L>
+RESNET_FUSED_INLINE Fetch fetch_after(const Conv1x1Backward& p, int64_t row, int64_t rows, int64_t part, int64_t parts,
+                                      int64_t calls) {
+  constexpr int64_t kFloats = int64_t(64) << 10;  // more would displace what is at work
+  const int64_t later = std::min(rows, p.rows - row - rows), begin = later * part / parts;
+  int64_t count = later * (part + 1) / parts - begin;
+  const int64_t read = p.K * (p.gradient.b ? 2 : 1) + (p.reads_input() ? p.C : 0), next = row + rows + begin;
+  if (rows * read > kFloats) count = 0;
+  const bool dense = p.reads_input() && p.input.pixels.dense();
+  const int64_t after = row + (part + 1) * Conv1x1Backward::kPart;
+  const bool adds = p.added.residual && p.added.stride_h == 1 && p.added.stride_w == 1;
+  const int64_t added = adds ? std::clamp(p.rows - after, int64_t(0), Conv1x1Backward::kPart) : 0;
+  return {{p.gradient.g + next * p.K, count * p.K, calls},
+          {p.gradient.z + next * p.K, p.gradient.b ? count * p.K : 0, calls},
+          {p.input.x + next * p.C, dense ? count * p.C : 0, calls},
+          {p.added.residual + after * p.C, added * p.C, calls}};
+}
+
 // The rows of a tile for the panels [first, end) of channels. `add`: to what the weight's sums hold already.
 template <class L>
 RESNET_FUSED_INLINE void backward_tile(const Conv1x1Backward& p, int64_t row, int64_t rows, int64_t first, int64_t end,
@@ -148,18 +188,15 @@ RESNET_FUSED_INLINE void backward_tile(const Conv1x1Backward& p, int64_t row, in
   write_gradient<L>(p.gradient, row, rows, dz, dz_pitch);
   if (p.reads_input()) write_activation<L>(p.input, row, rows, c, width, activation, pitch);
   if (sums.sum_dz) sum_rows<L>(dz, dz_pitch, rows, p.K, sums.sum_dz);
-  for (int64_t panel = first; p.weight_grad && panel < end; ++panel) {
-    multiply_columns<L>(p.K, dz, dz_pitch, activation + (panel - first) * L::panel, pitch, rows, add,
-                        sums.weight + panel * p.K * L::panel);
-  }
+  if (p.weight_grad) add_to_weight<L>(p, dz, activation, rows, first, end, add, sums.weight);
   if (!p.grad_x) return;
-  const int64_t later = std::min(rows, p.rows - row - rows);
-  Ahead ahead(p.gradient.g + (row + rows) * p.K, later * p.K, (end - first) * (rows / L::rows + 1));
-  for (int64_t part = 0; part < rows; part += Conv1x1Backward::kPart) {
-    const int64_t count = std::min(Conv1x1Backward::kPart, rows - part);
+  const int64_t parts = (rows + Conv1x1Backward::kPart - 1) / Conv1x1Backward::kPart;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = part * Conv1x1Backward::kPart, count = std::min(Conv1x1Backward::kPart, rows - begin);
+    Fetch ahead = fetch_after<L>(p, row, rows, part, parts, (end - first) * (count / L::rows + 1));
     for (int64_t panel = first; panel < end; ++panel) {
-      const float* read = activation + part * pitch + (panel - first) * L::panel;
-      input_panel<L>(p, dz + part * dz_pitch, read, pitch, row + part, count, panel * L::panel, c, y, ahead, sums);
+      const float* read = activation + begin * pitch + (panel - first) * L::panel;
+      input_panel<L>(p, dz + begin * dz_pitch, read, pitch, row + begin, count, panel * L::panel, c, y, ahead, sums);
     }
   }
 }

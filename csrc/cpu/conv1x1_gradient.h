@@ -67,6 +67,8 @@ RESNET_FUSED_INLINE void write_gradient_of(const Gradient& p, int64_t row, int64
   for (int64_t r = row; r < row + rows; ++r, out += pitch) {
     const float factor = p.factor ? p.factor[r / p.rows_per_sample] : 1.0f;
     for (int64_t k = 0; k < vectors; k += L::lanes) {
+      __builtin_prefetch(p.g + r * p.K + k + kFloatsAhead);
+      if (with_z) __builtin_prefetch(p.z + r * p.K + k + kFloatsAhead);
       gradient_lanes<typename L::Vector, keep, with_z>(p, r, k, factor, out);
     }
     for (int64_t k = vectors; k < p.K; ++k) gradient_lanes<float, keep, with_z>(p, r, k, factor, out);

@@ -33,6 +33,8 @@ RESNET_FUSED_INLINE void store_lanes(float* p, const V& v) {
   *reinterpret_cast<Anywhere*>(p) = v;
 }
 
+inline constexpr int64_t kFloatsAhead = 768;  // of what is applied on load, fetched from memory
+
 // x^ of lazy.py: x, or relu(scale*x + shift), at the pixels of a stride.
 struct Activation {
   const float *x, *scale, *shift;  // [rows, C], [C]; the last two null: x itself

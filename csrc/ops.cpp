@@ -58,6 +58,17 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? x_rstd=None, bool weight_grad=False) -> (Tensor grad_x, Tensor sum_g, Tensor sum_gx, Tensor b, "
       "Tensor d, Tensor grad_gamma, Tensor grad_weight)");
   m.def(
+      "conv1x1_wgrad(Tensor g, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
+      "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x_scale=None, "
+      "Tensor? x_shift=None, int[2] stride=1, bool rounded=False, Tensor? join_weight=None, Tensor? gram=None, "
+      "Tensor? total=None, Tensor? centre=None, Tensor? join_scale=None, Tensor? join_rstd=None) "
+      "-> (Tensor grad_weight, Tensor sum_g, Tensor grad_gamma, Tensor coupling, Tensor constant)");
+  m.def(
+      "conv1x1_join(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? x_scale=None, Tensor? x_shift=None, "
+      "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_shift=None, Tensor? x2=None, "
+      "Tensor? weight2=None, Tensor? scale2=None, Tensor? shift2=None, int[2] stride2=1, "
+      "Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) -> (Tensor out, Tensor mask)");
+  m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
   m.def(
@@ -77,11 +88,7 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
       "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");
-  // Not ops of the contract: see backends/cpu.py, csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
-  m.def(
-      "conv1x1_wgrad_sums(Tensor g, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
-      "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x_scale=None, "
-      "Tensor? x_shift=None, int[2] stride=1) -> (Tensor grad_weight, Tensor sum_g)");
+  // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
   m.def("checksum(Tensor[] tensors) -> int[]");
   m.def("new_batch(Tensor like, int samples) -> Tensor");
 }

@@ -96,6 +96,7 @@ _OTHERS = {
 }
 #: Kernels that do not take every dtype of the loops.
 _DTYPES = dict.fromkeys(("winograd_conv3x3", "winograd_conv3x3_wgrad"), (torch.float32,))
+_DTYPES |= dict.fromkeys(("conv1x1", "conv1x1_dgrad", "conv1x1_join", "conv1x1_wgrad"), (torch.float32,))
 _DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
 
 

@@ -25,8 +25,13 @@ def serve(call: Call) -> bool:
     here = x.device.type == "cpu" and not choose.on_gpu(x) and call.program.backend in ("auto", "cpu")
     if not here or x.dtype != torch.float32:
         return False
+    return level() == "avx512"
+
+
+def level() -> str:
+    """The level of the compiled kernels on this machine; "": there are none."""
     library = status()
-    return library.cpu.loaded and library.build_info["cpu_level"] == "avx512"
+    return library.build_info["cpu_level"] if library.cpu.loaded else ""
 
 
 def pay(call: Call, shapes: list[torch.Size]) -> bool:

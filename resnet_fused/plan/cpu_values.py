@@ -28,6 +28,7 @@ def serve(call: Call) -> bool:
     return level() == "avx512"
 
 
+@torch.compiler.assume_constant_result
 def level() -> str:
     """The level of the compiled kernels on this machine; "": there are none."""
     library = status()

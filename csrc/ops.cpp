@@ -52,6 +52,28 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? beta, float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
       "bool relu=False) -> Tensor out");
   m.def(
+      "conv1x1(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, "
+      "bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
+      "-> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
+  m.def(
+      "conv1x1_dgrad(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
+      "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, "
+      "Tensor? x_scale=None, Tensor? x_shift=None, Tensor? x_mean=None, Tensor? coupling=None, Tensor? constant=None, "
+      "Tensor? residual=None, Tensor? residual_mask=None, int[2] residual_stride=1, int[2] x_stride=1, "
+      "Tensor? x_rstd=None, bool weight_grad=False) -> (Tensor grad_x, Tensor sum_g, Tensor sum_gx, Tensor b, "
+      "Tensor d, Tensor grad_gamma, Tensor grad_weight)");
+  m.def(
+      "conv1x1_wgrad(Tensor g, Tensor x, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
+      "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x_scale=None, "
+      "Tensor? x_shift=None, int[2] stride=1, bool rounded=False, Tensor? join_weight=None, Tensor? gram=None, "
+      "Tensor? total=None, Tensor? centre=None, Tensor? join_scale=None, Tensor? join_rstd=None) "
+      "-> (Tensor grad_weight, Tensor sum_g, Tensor grad_gamma, Tensor coupling, Tensor constant)");
+  m.def(
+      "conv1x1_join(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? x_scale=None, Tensor? x_shift=None, "
+      "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_shift=None, Tensor? x2=None, "
+      "Tensor? weight2=None, Tensor? scale2=None, Tensor? shift2=None, int[2] stride2=1, "
+      "Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) -> (Tensor out, Tensor mask)");
+  m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
   m.def(

@@ -13,6 +13,7 @@
 #include "../checks/gram.h"
 #include "alloc.h"
 #include "panels.h"
+#include "pixels.h"
 #include "rows.h"
 
 namespace resnet_fused::cpu {
@@ -23,33 +24,6 @@ constexpr int64_t kSumRows = 52;      // of a float32 sum: half the error of kDe
 constexpr int64_t kChunkRows = 1536;  // at least; a chunk's tile has to be merged
 constexpr int64_t kMaxChunks = 32;
 constexpr size_t kMaxScratch = size_t(4) << 20;  // bytes of float64 partial results
-
-// The pixels [::stride, ::stride] of images, as rows that are counted through.
-struct Pixels {
-  int64_t H, W, height, width, stride_h, step, rows;  // height and width are of what is left, step is between columns
-
-  Pixels(const Tensor& a, const std::vector<int64_t>& stride)
-      : H(a.size(2)),
-        W(a.size(3)),
-        height((H + stride[0] - 1) / stride[0]),
-        width((W + stride[1] - 1) / stride[1]),
-        stride_h(stride[0]),
-        step(stride[1]),
-        rows(a.size(0) * height * width) {}
-
-  bool dense() const { return stride_h == 1 && step == 1; }
-
-  // f(first of them, how many, row of a that the first lies in): pieces of [begin, end) whose rows lie `step` apart
-  template <class F>
-  void for_each_piece(int64_t begin, int64_t end, const F& f) const {
-    if (dense()) return f(begin, end - begin, begin);
-    for (int64_t row = begin; row < end;) {
-      const int64_t line = row / width, w = row - line * width, count = std::min(end - row, width - w);
-      f(row, count, (line / height * H + line % height * stride_h) * W + w * step);
-      row += count;
-    }
-  }
-};
 
 template <class T>
 struct Input {

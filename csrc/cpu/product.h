@@ -75,15 +75,70 @@ RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t
   }
 }
 
-// The same for any number of rows, in groups of sizes as equal as they get.
-template <class L>
+struct Nothing {
+  RESNET_FUSED_INLINE void operator()() const {}
+};
+
+// The same for any number of rows, in groups of sizes as equal as they get; `between()` is called before each.
+template <class L, class Between = Nothing>
 RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
-                                       int64_t depth, float* c, int64_t c_pitch) {
+                                       int64_t depth, float* c, int64_t c_pitch, Between&& between = {}) {
   const int64_t groups = (rows + L::rows - 1) / L::rows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
+    between();
     multiply_group_of<L, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, b_pitch, depth, c + begin * c_pitch,
                                   c_pitch);
+  }
+}
+
+// c[r][j] (+)= sum_m a[m][r] * b[m][j] for R columns of a and one panel of b, over `rows` rows in their order, each
+// kept apart from what is there already: both are as they lie in memory, a row a pixel.
+template <class L, int64_t R>
+RESNET_FUSED_INLINE void multiply_columns_group(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
+                                                int64_t rows, bool add, float* c) {
+  typename L::Vector sums[R][kVectors] = {};
+#pragma GCC unroll 2
+  for (int64_t m = 0; m < rows; ++m, a += a_pitch, b += b_pitch) {
+    typename L::Vector columns[kVectors];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kVectors; ++j) load_vector<L>(columns[j], b + j * L::lanes);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < R; ++r) {
+      const float value = a[r];
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kVectors; ++j) {
+      float* target = c + r * L::panel + j * L::lanes;
+      typename L::Vector before = {};
+      if (add) load_vector<L>(before, target);
+      store_vector<L>(target, before + sums[r][j]);
+    }
+  }
+}
+
+template <class L, int64_t R>
+RESNET_FUSED_INLINE void multiply_columns_group_of(int64_t columns, const float* a, int64_t a_pitch, const float* b,
+                                                   int64_t b_pitch, int64_t rows, bool add, float* c) {
+  if constexpr (R > 0) {
+    if (columns == R) return multiply_columns_group<L, R>(a, a_pitch, b, b_pitch, rows, add, c);
+    multiply_columns_group_of<L, R - 1>(columns, a, a_pitch, b, b_pitch, rows, add, c);
+  }
+}
+
+// The same for any number of columns of a; c: [columns][panel], without gaps.
+template <class L>
+RESNET_FUSED_INLINE void multiply_columns(int64_t columns, const float* a, int64_t a_pitch, const float* b,
+                                          int64_t b_pitch, int64_t rows, bool add, float* c) {
+  const int64_t groups = (columns + L::rows - 1) / L::rows;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = columns * group / groups, end = columns * (group + 1) / groups;
+    multiply_columns_group_of<L, L::rows>(end - begin, a + begin, a_pitch, b, b_pitch, rows, add, c + begin * L::panel);
   }
 }
 

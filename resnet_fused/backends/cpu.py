@@ -118,7 +118,7 @@ _OTHERS = {
     "winograd_weight3x3": winograd_weight_reasons,
 }
 #: Kernels that do not take every dtype of the loops.
-_DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith("winograd_")}
+_DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(("winograd_", "conv1x1"))}
 _DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
 
 

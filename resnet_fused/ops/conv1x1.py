@@ -81,6 +81,7 @@ OP = define(
     bytes=bytes,
     flops=flops,
     forms=FORMS,
+    compiled=True,
     launches=one_more_for_sums,
     sums_of_rounded=True,
     ulps=4,

@@ -161,6 +161,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     forms=FORMS,
     launches=launches,
     sums_of_rounded=True,

@@ -122,6 +122,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     forms=FORMS,
     ulps=4,
 )

@@ -120,6 +120,7 @@ OP = define(
     bytes=bytes,
     flops=flops,
     full_flops=takes_arguments_of(reference)(_join_flops),
+    compiled=True,
     forms=FORMS,
     launches=launches,
     sums_of_rounded=True,

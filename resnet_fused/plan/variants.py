@@ -1,7 +1,7 @@
 """What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
 
-*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton. The CPU's programs are on
-tensors; their Gram joins go through oneDNN.
+*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, and on CPUs where
+:mod:`.cpu_values` says so. The CPU's other programs are on tensors; their Gram joins go through oneDNN.
 
 Which join, a cost model tells (:mod:`.join_cost`). In 16 bits the gradients of narrow convolutions come from one pass,
 which moves fewer bytes and multiplies as much.
@@ -19,7 +19,7 @@ from ..backends import onednn, soundness
 from ..steps import pointwise
 from ..steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, Terms
 from ..steps.spec import Conv, StepTensors
-from . import choose, join_cost, too_small
+from . import choose, cpu_values, join_cost, too_small
 from .devices import CPU_CORE, Device
 
 Tensor = torch.Tensor
@@ -94,10 +94,11 @@ class Options(NamedTuple):
     projections: frozenset[int]
 
 
-def options(call: Call) -> Options | None:
-    """None: as one thing only, on tensors with written joins."""
+def options(call: Call, on_tensors: bool = False) -> Options | None:
+    """None: as one thing only, on tensors with written joins. `on_tensors`: what a CPU runs without values."""
     device = choose.value_device(call.program.backend, call.x)
-    values = device is not None and not values_obstacle(call)
+    values = device is not None or (not on_tensors and bool(joins(call.program)) and cpu_values.serve(call))
+    values = values and not values_obstacle(call)
     if not values and (device is not None or not runs_folded(call)):
         return None
     return Options(device or CPU_CORE, values, *gram_branches(call, values))
@@ -142,7 +143,8 @@ def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options
 
 def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Options) -> bool:
     """Whether there are such branches, and Gram joins of all are worth it."""
-    tolerated = join_cost.TOLERATED_LAZY if chosen.values else join_cost.TOLERATED
+    on_gpu = chosen.values and chosen.device is not CPU_CORE
+    tolerated = join_cost.TOLERATED_LAZY if on_gpu else join_cost.TOLERATED
     measured = [norm for norm in norms if call.program.maker(norm).norm.batch_stats]
     return bool(norms) and all(_gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
 
@@ -180,14 +182,23 @@ def every(call: Call) -> list[Variant]:
     found = options(call)
     if found is None:
         return [Variant()]
-    kept = (False, True) if found.values and written(call) else (found.values,)
-    passes = (False, True) if found.values and _has_narrow(call) else (False,)
-    every = [Variant()] if found.values else []
+    on_cpu = found.device is CPU_CORE
+    kept = (False, True) if found.values and not on_cpu and written(call) else (found.values and not on_cpu,)
+    passes = (False, True) if found.values and not on_cpu and _has_narrow(call) else (False,)
+    every = _joined(Options(CPU_CORE, False, *gram_branches(call, False))) if found.values and on_cpu else []
+    every += [Variant()] if found.values and not on_cpu else []
+    for variant in _joined(found):
+        every += [variant._replace(keep=keep, one_pass=one_pass) for keep, one_pass in itertools.product(kept, passes)]
+    return every
+
+
+def _joined(found: Options) -> list[Variant]:
+    """The variants that differ in their joins."""
+    variants = []
     for main in (False, True) if found.main else (False,):
         for projection in (False, True) if found.projections and (main or not found.values) else (False,):
-            more = itertools.product(kept, passes)
-            every += [Variant(found.values, main, projection, *both) for both in more]
-    return every
+            variants.append(Variant(found.values, main, projection))
+    return variants
 
 
 def is_small(call: Call, shapes: list[torch.Size]) -> bool:
@@ -204,11 +215,17 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     if is_small(call, shapes):
         return Variant(stock=True)
     found = options(call)
+    if found is not None and found.values and found.device is CPU_CORE and not cpu_values.pay(call, shapes):
+        found = options(call, on_tensors=True)
     if found is None:
         return Variant()
     main, projection = (_pay(call, norms, shapes, found) for norms in (found.main, found.projections))
     if not found.values:
         return Variant(False, main, projection)
+    if (
+        found.device is CPU_CORE
+    ):  # where keeping what a 3x3 reads would add to what is saved, and one op makes two gradients
+        return Variant(True, main, projection and main)
     return Variant(True, main, projection and main, _keeps(call, shapes), _has_narrow(call))
 
 

@@ -43,10 +43,16 @@ def test_results_do_not_depend_on_the_thread_count(shape):
     z, g, residual = activations(*shape), activations(*shape), activations(*shape)
     vector, rows = torch.randn(shape[1]), torch.randn(100)
     weight, square, product = (torch.randn(*size) for size in ((100, shape[1], 1, 1), 2 * shape[1:2], (100, shape[1])))
+    over = activations(shape[0], 100, *shape[2:])
+    both_grads = (*(None,) * 4, (1, 1), (1, 1), None, True)
     calls = [
         ("bn_stats", z),
         ("norm_add_relu_backward", g, z, vector, vector, vector, None, residual, vector),
         ("gram", z, vector),
+        ("conv1x1", z, weight, vector, vector),
+        ("conv1x1_join", z, weight, rows, rows),
+        ("conv1x1_dgrad", over, weight, None, over, rows, rows, rows, *(None,) * 3, z, *(vector,) * 3, *both_grads),
+        ("conv1x1_wgrad", over, z),
         ("gram_norm", weight, square, vector, vector, z),
         ("gram_grad", weight, product, square, vector, vector, rows, rows, rows, z),
     ]

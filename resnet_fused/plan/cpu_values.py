@@ -1,0 +1,42 @@
+"""Whether a CPU's programs run on values: their 1x1 convolutions by our kernels, which apply normalisation on load.
+
+oneDNN's convolutions run at 92 to 97% of the peak of a core with AVX-512, ours, of a normalised input and with the
+statistics of the result, at 80 to 93%; what decides are the passes over activations that are left out: of a written
+join's bottleneck 61 reads and writes of its inner channels become 28. ``benchmarks/conv1x1.py`` compares both ways.
+Without AVX-512 nothing is measured, and programs stay on tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..library import status
+from ..steps.program import Call
+from . import choose, too_small
+
+#: Channels that a vector is filled by; and pixels from which on the weight, which is packed at each call, is the lesser
+#: part: at 49 pixels of 2048 channels both ways took the same time.
+_VECTOR, _LEAST_PIXELS = 16, 196
+
+
+def serve(call: Call) -> bool:
+    """Whether the CPU's kernels take the 1x1 convolutions of `call`, at the level that they were measured at."""
+    x = call.x
+    here = x.device.type == "cpu" and not choose.on_gpu(x) and call.program.backend in ("auto", "cpu")
+    if not here or x.dtype != torch.float32:
+        return False
+    return level() == "avx512"
+
+
+@torch.compiler.assume_constant_result
+def level() -> str:
+    """The level of the compiled kernels on this machine; "": there are none."""
+    library = status()
+    return library.build_info["cpu_level"] if library.cpu.loaded else ""
+
+
+def pay(call: Call, shapes: list[torch.Size]) -> bool:
+    """Whether they are expected to be faster than the steps on tensors. `shapes`: of the values."""
+    pointwise = [(value, own.weight) for value, node, own in call.convolutions if node.conv.is_pointwise(own.weight)]
+    full = all(size % _VECTOR == 0 for _, weight in pointwise for size in weight.shape[:2])
+    return full and all(too_small.pixels(shapes[value]) >= _LEAST_PIXELS for value, _ in pointwise)

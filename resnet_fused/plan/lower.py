@@ -238,8 +238,9 @@ def decide(call: Call) -> tuple[Variant, Lowered]:
         variant = variants.modelled(call, shapes)
         why = variants.why(call, shapes) if choose.observers else ""
     variant, lowered, missing = _sound(call, variant)
-    why = f"no sound kernel of {missing}" if missing else why
-    choose.tell(f"{words.of_steps(lowered)} ({why})")
+    if choose.observers:
+        why = f"no sound kernel of {missing}" if missing else why
+        choose.tell(f"{words.of_steps(lowered)} ({why})")
     return variant, lowered
 
 

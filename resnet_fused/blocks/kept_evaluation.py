@@ -15,11 +15,11 @@ from .. import library
 from ..backends import bounds, onednn
 from ..backends.selfcheck import judge
 from ..plan import choose
-from ..plan.evaluation import lower, takes
 from ..plan.keys import threads
+from ..plan.lower_evaluation import lower, takes
 from ..steps import folding
 from ..steps.conv import channels_last
-from ..steps.evaluation import Evaluation, Lowered, WinogradConvolution
+from ..steps.evaluation_kinds import Evaluation, Lowered, WinogradConvolution
 from ..steps.folding import Folded, fold
 from ..steps.program import Call
 

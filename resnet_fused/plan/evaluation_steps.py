@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..steps.evaluation import (
+from ..steps.evaluation_kinds import (
     FewPixels,
     FoldedConvolution,
     ForwardStep,
@@ -15,7 +15,7 @@ from ..steps.evaluation import (
     WinogradConvolution,
 )
 from ..steps.folding import Part
-from ..steps.gpu_evaluation import Add, Convolve, Product
+from ..steps.gpu_evaluation_kinds import Add, ConvolveRaw, Product
 from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
 
 
@@ -162,7 +162,7 @@ class Steps:
         if value in self.projections:
             return []
         if value not in self.carriers:
-            return [Convolve(value, node.source, biased=norm is None or self._is_bare(norm))]
+            return [ConvolveRaw(value, node.source, biased=norm is None or self._is_bare(norm))]
         behind = norm is not None or carries_sum(self.program, value)  # which brings it
         return [] if behind else self._carry(value, Part(value))
 

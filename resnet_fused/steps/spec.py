@@ -51,19 +51,8 @@ class Pool:
         return self.kernel, self.stride, self.padding
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One convolution and the batch norm behind it."""
-
-    conv: Conv
-    norm: Norm
-
-
 class StepTensors(NamedTuple):
-    """The tensors of a node: a convolution has the first two, a batch norm the others, an addition or a pool none.
-
-    Some functions take those of a convolution and of the norm behind it, a :class:`Step`, in one.
-    """
+    """The tensors of a node: a convolution has the first two, a batch norm the others, an addition or a pool none."""
 
     weight: Tensor | None  # [K, C/groups, R, S]
     bias: Tensor | None = None  # [K]

@@ -15,7 +15,7 @@ from resnet_fused.blocks.kept_evaluation import takes
 from resnet_fused.library import status
 from resnet_fused.plan import choose
 from resnet_fused.plan.devices import DEVICES
-from resnet_fused.plan.evaluation import lower
+from resnet_fused.plan.lower_evaluation import lower
 from resnet_fused.steps import Norm, folding
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Program
 from resnet_fused.traffic.count import Counter

@@ -9,7 +9,7 @@ import torch
 
 from ..backends import run
 from .conv import channels_last
-from .evaluation import Evaluation, ForwardStep, parts
+from .evaluation_kinds import Evaluation, ForwardStep, parts
 from .folding import Part
 
 Tensor = torch.Tensor
@@ -25,10 +25,19 @@ class Product(ForwardStep):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("conv1x1_join",)
+    word = "1x1 convolution"
 
     main: Part
     projection: Part | None = None
     projected: int | None = None
+
+    @property
+    def normed(self) -> bool:
+        return self.main.norm is not None
+
+    @property
+    def adds(self) -> bool:
+        return self.other is not None or self.projection is not None
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -60,8 +69,10 @@ def _epilogue(e: Evaluation, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolve(ForwardStep):
+class ConvolveRaw(ForwardStep):
     """A convolution by ATen. `biased`: with its bias, which else the norm behind it adds."""
+
+    word = "convolution"
 
     biased: bool = True
 
@@ -74,6 +85,8 @@ class Convolve(ForwardStep):
 
 class Add(ForwardStep):
     """A sum of two tensors in the memory of `source`, which nobody else reads."""
+
+    word, adds = "sum in place", False
 
     def forward(self, e: Evaluation, made: None) -> None:
         out = e.values[self.source].add_(e.values[self.other])

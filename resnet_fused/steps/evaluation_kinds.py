@@ -1,4 +1,4 @@
-"""Steps of a program in evaluation: forward only, with running statistics; :mod:`..plan.evaluation` chooses them.
+"""Steps of a program in evaluation: forward only, with running statistics; :mod:`..plan.lower_evaluation` chooses them.
 
 ============================  =========================================================================================
 :class:`FoldedConvolution`    a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
@@ -11,7 +11,7 @@
 :class:`StockPool`            a max pool of a tensor
 ============================  =========================================================================================
 
-Those for GPUs alone are in :mod:`.gpu_evaluation`. Each names values by their numbers in the program.
+Those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names values by their numbers in the program.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class ForwardStep:
     """What makes `value` of value `source`, and perhaps of value `other`, which is added before a ReLU."""
 
     ops: ClassVar[tuple[str, ...]] = ()  # those of ours that must have sound kernels
+    word: ClassVar[str]  # what ``explain`` calls it
+    normed: ClassVar[bool] = False  # whether it does a norm beside
 
     value: int
     source: int
@@ -97,6 +99,11 @@ class ForwardStep:
     def reads(self) -> tuple[int, ...]:
         return (self.source,) if self.other is None else (self.source, self.other)
 
+    @property
+    def adds(self) -> bool:
+        """Whether it does a sum beside."""
+        return self.other is not None
+
     def forward(self, e: Evaluation, made: Folded | None) -> None:
         raise NotImplementedError
 
@@ -105,6 +112,8 @@ class ForwardStep:
 class FoldedConvolution(ForwardStep):
     """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`."""
 
+    word = "convolution"
+
     folded: Part
     conv: Conv
     in_place: bool
@@ -112,6 +121,10 @@ class FoldedConvolution(ForwardStep):
     @property
     def part(self) -> Part:
         return self.folded
+
+    @property
+    def normed(self) -> bool:
+        return self.folded.norm is not None
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]
@@ -154,8 +167,16 @@ class WinogradConvolution(ForwardStep):
     outputs: int
 
     @property
+    def word(self) -> str:
+        return f"Winograd F({self.outputs}x{self.outputs}) convolution"
+
+    @property
     def part(self) -> Part:
         return self.folded
+
+    @property
+    def normed(self) -> bool:
+        return self.folded.norm is not None
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         other = None if self.other is None else e.values[self.other]
@@ -179,9 +200,14 @@ class FewPixels(ForwardStep):
     """The convolution of `main`, its norm if there is one, sum and ReLU, with nothing made of the weight."""
 
     ops: ClassVar[tuple[str, ...]] = ("conv_norm_add_relu",)
+    word = "convolution of few pixels"
 
     main: Part
     conv: Conv
+
+    @property
+    def normed(self) -> bool:
+        return self.main.norm is not None
 
     def forward(self, e: Evaluation, made: None) -> None:
         own, norm, eps = e.own(self.main.conv), StepTensors(None), 1.0
@@ -203,6 +229,8 @@ class FewPixels(ForwardStep):
 class NormValue(ForwardStep):
     """Batch norm as a :class:`Raw`. `biased`: the convolution before it was run without its bias."""
 
+    word = "norm on load"
+
     biased: bool = False
 
     @property
@@ -220,6 +248,8 @@ class NormValue(ForwardStep):
 class NormPass(ForwardStep):
     """The :class:`Raw` `source` and the sum behind it, written."""
 
+    word = "pass"
+    normed = True
     ops = ("norm_add_relu",)
 
     def forward(self, e: Evaluation, made: None) -> None:
@@ -234,6 +264,8 @@ class NormPass(ForwardStep):
 class StockNorm(ForwardStep):
     """Batch norm by ATen: one launch, where an affine map and a pass would be two."""
 
+    word = "norm"
+
     def forward(self, e: Evaluation, made: None) -> None:
         settings = e.program.maker(self.value).norm
         out = channels_last(stock.norm(e.values[self.source], e.own(self.value), settings))
@@ -243,6 +275,7 @@ class StockNorm(ForwardStep):
 class RawPool(ForwardStep):
     """A max pool of the :class:`Raw` of a norm with ReLU, in one pass."""
 
+    word = "ReLU and pool in one pass"
     ops = ("norm_relu_pool",)
 
     def forward(self, e: Evaluation, made: None) -> None:
@@ -252,6 +285,8 @@ class RawPool(ForwardStep):
 
 class StockPool(ForwardStep):
     """A max pool by ATen."""
+
+    word = "pool"
 
     def forward(self, e: Evaluation, made: None) -> None:
         args = e.program.maker(self.value).pool.args

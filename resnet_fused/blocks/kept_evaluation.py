@@ -48,12 +48,15 @@ _recent: weakref.WeakKeyDictionary[nn.Module, _Recent] = weakref.WeakKeyDictiona
 _lowered: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple]] = weakref.WeakKeyDictionary()
 
 
-def evaluate(call: Call, modules: Modules | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
+def evaluate(
+    call: Call, modules: Modules | None = None, dtype: torch.dtype | None = None, owned: bool = False
+) -> Tensor | None:
     """The output of a call that :func:`takes` takes; None: stock's operations are to run.
 
     Args:
         modules: of each node or None; by them folded weights are kept, and by the last one steps. None: nothing is.
         dtype: of the convolutions' parameters as stock would cast them; None: as they are.
+        owned: nobody else has the input, whose memory the output may take.
 
     Raises:
         ValueError: only the node of training can run this.
@@ -61,9 +64,9 @@ def evaluate(call: Call, modules: Modules | None = None, dtype: torch.dtype | No
     if call.sample_factor is not None:
         raise ValueError("evaluation takes no factor for each sample")
     if not torch.is_grad_enabled():
-        return _evaluate(call, modules, dtype)
+        return _evaluate(call, modules, dtype, owned)
     with torch.no_grad():
-        return _evaluate(call, modules, dtype)
+        return _evaluate(call, modules, dtype, owned)
 
 
 def _steps_for(
@@ -78,14 +81,14 @@ def _steps_for(
     return _steps_of(cast, last), last if last is not None and _can_pack(call, dtype) else None
 
 
-def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None) -> Tensor | None:
+def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, owned: bool) -> Tensor | None:
     lowered, last = _steps_for(call, modules, dtype)
     if lowered is None:
         return None
     if not lowered.folds or choose.on_gpu(call.x):
         return run_steps(lowered, _cast(call, dtype), last is not None)
     if last is not None:
-        return _packed_output(call, lowered, modules, last)
+        return _packed_output(call, lowered, modules, last, owned)
     made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
     return lowered.run(Evaluation(call, _inputs(call)), made)
 
@@ -201,12 +204,13 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def _packed_output(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> Tensor | None:
+def _packed_output(call: Call, lowered: Lowered, modules: Modules, last: nn.Module, owned: bool) -> Tensor | None:
     made = _packed(call, lowered, modules, last)
     if made is None:  # there, folding is not the same
         return None
     inputs = _inputs(call)
     e = Evaluation(call, inputs, call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack())
+    e.owned = owned
     with bounds.private():
         bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
         e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)

@@ -102,12 +102,12 @@ def run_site(site: Site, x: Placed, residual: Tensor | None = None, just_asked: 
     with scope:
         call = Call(program, given if dtype is None else given.to(dtype), tensors, residual, factor)
         known = call.x is x.value and program.inputs == 1 and not torch.compiler.is_compiling()
-        handed = Handed(x.moments) if known else None
+        handed = Handed(x.moments, x.owned) if known else None
         out = _output(site, call, given, dtype, handed, form)
     if out is None:
         return None if factor is None else arrived(called(site, left(x), residual, factor))
     made = behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
-    return made if handed is None else made._replace(moments=handed.leaving)
+    return made if handed is None else made._replace(moments=handed.leaving, owned=not out.requires_grad)
 
 
 def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -176,7 +176,7 @@ def _output(
         return None
     repeated = None
     if takes(call) and not needs_grad(call):
-        out = evaluate(call, site.modules, dtype)
+        out = evaluate(call, site.modules, dtype, handed is not None and handed.owned)
         if out is not None and form is not None:
             ready.keep_evaluation(site, form, call, dtype)
     else:

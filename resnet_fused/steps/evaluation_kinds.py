@@ -58,6 +58,8 @@ class Evaluation:
         self.backend, self.direct = call.program.backend, direct
         self.values: list = inputs + [None] * len(call.program.nodes)
         self.bounds: list[float] | None = None
+        self.owned = False  # nobody else has value 0
+        self.dying: tuple[int, ...] = ()  # what nobody reads after the step that runs
         self._filled: dict[tuple[float, int], Tensor] = {}
 
     def own(self, value: int) -> StepTensors:
@@ -128,18 +130,19 @@ class FoldedConvolution(ForwardStep):
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]
-        if e.direct and (other is None or self.in_place or not onednn.is_mapped(other)):
+        in_place = self.in_place or (e.owned and self.other == 0 != self.source and 0 in e.dying)
+        if e.direct and (other is None or in_place or not onednn.is_mapped(other)):
             added = 0.0 if other is None else e.bounds[self.other]
             bound = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
             e.bounds[self.value] = bound
             e.values[self.value] = onednn.conv_packed(
-                x, made.weight, made.shift, self.conv, self.relu, bound, other, self.in_place
+                x, made.weight, made.shift, self.conv, self.relu, bound, other, in_place
             )
             return
         if e.bounds is not None:
             self._note(e, x, other, made)
         settings = (*self.conv.args, self.relu)
-        if self.in_place:
+        if in_place:
             run("conv_add_relu_", other, x, made.weight, made.shift, *settings, backend=e.backend)
         else:
             other = run("conv_add_relu", x, made.weight, made.shift, other, *settings, backend=e.backend)
@@ -307,6 +310,7 @@ class Lowered(NamedTuple):
     def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
         """The output. `made`: for each step, what it is made from, see `part`."""
         for step, own, dead in zip(self.steps, made, self.dead, strict=True):
+            e.dying = dead
             step.forward(e, own)
             for value in dead:
                 e.values[value] = None

@@ -27,9 +27,11 @@ class Handed:
     """Mean and second moment of the value that enters a program, where whoever wrote it has them, and of what leaves.
 
     They are those of one tensor as it was written: only for values that nobody else can hold, see :class:`.Placed`.
+    `owned`: what enters is such a value, whose memory evaluation may use.
     """
 
     entering: Moments | None = None
+    owned: bool = False
     leaving: Moments | None = None
 
 

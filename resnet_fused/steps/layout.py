@@ -40,6 +40,7 @@ class Placed(NamedTuple):
     clamped: bool = False  # by a ReLU: what stock saves for backward, and nobody may write to
     #: Of `value`, if known; from one program straight to the next, as others may write to it.
     moments: Moments | None = None
+    owned: bool = False  # nobody else has it: evaluation may write over it
 
 
 def arrived(x: Tensor) -> Placed:

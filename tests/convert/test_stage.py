@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 import resnet_fused
+from resnet_fused.backends import onednn
 from resnet_fused.convert import fused_module, stage, stock_forward
 from resnet_fused.models import resnet18, resnet50
+from resnet_fused.models.resnet import Bottleneck
+from resnet_fused.plan import choose
 
 
 @pytest.fixture(autouse=True)
@@ -173,3 +176,34 @@ def test_bottlenecks_too():
     with torch.no_grad():
         assert pieces_seen(model, x) == [1, 1, 1]
         assert torch.allclose(model(x), torch.cat([model(image) for image in x.split(1)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_format):
+    monkeypatch.setattr(stage, "MAPPED", 1 << 30)  # in one piece
+    torch.manual_seed(0)
+    stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(3)]).eval().to(memory_format=memory_format)
+    fused = resnet_fused.fuse(copy.deepcopy(stock))
+    over, packed = [], onednn.conv_packed
+
+    def watched(x, weight, bias, conv, relu, bound, residual=None, in_place=False):
+        if residual is not None:
+            over.append(in_place)
+        return packed(x, weight, bias, conv, relu, bound, residual, in_place)
+
+    monkeypatch.setattr(onednn, "conv_packed", watched)
+    x = torch.randn(4, 64, 28, 28).contiguous(memory_format=memory_format)
+    before = x.clone()
+    with torch.no_grad(), choose.fusing_all():
+        for _ in range(2):
+            over.clear()
+            out = fused(x)
+            assert over == [False, True, True]  # the first input is the caller's
+            assert torch.equal(x, before)
+            torch.testing.assert_close(out, stock(x))
+        kept = []
+        fused[1].register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+        over.clear()
+        out = fused(x)
+        assert torch.equal(*kept[0])  # somebody else has it
+        torch.testing.assert_close(out, stock(x))

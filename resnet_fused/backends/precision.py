@@ -48,7 +48,7 @@ def precision(word: str) -> Iterator[None]:
       apart. It is relative to the largest values of 6x6 pixels: beside them small ones lose digits, and where stock
       gives exact zeros, it gives values of the size of that error.
 
-    With both, NaN and infinities reach what they reach in stock.
+    With both, NaN and infinities of the input reach what they reach in stock.
 
     Raises:
         ValueError: `word` is neither.

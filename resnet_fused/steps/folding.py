@@ -130,7 +130,7 @@ def packed(
         kept = _kept.get(module)
     there = kept.packed.get(dtype, ()) if kept is not None and kept.key == key else ()
     for one in reversed(there):
-        if one.layout == layout or not seen:
+        if one.layout == layout or not (seen or winograd.is_layout(one.layout)):
             return one
     with torch.inference_mode(False), torch.no_grad():  # what is kept must serve in any mode
         weight, shift = fold(call, part, dtype, wide=True)

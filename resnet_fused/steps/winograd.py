@@ -93,7 +93,12 @@ def saved_products(shape: torch.Size, weight: Tensor, conv: Conv, transposed: bo
 
 def layout(outputs: int) -> bytes:
     """The layout of a weight that is transformed for tiles of so many outputs to a side."""
-    return f"winograd {outputs}".encode()
+    return b"winograd %d" % outputs
+
+
+def is_layout(layout: bytes) -> bool:
+    """Whether a weight of that layout is transformed for some tiles: for nobody else."""
+    return layout.startswith(b"winograd")
 
 
 def folded(shape: torch.Size, weight: Tensor, conv: Conv, precision: str, threads: int) -> tuple[int, float]:

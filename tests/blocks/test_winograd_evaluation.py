@@ -165,3 +165,14 @@ def test_compiled_in_one_graph():
     want = fused(x)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformed_weight_is_not_taken_for_one_that_onednn_reads(monkeypatch):
+    model, chosen = block(36), iter((4, 0, 2, 0))
+    fused, current = resnet_fused.fuse(copy.deepcopy(model)), [0]
+    monkeypatch.setattr(winograd, "folded", lambda *_: (current[0], 1.0))
+    for size in (14, 15, 16, 17):  # of each, oneDNN meets the shape for the first time
+        current[0] = next(chosen)
+        x = images(2, 36, size, size)
+        with torch.no_grad(), choose.fusing_all():
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)

@@ -51,6 +51,8 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
             grad_out = grad_residual = _behind_relu(ctx, b, grad_out)
             last = dataclasses.replace(program.nodes[-1], relu=False)
             program = dataclasses.replace(program, nodes=(*program.nodes[:-1], last))
+        # Aliases of its own for each place: what x was made from, and whoever else has a parameter, is not this node's
+        x, flat = _alias(x, needs[0]), [_alias(t, t is not None and t.requires_grad) for t in flat]
         kept = tensors = regroup(flat)
         if _moved(ctx):
             tensors = [_as_in_forward(b, number, own) for number, own in enumerate(kept, program.inputs)]
@@ -61,15 +63,21 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
                 own.running_mean.data.copy_(now.running_mean)
                 own.running_var.data.copy_(now.running_var)
         inputs = [x, None, *(t for t, place in zip(flat, ctx.facts.places, strict=True) if place is not None)]
-        first = {id(t): i for i, t in reversed([*enumerate(inputs)])}  # one that two nodes share has one gradient
-        wanted = [i for i, need in enumerate(needs) if need and i != 1 and first[id(inputs[i])] == i]
+        wanted = [i for i, need in enumerate(needs) if need and i != 1]
         sources = [inputs[i] for i in wanted]
-        grads = torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True)
+        grads = (
+            torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True) if sources else ()
+        )
     result: list[Tensor | None] = [None] * len(needs)
     for i, grad in zip(wanted, grads, strict=True):
         result[i] = grad
     result[1] = grad_residual if needs[1] else None
     return tuple(result)
+
+
+def _alias(t: Tensor | None, wanted: bool) -> Tensor | None:
+    """`t` under a name that nothing else is made from, if it wants a gradient."""
+    return aten.alias(t) if wanted else t  # with its very strides
 
 
 def _originals(ctx, b: Backward) -> tuple[Tensor, list[Tensor | None]]:
@@ -96,6 +104,9 @@ def _behind_relu(ctx, b: Backward, grad_out: Tensor) -> Tensor:
         ones = torch.ones(grad_out.shape, dtype=ctx.facts.dtype, device=grad_out.device)
         ones = ones.contiguous(memory_format=torch.channels_last)
         mask = run("norm_add_relu_backward", ones, mask=b.masks[b.program.output], backend=b.backend)[0]
+    mask = mask.contiguous() if ctx.converted else mask  # see `gradients`
+    if ctx.converted:  # see `gradients`
+        grad_out, mask = grad_out.contiguous(), mask.contiguous()
     return aten.threshold_backward(grad_out, mask, 0)
 
 

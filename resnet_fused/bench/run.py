@@ -260,8 +260,11 @@ def run(options: Options) -> records.Report:
             bench.equality(progress)
         with bar.part("training step") as progress:
             bench.training(progress)
-        for name, peer in only_evaluate.items():  # of what the others are by now: training moves running statistics
-            bench.models[name] = peer.prepare(copy.deepcopy(bench.models[peers.STOCK]))
+        stock = bench.models[peers.STOCK]  # with the running statistics that training moved, from here on everybody's
+        for model in bench.models.values():
+            getattr(model, "_orig_mod", model).load_state_dict(stock.state_dict())
+        for name, peer in only_evaluate.items():
+            bench.models[name] = peer.prepare(copy.deepcopy(stock))
         for batch in decided.eval_batches:
             with bar.part(f"evaluation at batch {batch}") as progress:
                 bench.evaluation(batch, progress)

@@ -1,4 +1,4 @@
-"""The steps of a program in evaluation, once it is known which kernels there are: see :mod:`.evaluation`."""
+"""The steps of a program in evaluation, once it is known which kernels there are: see :mod:`.lower_evaluation`."""
 
 from __future__ import annotations
 

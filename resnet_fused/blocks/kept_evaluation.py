@@ -19,7 +19,8 @@ from ..plan.keys import threads
 from ..plan.lower_evaluation import lower, takes
 from ..steps import folding
 from ..steps.conv import channels_last
-from ..steps.evaluation_kinds import Evaluation, Lowered, WinogradConvolution
+from ..steps.evaluation_flow import Evaluation, Lowered
+from ..steps.evaluation_kinds import WinogradConvolution
 from ..steps.folding import Folded, fold
 from ..steps.program import Call
 

@@ -1,9 +1,8 @@
 """Whether a CPU's programs run on values: their 1x1 convolutions by our kernels, which apply normalisation on load.
 
-oneDNN's convolutions run at 92 to 97% of the peak of a core with AVX-512, ours, of a normalised input and with the
-statistics of the result, at 80 to 93%; what decides are the passes over activations that are left out: of a written
-join's bottleneck 61 reads and writes of its inner channels become 28. ``benchmarks/conv1x1.py`` compares both ways.
-Without AVX-512 nothing is measured, and programs stay on tensors.
+What decides are the passes over activations that are left out, which ``explain`` counts. ``benchmarks/conv1x1.py``
+compares both ways, each with all the passes that it takes. Without AVX-512 nothing is measured, and programs stay on
+tensors.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from ..steps.evaluation_flow import ForwardStep, Lowered
 from ..steps.evaluation_kinds import (
     FewPixels,
     FoldedConvolution,
-    ForwardStep,
-    Lowered,
     NormPass,
     NormValue,
     RawPool,

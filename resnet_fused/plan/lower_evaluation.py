@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
 from ..steps import winograd
-from ..steps.evaluation_kinds import Lowered
+from ..steps.evaluation_flow import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import choose, too_small, words
 from .evaluation_steps import Steps, carries_sum

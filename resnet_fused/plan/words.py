@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..steps import evaluation_kinds
+from ..steps import evaluation_flow
 from ..steps.directions import Lowered
 from ..steps.join import JOINS, Join
 from ..steps.kinds import Kind
@@ -22,12 +22,12 @@ def of_steps(lowered: Lowered) -> str:
     return "; ".join(of_step(step, lowered.program) for step in lowered.steps)
 
 
-def of_evaluation(lowered: evaluation_kinds.Lowered) -> str:
+def of_evaluation(lowered: evaluation_flow.Lowered) -> str:
     """How a program runs in evaluation: its steps in order, with what each does beside."""
     return "evaluation: " + "; ".join(map(_with_beside, lowered.steps))
 
 
-def _with_beside(step: evaluation_kinds.ForwardStep) -> str:
+def _with_beside(step: evaluation_flow.ForwardStep) -> str:
     beside = {"norm": step.normed, "sum": step.adds, "ReLU": step.relu}
     names = [name for name, there in beside.items() if there]
     return f"{step.word} with {', '.join(names)}" if names else step.word

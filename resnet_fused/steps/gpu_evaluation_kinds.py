@@ -9,7 +9,7 @@ import torch
 
 from ..backends import run
 from .conv import channels_last
-from .evaluation_kinds import Evaluation, ForwardStep, parts
+from .evaluation_flow import Evaluation, ForwardStep, parts
 from .folding import Part
 
 Tensor = torch.Tensor

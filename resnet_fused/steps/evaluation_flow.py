@@ -1,0 +1,111 @@
+"""What flows between the steps of a program in evaluation, what every step is, and how they are run in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from ..ops import stat_dtype
+from .batch_norm import running_affine
+from .folding import Folded, Part
+from .program import Call, Program
+from .spec import StepTensors
+
+Tensor = torch.Tensor
+
+
+class Raw(NamedTuple):
+    """``scale*z + shift``, of which a ReLU is still to be taken if the norm that it stands for has one."""
+
+    z: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def parts(value: Tensor | Raw) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A value as the ops take it: tensor, scale, shift."""
+    return value if isinstance(value, Raw) else (value, None, None)
+
+
+class Evaluation:
+    """One call: its values as far as they are made, and bounds of them where weights are kept on the CPU.
+
+    `direct`: convolutions are called without dispatch, which would find that the CPU backend runs them.
+    """
+
+    def __init__(self, call: Call, inputs: list[Tensor], direct: bool = False) -> None:
+        self.program, self.tensors, self.dtype = call.program, call.tensors, call.x.dtype
+        self.backend, self.direct = call.program.backend, direct
+        self.values: list = inputs + [None] * len(call.program.nodes)
+        self.bounds: list[float] | None = None
+        self.owned = False  # nobody else has value 0
+        self.dying: tuple[int, ...] = ()  # what nobody reads after the step that runs
+        self._filled: dict[tuple[float, int], Tensor] = {}
+
+    def own(self, value: int) -> StepTensors:
+        """The tensors of the node that makes `value`."""
+        return self.tensors[value - self.program.inputs]
+
+    def affine(self, norm: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a norm; `bias`: of the convolution before it, if its output lacks it."""
+        bn = running_affine(self.own(norm), self.program.maker(norm).norm, self.dtype, self.backend, bias)
+        return bn.scale, bn.shift
+
+    def filled(self, number: float, weight: Tensor) -> Tensor:
+        """A vector of one number for each output of `weight`: made once, as each is a launch."""
+        key = number, weight.shape[0]
+        if key not in self._filled:
+            self._filled[key] = torch.full(key[1:], number, dtype=stat_dtype(self.dtype), device=weight.device)
+        return self._filled[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardStep:
+    """What makes `value` of value `source`, and perhaps of value `other`, which is added before a ReLU."""
+
+    ops: ClassVar[tuple[str, ...]] = ()  # those of ours that must have sound kernels
+    word: ClassVar[str]  # what ``explain`` calls it
+    normed: ClassVar[bool] = False  # whether it does a norm beside
+
+    value: int
+    source: int
+    other: int | None = None
+    relu: bool = False
+
+    @property
+    def part(self) -> Part | None:
+        """What of the parameters is folded for this step on a CPU, and given to `forward`."""
+        return None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.source,) if self.other is None else (self.source, self.other)
+
+    @property
+    def adds(self) -> bool:
+        """Whether it does a sum beside."""
+        return self.other is not None
+
+    def forward(self, e: Evaluation, made: Folded | None) -> None:
+        raise NotImplementedError
+
+
+class Lowered(NamedTuple):
+    """A program's steps in evaluation; `dead`: after each, the values that nobody reads any more."""
+
+    program: Program
+    steps: tuple
+    dead: tuple[tuple[int, ...], ...]
+    measured: tuple[bool, ...]  # of each input, whether a ReLU in oneDNN's epilogue depends on its bound
+    folds: bool  # whether a step on a CPU is made from parameters, see `part`
+
+    def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
+        """The output. `made`: for each step, what it is made from, see `part`."""
+        for step, own, dead in zip(self.steps, made, self.dead, strict=True):
+            e.dying = dead
+            step.forward(e, own)
+            for value in dead:
+                e.values[value] = None
+        return e.values[self.program.output]

@@ -93,9 +93,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
       "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");
-  // Not ops of the contract: see csrc/cpu/checksum.cpp and csrc/cpu/new_batch.cpp.
+  // Not ops of the contract: see csrc/cpu/<name>.cpp, kept_memory.cpp for the last.
   m.def("checksum(Tensor[] tensors) -> int[]");
   m.def("new_batch(Tensor like, int samples) -> Tensor");
+  m.def("empty_cache() -> int");
 }
 
 namespace {

@@ -1,6 +1,7 @@
 """Fused residual networks for PyTorch: `fuse` a model, and it runs the same mathematics with less memory traffic."""
 
 from .backends import use
+from .backends.memory import empty_cache
 from .backends.precision import precision
 from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
 from .convert import fuse, report, unfuse
@@ -14,6 +15,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedConvBNReLU",
     "conv_bn_add_relu",
+    "empty_cache",
     "explain",
     "fuse",
     "precision",

@@ -120,8 +120,7 @@ Results conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_s
   check_conv1x1(x, weight, x_scale, x_shift, stride, gamma, beta, eps);
   const Pixels pixels(x, stride);
   const int64_t K = weight.size(0), C = x.size(1), h = pixels.height, w = pixels.width;
-  Tensor z = empty_strided<4>({x.size(0), K, h, w}, {h * w * K, 1, w * K, K}, ScalarType::Float);
-  advise_huge_pages(z.mutable_data_ptr(), static_cast<size_t>(z.numel()) * sizeof(float));
+  Tensor z = empty_images(x.size(0), K, h, w, ScalarType::Float);
   const Stages& at = stages();
   Conv1x1 p{{data<float>(x), data<float>(x_scale), data<float>(x_shift), C, pixels},
             data<float>(weight),

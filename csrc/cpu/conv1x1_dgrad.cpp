@@ -29,8 +29,7 @@ Results conv1x1_dgrad(const Tensor& g, const OptionalTensor& weight, const Optio
   check_conv1x1_dgrad(g, weight, {x, x_scale, x_shift, x_mean, x_rstd, x_stride},
                       {coupling, constant, residual, residual_mask, residual_stride}, weight_grad);
   const int64_t N = g.size(0), H = g.size(2), W = g.size(3), K = g.size(1), C = weight ? weight->size(1) : K;
-  Tensor grad_x = empty_strided<4>({N, C, H, W}, {H * W * C, 1, W * C, C}, ScalarType::Float);
-  advise_huge_pages(grad_x.mutable_data_ptr(), static_cast<size_t>(grad_x.numel()) * sizeof(float));
+  Tensor grad_x = empty_images(N, C, H, W, ScalarType::Float);
   const int64_t K_of_weight = weight_grad ? K : 0, summed = x_scale ? C : 0;
   Tensor grad_weight =
       weight_grad ? empty_strided<2>({K, C}, {C, 1}, ScalarType::Float) : empty_vector(K_of_weight, ScalarType::Float);

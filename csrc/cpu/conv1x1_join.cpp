@@ -152,8 +152,7 @@ std::tuple<Tensor, Tensor> conv1x1_join(const Tensor& x, const Tensor& weight, c
   check_conv1x1_join(x, weight, scale, shift, x_scale, x_shift, {residual, residual_scale, residual_shift},
                      {x2, weight2, scale2, shift2, stride2}, sample_factor);
   const int64_t N = x.size(0), H = x.size(2), W = x.size(3), C = x.size(1), K = weight.size(0), rows = N * H * W;
-  Tensor out = empty_strided<4>({N, K, H, W}, {H * W * K, 1, W * K, K}, ScalarType::Float);
-  advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * sizeof(float));
+  Tensor out = empty_images(N, K, H, W, ScalarType::Float);
   Tensor mask = emit_mask ? empty_mask(out) : empty_vector(0, ScalarType::Byte);
   Join p{};
   const Activation input{data<float>(x), data<float>(x_scale), data<float>(x_shift), C, Pixels(x, {1, 1})};

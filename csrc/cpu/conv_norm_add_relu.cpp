@@ -233,7 +233,7 @@ Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalT
   const char* op = "conv_norm_add_relu";
   check_conv_norm_add_relu(op, x, weight, stride, padding, dilation);
   const Convolution c(x, weight, stride, padding, dilation);
-  Tensor out = empty_strided<4>({c.N, c.K, c.P, c.Q}, {c.P * c.Q * c.K, 1, c.Q * c.K, c.K}, x.scalar_type());
+  Tensor out = empty_images(c.N, c.K, c.P, c.Q, x.scalar_type());
   check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
   if (out.numel() == 0) return out;
   const auto with = [&](auto* tag) {

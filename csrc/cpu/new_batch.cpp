@@ -1,5 +1,5 @@
-// An uninitialised channels_last batch of `samples` images of the shape of those in `like`, in huge pages where it is
-// large. For results that are written piece by piece.
+// An uninitialised channels_last batch of `samples` images of the shape of those in `like`. For results that are
+// written piece by piece.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,10 +13,7 @@ namespace {
 Tensor new_batch(const Tensor& like, int64_t samples) {
   check_data("new_batch", "like", like);
   if (samples < 0) fail("new_batch: samples is ", samples, "; pass a number of images");
-  const int64_t c = like.size(1), h = like.size(2), w = like.size(3);
-  Tensor out = empty_strided<4>({samples, c, h, w}, {h * w * c, 1, w * c, c}, like.scalar_type());
-  advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
-  return out;
+  return empty_images(samples, like.size(1), like.size(2), like.size(3), like.scalar_type());
 }
 
 }  // namespace

@@ -32,12 +32,7 @@ struct PoolShape {
             const std::vector<int64_t>& p)
       : samples(z.size(0)), channels(z.size(1)), h(z.size(2), k[0], s[0], p[0]), w(z.size(3), k[1], s[1], p[1]) {}
 
-  Tensor empty_pooled(ScalarType dtype) const {
-    const int64_t rows = h.windows, columns = w.windows, C = channels;
-    Tensor out = empty_strided<4>({samples, C, rows, columns}, {rows * columns * C, 1, columns * C, C}, dtype);
-    advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
-    return out;
-  }
+  Tensor empty_pooled(ScalarType dtype) const { return empty_images(samples, channels, h.windows, w.windows, dtype); }
 };
 
 // A window that covers a pixel: its gradient and index [C], and the pixel's place in it.

@@ -219,8 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_conv3x3(const Tensor& x, const Tenso
   check_winograd_conv3x3(x, weight, padding, transposed, outputs);
   const int64_t grows = transposed ? 2 - 2 * padding : 2 * padding - 2;
   const int64_t K = weight.size(transposed ? 1 : 0), P = x.size(2) + grows, Q = x.size(3) + grows;
-  Tensor z = empty_strided<4>({x.size(0), K, P, Q}, {P * Q * K, 1, Q * K, K}, ScalarType::Float);
-  advise_huge_pages(z.mutable_data_ptr(), static_cast<size_t>(z.numel()) * sizeof(float));
+  Tensor z = empty_images(x.size(0), K, P, Q, ScalarType::Float);
   Tensor mean = empty_stats(z, statistics), m2 = empty_stats(z, statistics);
   if (x.numel() == 0 || z.numel() == 0) {
     for (const Tensor* t : {&z, &mean, &m2}) std::fill_n(data<float>(*t), t->numel(), 0.0f);

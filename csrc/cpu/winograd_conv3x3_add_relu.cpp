@@ -155,10 +155,9 @@ Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Te
                                  const OptionalTensor& residual, int64_t padding, bool relu) {
   check_winograd_conv3x3_add_relu(x, weight, packed, scale, shift, padding);
   const int64_t K = weight.size(0), P = x.size(2) + 2 * padding - 2, Q = x.size(3) + 2 * padding - 2;
-  Tensor out = empty_strided<4>({x.size(0), K, P, Q}, {P * Q * K, 1, Q * K, K}, ScalarType::Float);
+  Tensor out = empty_images(x.size(0), K, P, Q, ScalarType::Float);
   if (residual) check_like("winograd_conv3x3_add_relu", "residual", *residual, "the result", out);
   if (out.numel() == 0) return out;
-  advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * sizeof(float));
   std::vector<float> shifts(packed.size(0) * kPackedColumns);
   if (shift) std::copy_n(data<float>(*shift), K, shifts.data());
   const Epilogue epilogue{shifts.data(), residual ? data<float>(*residual) : nullptr, data<float>(out), relu,

@@ -1,0 +1,129 @@
+"""Outputs on kept memory: whose it is, when it is taken again, and that a tensor on it is like any other."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import resnet_fused
+from resnet_fused import library
+
+KEEPS = library.status().cpu.loaded and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+pytestmark = pytest.mark.skipif(not KEEPS, reason="nothing is kept without the compiled library, or by torch 2.10")
+SHAPE = (2, 64, 80, 64)  # 2.5 MiB
+BYTES = 2 * 64 * 80 * 64 * 4
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    resnet_fused.empty_cache()
+    yield
+    resnet_fused.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def z() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+
+
+def normalise(z: torch.Tensor) -> torch.Tensor:
+    vector = torch.linspace(-1, 1, z.shape[1])
+    return torch.ops.resnet_fused.norm_add_relu(z, vector, vector)[0]
+
+
+def expected(z: torch.Tensor) -> torch.Tensor:
+    vector = torch.linspace(-1, 1, z.shape[1]).view(1, -1, 1, 1)
+    return torch.relu(z * vector + vector)
+
+
+def test_memory_is_taken_again_only_when_no_tensor_has_it(z):
+    first = normalise(z)
+    place = first.data_ptr()
+    assert place % 2**21 == 0  # a huge page begins there
+    second = normalise(z)
+    assert second.data_ptr() != place
+    view = first[1, 3:5]
+    del first
+    assert resnet_fused.empty_cache() == 0  # a view has it
+    kept = view.clone()
+    third = normalise(-z)
+    assert third.data_ptr() != place
+    assert torch.equal(view, kept)
+    del view
+    again = normalise(z)
+    assert again.data_ptr() == place
+    torch.testing.assert_close(again, expected(z))
+    del second, third, again
+    assert resnet_fused.empty_cache() == 3 * BYTES
+    assert resnet_fused.empty_cache() == 0
+
+
+def test_numpy_and_autograd_hold_it(z):
+    array = normalise(z).numpy()
+    assert resnet_fused.empty_cache() == 0
+    torch.testing.assert_close(torch.from_numpy(array), expected(z))
+    leaf = torch.ones(1, requires_grad=True)
+    out = normalise(z) * leaf  # saved for the gradient of `leaf`
+    del array
+    assert resnet_fused.empty_cache() == BYTES
+    other = normalise(-z)
+    out.sum().backward()
+    torch.testing.assert_close(leaf.grad[0], expected(z).sum(), rtol=1e-4, atol=0)
+    assert torch.equal(other, normalise(-z))
+
+
+def test_a_tensor_on_it_copies_pickles_and_is_shared(z):
+    out, like = normalise(z), expected(z)
+    for other in (copy.deepcopy(out), pickle.loads(pickle.dumps(out)), out.share_memory_()):
+        torch.testing.assert_close(other, like)
+    assert out.is_shared()
+    assert resnet_fused.empty_cache() == BYTES  # what it lay on before it was shared
+    with torch.inference_mode():
+        assert normalise(z).is_inference()
+
+
+def test_a_buffer_that_is_much_larger_is_not_taken_and_goes_back_in_time(z):
+    big = torch.cat([z, z]).contiguous(memory_format=torch.channels_last)
+    normalise(big)  # free now, and twice what follows needs
+    place = normalise(z).data_ptr()
+    assert all(normalise(z).data_ptr() == place for _ in range(600))
+    assert resnet_fused.empty_cache() == BYTES
+
+
+def test_threads_do_not_share_what_they_hold(z):
+    like, wrong = expected(z), []
+
+    def work() -> None:
+        for _ in range(30):
+            if not torch.allclose(normalise(z), like, rtol=1e-5, atol=1e-5):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert resnet_fused.empty_cache() <= 4 * BYTES
+
+
+SCRIPT = """
+import torch, resnet_fused
+z = torch.randn(2, 64, 80, 64).contiguous(memory_format=torch.channels_last)
+torch.ops.resnet_fused.norm_add_relu(z, torch.ones(64), torch.ones(64))
+print(resnet_fused.empty_cache())
+"""
+
+
+@pytest.mark.parametrize(("word", "kept"), [("0", 0), ("1", BYTES)])
+def test_the_environment_turns_it_off(word, kept):
+    environment = {**os.environ, "RESNET_FUSED_KEEP_MEMORY": word}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == kept

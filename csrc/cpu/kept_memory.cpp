@@ -3,9 +3,11 @@
 // - a request takes the smallest free buffer that is large enough and not more than a quarter larger; else one is
 // mapped,
 //   aligned to huge pages, with advice to use them;
-// - a buffer that nobody took during the last `kIdle` requests goes back to the system, so what is kept follows what is
-//   used: about two training steps of ResNet-50;
-// - where the system refuses, all free buffers go back, and it is asked once more;
+// - before one is mapped, the oldest free buffers go back to the system until all buffers together are no more than
+//   `kSlack` times what tensors had at once during the last `kWindow` to twice as many requests;
+// - a buffer that nobody took during the last `kWindow` requests goes back;
+// - the system may take the pages of free buffers when it is short of memory (MADV_FREE); where it refuses to map one,
+//   all free buffers go back, and it is asked once more;
 // - `empty_cache` gives all free buffers back; RESNET_FUSED_KEEP_MEMORY=0 in the environment turns all of it off.
 //
 // A tensor with a deleter needs `torch_from_blob`, which torch has from 2.11 on; with 2.10 nothing is kept.
@@ -18,6 +20,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -38,7 +42,8 @@ using FromBlob = AOTITorchError (*)(void* data, int64_t ndim, const int64_t* siz
                                     int64_t opaque_metadata_size, void (*deleter)(void* data, void* ctx),
                                     void* deleter_ctx);
 
-constexpr uint64_t kIdle = 512;
+constexpr uint64_t kWindow = 512;  // some six training steps of ResNet-50 at batch 16
+constexpr double kSlack = 1.25;    // measured below 1.2 where all steps are alike
 constexpr size_t kPage = 4096;
 constexpr int32_t kNoIndex = -1;  // a CPU has none, and `torch_from_blob` refuses 0
 
@@ -73,15 +78,30 @@ class Cache {
 
   // A buffer of at least `bytes`; without data where the system refuses.
   Buffer take(size_t bytes) {
-    if (const Buffer kept = find(bytes); kept.data != nullptr) return kept;
-    Buffer made{map(bytes), bytes};
-    if (made.data == nullptr && empty() > 0) made.data = map(bytes);
-    return made;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    begin_request();
+    Buffer found = find(bytes);
+    if (found.data == nullptr) {
+      make_room(bytes);
+      found = {map(bytes), bytes};
+      if (found.data == nullptr && release([](const Free&) { return true; }) > 0) found.data = map(bytes);
+      if (found.data == nullptr) return found;
+    }
+    live_ += found.bytes;
+    peak_ = std::max(peak_, live_);
+    return found;
   }
 
-  void give(const Buffer& buffer) {
+  void give(const Buffer& buffer) noexcept {
     const std::lock_guard<std::mutex> guard(mutex_);
-    free_.push_back({buffer, requests_});
+    live_ -= buffer.bytes;
+    try {
+      free_.push_back({buffer, requests_});
+      kept_ += buffer.bytes;
+      madvise(buffer.data, buffer.bytes, MADV_FREE);  // advice: a refusal changes nothing
+    } catch (const std::bad_alloc&) {
+      munmap(buffer.data, buffer.bytes);
+    }
   }
 
   // Gives all free buffers back to the system; the bytes of them.
@@ -105,10 +125,12 @@ class Cache {
                    [] { instance().mutex_.unlock(); });
   }
 
+  void begin_request() {
+    if (++requests_ % kWindow == 0) last_peak_ = std::exchange(peak_, live_);
+    release([&](const Free& one) { return requests_ - one.since > kWindow; });
+  }
+
   Buffer find(size_t bytes) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    ++requests_;
-    release([&](const Free& one) { return requests_ - one.since > kIdle; });
     auto best = free_.end();
     for (auto one = free_.begin(); one != free_.end(); ++one) {
       const size_t size = one->buffer.bytes;
@@ -118,7 +140,19 @@ class Cache {
     if (best == free_.end()) return {};
     const Buffer found = best->buffer;
     free_.erase(best);
+    kept_ -= found.bytes;
     return found;
+  }
+
+  // Release the oldest free buffers, which are the first, as far as `bytes` more would be too many.
+  void make_room(size_t bytes) {
+    const auto most = static_cast<size_t>(kSlack * std::max({peak_, last_peak_, live_ + bytes}));
+    size_t excess = live_ + kept_ + bytes > most ? live_ + kept_ + bytes - most : 0;
+    release([&](const Free& one) {
+      if (excess == 0) return false;
+      excess -= std::min(excess, one.buffer.bytes);
+      return true;
+    });
   }
 
   template <class Condition>
@@ -131,12 +165,15 @@ class Cache {
       return true;
     };
     free_.erase(std::remove_if(free_.begin(), free_.end(), released), free_.end());
+    kept_ -= bytes;
     return bytes;
   }
 
   std::mutex mutex_;
-  std::vector<Free> free_;
+  std::vector<Free> free_;  // the oldest first
   uint64_t requests_ = 0;
+  size_t live_ = 0, kept_ = 0;       // bytes that tensors have, and that are free
+  size_t peak_ = 0, last_peak_ = 0;  // the most that tensors had at once, in this window and in the one before
   FromBlob from_blob_ = nullptr;
 };
 
@@ -168,7 +205,7 @@ bool kept_tensor([[maybe_unused]] const std::array<int64_t, 4>& sizes,
       from_blob(buffer.data, 4, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), kNoIndex, out,
                 aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(buffer.bytes));
   if (error == AOTI_TORCH_SUCCESS) return true;
-  cache.give(buffer);
+  // Nobody says whether torch has taken the buffer: it is left alone.
 #endif
   return false;
 }

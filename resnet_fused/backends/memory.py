@@ -11,10 +11,12 @@ def empty_cache() -> int:
     """Give the memory that fused operations keep on the CPU, and that no tensor has, back to the system.
 
     Outputs of 2 MiB and more come from buffers that are kept when their last tensor dies, so that a training step does
-    not fault its activations in anew: as much as the fused operations of about two steps of ResNet-50 used at once
-    (what 512 requests did not take goes back by itself). The environment variable ``RESNET_FUSED_KEEP_MEMORY=0`` turns
-    this off; with torch 2.10, which has no tensors with a deleter in its stable ABI, nothing is kept. The name is that
-    of :func:`torch.cuda.empty_cache`.
+    not fault its activations in anew. All buffers together are at most 1.25 times what tensors had at once lately; the
+    system may take the pages of free ones when it is short of memory, but a limit on address space (``ulimit -v``)
+    counts them. A tensor on such a buffer cannot be resized beyond it (``resize_``, ``out=`` of a larger result,
+    ``untyped_storage().resize_``): PyTorch raises a RuntimeError. The environment variable
+    ``RESNET_FUSED_KEEP_MEMORY=0`` turns all of this off; with torch 2.10, which has no tensors with a deleter in its
+    stable ABI, nothing is kept. The name is that of :func:`torch.cuda.empty_cache`.
 
     Returns:
         The bytes that were given back; 0 where the compiled library is not loaded.

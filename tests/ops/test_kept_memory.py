@@ -97,6 +97,21 @@ def test_a_buffer_that_is_much_larger_is_not_taken_and_goes_back_in_time(z):
     assert resnet_fused.empty_cache() == BYTES
 
 
+def test_buffers_of_many_sizes_are_bounded_by_what_tensors_had_at_once(z):
+    lengths = list(range(2, 20))
+    inputs = [torch.zeros(n, 64, 80, 64).contiguous(memory_format=torch.channels_last) for n in lengths]
+    for x in inputs + inputs[::-1]:
+        normalise(x)  # one output at a time
+    assert resnet_fused.empty_cache() <= 1.25 * max(lengths) * BYTES // 2
+
+
+def test_it_is_not_resized_beyond_what_it_has(z):
+    out = normalise(z)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        out.resize_(4, 64, 80, 64)
+    assert normalise(z).resize_(1, 64, 80, 64).shape[0] == 1
+
+
 def test_threads_do_not_share_what_they_hold(z):
     like, wrong = expected(z), []
 

@@ -1,0 +1,48 @@
+"""Convolutions of few input channels, as networks begin with, and where ours are faster than oneDNN's on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import run
+from ..library import status
+from ..ops.contract import is_channels_last
+from .layout import Moments
+from .spec import Conv
+
+Tensor = torch.Tensor
+
+#: Whether the library is there, and for AVX-512: what has shorter vectors was not measured.
+IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"
+CHANNELS = 4  # of the input, at most
+_VECTOR = 16  # output channels to a vector, of which tails waste a part
+
+
+def fits(weight: Tensor, conv: Conv) -> bool:
+    """Whether the loops are made for a convolution: few channels in, whole vectors out, a window of more than a pixel.
+
+    At AVX-512, oneDNN's time by ours, quiet, two threads, forward with statistics and the weight's gradient:
+
+    TABLE
+    """
+    outputs, channels, *window = weight.shape
+    dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and tuple(window) != (1, 1)
+    return IS_BUILT and dense and 0 < channels <= CHANNELS and outputs > 0 and outputs % _VECTOR == 0
+
+
+def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+    """Whether the ops `stem_conv` and `stem_conv_wgrad` have this convolution, and are faster."""
+    if weight.shape[1] > CHANNELS or x.device.type != "cpu" or backend not in ("auto", "cpu"):
+        return False
+    return x.dtype == weight.dtype == torch.float32 and is_channels_last(x) and fits(weight, conv)
+
+
+def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:
+    """The convolution, and its batch statistics if they are asked for."""
+    z, *moments = run("stem_conv", x, weight, conv.stride, conv.padding, statistics, backend=backend)
+    return z, tuple(moments) if statistics else None
+
+
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
+    """The gradient of `weight`."""
+    return run("stem_conv_wgrad", grad, x, weight, conv.stride, conv.padding, backend=backend)

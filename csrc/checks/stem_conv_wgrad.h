@@ -1,4 +1,4 @@
-// Argument errors of stem_conv_wgrad.
+// Argument errors of stem_conv_wgrad, and of what makes the gradient itself.
 #pragma once
 
 #include <vector>
@@ -7,9 +7,8 @@
 
 namespace resnet_fused {
 
-inline void check_stem_conv_wgrad(const Tensor& grad, const Tensor& x, const Tensor& weight,
+inline void check_stem_conv_wgrad(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
                                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  const char* op = "stem_conv_wgrad";
   check_stem(op, x, weight, stride, padding);
   check_data(op, "grad", grad);
   check_device(op, "grad", grad, x);

@@ -86,6 +86,11 @@ def stem_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
     return loop_reasons(grad) + stem_reasons(x, weight)
 
 
+def stem_pool_reasons(grad_out, index, z, a, b, d, scale, shift, x, weight, *args, **kwargs) -> list[str]:
+    """As :func:`stem_reasons`, of all activations."""
+    return loop_reasons(grad_out, index, z) + stem_reasons(x, weight, a, b, d, scale, shift)
+
+
 def vector_reasons(*args, **kwargs) -> list[str]:
     """Reasons against the loops over channels: vectors of one dtype, with none between their elements."""
     if not status().cpu.loaded:
@@ -129,6 +134,7 @@ _OTHERS = {
     "gram_grad": matrix_reasons,
     "stem_conv": stem_reasons,
     "stem_conv_wgrad": stem_grad_reasons,
+    "stem_pool_wgrad": stem_pool_reasons,
     "winograd_conv3x3": winograd_reasons,
     "winograd_conv3x3_add_relu": winograd_packed_reasons,
     "winograd_conv3x3_wgrad": weight_grad_reasons,

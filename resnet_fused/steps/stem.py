@@ -8,7 +8,7 @@ from ..backends import run
 from ..library import status
 from ..ops.contract import is_channels_last
 from .layout import Moments
-from .spec import Conv
+from .spec import Conv, Pool
 
 Tensor = torch.Tensor
 
@@ -46,3 +46,8 @@ def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bo
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
     """The gradient of `weight`."""
     return run("stem_conv_wgrad", grad, x, weight, conv.stride, conv.padding, backend=backend)
+
+
+def pooled_weight_grad(pooled: tuple, x: Tensor, weight: Tensor, conv: Conv, pool: Pool, backend: str) -> Tensor:
+    """The same from the gradient behind norm, ReLU and pool. `pooled`: what `norm_relu_pool_apply` takes first."""
+    return run("stem_pool_wgrad", *pooled, x, weight, conv.stride, conv.padding, *pool.args, backend=backend)

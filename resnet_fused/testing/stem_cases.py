@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..backends.selfcheck.draws import Case
+from ..backends.selfcheck.lazy_cases import PoolDraw
 from ..ops.conv_add_relu import output_shape
 from .cases import NormalDraw
 from .pool_cases import STEM, window
@@ -106,4 +107,18 @@ def conv_norm_relu_pool(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("NaN in a mean", (draw.normal(), weight, None, nan, norm[2], None, None, 1e-5, [1, 1], [1, 1]), {})
 
 
-CASES = {f.__name__: f for f in (stem_conv, stem_conv_wgrad, conv_norm_relu_pool)}
+def stem_pool_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    for i, (name, draw, weight, where) in enumerate(_draws()):
+        shape = output_shape(draw.shape, weight.shape, *where, (1, 1))
+        pool = window(*STEM) if min(shape[2:]) > 2 else ([1, 1], [1, 1], [0, 0])
+        arguments = PoolDraw(shape, *pool).apply(affine=i % 2 == 0)[:8]
+        yield Case(name, (*arguments, draw.normal(), weight, *where, *pool), {})
+    draw, pooled = NormalDraw((2, 3, 11, 12)), PoolDraw((2, 20, 6, 6))
+    same = draw.normal((20, 3, 3, 3)), [2, 2], [1, 1]
+    yield Case("x not finite", (*pooled.apply()[:8], _specials(draw), *same), {})
+    grad_out, *rest = pooled.apply()[:8]
+    grad_out[0, 1, 0, 0], grad_out[1, 2, -1, 1] = torch.inf, torch.nan
+    yield Case("gradient not finite", (grad_out, *rest, draw.normal(), *same), {})
+
+
+CASES = {f.__name__: f for f in (stem_conv, stem_conv_wgrad, stem_pool_wgrad, conv_norm_relu_pool)}

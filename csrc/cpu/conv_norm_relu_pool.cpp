@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "alloc.h"
@@ -35,39 +36,64 @@ struct Norm {
   }
 };
 
-// y = relu(scale*y + shift), where [M, C] outputs lie; NaN passes.
-RESNET_FUSED_CLONES void activate(float* __restrict y, const float* __restrict scale, const float* __restrict shift,
-                                  int64_t rows, int64_t C) {
-  for (int64_t m = 0; m < rows; ++m, y += C) {
+// The later one, if it is greater or NaN.
+RESNET_FUSED_INLINE float winner(float best, float value) { return (value > best) | (value != value) ? value : best; }
+
+// best = winner, over `rows`, of scale*row + shift: of [M, C] outputs each. All rows of a window are met at once: what
+// this reads and writes in the second-level cache is what it takes.
+template <size_t... r>
+RESNET_FUSED_CLONES void meet_rows(float* __restrict best, const float* const* rows, const float* __restrict scale,
+                                   const float* __restrict shift, int64_t M, int64_t C, std::index_sequence<r...>) {
+  const float* const row[] = {rows[r]...};
+  for (int64_t m = 0; m < M; ++m) {
     for (int64_t c = 0; c < C; ++c) {
-      const float value = y[c] * scale[c] + shift[c];
-      y[c] = value < 0 ? 0.0f : value;
+      const float value[] = {row[r][m * C + c] * scale[c] + shift[c]...};
+      float found = value[0];
+      for (size_t i = 1; i < sizeof...(r); ++i) found = winner(found, value[i]);
+      best[m * C + c] = found;
     }
   }
 }
 
-// The later one, if it is greater or NaN.
-RESNET_FUSED_INLINE float winner(float best, float value) { return (value > best) | (value != value) ? value : best; }
-
-// best[i] = winner of best[i] and row[i]
-RESNET_FUSED_CLONES void take_row(float* __restrict best, const float* __restrict row, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) best[i] = winner(best[i], row[i]);
+// The same of any number of rows.
+RESNET_FUSED_CLONES void meet_any(float* __restrict best, const float* const* rows, int64_t count,
+                                  const float* __restrict scale, const float* __restrict shift, int64_t M, int64_t C) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float* __restrict row = rows[r];
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t c = 0; c < C; ++c) {
+        const float value = row[m * C + c] * scale[c] + shift[c];
+        best[m * C + c] = r ? winner(best[m * C + c], value) : value;
+      }
+    }
+  }
 }
 
-// Windows of a row [w.size, C] in which the rows of each window have met already.
+void meet(float* best, const float* const* rows, int64_t count, const Norm& norm, int64_t M, int64_t C) {
+  const float *scale = norm.scale.data(), *shift = norm.shift.data();
+  if (count == 2) return meet_rows(best, rows, scale, shift, M, C, std::make_index_sequence<2>());
+  if (count == 3) return meet_rows(best, rows, scale, shift, M, C, std::make_index_sequence<3>());
+  meet_any(best, rows, count, scale, shift, M, C);
+}
+
+// ReLU and windows of a row [w.size, C] in which the rows of each window have met already; NaN passes.
 RESNET_FUSED_CLONES void pool_columns(float* __restrict out, const float* __restrict row, const PoolAxis& w,
                                       int64_t C) {
   for (int64_t o = 0; o < w.windows; ++o, out += C) {
     const int64_t first = std::max<int64_t>(0, w.start(o)), end = std::min(w.size, w.start(o) + w.kernel);
     const float* __restrict column = row + first * C;
     if (end - first == 3) {
-      for (int64_t c = 0; c < C; ++c) out[c] = winner(winner(column[c], column[C + c]), column[2 * C + c]);
+      for (int64_t c = 0; c < C; ++c) {
+        const float best = winner(winner(column[c], column[C + c]), column[2 * C + c]);
+        out[c] = best < 0 ? 0.0f : best;
+      }
       continue;
     }
     for (int64_t c = 0; c < C; ++c) out[c] = column[c];
     for (int64_t i = first + 1; i < end; ++i) {
       for (int64_t c = 0; c < C; ++c) out[c] = winner(out[c], row[i * C + c]);
     }
+    for (int64_t c = 0; c < C; ++c) out[c] = out[c] < 0 ? 0.0f : out[c];
   }
 }
 
@@ -77,20 +103,17 @@ void pool_rows(const Stem& p, const Norm& norm, const PoolShape& pool, int64_t b
   const PoolAxis &h = pool.h, &w = pool.w;
   const int64_t in_row = p.Q * p.K, out_row = w.windows * p.K;
   const auto ring = aligned_array<float>(h.kernel * in_row), best = aligned_array<float>(in_row);
+  std::vector<const float*> rows(h.kernel);
   StemRows image(p);
   int64_t next = 0;  // rows of the convolution before this one are there
   for (int64_t y = begin; y < end; ++y) {
     const int64_t first = y / h.windows * p.P, start = h.start(y % h.windows);
     const int64_t top = first + std::max<int64_t>(0, start), bottom = first + std::min(h.size, start + h.kernel);
     for (next = std::max(next, top); next < bottom; ++next) {
-      float* row = ring.get() + next % h.kernel * in_row;
-      at.convolve(p, image.under(next), 0, p.Q, row);
-      activate(row, norm.scale.data(), norm.shift.data(), p.Q, p.K);
+      at.convolve(p, image.under(next), 0, p.Q, ring.get() + next % h.kernel * in_row);
     }
-    std::copy_n(ring.get() + top % h.kernel * in_row, in_row, best.get());
-    for (int64_t row = top + 1; row < bottom; ++row) {
-      take_row(best.get(), ring.get() + row % h.kernel * in_row, in_row);
-    }
+    for (int64_t row = top; row < bottom; ++row) rows[row - top] = ring.get() + row % h.kernel * in_row;
+    meet(best.get(), rows.data(), bottom - top, norm, p.Q, p.K);
     pool_columns(out + y * out_row, best.get(), w, p.K);
   }
 }

@@ -41,9 +41,10 @@ std::tuple<Tensor, Tensor, Tensor> stem_conv(const Tensor& x, const Tensor& weig
     if (z.numel()) convolve_outputs(p, at, first, 0, 1, out);
     moments(
         Shape(z), out, mean, m2, [&](int64_t c) { return out[c]; },
-        [&](int64_t begin, int64_t end) {
-          StemRows image(p);
-          convolve_outputs(p, at, image, begin, end, out);
+        [&] {
+          return [&, image = StemRows(p)](int64_t begin, int64_t end) mutable {
+            convolve_outputs(p, at, image, begin, end, out);
+          };
         });
   } else if (z.numel()) {
     torch::stable::parallel_for(0, p.N * p.P, 1, [&](int64_t begin, int64_t end) {

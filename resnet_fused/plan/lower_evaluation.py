@@ -5,7 +5,7 @@ ReLU, in oneDNN's epilogue, or, of a 3x3 that minimal filtering makes faster (:f
 `winograd_conv3x3_add_relu`. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
 weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
 as it is, and norm, sum and ReLU are its epilogue's. So it is in a stem, a convolution of few channels with norm, ReLU
-and max pool behind it (:func:`.stem.fits`): `conv_norm_relu_pool` is all of that in one pass over the image. What
+and max pool behind it (:func:`.stem.pools`): `conv_norm_relu_pool` is all of that in one pass over the image. What
 is too small for any of these is stock's (:func:`.too_small.is_small_in_evaluation`).
 
 On a GPU, nothing is folded into weights and nothing is kept between calls: scale and shift of each batch norm are made
@@ -105,7 +105,7 @@ def _stems(call: Call) -> frozenset[int]:
     x, program = call.x, call.program
     if x.dtype != torch.float32 or program.backend not in ("auto", "cpu") or not _is_of_one_dtype(call):
         return frozenset()
-    return frozenset(value for value, node, own in call.convolutions if stem.fits(own.weight, node.conv))
+    return frozenset(value for value, node, own in call.convolutions if stem.pools(own.weight, node.conv))
 
 
 def pools(call: Call) -> bool:

@@ -15,19 +15,22 @@ Tensor = torch.Tensor
 #: Whether the library is there, and for AVX-512: what has shorter vectors was not measured.
 IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"
 CHANNELS = 4  # of the input, at most
-_VECTOR = 16  # output channels to a vector, of which tails waste a part
+_VECTOR = 16  # output channels to a vector
 
 
-def fits(weight: Tensor, conv: Conv) -> bool:
+def fits(weight: Tensor, conv: Conv, vectors: int = 2) -> bool:
     """Whether the loops are made for a convolution: few channels in, whole vectors out, a window of more than a pixel.
-
-    At AVX-512, oneDNN's time by ours, quiet, two threads, forward with statistics and the weight's gradient:
 
     TABLE
     """
     outputs, channels, *window = weight.shape
     dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and tuple(window) != (1, 1)
-    return IS_BUILT and dense and 0 < channels <= CHANNELS and outputs > 0 and outputs % _VECTOR == 0
+    return IS_BUILT and dense and 0 < channels <= CHANNELS and outputs > 0 and outputs % (vectors * _VECTOR) == 0
+
+
+def pools(weight: Tensor, conv: Conv) -> bool:
+    """Whether the op `conv_norm_relu_pool` is made for a convolution."""
+    return fits(weight, conv, vectors=1)
 
 
 def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:

@@ -149,7 +149,7 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     if conv.is_pointwise(weight):
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
         return (rows(grad).T @ rows(strided(x, conv.stride))).view(weight.shape) if fast else None
-    if stem.takes(x, weight, conv, backend):
+    if stem.takes_gradient(x, weight, conv, backend):
         return stem.weight_grad(channels_last(grad), x, weight, conv, backend)
     if winograd_wgrad.takes(grad, x, weight, conv, backend):
         return winograd_wgrad.weight_grad(grad, x, weight, conv, backend)

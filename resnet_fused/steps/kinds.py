@@ -275,4 +275,4 @@ def _ends_in_weight(b: Backward, value: int) -> bool:
     if not alone or not need.weight or need.bias:
         return False
     z = b.values[b.program.readers(value)[0]].z
-    return stem.takes(b.like(node.source, z), b.tensors[value].weight, node.conv, b.backend)
+    return stem.takes_gradient(b.like(node.source, z), b.tensors[value].weight, node.conv, b.backend)

@@ -50,7 +50,14 @@ class Stem(nn.Module):
     ids=str,
 )
 def test_is_not_taken(kernel, geometry):
-    assert not stem.takes(image(2, 3, 9, 9), image(*kernel), geometry, "auto")
+    arguments = image(2, 3, 9, 9), image(*kernel), geometry, "auto"
+    assert not stem.takes(*arguments) and not stem.takes_gradient(*arguments)
+
+
+@pytest.mark.parametrize(("channels", "taken"), [(1, True), (3, False)])
+def test_short_sums_are_taken_backward_alone_but_of_one_channel(channels, taken):
+    arguments = image(2, channels, 9, 9), image(32, channels, 3, 3), Conv(padding=(1, 1)), "auto"
+    assert stem.takes(*arguments) is taken and stem.takes_gradient(*arguments)
 
 
 @pytest.mark.parametrize("statistics", [False, True])

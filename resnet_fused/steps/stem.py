@@ -47,7 +47,7 @@ def _is_made_for(weight: Tensor, conv: Conv, columns: int) -> bool:
 
 
 def pools(weight: Tensor, conv: Conv) -> bool:
-    """Whether the op `conv_norm_relu_pool` is the better choice for a convolution with norm, ReLU and pool behind it."""
+    """Whether the op `conv_norm_relu_pool` is the better choice for a convolution with all that behind it."""
     return _is_made_for(weight, conv, _VECTOR)
 
 

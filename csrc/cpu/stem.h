@@ -20,12 +20,13 @@ namespace resnet_fused::cpu {
 struct Stem {
   const float *x, *packed;
   int64_t N, C, H, W, K, R, S, P, Q, stride[2], padding[2];
-  int64_t run;    // floats under a row of the filter
-  int64_t step;   // floats from one pixel's run to the next one's
-  int64_t width;  // floats of a row of the image between zeros
-  int64_t panel, panels;
-  bool finite;  // the weight: of zeros times its elements, none is NaN
+  int64_t run;            // floats under a row of the filter
+  int64_t step;           // floats from one pixel's run to the next one's
+  int64_t width;          // floats of a row of the image between zeros
+  int64_t panel, panels;  // output channels that are multiplied at once, and how many such there are
+  bool finite;            // the weight: of zeros times its elements, none is NaN
 
+  Stem() = default;
   Stem(const Tensor& image, const Tensor& weight, const std::vector<int64_t>& st, const std::vector<int64_t>& pad)
       : x(data<float>(image)),
         packed(nullptr),

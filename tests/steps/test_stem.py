@@ -118,3 +118,19 @@ def test_a_second_backward_runs_through_stocks_operations():
             (grad,) = torch.autograd.grad(model(x).square().sum(), model.conv.weight, create_graph=True)
             results.append(torch.autograd.grad(grad.square().sum(), model.bn.weight)[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_compiles_into_one_graph(training):
+    """With its pool: whether that runs in the program depends on the compiled library, which no graph can load."""
+    stock, fused = (Stem().to(memory_format=torch.channels_last).train(training) for _ in range(2))
+    resnet_fused.fuse(fused)
+    x, results = image(2, 3, 45, 38), []
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.set_grad_enabled(training), choose.fusing_all():
+        for model in (stock, compiled):
+            results.append(model(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    if training:
+        found = [torch.autograd.grad(y.sum(), m.conv.weight)[0] for y, m in zip(results, (stock, fused), strict=True)]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)

@@ -52,6 +52,18 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? beta, float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
       "bool relu=False) -> Tensor out");
   m.def(
+      "conv_norm_relu_pool(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, "
+      "Tensor? beta, float eps, int[2] stride=1, int[2] padding=0, int[2] pool_kernel=3, int[2] pool_stride=2, "
+      "int[2] pool_padding=1) -> Tensor out");
+  m.def(
+      "stem_conv(Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, bool statistics=False) "
+      "-> (Tensor z, Tensor mean, Tensor m2)");
+  m.def("stem_conv_wgrad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0) -> Tensor grad_w");
+  m.def(
+      "stem_pool_wgrad(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
+      "Tensor shift, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, int[2] pool_kernel=3, "
+      "int[2] pool_stride=2, int[2] pool_padding=1) -> Tensor grad_w");
+  m.def(
       "conv1x1(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, "
       "bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
       "-> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");

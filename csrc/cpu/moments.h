@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -93,7 +95,8 @@ RESNET_FUSED_CLONES void merge_chunk(double* __restrict total, double* __restric
 }
 
 // The moments of the rows of `z`. `first(c)` is the element in the first row; `ready(row, stop)` is called before a
-// block is read, by the thread that reads it: what z is made by, if it is made here.
+// block is read, by the thread that reads it: what z is made by, if it is made here. Or `ready()` gives each thread
+// one.
 template <class T, class First, class Ready>
 void moments(const Shape& shape, const T* z, const Tensor& mean, const Tensor& m2, const First& first,
              const Ready& ready) {
@@ -105,11 +108,18 @@ void moments(const Shape& shape, const T* z, const Tensor& mean, const Tensor& m
   std::vector<double> totals(std::max<int64_t>(part.chunks, 1) * C), squares(totals.size());  // [chunks, C]
   torch::stable::parallel_for(0, part.chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> pivot(C), sum(C), square(C);
+    auto prepare = [&] {
+      if constexpr (std::is_invocable_v<Ready>) {
+        return ready();
+      } else {
+        return std::cref(ready);
+      }
+    }();
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = part.first_row(chunk);
       part.for_each_block(chunk, [&](int64_t row, int64_t stop) {
         const T* block = z + row * C;
-        ready(row, stop);
+        prepare(row, stop);
         block_mean(block, stop - row, C, pivot.data(), sum.data());
         block_moments(block, stop - row, C, pivot.data(), sum.data(), square.data());
         merge_block(&totals[chunk * C], &squares[chunk * C], row - start, origin.data(), pivot.data(), sum.data(),

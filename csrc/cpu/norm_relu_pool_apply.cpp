@@ -6,36 +6,15 @@
 
 #include "../checks/norm_relu_pool_apply.h"
 #include "alloc.h"
-#include "pool.h"
+#include "pool_apply.h"
 #include "rows.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
-template <class A>
-struct Vectors {
-  const A *a, *b, *d, *scale, *shift;  // [C] each
-};
-
-// g is masked where scale*z + shift <= 0; affine: b*z + d is added.
-template <class T, bool affine, class A = acc_t<T>>
-RESNET_FUSED_CLONES void apply(T* __restrict dz, const A* __restrict g, const T* __restrict z, const Vectors<A>& v,
-                               int64_t rows, int64_t C) {
-  const A* __restrict a = v.a, * __restrict b = v.b, * __restrict d = v.d;
-  const A* __restrict scale = v.scale, * __restrict shift = v.shift;
-  for (int64_t m = 0; m < rows; ++m, dz += C, g += C, z += C) {
-    for (int64_t c = 0; c < C; ++c) {
-      const A raw = g[c];
-      A value = (load(z + c) * scale[c] + shift[c] <= 0 ? A(0) : raw) * a[c];
-      if constexpr (affine) value += load(z + c) * b[c] + d[c];
-      store(dz + c, value);
-    }
-  }
-}
-
 template <class T, bool affine>
 void run(const PoolShape& shape, const Tensor& grad_out, const Tensor& index, const Tensor& z,
-         const Vectors<acc_t<T>>& v, const Tensor& dz) {
+         const PoolVectors<acc_t<T>>& v, const Tensor& dz) {
   const int64_t C = shape.channels;
   parallel_rows(Shape(z), [&](int64_t begin, int64_t end) {
     PoolGather<T> gather(shape, grad_out, index, z);
@@ -49,13 +28,14 @@ Tensor norm_relu_pool_apply(const Tensor& grad_out, const Tensor& index, const T
                             const std::optional<Tensor>& b, const std::optional<Tensor>& d, const Tensor& scale,
                             const Tensor& shift, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                             const std::vector<int64_t>& padding) {
-  check_norm_relu_pool_apply(grad_out, index, z, a, b, d, scale, shift, kernel, stride, padding);
+  check_norm_relu_pool_apply("norm_relu_pool_apply", grad_out, index, z, a, b, d, scale, shift, kernel, stride,
+                             padding);
   const Tensor dz = empty_channels_last(z);
   const PoolShape shape(z, kernel, stride, padding);
   for_element_type(z.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = acc_t<T>;
-    const Vectors<A> v{data<A>(a), data<A>(b), data<A>(d), data<A>(scale), data<A>(shift)};
+    const PoolVectors<A> v{data<A>(a), data<A>(b), data<A>(d), data<A>(scale), data<A>(shift)};
     b ? run<T, true>(shape, grad_out, index, z, v, dz) : run<T, false>(shape, grad_out, index, z, v, dz);
   });
   return dz;

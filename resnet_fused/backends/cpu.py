@@ -72,6 +72,25 @@ def few_pixels_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
     return reasons if all(t.dtype == x.dtype for t in (weight, *tensors)) else [*reasons, "takes one dtype only"]
 
 
+def stem_reasons(x, weight, *args, **kwargs) -> list[str]:
+    """As :func:`loop_reasons` for the activations; the weight may be in any layout, but is of their dtype."""
+    vectors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    reasons = loop_reasons(x)
+    if not all(t.is_contiguous() and t.dtype == x.dtype for t in vectors) or weight.dtype != x.dtype:
+        reasons.append("takes a weight, and contiguous vectors, of the activations' dtype only")
+    return reasons
+
+
+def stem_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
+    """As :func:`stem_reasons`, of two activations."""
+    return loop_reasons(grad) + stem_reasons(x, weight)
+
+
+def stem_pool_reasons(grad_out, index, z, a, b, d, scale, shift, x, weight, *args, **kwargs) -> list[str]:
+    """As :func:`stem_reasons`, of all activations."""
+    return loop_reasons(grad_out, index, z) + stem_reasons(x, weight, a, b, d, scale, shift)
+
+
 def vector_reasons(*args, **kwargs) -> list[str]:
     """Reasons against the loops over channels: vectors of one dtype, with none between their elements."""
     if not status().cpu.loaded:
@@ -109,16 +128,21 @@ def _compiled(name: str) -> Callable:
 #: Kernels that walk something else than rows of channels, and what may stand against that.
 _OTHERS = {
     "conv_norm_add_relu": few_pixels_reasons,
+    "conv_norm_relu_pool": stem_reasons,
     "conv_weight_grad": weight_grad_reasons,
     "gram_norm": matrix_reasons,
     "gram_grad": matrix_reasons,
+    "stem_conv": stem_reasons,
+    "stem_conv_wgrad": stem_grad_reasons,
+    "stem_pool_wgrad": stem_pool_reasons,
     "winograd_conv3x3": winograd_reasons,
     "winograd_conv3x3_add_relu": winograd_packed_reasons,
     "winograd_conv3x3_wgrad": weight_grad_reasons,
     "winograd_weight3x3": winograd_weight_reasons,
 }
 #: Kernels that do not take every dtype of the loops.
-_DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(("winograd_", "conv1x1"))}
+_FLOAT32 = ("winograd_", "conv1x1", "stem_", "conv_norm_relu_pool")
+_DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(_FLOAT32)}
 _DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
 
 

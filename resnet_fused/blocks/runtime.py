@@ -13,7 +13,7 @@ import threading
 import torch
 
 from ..backends import bounds, current, precision
-from ..plan import choose
+from ..plan import choose, lower_evaluation
 from ..plan.lower import decided_by, fits, lower, pools
 from ..steps import Pool, StepTensors, stock
 from ..steps.directions import Lowered
@@ -236,11 +236,11 @@ def _last(site: Site, call: Call, given: Tensor, y: Tensor) -> Tensor:
 def _pools(call: Call, pool: Pool) -> bool:
     """Whether a pool is better done in the program, and does not raise stock's error for this size."""
     shape, on_gpu = call.shapes()[-2], choose.on_gpu(call.x)
-    if not (needs_grad(call) or on_gpu) or not pools(call):
-        return False
-    if not on_gpu and not call.program.batch_stats:
-        return False  # folded, as without a pool: somebody may compare what both give
-    return all(n + 2 * p >= k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True))
+    if not (on_gpu or needs_grad(call)):
+        found = takes(call) and lower_evaluation.pools(call)
+    else:  # folded on a CPU, as without a pool: somebody may compare what both give
+        found = pools(call) and (on_gpu or call.program.batch_stats)
+    return found and all(n + 2 * p >= k for n, p, k in zip(shape[2:], pool.padding, pool.kernel, strict=True))
 
 
 def needs_grad(call: Call) -> bool:

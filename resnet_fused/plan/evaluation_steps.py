@@ -16,6 +16,7 @@ from ..steps.evaluation_kinds import (
 from ..steps.folding import Part
 from ..steps.gpu_evaluation_kinds import Add, ConvolveRaw, Product
 from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.stem_evaluation import StemPool
 
 
 def _sole_reader(program: Program, value: int) -> tuple[int | None, Node | None]:
@@ -35,7 +36,8 @@ def carries_sum(program: Program, value: int) -> bool:
 class Steps:
     """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
     has no norm; None: on a CPU. `few`: with the weights as they are. `filtered`: the convolutions that run by minimal
-    filtering, and how many outputs to a side their tiles have.
+    filtering, and how many outputs to a side their tiles have. `stems`: those of few channels that can take norm, ReLU
+    and pool with them.
 
     `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
     the norms that their readers apply on load.
@@ -47,8 +49,10 @@ class Steps:
         pointwise: dict[int, str] | None = None,
         few: bool = False,
         filtered: dict[int, int] | None = None,
+        stems: frozenset[int] = frozenset(),
     ) -> None:
         self.program, self.gpu, self.few, self.filtered = program, pointwise is not None, few, filtered or {}
+        self.stems = stems
         self.projections: set[int] = set()
         self.lazy: set[int] = set()
         self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
@@ -176,6 +180,8 @@ class Steps:
         part = self._folded(value)
         if node.source in self.projections or (part is not None and carries_sum(self.program, value)):
             return []
+        if self.stem(value) is not None:
+            return []  # the pool's step does it
         if part is not None:
             return self._carry(value, part, relu=node.relu)
         if self.few or self._is_bare(value):
@@ -195,6 +201,16 @@ class Steps:
             return [NormPass(value, node.other, node.branch, node.relu)]
         return [Add(value, node.branch, node.other, node.relu)]
 
+    def stem(self, norm: int) -> Part | None:
+        """The convolution of few channels and the norm with ReLU, `norm`, that a pool alone reads."""
+        part, node, (_, reader) = self._pair(norm), self.program.maker(norm), _sole_reader(self.program, norm)
+        whole = part is not None and part.conv in self.stems and node.relu and isinstance(reader, Pooling)
+        return part if whole else None
+
     def _pool(self, value: int, node: Pooling) -> list[ForwardStep]:
+        stem = self.stem(node.source)
+        if stem is not None:
+            conv = self.program.maker(stem.conv)
+            return [StemPool(value, conv.source, relu=True, main=stem, conv=conv.conv)]
         raw = not self.few and self._folded(node.source) is None
         return [(RawPool if raw else StockPool)(value, node.source)]

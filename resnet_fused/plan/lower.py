@@ -134,7 +134,7 @@ def _adds_with_statistics(call: Call) -> bool:
     """Whether a kernel adds and emits statistics in one pass: the CPU's."""
     place = choose.place_of(call.x)
     here = place is not None and place.type == "cpu" and call.program.backend in ("auto", "cpu")
-    return here and call.x.dtype in LOOP_DTYPES and library.status().cpu.loaded
+    return here and call.x.dtype in LOOP_DTYPES and _is_built()
 
 
 def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: int, node: Node, own) -> list[Kind]:
@@ -180,8 +180,14 @@ def pools(call: Call) -> bool:
     """Whether there is a kernel here for the pool that `call` ends in."""
     x, backend = call.x, call.program.backend
     if x.device.type == "cpu" and choose.target() is None:
-        return backend in ("auto", "cpu") and library.status().cpu.loaded
+        return backend in ("auto", "cpu") and _is_built()
     return choose.value_device(backend, x) is not None and not lacking(steps_of(call, Variant()), call)
+
+
+@torch.compiler.assume_constant_result
+def _is_built() -> bool:
+    """Whether the CPU's kernels are there; torch.compile would trace into what loads them."""
+    return library.status().cpu.loaded
 
 
 def allowed(call: Call) -> list[Variant]:

@@ -4,8 +4,9 @@ On a CPU every convolution does: the norm that alone reads it is in its weight, 
 ReLU, in oneDNN's epilogue, or, of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`), in that of
 `winograd_conv3x3_add_relu`. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
 weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
-as it is, and norm, sum and ReLU are its epilogue's. What is too small for either is stock's
-(:func:`.too_small.is_small_in_evaluation`).
+as it is, and norm, sum and ReLU are its epilogue's. So it is in a stem, a convolution of few channels with norm, ReLU
+and max pool behind it (:func:`.stem.pools`): `conv_norm_relu_pool` is all of that in one pass over the image. What
+is too small for any of these is stock's (:func:`.too_small.is_small_in_evaluation`).
 
 On a GPU, nothing is folded into weights and nothing is kept between calls: scale and shift of each batch norm are made
 from the running statistics at every call, by one small kernel, so a write through ``.data`` or between two replays of a
@@ -31,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
-from ..steps import winograd
+from ..steps import stem, winograd
 from ..steps.evaluation_flow import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import choose, too_small, words
@@ -81,7 +82,8 @@ def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
     auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
     if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
-    lowered = Steps(call.program, few=few, filtered=None if few else _filtered(call)).lowered()
+    filtered, stems = (None, frozenset()) if few else (_filtered(call), _stems(call))
+    lowered = Steps(call.program, few=few, filtered=filtered, stems=stems).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
 
@@ -98,12 +100,31 @@ def _filtered(call: Call) -> dict[int, int]:
     return found
 
 
+def _stems(call: Call) -> frozenset[int]:
+    """The convolutions of few channels whose norm, ReLU and max pool can be in one pass with them."""
+    x, program = call.x, call.program
+    if x.dtype != torch.float32 or program.backend not in ("auto", "cpu") or not _is_of_one_dtype(call):
+        return frozenset()
+    return frozenset(value for value, node, own in call.convolutions if stem.pools(own.weight, node.conv))
+
+
+def pools(call: Call) -> bool:
+    """Whether a CPU has the pool that `call` ends in in one pass with the convolution before."""
+    last = call.program.nodes[-1]
+    return not _are_few(call) and Steps(call.program, stems=_stems(call)).stem(last.source) is not None
+
+
+def _is_of_one_dtype(call: Call) -> bool:
+    """Whether all parameters have the dtype of the activations."""
+    return all(t is None or t.dtype == call.x.dtype for own in call.tensors for t in own[:6])
+
+
 def _are_few(call: Call) -> bool:
     """Whether all convolutions have so few pixels that their weights are best read as they are."""
     x, shapes = call.x, call.shapes()
     if x.dtype not in (torch.float32, torch.float64) or call.program.backend not in ("auto", "cpu"):
         return False
-    if any(t is not None and t.dtype != x.dtype for own in call.tensors for t in own[:6]):
+    if not _is_of_one_dtype(call):
         return False
     convolutions = [(value, node) for value, node in call.program.numbered if isinstance(node, Convolution)]
     return all(node.conv.groups == 1 and too_small.pixels(shapes[value]) <= FEW for value, node in convolutions)

@@ -13,7 +13,7 @@ import re
 import torch
 
 from ..backends import run
-from . import winograd, winograd_wgrad
+from . import stem, winograd, winograd_wgrad
 from .layout import Moments
 from .lazy import EVERY, Pixels
 from .spec import Conv
@@ -76,6 +76,8 @@ def conv2d(
 
     And its batch statistics, if they are asked for and its kernel emits them.
     """
+    if bias is None and stem.takes(x, weight, conv, backend):
+        return stem.convolve(x, weight, conv, backend, statistics)
     if bias is None and winograd.takes(x, weight, conv, backend, precision=precision):
         return winograd.convolve(x, weight, conv, backend, statistics, precision)
     if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
@@ -147,6 +149,8 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     if conv.is_pointwise(weight):
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
         return (rows(grad).T @ rows(strided(x, conv.stride))).view(weight.shape) if fast else None
+    if stem.takes_gradient(x, weight, conv, backend):
+        return stem.weight_grad(channels_last(grad), x, weight, conv, backend)
     if winograd_wgrad.takes(grad, x, weight, conv, backend):
         return winograd_wgrad.weight_grad(grad, x, weight, conv, backend)
     many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS

@@ -48,6 +48,14 @@ class Evaluation:
         """The tensors of the node that makes `value`."""
         return self.tensors[value - self.program.inputs]
 
+    def behind(self, part: Part) -> tuple:
+        """What follows the convolution of `part` in the ops that fold nothing: bias, batch norm's four vectors, eps."""
+        norm, eps = StepTensors(None), 1.0
+        if part.norm is not None:
+            norm, eps = self.own(part.norm), self.program.maker(part.norm).norm.eps
+        vectors = self.own(part.conv).bias, norm.running_mean, norm.running_var, norm.gamma, norm.beta
+        return *(t if t is None or t.is_contiguous() else t.contiguous() for t in vectors), eps
+
     def affine(self, norm: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and shift of a norm; `bias`: of the convolution before it, if its output lacks it."""
         bn = running_affine(self.own(norm), self.program.maker(norm).norm, self.dtype, self.backend, bias)

@@ -11,7 +11,8 @@
 :class:`StockPool`            a max pool of a tensor
 ============================  =========================================================================================
 
-Those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names values by their numbers in the program.
+A whole stem's is in :mod:`.stem_evaluation`, those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names
+values by their numbers in the program.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from . import stock, winograd
 from .conv import channels_last
 from .evaluation_flow import Evaluation, ForwardStep, Raw, parts
 from .folding import Folded, Part
-from .spec import Conv, StepTensors
+from .spec import Conv
 
 Tensor = torch.Tensor
 
@@ -135,15 +136,11 @@ class FewPixels(ForwardStep):
         return self.main.norm is not None
 
     def forward(self, e: Evaluation, made: None) -> None:
-        own, norm, eps = e.own(self.main.conv), StepTensors(None), 1.0
-        if self.main.norm is not None:
-            norm, eps = e.own(self.main.norm), e.program.maker(self.main.norm).norm.eps
-        weight, vectors = own.weight, (own.bias, norm.running_mean, norm.running_var, norm.gamma, norm.beta)
+        weight = e.own(self.main.conv).weight
         if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
             weight = weight.contiguous()
-        vectors = [t if t is None or t.is_contiguous() else t.contiguous() for t in vectors]
         other = None if self.other is None else e.values[self.other]
-        arguments = (e.values[self.source], weight, *vectors, eps, other, *self.conv.args[:3], self.relu)
+        arguments = (e.values[self.source], weight, *e.behind(self.main), other, *self.conv.args[:3], self.relu)
         if e.direct:
             e.values[self.value] = torch.ops.resnet_fused.conv_norm_add_relu.default(*arguments)
         else:

@@ -14,7 +14,7 @@ import torch
 
 from ..backends import run
 from ..ops import stat_dtype
-from . import batch_norm
+from . import batch_norm, stem
 from . import conv as convolutions
 from .batch_norm import Affine, Coefficients, coefficients
 from .flow import Backward, Forward
@@ -258,6 +258,21 @@ class PooledNorm:
         c = coefficients(bn, *sums, z, norm.norm, b.backend)
         norm_grads(b, node.source, LazyGrad(grad.grad, z, c, bn))
         if b.wanted[norm.source]:
-            vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
-            dz = run("norm_relu_pool_apply", *read, *vectors, *node.pool.args, backend=b.backend)
+            pooled = (*read, c.a, c.b, c.d, bn.scale, bn.shift)
+            if _ends_in_weight(b, norm.source):
+                conv, own = b.program.maker(norm.source), b.tensors[norm.source]
+                arguments = (pooled, b.tensor(conv.source), own.weight, conv.conv, node.pool, b.backend)
+                b.grads[norm.source] = StepGrads(stem.pooled_weight_grad(*arguments))
+                return
+            dz = run("norm_relu_pool_apply", *pooled, *node.pool.args, backend=b.backend)
             b.give(norm.source, Pending(dz))
+
+
+def _ends_in_weight(b: Backward, value: int) -> bool:
+    """Whether of the gradient of `value` nothing is wanted but that of a weight, which :mod:`.stem` has."""
+    node, need = b.program.maker(value), b.needs[value]
+    alone = isinstance(node, Convolution) and len(b.program.readers(value)) == 1 and not b.wanted[node.source]
+    if not alone or not need.weight or need.bias:
+        return False
+    z = b.values[b.program.readers(value)[0]].z
+    return stem.takes_gradient(b.like(node.source, z), b.tensors[value].weight, node.conv, b.backend)

@@ -105,6 +105,32 @@ def _conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("3x3, stride 2", (draw.data((3, 24, 5, 4)), draw.data(), draw.data((24, 40, 3, 3))), strided)
 
 
+def _stem_conv(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw((2, 3, 9, 7))
+    where = {"stride": (2, 2), "padding": (3, 3), "statistics": True}
+    yield Case("7x7, stride 2, statistics", (draw.data(), draw.data((40, 3, 7, 7)) / 4), where)
+
+
+def _stem_conv_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw((2, 3, 9, 7))
+    args = (draw.data((2, 24, 5, 4)), draw.data(), draw.data((24, 3, 7, 7)))
+    yield Case("7x7, stride 2", args, {"stride": (2, 2), "padding": (3, 3)})
+
+
+def _stem_pool_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    draw = lazy_cases.PoolDraw((2, 24, 9, 7))
+    pooled = draw.apply()[:8]
+    where = {"stride": (1, 1), "padding": (1, 1)}
+    yield Case("3x3", (*pooled, draw.data((2, 3, 9, 7)), draw.data((24, 3, 3, 3))), where)
+
+
+def _conv_norm_relu_pool(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw((2, 3, 13, 11))
+    norm = (draw.vector(40), draw.vector(40).abs() + 1, draw.vector(40), draw.vector(40), 1e-5)
+    weight, where = draw.data((40, 3, 7, 7)) / 4, ([2, 2], [3, 3])
+    yield Case("7x7, stride 2, pool", (draw.data(), weight, draw.vector(40), *norm, *where), {})
+
+
 def _winograd_conv3x3(dtype: torch.dtype) -> Iterator[Case]:
     draw = Draw(TAIL)
     weight = draw.data((40, 24, 3, 3)) / 4
@@ -156,7 +182,11 @@ _CASES = {
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,
     "conv_norm_add_relu": _conv_norm_add_relu,
+    "conv_norm_relu_pool": _conv_norm_relu_pool,
     "conv_weight_grad": _conv_weight_grad,
+    "stem_conv": _stem_conv,
+    "stem_conv_wgrad": _stem_conv_wgrad,
+    "stem_pool_wgrad": _stem_pool_wgrad,
     "winograd_conv3x3": _winograd_conv3x3,
     "winograd_conv3x3_wgrad": _winograd_conv3x3_wgrad,
     "winograd_conv3x3_add_relu": _winograd_conv3x3_add_relu,

@@ -1,0 +1,80 @@
+"""Convolutions of few input channels, as networks begin with, and where ours are faster than oneDNN's on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import run
+from ..library import status
+from ..ops.contract import is_channels_last
+from .layout import Moments
+from .spec import Conv, Pool
+
+Tensor = torch.Tensor
+
+#: Whether the library is there, and for AVX-512: what has shorter vectors was not measured.
+IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"
+CHANNELS = 4  # of the input, at most
+_VECTOR, _PANEL = 16, 32  # output channels to a vector, and to what is multiplied at once
+_WINDOW = 25  # pixels of a window from which on sums are long enough to hide what comes before and after them
+
+
+def _is_made_for(weight: Tensor, conv: Conv, columns: int) -> bool:
+    """Whether a convolution has few channels in, whole vectors of `columns` out, and a window of more than a pixel.
+
+    One thread of a Zen 5 with AVX-512, memory kept, the time of oneDNN's convolution and what follows by ours: forward
+    with statistics, the weight's gradient, and with norm, ReLU and pool, packed, in evaluation.
+
+    | images, channels, outputs, window, stride, size | statistics | gradient | pool |
+    | --- | --- | --- | --- |
+    | 8, 3, 64, 7x7, 2, 224 | 1.17 | 1.4 | 1.25 |
+    | 1, 3, 64, 7x7, 2, 224 | 1.06 | 1.3 | |
+    | 2, 3, 64, 7x7, 2, 64 | 1.24 | 1.3 | |
+    | 8, 1, 64, 7x7, 2, 112 | 1.9 | 2.9 | 1.5 |
+    | 8, 4, 64, 7x7, 2, 112 | 1.02 | 1.2 | 1.1 |
+    | 8, 2, 32, 5x5, 2, 112 | 1.08 | 1.15 | 1.65 |
+    | 8, 1, 32, 3x3, 1, 64 | 6 | 7 | 2.6 |
+    | 8, 4, 64, 4x4, 4, 224 | 0.98, refused | 1.04 | 1.17 |
+    | 8, 3, 96, 4x4, 4, 224 | 1.00, refused | 1.1 | 1.1 |
+    | 8, 3, 32, 3x3, 2, 224 | 1.1, refused | 1.4 | 1.8 |
+    | 8, 3, 64, 3x3, 1, 32 | 0.98, refused | 1.3 | 1.4 |
+    | 8, 3, 128, 3x3, 1, 64 | 0.75, refused | 1.27 | 1.2 |
+    | 8, 3, 16, 3x3, 2, 224 | 0.9, refused | 0.9, refused | 1.8 |
+    """
+    outputs, channels, *window = weight.shape
+    dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and tuple(window) != (1, 1)
+    return IS_BUILT and dense and 0 < channels <= CHANNELS and outputs > 0 and outputs % columns == 0
+
+
+def pools(weight: Tensor, conv: Conv) -> bool:
+    """Whether the op `conv_norm_relu_pool` is the better choice for a convolution with all that behind it."""
+    return _is_made_for(weight, conv, _VECTOR)
+
+
+def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+    """Whether the op `stem_conv` has this convolution, and is faster."""
+    long = weight.shape[2] * weight.shape[3] >= _WINDOW or weight.shape[1] == 1
+    return long and takes_gradient(x, weight, conv, backend)
+
+
+def takes_gradient(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+    """Whether the ops `stem_conv_wgrad` and `stem_pool_wgrad` have the weight's gradient, and are faster."""
+    if weight.shape[1] > CHANNELS or x.device.type != "cpu" or backend not in ("auto", "cpu"):
+        return False
+    return x.dtype == weight.dtype == torch.float32 and is_channels_last(x) and _is_made_for(weight, conv, _PANEL)
+
+
+def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:
+    """The convolution, and its batch statistics if they are asked for."""
+    z, *moments = run("stem_conv", x, weight, conv.stride, conv.padding, statistics, backend=backend)
+    return z, tuple(moments) if statistics else None
+
+
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
+    """The gradient of `weight`."""
+    return run("stem_conv_wgrad", grad, x, weight, conv.stride, conv.padding, backend=backend)
+
+
+def pooled_weight_grad(pooled: tuple, x: Tensor, weight: Tensor, conv: Conv, pool: Pool, backend: str) -> Tensor:
+    """The same from the gradient behind norm, ReLU and pool. `pooled`: what `norm_relu_pool_apply` takes first."""
+    return run("stem_pool_wgrad", *pooled, x, weight, conv.stride, conv.padding, *pool.args, backend=backend)

@@ -34,6 +34,18 @@ inline void check_conv_norm_add_relu(const char* op, const Tensor& x, const Tens
   }
 }
 
+// Of what is to hold a result of shape `sizes`.
+inline void check_target(const char* op, const Tensor& out, const Tensor& x, const std::vector<int64_t>& sizes) {
+  check_data(op, "out", out);
+  check_device(op, "out", out, x);
+  bool fits = out.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; i < 4; ++i) fits = fits && out.size(i) == sizes[i];
+  if (!fits) {
+    fail(op, ": out is ", out.scalar_type(), " of shape ", shape_of(out), " but the result is ", x.scalar_type(),
+         " of [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "]; pass out of that dtype and shape");
+  }
+}
+
 // `out`: of the shape and dtype that results.
 inline void check_behind_conv(const char* op, const Tensor& out, const OptionalTensor& bias, const OptionalTensor& mean,
                               const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,

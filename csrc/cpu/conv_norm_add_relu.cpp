@@ -8,13 +8,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "../checks/conv_norm_add_relu.h"
 #include "alloc.h"
+#include "behind_conv.h"
+#include "conv_pointwise.h"
 #include "panels.h"
 #include "rows.h"
 
@@ -97,22 +99,6 @@ void gather(A* __restrict rows, const A* __restrict x, const Convolution& c) {
     }
   }
 }
-
-// What follows the convolution; absent vectors and the absent residual are null.
-template <class A>
-struct Behind {
-  const A *bias, *mean, *var, *gamma, *beta, *residual;
-  A eps;
-  bool relu;
-
-  // Scale and shift of channel k.
-  void affine(int64_t k, A& scale, A& shift) const {
-    scale = A(1), shift = bias ? bias[k] : A(0);
-    if (!mean) return;
-    scale = (gamma ? gamma[k] : A(1)) / std::sqrt(var[k] + eps);
-    shift = (shift - mean[k]) * scale + (beta ? beta[k] : A(0));
-  }
-};
 
 template <class A, int64_t kBytes>
 struct Register {
@@ -226,6 +212,33 @@ void run(const Tensor& out, const Tensor& x, const Tensor& weight, const Convolu
                               });
 }
 
+// Everything behind the convolution but the residual, as tensors.
+struct Vectors {
+  const OptionalTensor &bias, &mean, &var, &gamma, &beta;
+  double eps;
+};
+
+template <class A>
+void compute_as(const Tensor& out, const Tensor& x, const Tensor& weight, const Convolution& c, const Vectors& v,
+                const Tensor* residual, bool relu) {
+  const Behind<A> behind{data<A>(v.bias), data<A>(v.mean), data<A>(v.var), data<A>(v.gamma),
+                         data<A>(v.beta), residual ? data<A>(*residual) : nullptr, A(v.eps), relu};
+  if constexpr (std::is_same_v<A, float>) {
+      static const int64_t from = getenv("FROM") ? atoll(getenv("FROM")) : 17;
+    if (c.R * c.S == 1 && c.padding[0] + c.padding[1] == 0 && c.pixels() >= from) {
+      return run_pointwise({data<A>(x), data<A>(weight), data<A>(out), c.pixels(), c.C, c.K, Pixels(x, {c.stride[0], c.stride[1]}), behind});
+    }
+  }
+  run<A>(out, x, weight, c, behind);
+}
+
+void compute(const Tensor& out, const Tensor& x, const Tensor& weight, const Convolution& c, const Vectors& v,
+             const Tensor* residual, bool relu) {
+  if (out.numel() == 0) return;
+  const auto as = x.scalar_type() == ScalarType::Double ? compute_as<double> : compute_as<float>;
+  as(out, x, weight, c, v, residual, relu);
+}
+
 Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& mean,
                           const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
                           double eps, const OptionalTensor& residual, std::vector<int64_t> stride,
@@ -235,19 +248,30 @@ Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalT
   const Convolution c(x, weight, stride, padding, dilation);
   Tensor out = empty_images(c.N, c.K, c.P, c.Q, x.scalar_type());
   check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
-  if (out.numel() == 0) return out;
-  const auto with = [&](auto* tag) {
-    using A = std::remove_pointer_t<decltype(tag)>;
-    const Behind<A> behind{data<A>(bias), data<A>(mean),     data<A>(var), data<A>(gamma),
-                           data<A>(beta), data<A>(residual), A(eps),       relu};
-    run<A>(out, x, weight, c, behind);
-  };
-  x.scalar_type() == ScalarType::Double ? with(static_cast<double*>(nullptr)) : with(static_cast<float*>(nullptr));
+  advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
+  compute(out, x, weight, c, {bias, mean, var, gamma, beta, eps}, residual ? &*residual : nullptr, relu);
   return out;
+}
+
+void conv_norm_add_relu_(const Tensor& out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& gamma,
+                         const OptionalTensor& beta, double eps, const OptionalTensor& residual,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                         bool relu, bool adds) {
+  const char* op = "conv_norm_add_relu_";
+  check_conv_norm_add_relu(op, x, weight, stride, padding, dilation);
+  const Convolution c(x, weight, stride, padding, dilation);
+  check_target(op, out, x, {c.N, c.K, c.P, c.Q});
+  if (adds && residual) fail(op, ": got a residual where out itself is one; pass either");
+  check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
+  compute(out, x, weight, c, {bias, mean, var, gamma, beta, eps}, adds ? &out : residual ? &*residual : nullptr, relu);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("conv_norm_add_relu", TORCH_BOX(&conv_norm_add_relu)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("conv_norm_add_relu", TORCH_BOX(&conv_norm_add_relu));
+  m.impl("conv_norm_add_relu_", TORCH_BOX(&conv_norm_add_relu_));
+}
 
 }  // namespace resnet_fused::cpu

@@ -21,6 +21,7 @@ from .. import library
 from ..backends import bounds
 from ..blocks import proven, runtime
 from ..blocks.layers import globally_hooked, hooked
+from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
 from . import as_stock, swap
@@ -106,10 +107,17 @@ def images_in_piece(entries: list[Running], x: Tensor) -> int:
 def _in_pieces(entries: list[Running], x: Tensor, images: int) -> Tensor:
     out = None
     for begin in range(0, x.shape[0], images):
-        piece = placed(_all_images(entries, x[begin : begin + images]))
+        into, value = None if out is None else out[begin : begin + images], x[begin : begin + images]
+        *others, last = entries
+        value = placed(_all_images(others, value))
+        if out is not None and is_channels_last(into):
+            value = value._replace(into=into)
+        piece = placed(run_block(last.block, value, last.block, last))
         if out is None:
             out = _new_batch(piece, x.shape[0])
-        out[begin : begin + images].copy_(piece.value)
+            into = out[:images]
+        if piece.value is not into:
+            into.copy_(piece.value)
     return out
 
 

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
-from ..steps import winograd
+from ..steps import unfolded, winograd
 from ..steps.evaluation_flow import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import choose, too_small, words
@@ -81,7 +81,8 @@ def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
     auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
     if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
-    lowered = Steps(call.program, few=few, filtered=None if few else _filtered(call)).lowered()
+    chosen = {} if few else {"filtered": _filtered(call), "unfolded": _unfolded(call)}
+    lowered = Steps(call.program, few=few, **chosen).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
 
@@ -96,6 +97,20 @@ def _filtered(call: Call) -> dict[int, int]:
             outputs, _ = winograd.folded(shapes[node.source], own.weight, node.conv, program.precision, threads())
             found |= {value: outputs} if outputs else {}
     return found
+
+
+def _unfolded(call: Call) -> frozenset[int]:
+    """The convolutions that are fastest with the weight as it is."""
+    program, x = call.program, call.x
+    if x.dtype != torch.float32 or program.backend not in ("auto", "cpu") or not unfolded.IS_FAST:
+        return frozenset()
+    found = set()
+    for value, node, own in call.convolutions:
+        norms = [call.tensors[reader - program.inputs] for reader in program.readers(value)]
+        dtypes = {t.dtype for each in (own, *norms) for t in each[:6] if t is not None}
+        if dtypes == {torch.float32} and unfolded.pays(own.weight, node.conv, too_small.pixels(call.shapes()[value])):
+            found.add(value)
+    return frozenset(found)
 
 
 def _are_few(call: Call) -> bool:

@@ -1,0 +1,176 @@
+// The stages of conv_pointwise.h: a panel of the weight packed, rows of pixels gathered, their products finished in
+// registers and written once.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "conv1x1_values.h"
+#include "conv_pointwise.h"
+
+namespace resnet_fused::cpu {
+
+inline constexpr int64_t kTile = 28;  // rows
+inline constexpr int64_t kAliased = 10;  // rows that a set of the first-level cache holds beside the panel
+
+// v[r][j] becomes v[j][r], by halves that change places between vectors 1, 2, 4, .. apart.
+template <class V, int64_t lanes, int64_t apart, size_t... i>
+RESNET_FUSED_INLINE void exchange(V* v, std::index_sequence<i...>) {
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < lanes; ++r) {
+    if (r & apart) continue;
+    const V a = v[r], b = v[r + apart];
+    v[r] = __builtin_shufflevector(a, b, (i & apart ? lanes + (i ^ apart) : i)...);
+    v[r + apart] = __builtin_shufflevector(a, b, (i & apart ? lanes + i : (i ^ apart))...);
+  }
+}
+
+template <class L, int64_t apart = 1>
+RESNET_FUSED_INLINE void transpose(typename L::Vector* v) {
+  if constexpr (apart < L::lanes) {
+    exchange<typename L::Vector, L::lanes, apart>(v, std::make_index_sequence<L::lanes>());
+    transpose<L, 2 * apart>(v);
+  }
+}
+
+// packed[k][j] = w[j * depth + k] for `columns` rows of a panel, zeros beyond.
+template <class L>
+RESNET_FUSED_INLINE void pack_rows_of_panel(const float* w, int64_t columns, int64_t depth, float* packed) {
+  for (int64_t j = 0; j < L::panel; j += L::lanes) {
+    const int64_t there = std::clamp(columns - j, int64_t(0), L::lanes);
+    int64_t k = 0;
+    for (; k + L::lanes <= depth; k += L::lanes) {
+      typename L::Vector v[L::lanes] = {};
+      if (there == L::lanes) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L::lanes; ++i) load_vector<L>(v[i], w + (j + i) * depth + k);
+      } else {
+        for (int64_t i = 0; i < there; ++i) load_vector<L>(v[i], w + (j + i) * depth + k);
+      }
+      transpose<L>(v);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L::lanes; ++i) store_vector<L>(packed + (k + i) * L::panel + j, v[i]);
+    }
+    for (; k < depth; ++k) {
+      for (int64_t i = 0; i < L::lanes; ++i) packed[k * L::panel + j + i] = i < there ? w[(j + i) * depth + k] : 0.0f;
+    }
+  }
+}
+
+// A panel of the weight and what it takes of vectors: [C][panel], [panel], [panel].
+template <class L>
+RESNET_FUSED_INLINE void pack_pointwise(const Pointwise& p, int64_t panel, float* packed) {
+  const int64_t k = panel * L::panel, columns = std::min(L::panel, p.K - k);
+  pack_rows_of_panel<L>(p.weight + k * p.C, columns, p.C, packed);
+  float *scale = packed + p.C * L::panel, *shift = scale + L::panel;
+  for (int64_t j = 0; j < L::panel; ++j) scale[j] = 0, shift[j] = 0;
+  for (int64_t j = 0; j < columns; ++j) p.behind.affine(k + j, scale[j], shift[j]);
+}
+
+// Where the products of a group of rows go.
+struct Target {
+  float* out;
+  const float* residual;  // null: none
+  int64_t pitch;
+  float least;  // what is below becomes 0
+};
+
+// sums[r][j] += a[r][k] * b[k][j] for k in [from, to); meanwhile what is next of a comes near, a cache line a step.
+template <class L, int64_t R, class Besides>
+RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][kVectors], const float* a, int64_t a_pitch,
+                                      const float* b, int64_t from, int64_t to, const float* next,
+                                      const Besides& besides) {
+  constexpr int64_t kAhead = 16, kLine = 16;
+  for (int64_t k = from; k < to; ++k) {
+    typename L::Vector columns[kVectors];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kVectors; ++j) {
+      load_vector<L>(columns[j], b + k * L::panel + j * L::lanes);
+      __builtin_prefetch(b + (k + kAhead) * L::panel + j * L::lanes);
+    }
+    __builtin_prefetch(next + k * kLine);
+    besides(k);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < R; ++r) {
+      const float value = a[r * a_pitch + k];
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
+    }
+  }
+}
+
+template <class L, int64_t R, bool adds>
+RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const float* b, int64_t depth, const float* next,
+                                      const Target& t) {
+  using V = typename L::Vector;
+  V sums[R][kVectors] = {};
+  const int64_t first = std::min(R, depth);
+  add_products<L, R>(sums, a, a_pitch, b, 0, first, next, [&](int64_t r) __attribute__((always_inline)) {
+    __builtin_prefetch(t.out + r * t.pitch, 1), __builtin_prefetch(t.out + r * t.pitch + L::lanes, 1);
+    if (adds) __builtin_prefetch(t.residual + r * t.pitch), __builtin_prefetch(t.residual + r * t.pitch + L::lanes);
+  });
+  add_products<L, R>(sums, a, a_pitch, b, first, depth, next, [](int64_t) {});
+  b += depth * L::panel;
+  const V zero = {}, least = zero + t.least;
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < kVectors; ++j) {
+    V scale, shift;
+    load_vector<L>(scale, b + j * L::lanes), load_vector<L>(shift, b + L::panel + j * L::lanes);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < R; ++r) {
+      V value = sums[r][j] * scale + shift;
+      if constexpr (adds) {
+        V residual;
+        load_vector<L>(residual, t.residual + r * t.pitch + j * L::lanes);
+        value += residual;
+      }
+      value = least > value ? least : value;
+      store_vector<L>(t.out + r * t.pitch + j * L::lanes, value);
+    }
+  }
+}
+
+template <class L, int64_t R, bool adds>
+RESNET_FUSED_INLINE void finish_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
+                                         const float* next, const Target& t) {
+  if constexpr (R > 0) {
+    if (rows == R) return finish_group<L, R, adds>(a, a_pitch, b, depth, next, t);
+    finish_group_of<L, R - 1, adds>(rows, a, a_pitch, b, depth, next, t);
+  }
+}
+
+// A tile of rows, at a, by a packed panel.
+template <class L, bool adds>
+RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, int64_t row, int64_t rows, const float* a,
+                                          int64_t a_pitch, int64_t panel, const float* packed) {
+  const int64_t k = panel * L::panel, columns = std::min(L::panel, p.K - k);
+  const float least = p.behind.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  alignas(64) float spare[L::rows * L::panel];
+  const int64_t most = a_pitch % 1024 == 0 ? std::min(L::rows, kAliased) : L::rows;
+  const int64_t groups = (rows + most - 1) / most;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin, at = (row + begin) * p.K + k;
+    Target t{p.out + at, adds ? p.behind.residual + at : nullptr, p.K, least};
+    if (columns < L::panel) {
+      if constexpr (adds) {
+        for (int64_t r = 0; r < count; ++r) std::copy_n(t.residual + r * p.K, columns, spare + r * L::panel);
+      }
+      t = {spare, spare, L::panel, least};
+    }
+    const float* from = a + begin * a_pitch;
+    finish_group_of<L, L::rows, adds>(count, from, a_pitch, packed, p.C, from + kTile * a_pitch, t);
+    if (columns < L::panel) {
+      for (int64_t r = 0; r < count; ++r) std::copy_n(spare + r * L::panel, columns, p.out + at + r * p.K);
+    }
+  }
+}
+
+template <class L>
+RESNET_FUSED_INLINE void multiply_tile(const Pointwise& p, int64_t row, int64_t rows, const float* a, int64_t a_pitch,
+                                       int64_t panel, const float* packed) {
+  p.behind.residual ? multiply_tile_by<L, true>(p, row, rows, a, a_pitch, panel, packed)
+                    : multiply_tile_by<L, false>(p, row, rows, a, a_pitch, panel, packed);
+}
+
+}  // namespace resnet_fused::cpu

@@ -226,7 +226,7 @@ void compute_as(const Tensor& out, const Tensor& x, const Tensor& weight, const 
   if constexpr (std::is_same_v<A, float>) {
       static const int64_t from = getenv("FROM") ? atoll(getenv("FROM")) : 17;
     if (c.R * c.S == 1 && c.padding[0] + c.padding[1] == 0 && c.pixels() >= from) {
-      return run_pointwise({data<A>(x), data<A>(weight), data<A>(out), c.pixels(), c.C, c.K, Pixels(x, {c.stride[0], c.stride[1]}), behind});
+      return run_pointwise({data<A>(x), data<A>(weight), data<A>(out), c.C, c.K, Pixels(x, {c.stride[0], c.stride[1]}), behind});
     }
   }
   run<A>(out, x, weight, c, behind);

@@ -1,9 +1,14 @@
+// Tiles of rows pass by a part of the weight, packed into the second-level cache by the thread that multiplies by it.
+//
+// A block of rows passes all parts before the next begins, so that what is read of x again is near. Each thread takes
+// as many of the pairs of part and tile as any other. No result depends on how many: an output is a sum over channels
+// in their order.
 #include "conv_pointwise.h"
 
 #include <torch/csrc/stable/ops.h>
 
-#include <string_view>
 #include <cstdlib>
+#include <string_view>
 
 #include "conv_pointwise_stages.h"
 
@@ -13,25 +18,23 @@ namespace {
 struct Stages {
   int64_t panel;
   void (*pack)(const Pointwise&, int64_t, float*);
-  void (*gather)(const Activation&, int64_t, int64_t, float*, int64_t);
-  void (*tile)(const Pointwise&, int64_t, int64_t, const float*, int64_t, int64_t, const float*);
+  void (*tile)(const Pointwise&, const Tile&, int64_t, const float*, Later&);
 };
 
 template <class L>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                            \
-  template <>                                                                                                         \
-  struct At<LEVEL> {                                                                                                  \
-    TARGET static void pack(const Pointwise& p, int64_t panel, float* packed) { pack_pointwise<LEVEL>(p, panel, packed); } \
-    TARGET static void gather(const Activation& x, int64_t row, int64_t rows, float* to, int64_t pitch) {             \
-      write_activation<LEVEL>(x, row, rows, 0, x.C, to, pitch);                                                       \
-    }                                                                                                                 \
-    TARGET static void tile(const Pointwise& p, int64_t row, int64_t rows, const float* a, int64_t a_pitch,           \
-                            int64_t panel, const float* packed) {                                                     \
-      multiply_tile<LEVEL>(p, row, rows, a, a_pitch, panel, packed);                                                  \
-    }                                                                                                                 \
-    static constexpr Stages stages{LEVEL::panel, pack, gather, tile};                                                 \
+#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                   \
+  template <>                                                                                                \
+  struct At<LEVEL> {                                                                                         \
+    TARGET static void pack(const Pointwise& p, int64_t panel, float* packed) {                              \
+      pack_pointwise<LEVEL>(p, panel, packed);                                                               \
+    }                                                                                                        \
+    TARGET static void tile(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed,        \
+                            Later& later) {                                                                  \
+      multiply_tile<LEVEL>(p, tile, panel, packed, later);                                                   \
+    }                                                                                                        \
+    static constexpr Stages stages{LEVEL::panel, pack, tile};                                                \
   };
 
 RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
@@ -46,52 +49,71 @@ const Stages& stages() {
 
 int64_t env(const char* n, int64_t d) { const char* s = getenv(n); return s ? atoll(s) : d; }
 
+// How rows and panels are cut: tiles within a line of the image where a stride leaves gaps, blocks of tiles, parts of
+// panels.
+struct Work {
+  const int64_t kTile = 28, kBlock = env("BLOCK", 28), kPart = env("PART", 256) << 8;  // rows; tiles; floats
+  int64_t lines, width, pieces, tiles, panels, packed, part, parts;
+
+  Work(const Pointwise& p, int64_t panel)
+      : lines(p.pixels.dense() ? 1 : p.pixels.rows / p.pixels.width),
+        width(p.pixels.rows / lines),
+        pieces((width + kTile - 1) / kTile),
+        tiles(lines * pieces),
+        panels((p.K + panel - 1) / panel),
+        packed((p.C + 2) * panel),
+        part(std::clamp(kPart / packed, int64_t(1), panels)),
+        parts((panels + part - 1) / part) {
+    part = (panels + parts - 1) / parts;
+  }
+
+  int64_t units() const { return tiles * parts; }
+  int64_t blocks() const { return (tiles + kBlock - 1) / kBlock; }
+
+  Tile tile(const Pointwise& p, int64_t index) const {
+    const int64_t line = index / pieces, begin = index % pieces * kTile, row = line * width + begin;
+    const float* x = p.x + p.pixels.source(row) * p.C;
+    const int64_t rows = std::min(kTile, width - begin);
+    return {row, rows, x, p.pixels.dense() ? x + rows * p.C : nullptr};
+  }
+};
+
+float* kept_scratch(int64_t size) {
+  thread_local AlignedArray<float> kept;
+  thread_local int64_t there = 0;
+  if (there < size) kept = aligned_array<float>(size), there = size;
+  return kept.get();
+}
+
 }  // namespace
 
 void run_pointwise(const Pointwise& p) {
   const Stages& at = stages();
-  const int64_t tiles = (p.rows + kTile - 1) / kTile, panels = (p.K + at.panel - 1) / at.panel;
-  const int64_t packed_size = rounded_up((p.C + 2) * at.panel, 16);
-  const Activation input{p.x, nullptr, nullptr, p.C, p.pixels};
-  const bool direct = p.pixels.dense() && (p.C % 1024 || env("NODIRECT",0)!=2) && !(env("NODIRECT", 0)==1);
-  const int64_t pitch = direct ? p.C : pitch_of(p.C);
-  const auto rows_of = [&](int64_t tile) { return std::min(kTile, p.rows - tile * kTile); };
-  if (tiles < panels) {
-    AlignedArray<float> gathered;
-    if (!direct) {
-      gathered = aligned_array<float>(p.rows * pitch);
-      share_units(tiles, [&] {
-        return [&](int64_t tile) { at.gather(input, tile * kTile, rows_of(tile), gathered.get() + tile * kTile * pitch, pitch); };
-      });
-    }
-    const float* x = direct ? p.x : gathered.get();
-    share_units(panels, [&] {
-      return [&, packed = aligned_array<float>(packed_size)](int64_t panel) {
-        at.pack(p, panel, packed.get());
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          at.tile(p, tile * kTile, rows_of(tile), x + tile * kTile * pitch, pitch, panel, packed.get());
-        }
-      };
-    });
-    return;
-  }
-  const auto packed = aligned_array<float>(panels * packed_size);
-  share_units(panels, [&] { return [&](int64_t panel) { at.pack(p, panel, packed.get() + panel * packed_size); }; });
-  const int64_t l2 = env("XKB", 192) << 8;
-  const int64_t most = p.K * p.C <= (env("WKB", 384) << 8) ? env("SMALL", 1) : std::max(l2 / (p.C * kTile), int64_t(1));
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t chunks = rounded_up((tiles + most - 1) / most, std::min(threads, tiles));
-  share_units(chunks, [&] {
-    return [&, scratch = aligned_array<float>(direct ? 1 : (tiles / chunks + 1) * kTile * pitch)](int64_t chunk) {
-      const int64_t begin = tiles * chunk / chunks, end = tiles * (chunk + 1) / chunks, row = begin * kTile;
-      if (!direct) at.gather(input, row, std::min(p.rows, end * kTile) - row, scratch.get(), pitch);
-      const float* x = direct ? p.x + row * pitch : scratch.get();
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-          at.tile(p, tile * kTile, rows_of(tile), x + (tile - begin) * kTile * pitch, pitch, panel, packed.get() + panel * packed_size);
-        }
+  const Work w(p, at.panel);
+  torch::stable::parallel_for(0, w.units(), 1, [&](int64_t first, int64_t last) {
+    float* packed = kept_scratch(w.part * w.packed);
+    int64_t there = -1;
+    for (int64_t unit = first; unit < last;) {
+      const int64_t block = unit / (w.kBlock * w.parts), begin = block * w.kBlock;
+      const int64_t tiles = std::min(w.kBlock, w.tiles - begin), within = unit - begin * w.parts;
+      const int64_t part = within / tiles, tile = within % tiles, end = std::min(tiles, tile + last - unit);
+      const int64_t panel = part * w.part, panels = std::min(w.part, w.panels - panel);
+      if (there != part) {
+        for (int64_t i = 0; i < panels; ++i) at.pack(p, panel + i, packed + i * w.packed);
+        there = part;
       }
-    };
+      unit += end - tile;
+      Later later{nullptr, packed, packed};
+      for (int64_t t = tile; t < end; ++t) {
+        if (t == std::max(tile, end - 2) && unit < last && w.parts > 1) {
+          const int64_t next = panel + panels < w.panels ? (panel + panels) * at.panel : 0;
+          later.weight = p.weight + next * p.C;
+          later.weight_end = p.weight + std::min(p.K, next + w.part * at.panel) * p.C;
+        }
+        const Tile own = w.tile(p, begin + t);
+        for (int64_t i = 0; i < panels; ++i) at.tile(p, own, panel + i, packed + i * w.packed, later);
+      }
+    }
   });
 }
 

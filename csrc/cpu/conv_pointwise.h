@@ -8,8 +8,8 @@ namespace resnet_fused::cpu {
 
 struct Pointwise {
   const float *x, *weight;  // [.., C], [K, C]
-  float* out;               // [rows, K]; may be the residual
-  int64_t rows, C, K;
+  float* out;               // [pixels.rows, K]; may be the residual
+  int64_t C, K;
   Pixels pixels;  // of x that are read
   Behind<float> behind;
 };

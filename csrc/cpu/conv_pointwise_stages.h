@@ -11,8 +11,8 @@
 
 namespace resnet_fused::cpu {
 
-inline constexpr int64_t kTile = 28;  // rows
-inline constexpr int64_t kAliased = 10;  // rows that a set of the first-level cache holds beside the panel
+inline constexpr int64_t kPage = 1024;   // floats; rows so far apart share a set of the first-level cache,
+inline constexpr int64_t kAliased = 10;  // which holds so many lines beside those of the panel
 
 // v[r][j] becomes v[j][r], by halves that change places between vectors 1, 2, 4, .. apart.
 template <class V, int64_t lanes, int64_t apart, size_t... i>
@@ -37,6 +37,7 @@ RESNET_FUSED_INLINE void transpose(typename L::Vector* v) {
 // packed[k][j] = w[j * depth + k] for `columns` rows of a panel, zeros beyond.
 template <class L>
 RESNET_FUSED_INLINE void pack_rows_of_panel(const float* w, int64_t columns, int64_t depth, float* packed) {
+  for (int64_t i = 0; i < columns * depth; i += 16) __builtin_prefetch(w + i, 0, 2);
   for (int64_t j = 0; j < L::panel; j += L::lanes) {
     const int64_t there = std::clamp(columns - j, int64_t(0), L::lanes);
     int64_t k = 0;
@@ -76,12 +77,19 @@ struct Target {
   float least;  // what is below becomes 0
 };
 
-// sums[r][j] += a[r][k] * b[k][j] for k in [from, to); meanwhile what is next of a comes near, a cache line a step.
+// What is read later, of which a group of rows fetches a cache line a step: rows of x and of the weight.
+struct Later {
+  const float *x, *weight, *weight_end;
+};
+
+inline constexpr int64_t kLine = 16;  // floats
+
+// sums[r][j] += a[r][k] * b[k][j] for k in [from, to).
 template <class L, int64_t R, class Besides>
 RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][kVectors], const float* a, int64_t a_pitch,
-                                      const float* b, int64_t from, int64_t to, const float* next,
+                                      const float* b, int64_t from, int64_t to, const Later& later,
                                       const Besides& besides) {
-  constexpr int64_t kAhead = 16, kLine = 16;
+  constexpr int64_t kAhead = 16;
   for (int64_t k = from; k < to; ++k) {
     typename L::Vector columns[kVectors];
 #pragma GCC unroll 2
@@ -89,7 +97,8 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][kVectors], c
       load_vector<L>(columns[j], b + k * L::panel + j * L::lanes);
       __builtin_prefetch(b + (k + kAhead) * L::panel + j * L::lanes);
     }
-    __builtin_prefetch(next + k * kLine);
+    __builtin_prefetch(later.x + k * kLine);
+    __builtin_prefetch(later.weight + k * kLine, 0, 2);
     besides(k);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {
@@ -101,16 +110,16 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][kVectors], c
 }
 
 template <class L, int64_t R, bool adds>
-RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const float* b, int64_t depth, const float* next,
-                                      const Target& t) {
+RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const float* b, int64_t depth,
+                                      const Later& later, const Target& t) {
   using V = typename L::Vector;
   V sums[R][kVectors] = {};
   const int64_t first = std::min(R, depth);
-  add_products<L, R>(sums, a, a_pitch, b, 0, first, next, [&](int64_t r) __attribute__((always_inline)) {
+  add_products<L, R>(sums, a, a_pitch, b, 0, first, later, [&](int64_t r) __attribute__((always_inline)) {
     __builtin_prefetch(t.out + r * t.pitch, 1), __builtin_prefetch(t.out + r * t.pitch + L::lanes, 1);
     if (adds) __builtin_prefetch(t.residual + r * t.pitch), __builtin_prefetch(t.residual + r * t.pitch + L::lanes);
   });
-  add_products<L, R>(sums, a, a_pitch, b, first, depth, next, [](int64_t) {});
+  add_products<L, R>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
   b += depth * L::panel;
   const V zero = {}, least = zero + t.least;
 #pragma GCC unroll 2
@@ -125,7 +134,7 @@ RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const flo
         load_vector<L>(residual, t.residual + r * t.pitch + j * L::lanes);
         value += residual;
       }
-      value = least > value ? least : value;
+      value = least > value ? least : value;  // NaN and -0.0 pass
       store_vector<L>(t.out + r * t.pitch + j * L::lanes, value);
     }
   }
@@ -133,24 +142,31 @@ RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const flo
 
 template <class L, int64_t R, bool adds>
 RESNET_FUSED_INLINE void finish_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
-                                         const float* next, const Target& t) {
+                                         const Later& later, const Target& t) {
   if constexpr (R > 0) {
-    if (rows == R) return finish_group<L, R, adds>(a, a_pitch, b, depth, next, t);
-    finish_group_of<L, R - 1, adds>(rows, a, a_pitch, b, depth, next, t);
+    if (rows == R) return finish_group<L, R, adds>(a, a_pitch, b, depth, later, t);
+    finish_group_of<L, R - 1, adds>(rows, a, a_pitch, b, depth, later, t);
   }
 }
 
-// A tile of rows, at a, by a packed panel.
+// Rows of the output, and where their pixels lie in x.
+struct Tile {
+  int64_t row, rows;
+  const float *x, *next;  // next: those of the next tile, if they lie without gaps
+};
+
+// A tile by a packed panel.
 template <class L, bool adds>
-RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, int64_t row, int64_t rows, const float* a,
-                                          int64_t a_pitch, int64_t panel, const float* packed) {
-  const int64_t k = panel * L::panel, columns = std::min(L::panel, p.K - k);
+RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed,
+                                          Later& later) {
+  const int64_t k = panel * L::panel, columns = std::min(L::panel, p.K - k), pitch = p.pixels.step * p.C;
   const float least = p.behind.relu ? 0.0f : -std::numeric_limits<float>::infinity();
   alignas(64) float spare[L::rows * L::panel];
-  const int64_t most = a_pitch % 1024 == 0 ? std::min(L::rows, kAliased) : L::rows;
-  const int64_t groups = (rows + most - 1) / most;
+  const int64_t most = pitch % kPage == 0 ? std::min(L::rows, kAliased) : L::rows;
+  const int64_t groups = (tile.rows + most - 1) / most;
   for (int64_t group = 0; group < groups; ++group) {
-    const int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin, at = (row + begin) * p.K + k;
+    const int64_t begin = tile.rows * group / groups, count = tile.rows * (group + 1) / groups - begin;
+    const int64_t at = (tile.row + begin) * p.K + k;
     Target t{p.out + at, adds ? p.behind.residual + at : nullptr, p.K, least};
     if (columns < L::panel) {
       if constexpr (adds) {
@@ -158,8 +174,9 @@ RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, int64_t row, int64
       }
       t = {spare, spare, L::panel, least};
     }
-    const float* from = a + begin * a_pitch;
-    finish_group_of<L, L::rows, adds>(count, from, a_pitch, packed, p.C, from + kTile * a_pitch, t);
+    later.x = tile.next ? tile.next + begin * pitch : packed;
+    if (later.weight != later.weight_end) later.weight = std::min(later.weight + p.C * kLine, later.weight_end);
+    finish_group_of<L, L::rows, adds>(count, tile.x + begin * pitch, pitch, packed, p.C, later, t);
     if (columns < L::panel) {
       for (int64_t r = 0; r < count; ++r) std::copy_n(spare + r * L::panel, columns, p.out + at + r * p.K);
     }
@@ -167,10 +184,10 @@ RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, int64_t row, int64
 }
 
 template <class L>
-RESNET_FUSED_INLINE void multiply_tile(const Pointwise& p, int64_t row, int64_t rows, const float* a, int64_t a_pitch,
-                                       int64_t panel, const float* packed) {
-  p.behind.residual ? multiply_tile_by<L, true>(p, row, rows, a, a_pitch, panel, packed)
-                    : multiply_tile_by<L, false>(p, row, rows, a, a_pitch, panel, packed);
+RESNET_FUSED_INLINE void multiply_tile(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed,
+                                       Later& later) {
+  p.behind.residual ? multiply_tile_by<L, true>(p, tile, panel, packed, later)
+                    : multiply_tile_by<L, false>(p, tile, panel, packed, later);
 }
 
 }  // namespace resnet_fused::cpu

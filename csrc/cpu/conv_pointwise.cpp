@@ -7,7 +7,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <string_view>
 
 #include "conv_pointwise_stages.h"
@@ -24,17 +24,16 @@ struct Stages {
 template <class L>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                   \
-  template <>                                                                                                \
-  struct At<LEVEL> {                                                                                         \
-    TARGET static void pack(const Pointwise& p, int64_t panel, float* packed) {                              \
-      pack_pointwise<LEVEL>(p, panel, packed);                                                               \
-    }                                                                                                        \
-    TARGET static void tile(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed,        \
-                            Later& later) {                                                                  \
-      multiply_tile<LEVEL>(p, tile, panel, packed, later);                                                   \
-    }                                                                                                        \
-    static constexpr Stages stages{LEVEL::panel, pack, tile};                                                \
+#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                            \
+  template <>                                                                                                         \
+  struct At<LEVEL> {                                                                                                  \
+    TARGET static void pack(const Pointwise& p, int64_t panel, float* packed) {                                       \
+      pack_pointwise<LEVEL>(p, panel, packed);                                                                        \
+    }                                                                                                                 \
+    TARGET static void tile(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed, Later& later) { \
+      multiply_tile<LEVEL>(p, tile, panel, packed, later);                                                            \
+    }                                                                                                                 \
+    static constexpr Stages stages{LEVEL::panel, pack, tile};                                                         \
   };
 
 RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
@@ -47,16 +46,15 @@ const Stages& stages() {
   return level == "avx512" ? At<Level512>::stages : level == "avx2" ? At<Level256>::stages : At<Level128>::stages;
 }
 
-int64_t env(const char* n, int64_t d) { const char* s = getenv(n); return s ? atoll(s) : d; }
-
-// How rows and panels are cut: tiles within a line of the image where a stride leaves gaps, blocks of tiles, parts of
-// panels.
+// How the work is cut: into tiles of rows, within a line of the image where a stride leaves gaps; blocks of tiles;
+// parts of the weight's panels. A unit is a tile by a part; units come by blocks, then by parts.
 struct Work {
-  const int64_t kTile = 28, kBlock = env("BLOCK", 28), kPart = env("PART", 256) << 8;  // rows; tiles; floats
-  int64_t lines, width, pieces, tiles, panels, packed, part, parts;
+  static constexpr int64_t kTile = 28, kBlock = 28, kPart = 32 << 10;  // rows; tiles; floats of a part
+  int64_t panel, lines, width, pieces, tiles, panels, packed, part, parts;
 
-  Work(const Pointwise& p, int64_t panel)
-      : lines(p.pixels.dense() ? 1 : p.pixels.rows / p.pixels.width),
+  Work(const Pointwise& p, int64_t columns)
+      : panel(columns),
+        lines(p.pixels.dense() ? 1 : p.pixels.rows / p.pixels.width),
         width(p.pixels.rows / lines),
         pieces((width + kTile - 1) / kTile),
         tiles(lines * pieces),
@@ -67,54 +65,82 @@ struct Work {
     part = (panels + parts - 1) / parts;
   }
 
-  int64_t units() const { return tiles * parts; }
-  int64_t blocks() const { return (tiles + kBlock - 1) / kBlock; }
-
   Tile tile(const Pointwise& p, int64_t index) const {
     const int64_t line = index / pieces, begin = index % pieces * kTile, row = line * width + begin;
-    const float* x = p.x + p.pixels.source(row) * p.C;
     const int64_t rows = std::min(kTile, width - begin);
+    const float* x = p.x + p.pixels.source(row) * p.C;
     return {row, rows, x, p.pixels.dense() ? x + rows * p.C : nullptr};
   }
 };
 
-float* kept_scratch(int64_t size) {
+// Memory of this thread, which it keeps.
+float* scratch_of(int64_t size) {
   thread_local AlignedArray<float> kept;
   thread_local int64_t there = 0;
   if (there < size) kept = aligned_array<float>(size), there = size;
   return kept.get();
 }
 
-}  // namespace
+// The panels of a part, packed, and those of the part after it.
+class Part {
+  const Pointwise& p;
+  const Work& w;
+  float* const packed;
+  int64_t there = -1;
 
-void run_pointwise(const Pointwise& p) {
-  const Stages& at = stages();
-  const Work w(p, at.panel);
-  torch::stable::parallel_for(0, w.units(), 1, [&](int64_t first, int64_t last) {
-    float* packed = kept_scratch(w.part * w.packed);
-    int64_t there = -1;
-    for (int64_t unit = first; unit < last;) {
-      const int64_t block = unit / (w.kBlock * w.parts), begin = block * w.kBlock;
-      const int64_t tiles = std::min(w.kBlock, w.tiles - begin), within = unit - begin * w.parts;
-      const int64_t part = within / tiles, tile = within % tiles, end = std::min(tiles, tile + last - unit);
-      const int64_t panel = part * w.part, panels = std::min(w.part, w.panels - panel);
-      if (there != part) {
-        for (int64_t i = 0; i < panels; ++i) at.pack(p, panel + i, packed + i * w.packed);
-        there = part;
-      }
-      unit += end - tile;
-      Later later{nullptr, packed, packed};
-      for (int64_t t = tile; t < end; ++t) {
-        if (t == std::max(tile, end - 2) && unit < last && w.parts > 1) {
-          const int64_t next = panel + panels < w.panels ? (panel + panels) * at.panel : 0;
-          later.weight = p.weight + next * p.C;
-          later.weight_end = p.weight + std::min(p.K, next + w.part * at.panel) * p.C;
-        }
-        const Tile own = w.tile(p, begin + t);
-        for (int64_t i = 0; i < panels; ++i) at.tile(p, own, panel + i, packed + i * w.packed, later);
+ public:
+  Part(const Pointwise& pointwise, const Work& work)
+      : p(pointwise), w(work), packed(scratch_of(work.part * work.packed)) {}
+
+  int64_t first(int64_t part) const { return std::min(w.panels, part * w.part); }
+
+  const float* at(int64_t part, int64_t panel) const { return packed + (panel - first(part)) * w.packed; }
+
+  void pack(const Stages& at, int64_t part) {
+    if (there == part) return;
+    for (int64_t panel = first(part); panel < first(part + 1); ++panel) {
+      at.pack(p, panel, packed + (panel - first(part)) * w.packed);
+    }
+    there = part;
+  }
+
+  // What is packed next of the weight: something near where that is known to be near already.
+  Later later(int64_t part) const {
+    if (w.parts == 1) return {packed, packed, packed};
+    const int64_t next = (part + 1) % w.parts, end = std::min(p.K, first(next + 1) * w.panel);
+    return {packed, p.weight + first(next) * w.panel * p.C, p.weight + end * p.C};
+  }
+
+  Later nothing() const { return {packed, packed, packed}; }
+};
+
+void multiply_units(const Pointwise& p, const Stages& at, const Work& w, int64_t first, int64_t last) {
+  constexpr int64_t kBefore = 2;  // tiles before the next part, whose weight they fetch
+  Part own(p, w);
+  for (int64_t unit = first; unit < last;) {
+    const int64_t begin = unit / (Work::kBlock * w.parts) * Work::kBlock, within = unit - begin * w.parts;
+    const int64_t tiles = std::min(Work::kBlock, w.tiles - begin), part = within / tiles, tile = within % tiles;
+    const int64_t end = std::min(tiles, tile + last - unit);
+    own.pack(at, part);
+    unit += end - tile;
+    Later later = own.nothing();
+    for (int64_t t = tile; t < end; ++t) {
+      if (t == std::max(tile, end - kBefore) && unit < last) later = own.later(part);
+      const Tile rows = w.tile(p, begin + t);
+      for (int64_t panel = own.first(part); panel < own.first(part + 1); ++panel) {
+        at.tile(p, rows, panel, own.at(part, panel), later);
       }
     }
-  });
+  }
+}
+
+}  // namespace
+
+void convolve_pointwise(const Pointwise& p) {
+  const Stages& at = stages();
+  const Work w(p, at.panel);
+  torch::stable::parallel_for(0, w.tiles * w.parts, 1,
+                              [&](int64_t first, int64_t last) { multiply_units(p, at, w, first, last); });
 }
 
 }  // namespace resnet_fused::cpu

@@ -14,6 +14,6 @@ struct Pointwise {
   Behind<float> behind;
 };
 
-void run_pointwise(const Pointwise& p);
+void convolve_pointwise(const Pointwise& p);
 
 }  // namespace resnet_fused::cpu

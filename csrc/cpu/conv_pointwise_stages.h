@@ -77,23 +77,23 @@ struct Target {
   float least;  // what is below becomes 0
 };
 
-// What is read later, of which a group of rows fetches a cache line a step: rows of x and of the weight.
+// What is read later, of which a group of rows fetches a cache line a step: rows of x and of the weight. Where there is
+// nothing of either, something that is near.
 struct Later {
   const float *x, *weight, *weight_end;
 };
 
 inline constexpr int64_t kLine = 16;  // floats
 
-// sums[r][j] += a[r][k] * b[k][j] for k in [from, to).
-template <class L, int64_t R, class Besides>
-RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][kVectors], const float* a, int64_t a_pitch,
-                                      const float* b, int64_t from, int64_t to, const Later& later,
-                                      const Besides& besides) {
-  constexpr int64_t kAhead = 16;
+// sums[r][j] += a[r][k] * b[k][j] for k in [from, to), for R rows and the first V vectors of a panel.
+template <class L, int64_t R, int64_t V, class Besides>
+RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const float* a, int64_t a_pitch, const float* b,
+                                      int64_t from, int64_t to, const Later& later, const Besides& besides) {
+  constexpr int64_t kAhead = 16;  // rows of the panel, on their way from the second-level cache
   for (int64_t k = from; k < to; ++k) {
-    typename L::Vector columns[kVectors];
+    typename L::Vector columns[V];
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < kVectors; ++j) {
+    for (int64_t j = 0; j < V; ++j) {
       load_vector<L>(columns[j], b + k * L::panel + j * L::lanes);
       __builtin_prefetch(b + (k + kAhead) * L::panel + j * L::lanes);
     }
@@ -104,33 +104,36 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][kVectors], c
     for (int64_t r = 0; r < R; ++r) {
       const float value = a[r * a_pitch + k];
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
+      for (int64_t j = 0; j < V; ++j) sums[r][j] += value * columns[j];
     }
   }
 }
 
-template <class L, int64_t R, bool adds>
+template <class L, int64_t R, int64_t V, bool adds>
 RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const float* b, int64_t depth,
                                       const Later& later, const Target& t) {
-  using V = typename L::Vector;
-  V sums[R][kVectors] = {};
+  using Vector = typename L::Vector;
+  Vector sums[R][V] = {};
   const int64_t first = std::min(R, depth);
-  add_products<L, R>(sums, a, a_pitch, b, 0, first, later, [&](int64_t r) __attribute__((always_inline)) {
-    __builtin_prefetch(t.out + r * t.pitch, 1), __builtin_prefetch(t.out + r * t.pitch + L::lanes, 1);
-    if (adds) __builtin_prefetch(t.residual + r * t.pitch), __builtin_prefetch(t.residual + r * t.pitch + L::lanes);
-  });
-  add_products<L, R>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
-  b += depth * L::panel;
-  const V zero = {}, least = zero + t.least;
+  add_products<L, R, V>(sums, a, a_pitch, b, 0, first, later, [&](int64_t r) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-  for (int64_t j = 0; j < kVectors; ++j) {
-    V scale, shift;
+    for (int64_t j = 0; j < V; ++j) {
+      __builtin_prefetch(t.out + r * t.pitch + j * L::lanes, 1);
+      if (adds) __builtin_prefetch(t.residual + r * t.pitch + j * L::lanes);
+    }
+  });
+  add_products<L, R, V>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
+  b += depth * L::panel;
+  const Vector zero = {}, least = zero + t.least;
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < V; ++j) {
+    Vector scale, shift;
     load_vector<L>(scale, b + j * L::lanes), load_vector<L>(shift, b + L::panel + j * L::lanes);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {
-      V value = sums[r][j] * scale + shift;
+      Vector value = sums[r][j] * scale + shift;
       if constexpr (adds) {
-        V residual;
+        Vector residual;
         load_vector<L>(residual, t.residual + r * t.pitch + j * L::lanes);
         value += residual;
       }
@@ -140,19 +143,35 @@ RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const flo
   }
 }
 
-template <class L, int64_t R, bool adds>
+template <class L, int64_t R, int64_t V, bool adds>
 RESNET_FUSED_INLINE void finish_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
                                          const Later& later, const Target& t) {
   if constexpr (R > 0) {
-    if (rows == R) return finish_group<L, R, adds>(a, a_pitch, b, depth, later, t);
-    finish_group_of<L, R - 1, adds>(rows, a, a_pitch, b, depth, later, t);
+    if (rows == R) return finish_group<L, R, V, adds>(a, a_pitch, b, depth, later, t);
+    finish_group_of<L, R - 1, V, adds>(rows, a, a_pitch, b, depth, later, t);
   }
 }
 
-// Rows of the output, and where their pixels lie in x.
+// The same for the columns that there are of a panel, at most V vectors: what is less than these goes by way of
+// `spare`.
+template <class L, int64_t V, bool adds>
+RESNET_FUSED_INLINE void finish_columns(int64_t columns, int64_t rows, const float* a, int64_t a_pitch, const float* b,
+                                        int64_t depth, const Later& later, const Target& t) {
+  if (columns == V * L::lanes) return finish_group_of<L, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, t);
+  alignas(64) float spare[L::rows * L::panel];
+  for (int64_t r = 0; adds && r < rows; ++r) {
+    float* to = spare + r * L::panel;
+    std::fill(std::copy_n(t.residual + r * t.pitch, columns, to), to + L::panel, 0.0f);
+  }
+  finish_group_of<L, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, {spare, spare, L::panel, t.least});
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(spare + r * L::panel, columns, t.out + r * t.pitch);
+}
+
+// Rows of the output, and where their pixels lie in x; `next`: where those of the next tile do, null where gaps are
+// between.
 struct Tile {
   int64_t row, rows;
-  const float *x, *next;  // next: those of the next tile, if they lie without gaps
+  const float *x, *next;
 };
 
 // A tile by a packed panel.
@@ -161,25 +180,18 @@ RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, const Tile& tile, 
                                           Later& later) {
   const int64_t k = panel * L::panel, columns = std::min(L::panel, p.K - k), pitch = p.pixels.step * p.C;
   const float least = p.behind.relu ? 0.0f : -std::numeric_limits<float>::infinity();
-  alignas(64) float spare[L::rows * L::panel];
   const int64_t most = pitch % kPage == 0 ? std::min(L::rows, kAliased) : L::rows;
   const int64_t groups = (tile.rows + most - 1) / most;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = tile.rows * group / groups, count = tile.rows * (group + 1) / groups - begin;
     const int64_t at = (tile.row + begin) * p.K + k;
-    Target t{p.out + at, adds ? p.behind.residual + at : nullptr, p.K, least};
-    if (columns < L::panel) {
-      if constexpr (adds) {
-        for (int64_t r = 0; r < count; ++r) std::copy_n(t.residual + r * p.K, columns, spare + r * L::panel);
-      }
-      t = {spare, spare, L::panel, least};
-    }
+    const Target t{p.out + at, adds ? p.behind.residual + at : nullptr, p.K, least};
     later.x = tile.next ? tile.next + begin * pitch : packed;
-    if (later.weight != later.weight_end) later.weight = std::min(later.weight + p.C * kLine, later.weight_end);
-    finish_group_of<L, L::rows, adds>(count, tile.x + begin * pitch, pitch, packed, p.C, later, t);
-    if (columns < L::panel) {
-      for (int64_t r = 0; r < count; ++r) std::copy_n(spare + r * L::panel, columns, p.out + at + r * p.K);
-    }
+    const float* a = tile.x + begin * pitch;
+    columns > L::lanes ? finish_columns<L, kVectors, adds>(columns, count, a, pitch, packed, p.C, later, t)
+                       : finish_columns<L, 1, adds>(columns, count, a, pitch, packed, p.C, later, t);
+    later.weight += p.C * kLine;
+    if (later.weight >= later.weight_end) later.weight = later.weight_end = packed;
   }
 }
 

@@ -128,8 +128,9 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
     weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
+    dtypes = [t.dtype for own in call.tensors for t in own[:6] if t is not None]
     settings = call.program.precision, choose.fuses_all(), threads(), judge.count_of_changes()
-    key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights
+    key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights, *dtypes
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))
     if program != call.program:

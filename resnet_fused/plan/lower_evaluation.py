@@ -1,11 +1,15 @@
 """From a program to its steps in evaluation: who carries batch norm, sum and ReLU, for the CPU and for GPUs.
 
-On a CPU every convolution does: the norm that alone reads it is in its weight, the sum that alone reads that, and the
-ReLU, in oneDNN's epilogue, or, of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`), in that of
-`winograd_conv3x3_add_relu`. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
-weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
-as it is, and norm, sum and ReLU are its epilogue's. What is too small for either is stock's
-(:func:`.too_small.is_small_in_evaluation`).
+On a CPU every convolution does, each by the kernel that is fastest for it:
+
+* `conv_norm_add_relu` with the weight as it is, whose epilogue has norm, sum and ReLU: of a 1x1 in float32
+  (:func:`.unfolded.pays`), and of all, where pixels are few (:data:`FEW`) and reading the weights is what takes time. A
+  folded weight is one more to read at every call, since its origin must be compared.
+* `winograd_conv3x3_add_relu` of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`).
+* oneDNN's of all others: the norm that alone reads one is in its weight, the sum that alone reads that, and the ReLU,
+  in its epilogue.
+
+What is too small to gain by any is stock's (:func:`.too_small.is_small_in_evaluation`).
 
 On a GPU, nothing is folded into weights and nothing is kept between calls: scale and shift of each batch norm are made
 from the running statistics at every call, by one small kernel, so a write through ``.data`` or between two replays of a
@@ -108,7 +112,7 @@ def _unfolded(call: Call) -> frozenset[int]:
     for value, node, own in call.convolutions:
         norms = [call.tensors[reader - program.inputs] for reader in program.readers(value)]
         dtypes = {t.dtype for each in (own, *norms) for t in each[:6] if t is not None}
-        if dtypes == {torch.float32} and unfolded.pays(own.weight, node.conv, too_small.pixels(call.shapes()[value])):
+        if dtypes == {torch.float32} and unfolded.pays(own.weight, node.conv):
             found.add(value)
     return frozenset(found)
 

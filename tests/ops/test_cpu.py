@@ -18,9 +18,10 @@ def activations(*shape):
     return channels_last_like(torch.empty(shape)).copy_(torch.randn(shape))
 
 
-def point(z):
-    """A 1x1 weight that keeps the shape of `z`."""
-    return torch.eye(z.shape[1]).view(*2 * z.shape[1:2], 1, 1)
+def written(out, x, residual=None, adds=False):
+    """Arguments of `conv_norm_add_relu_` with a weight that keeps the shape of `x`."""
+    weight = torch.eye(x.shape[1]).view(*2 * x.shape[1:2], 1, 1)
+    return out, x, weight, *[None] * 5, 1e-5, residual, [1, 1], [0, 0], [1, 1], False, adds
 
 
 def late(z):
@@ -149,22 +150,10 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
         ("lazy_grad_apply", lambda z, v: (z, None, v, *[None] * 5, z.half()), "residual is Half but g is Float"),
         ("lazy_grad_apply_", lambda z, v: (z, None, v, *[None] * 5, z), "residual shares memory with g, which"),
         ("lazy_grad_apply_", lambda z, v: (z[:1], None, v, *[None] * 5, late(z)), "residual shares memory with g"),
-        ("conv_norm_add_relu_", lambda z, v: (z, z, point(z), *[None] * 5, 1e-5), "x shares memory with out, which is"),
-        (
-            "conv_norm_add_relu_",
-            lambda z, v: (z, z.clone(), point(z), *[None] * 5, 1e-5, late(z)),
-            "residual has shape",
-        ),
-        (
-            "conv_norm_add_relu_",
-            lambda z, v: (z[:1], z + 1, point(z), *[None] * 5, 1e-5),
-            r"out is Float of shape \[1, 8",
-        ),
-        (
-            "conv_norm_add_relu_",
-            lambda z, v: (z, z + 1, point(z), *[None] * 5, 1e-5, z, [1], [0], [1], False, True),
-            "stride, padding and",
-        ),
+        ("conv_norm_add_relu_", lambda z, v: written(z, z), "x shares memory with out, which is written"),
+        ("conv_norm_add_relu_", lambda z, v: written(z[:1], z[1:], late(z)), "residual shares memory with out"),
+        ("conv_norm_add_relu_", lambda z, v: written(z[:1], z + 1), r"out is Float of shape \[1, 8, 4, 4\] but the"),
+        ("conv_norm_add_relu_", lambda z, v: written(z, z + 1, z, adds=True), "got a residual where out itself is one"),
         ("add_stats_", lambda z, v: (z, z), "other shares memory with out, which is written"),
         ("add_stats_", lambda z, v: (z[:1], late(z)), "other shares memory with out, which is written"),
         ("add_stats_", lambda z, v: (z, z[:1]), r"other has shape \[1, 8, 4, 4\] but out has \[2, 8, 4, 4\]"),

@@ -1,6 +1,7 @@
 // Argument errors of conv_norm_add_relu.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "common.h"
@@ -31,6 +32,28 @@ inline void check_conv_norm_add_relu(const char* op, const Tensor& x, const Tens
   }
   if (!weight.is_contiguous() && !is_channels_last(weight)) {
     fail(op, ": weight is neither contiguous nor channels_last; pass weight.contiguous()");
+  }
+}
+
+// Of what is to hold a result of shape `sizes`.
+inline void check_target(const char* op, const Tensor& out, const Tensor& x, const std::vector<int64_t>& sizes) {
+  check_data(op, "out", out);
+  check_device(op, "out", out, x);
+  bool fits = out.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; i < 4; ++i) fits = fits && out.size(i) == sizes[i];
+  if (!fits) {
+    fail(op, ": out is ", out.scalar_type(), " of shape ", shape_of(out), " but the result is ", x.scalar_type(),
+         " of [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "]; pass out of that dtype and shape");
+  }
+}
+
+inline void check_apart(const char* op, const char* name, const Tensor& t, const Tensor& out) {
+  const auto end = [](const Tensor& of) {
+    return static_cast<const char*>(of.data_ptr()) + of.numel() * of.element_size();
+  };
+  const std::less<const void*> before;
+  if (before(out.data_ptr(), end(t)) && before(t.data_ptr(), end(out))) {
+    fail(op, ": ", name, " shares memory with out, which is written; pass one with memory of its own");
   }
 }
 

@@ -62,7 +62,7 @@ def winograd_packed_reasons(
     return reasons
 
 
-def few_pixels_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
+def unfolded_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
     """As :func:`loop_reasons` for the activations; the weight may be contiguous too, and vectors must be."""
     tensors = [t for t in (*args, *kwargs.values(), residual) if isinstance(t, torch.Tensor)]
     reasons = loop_reasons(x, *tensors)
@@ -89,6 +89,14 @@ def stem_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
 def stem_pool_reasons(grad_out, index, z, a, b, d, scale, shift, x, weight, *args, **kwargs) -> list[str]:
     """As :func:`stem_reasons`, of all activations."""
     return loop_reasons(grad_out, index, z) + stem_reasons(x, weight, a, b, d, scale, shift)
+
+
+def unfolded_reasons_(out, x, weight, *args, **kwargs) -> list[str]:
+    """As :func:`unfolded_reasons`, and for what is written."""
+    reasons = unfolded_reasons(x, weight, *args, **kwargs)
+    if not is_channels_last(out) or out.dtype != x.dtype:
+        reasons.append("takes a channels_last tensor of x's dtype for the result only")
+    return reasons
 
 
 def vector_reasons(*args, **kwargs) -> list[str]:
@@ -127,7 +135,8 @@ def _compiled(name: str) -> Callable:
 
 #: Kernels that walk something else than rows of channels, and what may stand against that.
 _OTHERS = {
-    "conv_norm_add_relu": few_pixels_reasons,
+    "conv_norm_add_relu": unfolded_reasons,
+    "conv_norm_add_relu_": unfolded_reasons_,
     "conv_norm_relu_pool": stem_reasons,
     "conv_weight_grad": weight_grad_reasons,
     "gram_norm": matrix_reasons,
@@ -143,7 +152,7 @@ _OTHERS = {
 #: Kernels that do not take every dtype of the loops.
 _FLOAT32 = ("winograd_", "conv1x1", "stem_", "conv_norm_relu_pool")
 _DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(_FLOAT32)}
-_DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
+_DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_"), VECTOR_DTYPES)  # nothing rounds to 16 bits
 
 
 def _declared(name: str) -> Kernel:

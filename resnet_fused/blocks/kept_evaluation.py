@@ -21,8 +21,10 @@ from ..steps import folding
 from ..steps.conv import channels_last
 from ..steps.evaluation_flow import Evaluation, Lowered
 from ..steps.evaluation_kinds import WinogradConvolution
+from ..steps.flow import Handed
 from ..steps.folding import Folded, fold
-from ..steps.program import Call
+from ..steps.program import Call, Convolution
+from ..steps.spec import StepTensors
 
 __all__ = ["evaluate", "repeatable", "run_steps", "takes"]
 
@@ -50,14 +52,14 @@ _lowered: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple]] = weakref.Wea
 
 
 def evaluate(
-    call: Call, modules: Modules | None = None, dtype: torch.dtype | None = None, owned: bool = False
+    call: Call, modules: Modules | None = None, dtype: torch.dtype | None = None, handed: Handed | None = None
 ) -> Tensor | None:
     """The output of a call that :func:`takes` takes; None: stock's operations are to run.
 
     Args:
         modules: of each node or None; by them folded weights are kept, and by the last one steps. None: nothing is.
         dtype: of the convolutions' parameters as stock would cast them; None: as they are.
-        owned: nobody else has the input, whose memory the output may take.
+        handed: whether nobody else has the input, whose memory the output may take, and where else it may be written.
 
     Raises:
         ValueError: only the node of training can run this.
@@ -65,9 +67,9 @@ def evaluate(
     if call.sample_factor is not None:
         raise ValueError("evaluation takes no factor for each sample")
     if not torch.is_grad_enabled():
-        return _evaluate(call, modules, dtype, owned)
+        return _evaluate(call, modules, dtype, handed or Handed())
     with torch.no_grad():
-        return _evaluate(call, modules, dtype, owned)
+        return _evaluate(call, modules, dtype, handed or Handed())
 
 
 def _steps_for(
@@ -75,21 +77,21 @@ def _steps_for(
 ) -> tuple[Lowered | None, nn.Module | None]:
     """The steps of a call, and the module by which what they are made from may be kept, the program's last; or None.
 
-    With such a module the CPU backend runs them all, and `FewPixels` needs no dispatch.
+    With such a module the CPU backend runs them all, and `UnfoldedConvolution` needs no dispatch.
     """
     last = next((module for module in reversed(modules or ()) if module is not None), None)
     cast = _cast(call, dtype) if choose.on_gpu(call.x) else call
     return _steps_of(cast, last), last if last is not None and _can_pack(call, dtype) else None
 
 
-def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, owned: bool) -> Tensor | None:
+def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, handed: Handed) -> Tensor | None:
     lowered, last = _steps_for(call, modules, dtype)
     if lowered is None:
         return None
     if not lowered.folds or choose.on_gpu(call.x):
-        return run_steps(lowered, _cast(call, dtype), last is not None)
+        return run_steps(lowered, _cast(call, dtype), last is not None, handed)
     if last is not None:
-        return _packed_output(call, lowered, modules, last, owned)
+        return _packed_output(call, lowered, modules, last, handed)
     made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
     return lowered.run(Evaluation(call, _inputs(call)), made)
 
@@ -101,10 +103,13 @@ def repeatable(call: Call, modules: Modules, dtype: torch.dtype | None) -> Lower
     return lowered if plain else None
 
 
-def run_steps(lowered: Lowered, call: Call, direct: bool) -> Tensor:
+def run_steps(lowered: Lowered, call: Call, direct: bool, handed: Handed | None = None) -> Tensor:
     """The output of steps that nothing is made for. `direct`: on a CPU, whose backend takes them all."""
     direct = direct and not choose.on_gpu(call.x) and not torch._C._len_torch_dispatch_stack()
-    return lowered.run(Evaluation(call, _inputs(call), direct), [None] * len(lowered.steps))
+    e = Evaluation(call, _inputs(call), direct)
+    if handed is not None:
+        e.owned, e.into = handed.owned, handed.into
+    return lowered.run(e, [None] * len(lowered.steps))
 
 
 def _cast(call: Call, dtype: torch.dtype | None) -> Call:
@@ -123,8 +128,9 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
     weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
+    dtypes = [t.dtype for own in call.tensors for t in own[:6] if t is not None]
     settings = call.program.precision, choose.fuses_all(), threads(), judge.count_of_changes()
-    key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights
+    key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights, *dtypes
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))
     if program != call.program:
@@ -152,7 +158,7 @@ def _can_pack(call: Call, dtype: torch.dtype | None) -> bool:
 
 def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> list[Folded | None] | None:
     """What the steps of a call are made from; None, where one may overflow."""
-    positions = [t for own in call.tensors for t in (own[2:6] if own.weight is None else own[:2])]
+    positions = [t for node in lowered.folded for t in _of_node(call.tensors[node])]
     case = (*_shapes(call), call.x.dtype, threads(), lowered)
     places = [
         t if t is None else (id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype, t.shape, t.stride())
@@ -174,7 +180,7 @@ def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> 
 
 def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: list[int]) -> list[Folded | None] | None:
     """What each step is made from, kept or made now; None where one may overflow."""
-    shapes, keys, first, found = call.shapes(), _keys(call, places, sums), call.program.inputs, []
+    shapes, keys, first, found = call.shapes(), _keys(call, lowered, places, sums), call.program.inputs, []
     for step in lowered.steps:
         if step.part is None:
             found.append(None)
@@ -186,17 +192,23 @@ def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: li
     return None if any(one is not None and one.enlarges + one.bound == math.inf for one in found) else found
 
 
-def _keys(call: Call, places: list[tuple | None], sums: list[int]) -> list[tuple]:
+def _of_node(own: StepTensors) -> tuple[Tensor | None, ...]:
+    """The tensors that are folded of a node: a convolution's two or a norm's four."""
+    return own[2:6] if own.weight is None else own[:2]
+
+
+def _keys(call: Call, lowered: Lowered, places: list[tuple | None], sums: list[int]) -> dict[int, tuple]:
     """Of each node, what a part of it is made from: settings, and place and content of each tensor (or None).
 
     The content is that of the memory, in its own order, so that shape and strides belong to it.
     """
     content = iter(sums)
     contents = [place if place is None else (place, next(content)) for place in places]
-    found, at = [], 0
-    for node, own in zip(call.program.nodes, call.tensors, strict=True):
-        settings, count = getattr(node, "conv", None) or getattr(node, "norm", None), 4 if own.weight is None else 2
-        found.append((settings, *contents[at : at + count]))
+    found, at = {}, 0
+    for index in lowered.folded:
+        node, count = call.program.nodes[index], len(_of_node(call.tensors[index]))
+        settings = node.conv if isinstance(node, Convolution) else node.norm
+        found[index] = (settings, *contents[at : at + count])
         at += count
     return found
 
@@ -205,13 +217,13 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def _packed_output(call: Call, lowered: Lowered, modules: Modules, last: nn.Module, owned: bool) -> Tensor | None:
+def _packed_output(call: Call, lowered: Lowered, modules: Modules, last: nn.Module, handed: Handed) -> Tensor | None:
     made = _packed(call, lowered, modules, last)
     if made is None:  # there, folding is not the same
         return None
     inputs = _inputs(call)
     e = Evaluation(call, inputs, call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack())
-    e.owned = owned
+    e.owned, e.into = handed.owned, handed.into
     with bounds.private():
         bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
         e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)

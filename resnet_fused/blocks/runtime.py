@@ -102,7 +102,7 @@ def run_site(site: Site, x: Placed, residual: Tensor | None = None, just_asked: 
     with scope:
         call = Call(program, given if dtype is None else given.to(dtype), tensors, residual, factor)
         known = call.x is x.value and program.inputs == 1 and not torch.compiler.is_compiling()
-        handed = Handed(x.moments, x.owned) if known else None
+        handed = Handed(x.moments, x.owned, x.into) if known else None
         out = _output(site, call, given, dtype, handed, form)
     if out is None:
         return None if factor is None else arrived(called(site, left(x), residual, factor))
@@ -176,7 +176,7 @@ def _output(
         return None
     repeated = None
     if takes(call) and not needs_grad(call):
-        out = evaluate(call, site.modules, dtype, handed is not None and handed.owned)
+        out = evaluate(call, site.modules, dtype, handed)
         if out is not None and form is not None:
             ready.keep_evaluation(site, form, call, dtype)
     else:

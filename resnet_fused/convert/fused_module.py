@@ -181,7 +181,7 @@ def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object
 
 def _as_others_see(value: object) -> object:
     """A value that stock calls may write to: nothing is known of it afterwards."""
-    return value._replace(moments=None, owned=False) if isinstance(value, Placed) else value
+    return value._replace(moments=None, owned=False, into=None) if isinstance(value, Placed) else value
 
 
 def placed(value: Tensor | Placed) -> Placed:

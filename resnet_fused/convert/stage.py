@@ -6,8 +6,9 @@ Between the blocks values are nobody else's: they stay in channels_last whatever
 In evaluation images do not meet in a folded block, so a stage gives the same result piece by piece. It is worth it on
 the CPU, where the C library maps every result of 32 MiB or more anew and its pages are faulted in again: more than half
 of a stock training step of layer1.1 is system time
-(benchmarks/results/epyc-avx512-2core/runs.jsonl:5). Smaller results can reuse memory that is there. Only the
-stage's own output is large, and lies in huge pages.
+(benchmarks/results/epyc-avx512-2core/runs.jsonl:5). Smaller results can reuse memory that is there, and stay in cache.
+Only the stage's own output is large, and lies in huge pages; the last program of a piece writes its images straight
+into it where its last step can, else they are copied.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .. import library
 from ..backends import bounds
 from ..blocks import proven, runtime
 from ..blocks.layers import globally_hooked, hooked
+from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
 from . import as_stock, swap
@@ -28,8 +30,10 @@ from .fused_module import FusedModule, Running, entry_obstacle, is_stock_forced,
 from .swap import is_fused
 
 Tensor = torch.Tensor
-#: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have.
-MAPPED, PIECE = 32 << 20, 25 << 20
+#: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have. ResNet-50 at
+#: batch 32 took 16.5 ms an image with 10 to 13 MiB and 17.1 with 25 (two threads of a Zen 5, whose last-level cache
+#: holds 32 MiB: what a block reads and what it writes).
+MAPPED, PIECE = 32 << 20, 12 << 20
 
 
 #: What of a stage is known to run in stock operations: some of its blocks, which need no proof.
@@ -104,12 +108,17 @@ def images_in_piece(entries: list[Running], x: Tensor) -> int:
 
 
 def _in_pieces(entries: list[Running], x: Tensor, images: int) -> Tensor:
-    out = None
-    for begin in range(0, x.shape[0], images):
-        piece = placed(_all_images(entries, x[begin : begin + images]))
-        if out is None:
-            out = _new_batch(piece, x.shape[0])
-        out[begin : begin + images].copy_(piece.value)
+    piece = placed(_all_images(entries, x[:images]))
+    out = _new_batch(piece, x.shape[0])
+    out[:images].copy_(piece.value)
+    *before, last = entries
+    for begin in range(images, x.shape[0], images):
+        value, into = placed(_all_images(before, x[begin : begin + images])), out[begin : begin + images]
+        if is_channels_last(into):
+            value = value._replace(into=into)
+        piece = placed(run_block(last.block, value, last.block, last))
+        if piece.value is not into:
+            into.copy_(piece.value)
     return out
 
 

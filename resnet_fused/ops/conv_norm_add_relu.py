@@ -1,4 +1,4 @@
-"""Convolution of few pixels as the module keeps its weight, with all that follows it on the accumulator.
+"""Convolution with the weight as its module keeps it, and all that follows it on the accumulator.
 
 Formula, absent terms being 0::
 
@@ -12,6 +12,9 @@ which everything is computed; `mean` and `var`, the running statistics, come tog
 
 The weight is read once, as it lies in memory, and taps that meet no pixel are not (of a channels_last weight). Nothing
 is made of it that could be kept, so it is seen as it is at every call.
+
+`conv_norm_add_relu_` writes `out`, a tensor of the result's shape in channels_last that shares no memory with what is
+read; with `adds`, `out` itself is the residual.
 """
 
 from __future__ import annotations
@@ -62,9 +65,12 @@ def fake(a) -> Tensor:
 
 @takes_arguments_of(reference)
 def bytes(a) -> int:
-    """One read of `x`, `weight` and `residual`, one write of `out`."""
-    out = math.prod(output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)) * a.x.element_size()
-    return nbytes(a.x, a.weight, a.residual) + out
+    """One read of `x`, or of those of its pixels that a 1x1 meets, of `weight` and `residual`, one write of `out`."""
+    _, k, *_ = shape = output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)
+    out, read = math.prod(shape) * a.x.element_size(), nbytes(a.x)
+    if tuple(a.weight.shape[2:]) == (1, 1):
+        read = min(read, out // max(k, 1) * a.x.shape[1])
+    return read + nbytes(a.weight, a.residual) + out
 
 
 @takes_arguments_of(reference)
@@ -80,6 +86,66 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
+    ulps=4,
+)
+
+
+INPLACE_SCHEMA = (
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
+    "float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, bool relu=False, "
+    "bool adds=False) -> ()"
+)
+
+
+def inplace_reference(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    relu: bool = False,
+    adds: bool = False,
+) -> None:
+    if adds and residual is not None:
+        raise RuntimeError("conv_norm_add_relu_: got a residual where out itself is one; pass either")
+    residual = out if adds else residual
+    out.copy_(reference(x, weight, bias, mean, var, gamma, beta, eps, residual, stride, padding, dilation, relu))
+
+
+def inplace_fake(out: Tensor, *args, **kwargs) -> None:
+    return None
+
+
+@takes_arguments_of(inplace_reference)
+def inplace_bytes(a) -> int:
+    """As `conv_norm_add_relu`; what `out` holds is read where it is added."""
+    places = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation}
+    vectors = (a.bias, a.mean, a.var, a.gamma, a.beta, a.eps)
+    return bytes(a.x, a.weight, *vectors, a.out if a.adds else a.residual, **places)
+
+
+@takes_arguments_of(inplace_reference)
+def inplace_flops(a) -> int:
+    """As `conv_norm_add_relu`."""
+    return 2 * a.out.numel() * a.weight[0].numel()
+
+
+INPLACE_OP = define(
+    "conv_norm_add_relu_",
+    INPLACE_SCHEMA,
+    reference=inplace_reference,
+    fake=inplace_fake,
+    bytes=inplace_bytes,
+    flops=inplace_flops,
     compiled=True,
     ulps=4,
 )

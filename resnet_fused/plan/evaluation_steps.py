@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..steps.evaluation_flow import ForwardStep, Lowered
 from ..steps.evaluation_kinds import (
-    FewPixels,
     FoldedConvolution,
     NormPass,
     NormValue,
     RawPool,
     StockNorm,
     StockPool,
+    UnfoldedConvolution,
     WinogradConvolution,
 )
 from ..steps.folding import Part
@@ -35,9 +35,9 @@ def carries_sum(program: Program, value: int) -> bool:
 
 class Steps:
     """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
-    has no norm; None: on a CPU. `few`: with the weights as they are. `filtered`: the convolutions that run by minimal
-    filtering, and how many outputs to a side their tiles have. `stems`: those of few channels that can take norm, ReLU
-    and pool with them.
+    has no norm; None: on a CPU. `few`: all with the weights as they are, since pixels are few. `filtered`: the
+    convolutions that run by minimal filtering, and how many outputs to a side their tiles have. `unfolded`: those that
+    take the weight as it is. `stems`: those of few channels that can take norm, ReLU and pool with them.
 
     `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
     the norms that their readers apply on load.
@@ -49,10 +49,11 @@ class Steps:
         pointwise: dict[int, str] | None = None,
         few: bool = False,
         filtered: dict[int, int] | None = None,
+        unfolded: frozenset[int] = frozenset(),
         stems: frozenset[int] = frozenset(),
     ) -> None:
         self.program, self.gpu, self.few, self.filtered = program, pointwise is not None, few, filtered or {}
-        self.stems = stems
+        self.unfolded, self.stems = unfolded, stems
         self.projections: set[int] = set()
         self.lazy: set[int] = set()
         self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
@@ -137,21 +138,25 @@ class Steps:
         dead = tuple(tuple(value for value, at in last.items() if at == i) for i in range(len(steps)))
         measured: set[int] = set()
         for step in reversed(steps):
-            if step.value in measured or (isinstance(step, FoldedConvolution) and step.relu):
+            is_read = step.value in measured and not isinstance(step, UnfoldedConvolution)  # which tells no bound
+            if is_read or (isinstance(step, FoldedConvolution) and step.relu):
                 measured |= set(step.reads)
-        inputs, folds = range(self.program.inputs), any(step.part is not None for step in steps)
-        return Lowered(self.program, tuple(steps), dead, tuple(i in measured for i in inputs), folds)
+        inputs = self.program.inputs
+        parts = [value for step in steps if step.part is not None for value in step.part if value is not None]
+        folded = tuple(sorted({value - inputs for value in parts}))
+        return Lowered(self.program, tuple(steps), dead, tuple(i in measured for i in range(inputs)), folded)
 
     def _carry(self, value: int, part: Part, other: int | None = None, relu: bool = False) -> list[ForwardStep]:
         """The step of a convolution that carries all up to `value`."""
         node = self.program.maker(part.conv)
-        if self.few:
-            return [FewPixels(value, node.source, other, relu, main=part, conv=node.conv)]
+        in_place = other is not None and other >= self.program.inputs and len(self.program.readers(other)) == 1
+        if self.few or part.conv in self.unfolded:
+            more = {"main": part, "conv": node.conv, "few": self.few, "in_place": in_place}
+            return [UnfoldedConvolution(value, node.source, other, relu, **more)]
         if part.conv in self.filtered:
             more = {"folded": part, "conv": node.conv, "outputs": self.filtered[part.conv]}
             return [WinogradConvolution(value, node.source, other, relu, **more)]
         if not self.gpu:
-            in_place = other is not None and other >= self.program.inputs and len(self.program.readers(other)) == 1
             more = {"folded": part, "conv": node.conv, "in_place": in_place}
             return [FoldedConvolution(value, node.source, other, relu, **more)]
         second = None if other is None else self._projection(other)

@@ -1,12 +1,17 @@
 """From a program to its steps in evaluation: who carries batch norm, sum and ReLU, for the CPU and for GPUs.
 
-On a CPU every convolution does: the norm that alone reads it is in its weight, the sum that alone reads that, and the
-ReLU, in oneDNN's epilogue, or, of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`), in that of
-`winograd_conv3x3_add_relu`. Where pixels are few (:data:`FEW`), reading the weights is what takes time, and a folded
-weight is one more to read at every call, since its origin must be compared: there `conv_norm_add_relu` reads the weight
-as it is, and norm, sum and ReLU are its epilogue's. So it is in a stem, a convolution of few channels with norm, ReLU
-and max pool behind it (:func:`.stem.pools`): `conv_norm_relu_pool` is all of that in one pass over the image. What
-is too small for any of these is stock's (:func:`.too_small.is_small_in_evaluation`).
+On a CPU every convolution does, each by the kernel that is fastest for it:
+
+* `conv_norm_add_relu` with the weight as it is, whose epilogue has norm, sum and ReLU: of a 1x1 in float32
+  (:func:`.unfolded.pays`), and of all, where pixels are few (:data:`FEW`) and reading the weights is what takes time. A
+  folded weight is one more to read at every call, since its origin must be compared.
+* `winograd_conv3x3_add_relu` of a 3x3 that minimal filtering makes faster (:func:`.winograd.folded`).
+* `conv_norm_relu_pool` of a stem, a convolution of few channels with norm, ReLU and max pool behind it
+  (:func:`.stem.pools`): all of that in one pass over the image, with the weight as it is.
+* oneDNN's of all others: the norm that alone reads one is in its weight, the sum that alone reads that, and the ReLU,
+  in its epilogue.
+
+What is too small to gain by any is stock's (:func:`.too_small.is_small_in_evaluation`).
 
 On a GPU, nothing is folded into weights and nothing is kept between calls: scale and shift of each batch norm are made
 from the running statistics at every call, by one small kernel, so a write through ``.data`` or between two replays of a
@@ -32,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import backends, onednn, soundness
 from ..ops import stat_dtype
-from ..steps import stem, winograd
+from ..steps import stem, unfolded, winograd
 from ..steps.evaluation_flow import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import choose, too_small, words
@@ -82,8 +87,8 @@ def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
     auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
     if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
-    filtered, stems = (None, frozenset()) if few else (_filtered(call), _stems(call))
-    lowered = Steps(call.program, few=few, filtered=filtered, stems=stems).lowered()
+    chosen = {} if few else {"filtered": _filtered(call), "unfolded": _unfolded(call), "stems": _stems(call)}
+    lowered = Steps(call.program, few=few, **chosen).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
 
@@ -117,6 +122,20 @@ def pools(call: Call) -> bool:
 def _is_of_one_dtype(call: Call) -> bool:
     """Whether all parameters have the dtype of the activations."""
     return all(t is None or t.dtype == call.x.dtype for own in call.tensors for t in own[:6])
+
+
+def _unfolded(call: Call) -> frozenset[int]:
+    """The convolutions that are fastest with the weight as it is."""
+    program, x = call.program, call.x
+    if x.dtype != torch.float32 or program.backend not in ("auto", "cpu") or not unfolded.IS_FAST:
+        return frozenset()
+    found = set()
+    for value, node, own in call.convolutions:
+        norms = [call.tensors[reader - program.inputs] for reader in program.readers(value)]
+        dtypes = {t.dtype for each in (own, *norms) for t in each[:6] if t is not None}
+        if dtypes == {torch.float32} and unfolded.pays(own.weight, node.conv):
+            found.add(value)
+    return frozenset(found)
 
 
 def _are_few(call: Call) -> bool:

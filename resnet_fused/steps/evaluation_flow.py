@@ -41,8 +41,13 @@ class Evaluation:
         self.values: list = inputs + [None] * len(call.program.nodes)
         self.bounds: list[float] | None = None
         self.owned = False  # nobody else has value 0
+        self.into: Tensor | None = None  # where the step that makes the output may write it
         self.dying: tuple[int, ...] = ()  # what nobody reads after the step that runs
         self._filled: dict[tuple[float, int], Tensor] = {}
+
+    def may_take(self, step: ForwardStep) -> bool:
+        """Whether a step that runs may write its sum over the program's input, which nobody else has or will read."""
+        return self.owned and step.other == 0 != step.source and 0 in self.dying
 
     def own(self, value: int) -> StepTensors:
         """The tensors of the node that makes `value`."""
@@ -107,7 +112,12 @@ class Lowered(NamedTuple):
     steps: tuple
     dead: tuple[tuple[int, ...], ...]
     measured: tuple[bool, ...]  # of each input, whether a ReLU in oneDNN's epilogue depends on its bound
-    folds: bool  # whether a step on a CPU is made from parameters, see `part`
+    folded: tuple[int, ...]  # the nodes from whose parameters a step on a CPU is made, see `part`
+
+    @property
+    def folds(self) -> bool:
+        """Whether there are such nodes."""
+        return bool(self.folded)
 
     def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
         """The output. `made`: for each step, what it is made from, see `part`."""

@@ -3,7 +3,7 @@
 ============================  =========================================================================================
 :class:`FoldedConvolution`    a convolution, the norm that alone reads it in its weight; sum and ReLU in its epilogue
 :class:`WinogradConvolution`  the same of 3x3 convolutions, by fewer multiplications
-:class:`FewPixels`            the same where the weight is read as it is
+:class:`UnfoldedConvolution`  the same where the weight is read as it is: 1x1, or of few pixels
 :class:`NormValue`            batch norm as a value ``scale*z + shift``: nothing is written
 :class:`NormPass`             such a value, and a sum behind it, written in one pass
 :class:`RawPool`              such a value, clamped and pooled in one pass
@@ -18,6 +18,7 @@ values by their numbers in the program.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
@@ -53,7 +54,7 @@ class FoldedConvolution(ForwardStep):
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]
-        in_place = self.in_place or (e.owned and self.other == 0 != self.source and 0 in e.dying)
+        in_place = self.in_place or e.may_take(self)
         if e.direct and (other is None or in_place or not onednn.is_mapped(other)):
             added = 0.0 if other is None else e.bounds[self.other]
             bound = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
@@ -122,14 +123,22 @@ class WinogradConvolution(ForwardStep):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewPixels(ForwardStep):
-    """The convolution of `main`, its norm if there is one, sum and ReLU, with nothing made of the weight."""
+class UnfoldedConvolution(ForwardStep):
+    """The convolution of `main`, its norm if there is one, sum and ReLU, with nothing made of the weight.
 
-    ops: ClassVar[tuple[str, ...]] = ("conv_norm_add_relu",)
-    word = "convolution of few pixels"
+    `few`: its pixels. `in_place`: the sum is made in the memory of `other`.
+    """
+
+    ops: ClassVar[tuple[str, ...]] = ("conv_norm_add_relu", "conv_norm_add_relu_")
 
     main: Part
     conv: Conv
+    few: bool
+    in_place: bool
+
+    @property
+    def word(self) -> str:
+        return "convolution of few pixels" if self.few else "unfolded 1x1 convolution"
 
     @property
     def normed(self) -> bool:
@@ -139,12 +148,27 @@ class FewPixels(ForwardStep):
         weight = e.own(self.main.conv).weight
         if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
             weight = weight.contiguous()
-        other = None if self.other is None else e.values[self.other]
-        arguments = (e.values[self.source], weight, *e.behind(self.main), other, *self.conv.args[:3], self.relu)
-        if e.direct:
-            e.values[self.value] = torch.ops.resnet_fused.conv_norm_add_relu.default(*arguments)
+        other, out = None if self.other is None else e.values[self.other], None
+        if self.value == e.program.output and e.into is not None:
+            out = e.into
+        elif other is not None and (self.in_place or e.may_take(self)):
+            out = other
+        read = e.values[self.source], weight, *e.behind(self.main), None if out is other else other
+        settings = *self.conv.args[:3], self.relu
+        if out is not None:
+            self._run("conv_norm_add_relu_", e, out, *read, *settings, out is other)
         else:
-            e.values[self.value] = run("conv_norm_add_relu", *arguments, backend=e.backend)
+            out = self._run("conv_norm_add_relu", e, *read, *settings)
+        e.values[self.value] = out
+        if e.bounds is not None:
+            e.bounds[self.value] = math.inf  # to know one, the weight would have to be read
+
+    def _run(self, op: str, e: Evaluation, *arguments: object) -> Tensor | None:
+        return (
+            getattr(torch.ops.resnet_fused, op).default(*arguments)
+            if e.direct
+            else run(op, *arguments, backend=e.backend)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

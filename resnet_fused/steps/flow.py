@@ -27,11 +27,12 @@ class Handed:
     """Mean and second moment of the value that enters a program, where whoever wrote it has them, and of what leaves.
 
     They are those of one tensor as it was written: only for values that nobody else can hold, see :class:`.Placed`.
-    `owned`: what enters is such a value, whose memory evaluation may use.
+    `owned`: what enters is such a value, whose memory evaluation may use. `into`: where it may write what leaves.
     """
 
     entering: Moments | None = None
     owned: bool = False
+    into: Tensor | None = None
     leaving: Moments | None = None
 
 

@@ -41,6 +41,9 @@ class Placed(NamedTuple):
     #: Of `value`, if known; from one program straight to the next, as others may write to it.
     moments: Moments | None = None
     owned: bool = False  # nobody else has it: evaluation may write over it
+    #: Memory of the shape of the program's output, in channels_last, where evaluation may write that. Who hands it over
+    #: looks whether it did.
+    into: Tensor | None = None
 
 
 def arrived(x: Tensor) -> Placed:

@@ -16,7 +16,7 @@ from resnet_fused.library import status
 from resnet_fused.plan import choose
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.lower_evaluation import lower
-from resnet_fused.steps import Norm, folding
+from resnet_fused.steps import Norm, folding, unfolded
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Program
 from resnet_fused.traffic.count import Counter
 
@@ -183,6 +183,7 @@ def test_what_no_step_adds_is_stocks(name):
 @pytest.mark.skipif(not PACKS, reason="no weights are packed here")
 def test_a_pre_activation_block_keeps_what_it_made(monkeypatch):
     """Weights with and without norms, and norms by themselves; every write is seen, past the counter too."""
+    monkeypatch.setattr(unfolded, "IS_FAST", False)  # all of oneDNN's
     packs, original = [], onednn.prepack
     monkeypatch.setattr(onednn, "prepack", lambda *args: packs.append(1) or original(*args))
     monkeypatch.setattr(folding, "_layouts", folding._Layouts())
@@ -200,6 +201,7 @@ def test_a_pre_activation_block_keeps_what_it_made(monkeypatch):
 
 @pytest.mark.skipif(not PACKS, reason="no weights are packed here")
 def test_the_last_convolution_is_added_to_its_projection_in_place(monkeypatch):
+    monkeypatch.setattr(unfolded, "IS_FAST", False)  # all of oneDNN's
     seen, original = [], onednn.conv_packed
     monkeypatch.setattr(onednn, "conv_packed", lambda *args: seen.append(args[6:]) or original(*args))
     for name, in_place in [("identity", False), ("projection", True), ("activated shortcut", False)]:

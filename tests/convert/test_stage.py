@@ -13,6 +13,10 @@ from resnet_fused.convert import fused_module, stage, stock_forward
 from resnet_fused.models import resnet18, resnet50
 from resnet_fused.models.resnet import Bottleneck
 from resnet_fused.plan import choose
+from resnet_fused.steps import unfolded, winograd
+from resnet_fused.steps.evaluation_kinds import UnfoldedConvolution
+
+needs_levels = pytest.mark.skipif(not winograd.IS_BUILT, reason="no compiled library for AVX2 or AVX-512")
 
 
 @pytest.fixture(autouse=True)
@@ -178,20 +182,28 @@ def test_bottlenecks_too():
         assert torch.allclose(model(x), torch.cat([model(image) for image in x.split(1)]), atol=1e-4)
 
 
+@pytest.mark.parametrize("unfolds", [False, pytest.param(True, marks=needs_levels)])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_format):
+def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_format, unfolds):
     monkeypatch.setattr(stage, "MAPPED", 1 << 30)  # in one piece
     torch.manual_seed(0)
     stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(3)]).eval().to(memory_format=memory_format)
     fused = resnet_fused.fuse(copy.deepcopy(stock))
-    over, packed = [], onednn.conv_packed
+    monkeypatch.setattr(unfolded, "IS_FAST", unfolds)
+    over, packed, run = [], onednn.conv_packed, UnfoldedConvolution._run
 
     def watched(x, weight, bias, conv, relu, bound, residual=None, in_place=False):
         if residual is not None:
             over.append(in_place)
         return packed(x, weight, bias, conv, relu, bound, residual, in_place)
 
+    def watched_as_it_is(step, op, *args):
+        if step.other is not None:
+            over.append(op == "conv_norm_add_relu_")
+        return run(step, op, *args)
+
     monkeypatch.setattr(onednn, "conv_packed", watched)
+    monkeypatch.setattr(UnfoldedConvolution, "_run", watched_as_it_is)
     x = torch.randn(4, 64, 28, 28).contiguous(memory_format=memory_format)
     before = x.clone()
     with torch.no_grad(), choose.fusing_all():
@@ -207,3 +219,31 @@ def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_
         out = fused(x)
         assert torch.equal(*kept[0])  # somebody else has it
         torch.testing.assert_close(out, stock(x))
+
+
+@needs_levels
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_pieces_write_their_images_into_the_whole(monkeypatch, memory_format):
+    monkeypatch.setattr(unfolded, "IS_FAST", True)
+    monkeypatch.setattr(stage, "MAPPED", 1 << 18)
+    monkeypatch.setattr(stage, "PIECE", 1 << 18)
+    torch.manual_seed(0)
+    stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(2)]).eval().to(memory_format=memory_format)
+    fused, written, run = resnet_fused.fuse(copy.deepcopy(stock)), [], UnfoldedConvolution._run
+
+    def watched(step, op, e, *args):
+        if e.into is not None and op == "conv_norm_add_relu_" and args[0] is e.into:
+            written.append(e.into)
+        return run(step, op, e, *args)
+
+    monkeypatch.setattr(UnfoldedConvolution, "_run", watched)
+    x = torch.randn(4, 64, 28, 28).contiguous(memory_format=memory_format)
+    before = x.clone()
+    with torch.no_grad(), choose.fusing_all():
+        for _ in range(2):
+            written.clear()
+            out = fused(x)
+            whole = memory_format == torch.channels_last
+            assert [t.data_ptr() for t in written] == ([t.data_ptr() for t in out.split(1)[1:]] if whole else [])
+            assert torch.equal(x, before) and out.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(out, stock(x))

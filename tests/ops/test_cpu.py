@@ -18,6 +18,12 @@ def activations(*shape):
     return channels_last_like(torch.empty(shape)).copy_(torch.randn(shape))
 
 
+def written(out, x, residual=None, adds=False):
+    """Arguments of `conv_norm_add_relu_` with a weight that keeps the shape of `x`."""
+    weight = torch.eye(x.shape[1]).view(*2 * x.shape[1:2], 1, 1)
+    return out, x, weight, *[None] * 5, 1e-5, residual, [1, 1], [0, 0], [1, 1], False, adds
+
+
 def late(z):
     """One sample of the memory of `z`, from the last element of the first on."""
     return z[:1].as_strided(z[:1].shape, z.stride(), z[0].numel() - 1)
@@ -53,6 +59,7 @@ def test_results_do_not_depend_on_the_thread_count(shape):
         ("conv1x1_join", z, weight, rows, rows),
         ("conv1x1_dgrad", over, weight, None, over, rows, rows, rows, *(None,) * 3, z, *(vector,) * 3, *both_grads),
         ("conv1x1_wgrad", over, z),
+        ("conv_norm_add_relu", z, weight, None, rows, rows.abs() + 0.1, rows, rows, 1e-5, over),
         ("gram_norm", weight, square, vector, vector, z),
         ("gram_grad", weight, product, square, vector, vector, rows, rows, rows, z),
     ]
@@ -143,6 +150,10 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
         ("lazy_grad_apply", lambda z, v: (z, None, v, *[None] * 5, z.half()), "residual is Half but g is Float"),
         ("lazy_grad_apply_", lambda z, v: (z, None, v, *[None] * 5, z), "residual shares memory with g, which"),
         ("lazy_grad_apply_", lambda z, v: (z[:1], None, v, *[None] * 5, late(z)), "residual shares memory with g"),
+        ("conv_norm_add_relu_", lambda z, v: written(z, z), "x shares memory with out, which is written"),
+        ("conv_norm_add_relu_", lambda z, v: written(z[:1], z[1:], late(z)), "residual shares memory with out"),
+        ("conv_norm_add_relu_", lambda z, v: written(z[:1], z + 1), r"out is Float of shape \[1, 8, 4, 4\] but the"),
+        ("conv_norm_add_relu_", lambda z, v: written(z, z + 1, z, adds=True), "got a residual where out itself is one"),
         ("add_stats_", lambda z, v: (z, z), "other shares memory with out, which is written"),
         ("add_stats_", lambda z, v: (z[:1], late(z)), "other shares memory with out, which is written"),
         ("add_stats_", lambda z, v: (z, z[:1]), r"other has shape \[1, 8, 4, 4\] but out has \[2, 8, 4, 4\]"),

@@ -90,6 +90,15 @@ def _conv_norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("3x3, all behind it", (draw.data(), weight, draw.vector(9), *norm, draw.data((1, 9, 2, 2)), *same), {})
 
 
+def _conv_norm_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:
+    draw, k = Draw(TAIL), 40  # more than a panel
+    norm = (draw.vector(k), draw.vector(k).abs() + 1, draw.vector(k), draw.vector(k), 1e-5)
+    read = (draw.data(), draw.data((k, 40, 1, 1)) / 4, draw.vector(k), *norm)
+    yield Case("1x1, added to what is there", (draw.data((3, k, 9, 7)), *read), {"relu": True, "adds": True})
+    strided = {"residual": draw.data((3, k, 5, 4)), "stride": [2, 2]}
+    yield Case("1x1, stride 2, residual", (draw.data((3, k, 5, 4)), *read), strided)
+
+
 def _conv_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:
     (case, _) = _conv_add_relu(dtype)
     x, weight, shift, residual = case.args
@@ -182,6 +191,7 @@ _CASES = {
     "conv_add_relu": _conv_add_relu,
     "conv_add_relu_": _conv_add_relu_inplace,
     "conv_norm_add_relu": _conv_norm_add_relu,
+    "conv_norm_add_relu_": _conv_norm_add_relu_inplace,
     "conv_norm_relu_pool": _conv_norm_relu_pool,
     "conv_weight_grad": _conv_weight_grad,
     "stem_conv": _stem_conv,

@@ -34,9 +34,16 @@ inline const char* cpu_level() {
   if (__builtin_cpu_supports(RESNET_FUSED_LEVEL_512)) return "avx512";
   return __builtin_cpu_supports(RESNET_FUSED_LEVEL_256) ? "avx2" : "baseline";
 }
+
+// Whether AVX-512's products of bfloat16 are there too.
+inline bool has_bf16() {
+  static const bool found = __builtin_cpu_supports(RESNET_FUSED_LEVEL_512) && __builtin_cpu_supports("avx512bf16");
+  return found;
+}
 #else
 inline constexpr const char* kCpuLevels = "baseline";
 inline const char* cpu_level() { return "baseline"; }
+inline bool has_bf16() { return false; }
 #endif
 
 }  // namespace resnet_fused

@@ -20,6 +20,10 @@
 #define RESNET_FUSED_BF16 __attribute__((target(RESNET_FUSED_TARGET_PREFIX RESNET_FUSED_LEVEL_512 ",avx512bf16")))
 #define RESNET_FUSED_BF16_INLINE \
   inline __attribute__((always_inline, target(RESNET_FUSED_TARGET_PREFIX RESNET_FUSED_LEVEL_512 ",avx512bf16")))
+// A group of rows' products and what is done with them: by itself, since in a function of many such loops GCC 12 spills
+// sums that have registers of their own in this one.
+#define RESNET_FUSED_BF16_GROUP \
+  __attribute__((noinline, target(RESNET_FUSED_TARGET_PREFIX RESNET_FUSED_LEVEL_512 ",avx512bf16")))
 
 namespace resnet_fused::cpu::bf16 {
 
@@ -57,6 +61,23 @@ RESNET_FUSED_BF16_INLINE void store_columns(uint16_t* p, __mmask32 columns, __m5
 RESNET_FUSED_BF16_INLINE __m512i load_columns(__mmask32 columns, const uint16_t* p) {
   return columns == 0xFFFFFFFFu ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(columns, p);
 }
+
+// Lines that are to be read later, fetched a few at a time into the second-level cache between products.
+struct Ahead {
+  const char* next = nullptr;
+  int64_t left = 0, step = 0;  // bytes, and at a time
+
+  Ahead() = default;
+  // `times`: how often it will be called.
+  Ahead(const uint16_t* first, int64_t elements, int64_t times)
+      : next(reinterpret_cast<const char*>(first)), left(2 * elements), step((left / times + 64) / 64 * 64) {}
+
+  RESNET_FUSED_BF16_INLINE void operator()() {
+    const int64_t now = left < step ? left : step;
+    for (int64_t i = 0; i < now; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+    next += now, left -= now;
+  }
+};
 
 // sums[r] += the products of the rows a[r], `pitch` elements apart, with a panel of as many pairs of rows.
 template <int64_t R>

@@ -36,8 +36,8 @@ struct BlockSums {
 
 // R rows of a panel of the output.
 template <int64_t R>
-RESNET_FUSED_BF16_INLINE void convolve_group(const Problem& p, const uint16_t* a, int64_t row, int64_t k,
-                                             const BlockSums& sums) {
+RESNET_FUSED_BF16_GROUP void convolve_group(const Problem& p, const uint16_t* a, int64_t row, int64_t k,
+                                            const BlockSums& sums) {
   __m512 products[R][2] = {};
   bf16::multiply<R>(a, bf16::pitch_of(p.C), p.packed + k / kPanel * p.panel_size(), bf16::pairs_of(p.C), products);
   const __mmask32 columns = bf16::columns_of(p.K - k);
@@ -78,10 +78,13 @@ RESNET_FUSED_BF16_INLINE void convolve_group_of(int64_t count, const Problem& p,
 RESNET_FUSED_BF16 void convolve_tile(const Problem& p, int64_t row, int64_t rows, uint16_t* scratch,
                                      const BlockSums& sums) {
   bf16::write_activation(p.input, row, rows, scratch);
-  const int64_t groups = (rows + kGroup - 1) / kGroup;
+  const int64_t groups = (rows + kGroup - 1) / kGroup, next = row + rows;
+  const int64_t later = p.input.pixels.dense() ? std::min(rows, p.rows - next) : 0;
+  bf16::Ahead ahead(p.input.x + next * p.C, later * p.C, groups * p.panels());
   for (int64_t k = 0; k < p.K; k += kPanel) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin;
+      ahead();
       convolve_group_of<kGroup>(count, p, scratch + begin * bf16::pitch_of(p.C), row + begin, k, sums);
     }
   }

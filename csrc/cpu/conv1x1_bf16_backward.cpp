@@ -18,7 +18,7 @@ using bf16::kPanel;
 // Chunks cost a copy of the weight's gradient each, and blocks of channels another read of the gradient: few of both,
 // but enough for the threads of a common machine.
 struct Work {
-  static constexpr int64_t kSums = int64_t(1) << 21, kChunks = 64, kUnits = 16, kPanels = 4;
+  static constexpr int64_t kSums = int64_t(1) << 20, kChunks = 64, kUnits = 8, kPanels = 4;
   int64_t rows, tile, tiles, chunks, blocks;
 
   explicit Work(const bf16::Backward& p) : rows(p.rows), tile(p.tile()), tiles((p.rows + tile - 1) / tile) {

@@ -59,6 +59,23 @@ struct Sums {
   float *weight = nullptr, *sum_g = nullptr, *sum_gx = nullptr, *sum_dz = nullptr;
 };
 
+// What the products of a tile fetch meanwhile: the next tile's gradient, z, x and residual.
+struct Fetch {
+  Ahead g, z, x, residual;
+
+  RESNET_FUSED_BF16_INLINE void operator()() { g(), z(), x(), residual(); }
+};
+
+inline Fetch fetch_after(const Backward& p, int64_t row, int64_t rows, int64_t calls) {
+  const int64_t next = row + rows, later = std::min(rows, p.rows - next);
+  const bool dense = p.reads_input() && p.input.pixels.dense();
+  const bool adds = p.added.residual && p.added.stride_h == 1 && p.added.stride_w == 1;
+  return {{p.gradient.g + next * p.K, later * p.K, calls},
+          {p.gradient.z + next * p.K, p.gradient.z ? later * p.K : 0, calls},
+          {p.input.x + next * p.C, dense ? later * p.C : 0, calls},
+          {p.added.residual + next * p.C, adds ? later * p.C : 0, calls}};
+}
+
 // y where the activation let its value pass.
 RESNET_FUSED_BF16_INLINE __m512 through_relu(__m512 y, __m512 activation) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(activation, _mm512_setzero_ps(), _CMP_NLE_UQ), y);
@@ -115,8 +132,8 @@ RESNET_FUSED_BF16_INLINE void finish_added(const Backward& p, __m512 (&y)[R][2],
 
 // R rows of a panel of the input's gradient, whose dz and x^ are in the cache; `activation`: of all channels.
 template <int64_t R>
-RESNET_FUSED_BF16_INLINE void input_group(const Backward& p, const uint16_t* dz, const uint16_t* activation,
-                                          int64_t row, int64_t c, const Sums& sums) {
+RESNET_FUSED_BF16_GROUP void input_group(const Backward& p, const uint16_t* dz, const uint16_t* activation, int64_t row,
+                                         int64_t c, const Sums& sums) {
   __m512 y[R][2] = {};
   if (p.constant) {
     const __m512 low = _mm512_maskz_loadu_ps(lanes_of(p.C - c), p.constant + c);
@@ -153,12 +170,13 @@ RESNET_FUSED_BF16_INLINE void input_group_of(int64_t count, const Backward& p, c
 
 // The input's gradient for the rows of a tile and the panels [first, end).
 RESNET_FUSED_BF16_INLINE void input_tile(const Backward& p, const uint16_t* dz, const uint16_t* activation, int64_t row,
-                                         int64_t rows, int64_t first, int64_t end, const Sums& sums) {
+                                         int64_t rows, int64_t first, int64_t end, const Sums& sums, Fetch& ahead) {
   const int64_t groups = (rows + kGroup - 1) / kGroup;
   for (int64_t panel = first; panel < end; ++panel) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin;
       const uint16_t* read = p.reads_input() ? activation + begin * pitch_of(p.C) : nullptr;
+      ahead();
       input_group_of<kGroup>(count, p, dz + begin * pitch_of(p.K), read, row + begin, panel * kPanel, sums);
     }
   }
@@ -179,8 +197,8 @@ RESNET_FUSED_BF16_INLINE void pair_gradient(const Backward& p, const uint16_t* d
 
 // R outputs of a panel of the weight's gradient, from as many pairs of rows of both; added to what is there.
 template <int64_t R>
-RESNET_FUSED_BF16_INLINE void weight_group(const uint16_t* gradient, const uint16_t* activation, int64_t pairs,
-                                           bool add, float* weight) {
+RESNET_FUSED_BF16_GROUP void weight_group(const uint16_t* gradient, const uint16_t* activation, int64_t pairs, bool add,
+                                          float* weight) {
   __m512 products[R][2] = {};
 #pragma GCC unroll 16
   for (int64_t r = 0; r < R; ++r) {
@@ -221,7 +239,7 @@ RESNET_FUSED_BF16_INLINE void weight_group_of(int64_t count, const uint16_t* gra
 // The sums of the weight's gradient over a tile's rows, for the panels [first, end).
 RESNET_FUSED_BF16_INLINE void weight_tile(const Backward& p, const uint16_t* paired, const uint16_t* activation,
                                           int64_t rows, int64_t first, int64_t end, bool add, uint16_t* panel_pairs,
-                                          float* weight) {
+                                          float* weight, Fetch& ahead) {
   const int64_t pitch = pitch_of(p.C), pairs = pairs_of(rows);
   for (int64_t panel = first; panel < end; ++panel) {
     const uint16_t* from = activation + panel * kPanel;
@@ -230,6 +248,7 @@ RESNET_FUSED_BF16_INLINE void weight_tile(const Backward& p, const uint16_t* pai
     }
     for (int64_t group = 0; group < p.groups(); ++group) {
       const int64_t k = p.K * group / p.groups(), count = p.K * (group + 1) / p.groups() - k;
+      ahead();
       weight_group_of<kGroup>(count, paired + group * pairs * 2 * kLanes, panel_pairs, pairs, add,
                               weight + (panel * p.K + k) * kPanel);
     }
@@ -253,6 +272,8 @@ RESNET_FUSED_BF16 inline void backward_tile(const Backward& p, int64_t row, int6
   uint16_t* const paired = activation + p.activation_size();
   p.gradient.z ? write_gradient<true>(p.gradient, row, rows, dz) : write_gradient<false>(p.gradient, row, rows, dz);
   if (p.reads_input()) write_activation(p.input, row, rows, activation);
+  const int64_t calls = (p.weight_grad ? p.groups() : 0) + (p.grad_x ? (rows + kGroup - 1) / kGroup : 0);
+  Fetch ahead = fetch_after(p, row, rows, std::max<int64_t>(calls, 1) * (end - first));
   if (sums.sum_dz) add_rows(dz, rows, p.K, sums.sum_dz);
   if (p.weight_grad) {
     if (rows % 2) {  // a pair's second row
@@ -260,9 +281,9 @@ RESNET_FUSED_BF16 inline void backward_tile(const Backward& p, int64_t row, int6
       std::memset(activation + rows * pitch_of(p.C), 0, pitch_of(p.C) * sizeof(uint16_t));
     }
     pair_gradient(p, dz, rows, paired);
-    weight_tile(p, paired, activation, rows, first, end, add, paired + p.pairs_size(), sums.weight);
+    weight_tile(p, paired, activation, rows, first, end, add, paired + p.pairs_size(), sums.weight, ahead);
   }
-  if (p.grad_x) input_tile(p, dz, activation, row, rows, first, end, sums);
+  if (p.grad_x) input_tile(p, dz, activation, row, rows, first, end, sums, ahead);
 }
 
 }  // namespace resnet_fused::cpu::bf16

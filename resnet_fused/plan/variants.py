@@ -101,6 +101,8 @@ def options(call: Call, on_tensors: bool = False) -> Options | None:
     values = values and not values_obstacle(call)
     if not values and (device is not None or not runs_folded(call)):
         return None
+    if values and device is None and call.x.dtype == torch.bfloat16:
+        return Options(CPU_CORE, True, frozenset(), frozenset())
     return Options(device or CPU_CORE, values, *gram_branches(call, values))
 
 

@@ -45,8 +45,15 @@ RESNET_FUSED_BF16_INLINE __mmask16 lanes_of(int64_t count) {
 RESNET_FUSED_BF16_INLINE __mmask32 columns_of(int64_t count) {
   return count >= kPanel ? 0xFFFFFFFFu : static_cast<__mmask32>((1u << count) - 1);
 }
+// The lanes that are there, all if `full`; zeros else.
+template <bool full = false>
 RESNET_FUSED_BF16_INLINE __m512 load_wide(__mmask16 lanes, const uint16_t* p) {
+  if (full) return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return widen(_mm256_maskz_loadu_epi16(lanes, p));
+}
+template <bool full>
+RESNET_FUSED_BF16_INLINE __m512 load_floats(__mmask16 lanes, const float* p) {
+  return full ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(lanes, p);
 }
 RESNET_FUSED_BF16_INLINE __m512i round_pair(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 RESNET_FUSED_BF16_INLINE __m512 low_of(__m512i v) { return widen(_mm512_castsi512_si256(v)); }

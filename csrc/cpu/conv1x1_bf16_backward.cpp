@@ -114,13 +114,20 @@ struct Packed {
   static int64_t size_of(int64_t depth) { return 2 * kPanel * bf16::pairs_of(depth); }
 };
 
-bf16::Gradient gradient_of(const Conv1x1GradientArguments& t) {
+// `ones`: filled where a is absent.
+bf16::Gradient gradient_of(const Conv1x1GradientArguments& t, std::vector<float>& ones) {
   const Tensor& g = t.g;
-  return {data<uint16_t>(g),     data<uint16_t>(t.z),
-          data<float>(t.a),      data<float>(t.b),
-          data<float>(t.d),      data<float>(t.scale),
-          data<float>(t.shift),  data<float>(t.sample_factor),
-          data<uint8_t>(t.mask), g.size(1),
+  if (!t.a) ones.assign(g.size(1), 1.0f);
+  return {data<uint16_t>(g),
+          data<uint16_t>(t.z),
+          t.a ? data<float>(t.a) : ones.data(),
+          data<float>(t.b),
+          data<float>(t.d),
+          data<float>(t.scale),
+          data<float>(t.shift),
+          data<float>(t.sample_factor),
+          data<uint8_t>(t.mask),
+          g.size(1),
           g.size(2) * g.size(3)};
 }
 
@@ -150,8 +157,9 @@ void dgrad1x1_bf16(const Conv1x1GradientArguments& gradient, const Conv1x1InputA
                    const Conv1x1GradientResults& results) {
   const Tensor& g = gradient.g;
   const int64_t H = g.size(2), W = g.size(3), C = t.weight ? t.weight->size(1) : g.size(1);
+  std::vector<float> ones;
   bf16::Backward p{};
-  p.gradient = gradient_of(gradient);
+  p.gradient = gradient_of(gradient, ones);
   const Pixels pixels(t.x ? *t.x : g, t.x ? t.x_stride : std::vector<int64_t>{1, 1});
   p.input = {data<uint16_t>(t.x), data<float>(t.x_scale), data<float>(t.x_shift), C, pixels};
   p.weight = data<uint16_t>(t.weight), p.coupling = data<uint16_t>(t.coupling);
@@ -168,8 +176,9 @@ void wgrad1x1_bf16(const Conv1x1GradientArguments& gradient, const Tensor& x, co
                    const OptionalTensor& x_shift, const std::vector<int64_t>& stride,
                    const Conv1x1GradientResults& results) {
   const Tensor& g = gradient.g;
+  std::vector<float> ones;
   bf16::Backward p{};
-  p.gradient = gradient_of(gradient);
+  p.gradient = gradient_of(gradient, ones);
   p.input = {data<uint16_t>(x), data<float>(x_scale), data<float>(x_shift), x.size(1), Pixels(x, stride)};
   p.weight_grad = p.sum_dz = true;
   p.rows = g.size(0) * g.size(2) * g.size(3), p.K = g.size(1), p.C = x.size(1);

@@ -71,7 +71,7 @@ inline Fetch fetch_after(const Backward& p, int64_t row, int64_t rows, int64_t c
   const bool dense = p.reads_input() && p.input.pixels.dense();
   const bool adds = p.added.residual && p.added.stride_h == 1 && p.added.stride_w == 1;
   return {{p.gradient.g + next * p.K, later * p.K, calls},
-          {p.gradient.z + next * p.K, p.gradient.z ? later * p.K : 0, calls},
+          {p.gradient.z + next * p.K, p.gradient.b || p.gradient.scale ? later * p.K : 0, calls},
           {p.input.x + next * p.C, dense ? later * p.C : 0, calls},
           {p.added.residual + next * p.C, adds ? later * p.C : 0, calls}};
 }
@@ -84,8 +84,8 @@ RESNET_FUSED_BF16_INLINE __m512 through_relu(__m512 y, __m512 activation) {
 RESNET_FUSED_BF16_INLINE __m512 with_added(const Backward& p, __m512 y, int64_t from, int64_t c) {
   const __mmask16 lanes = lanes_of(p.C - c);
   __m512 other = load_wide(lanes, p.added.residual + from * p.C + c);
-  if (p.added.mask && lanes) {
-    other = _mm512_maskz_mov_ps(kept_by_bits(p.added.mask + from * mask_bytes(p.C), c, p.C), other);
+  if (p.added.mask) {
+    other = _mm512_maskz_mov_ps(kept_by_bits<false>(p.added.mask + from * mask_bytes(p.C), c, p.C), other);
   }
   return _mm512_add_ps(y, other);
 }
@@ -270,7 +270,7 @@ RESNET_FUSED_BF16 inline void backward_tile(const Backward& p, int64_t row, int6
   uint16_t* const dz = scratch;
   uint16_t* const activation = dz + p.dz_size();
   uint16_t* const paired = activation + p.activation_size();
-  p.gradient.z ? write_gradient<true>(p.gradient, row, rows, dz) : write_gradient<false>(p.gradient, row, rows, dz);
+  write_gradient(p.gradient, row, rows, dz);
   if (p.reads_input()) write_activation(p.input, row, rows, activation);
   const int64_t calls = (p.weight_grad ? p.groups() : 0) + (p.grad_x ? (rows + kGroup - 1) / kGroup : 0);
   Fetch ahead = fetch_after(p, row, rows, std::max<int64_t>(calls, 1) * (end - first));

@@ -195,47 +195,6 @@ RESNET_FUSED_BF16_INLINE void pair_gradient(const Backward& p, const uint16_t* d
   }
 }
 
-// R outputs of a panel of the weight's gradient, from as many pairs of rows of both; added to what is there.
-template <int64_t R>
-RESNET_FUSED_BF16_GROUP void weight_group(const uint16_t* gradient, const uint16_t* activation, int64_t pairs, bool add,
-                                          float* weight) {
-  __m512 products[R][2] = {};
-#pragma GCC unroll 16
-  for (int64_t r = 0; r < R; ++r) {
-    _mm_prefetch(reinterpret_cast<const char*>(weight + r * kPanel), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(weight + r * kPanel + kLanes), _MM_HINT_T0);
-  }
-  for (int64_t i = 0; i < pairs; ++i, gradient += 2 * kLanes, activation += 2 * kPanel) {
-    const __m512bh first = (__m512bh)_mm512_loadu_si512(activation);
-    const __m512bh second = (__m512bh)_mm512_loadu_si512(activation + kPanel);
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, gradient + 2 * r, 4);
-      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-      products[r][0] = _mm512_dpbf16_ps(products[r][0], value, first);
-      products[r][1] = _mm512_dpbf16_ps(products[r][1], value, second);
-    }
-  }
-#pragma GCC unroll 16
-  for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int64_t j = 0; j < 2; ++j) {
-      float* const at = weight + r * kPanel + j * kLanes;
-      _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), products[r][j]) : products[r][j]);
-    }
-  }
-}
-
-template <int64_t R>
-RESNET_FUSED_BF16_INLINE void weight_group_of(int64_t count, const uint16_t* gradient, const uint16_t* activation,
-                                              int64_t pairs, bool add, float* weight) {
-  if constexpr (R > 0) {
-    if (count == R) return weight_group<R>(gradient, activation, pairs, add, weight);
-    weight_group_of<R - 1>(count, gradient, activation, pairs, add, weight);
-  }
-}
-
 // The sums of the weight's gradient over a tile's rows, for the panels [first, end).
 RESNET_FUSED_BF16_INLINE void weight_tile(const Backward& p, const uint16_t* paired, const uint16_t* activation,
                                           int64_t rows, int64_t first, int64_t end, bool add, uint16_t* panel_pairs,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..library import status
+from ..steps.conv import MULTIPLIES_BF16
 from ..steps.program import Call
 from . import choose, too_small
 
@@ -22,7 +23,7 @@ def serve(call: Call) -> bool:
     """Whether the CPU's kernels take the 1x1 convolutions of `call`, at the level that they were measured at."""
     x = call.x
     here = x.device.type == "cpu" and not choose.on_gpu(x) and call.program.backend in ("auto", "cpu")
-    return here and (x.dtype == torch.float32 and level() == "avx512" or x.dtype == torch.bfloat16 and multiplies_bf16())
+    return here and (x.dtype == torch.float32 and level() == "avx512" or x.dtype == torch.bfloat16 and MULTIPLIES_BF16)
 
 
 @torch.compiler.assume_constant_result
@@ -30,13 +31,6 @@ def level() -> str:
     """The level of the compiled kernels on this machine; "": there are none."""
     library = status()
     return library.build_info["cpu_level"] if library.cpu.loaded else ""
-
-
-@torch.compiler.assume_constant_result
-def multiplies_bf16() -> bool:
-    """Whether the compiled kernels take bfloat16 here: by the instructions that multiply it."""
-    library = status()
-    return library.cpu.loaded and bool(library.build_info["cpu_bf16"])
 
 
 def pay(call: Call, shapes: list[torch.Size]) -> bool:

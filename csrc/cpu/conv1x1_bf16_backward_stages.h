@@ -81,16 +81,19 @@ RESNET_FUSED_BF16_INLINE __m512 through_relu(__m512 y, __m512 activation) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(activation, _mm512_setzero_ps(), _CMP_NLE_UQ), y);
 }
 
-RESNET_FUSED_BF16_INLINE __m512 with_added(const Backward& p, __m512 y, int64_t from, int64_t c) {
-  const __mmask16 lanes = lanes_of(p.C - c);
-  __m512 other = load_wide(lanes, p.added.residual + from * p.C + c);
+// The columns [c, c + kPanel) of a row of the residual, zero where they do not pass.
+template <bool full>
+RESNET_FUSED_BF16_INLINE __m512i added_columns(const Backward& p, int64_t from, int64_t c) {
+  __mmask32 columns = full ? 0xFFFFFFFFu : columns_of(p.C - c);
   if (p.added.mask) {
-    other = _mm512_maskz_mov_ps(kept_by_bits<false>(p.added.mask + from * mask_bytes(p.C), c, p.C), other);
+    uint32_t bits = 0;
+    const int64_t bytes = mask_bytes(p.C);
+    std::memcpy(&bits, p.added.mask + from * bytes + c / 8, full ? 4 : std::min<int64_t>(4, bytes - c / 8));
+    columns &= bits;
   }
-  return _mm512_add_ps(y, other);
+  return _mm512_maskz_loadu_epi16(columns, p.added.residual + from * p.C + c);
 }
 
-// Stores R rows of a panel, [c, c + kPanel), that go through a ReLU, and adds to their sums. `activation`: at c.
 template <int64_t R>
 RESNET_FUSED_BF16_INLINE void finish_through(const Backward& p, __m512 (&y)[R][2], const uint16_t* activation,
                                              int64_t row, int64_t c, const Sums& sums) {
@@ -119,14 +122,17 @@ RESNET_FUSED_BF16_INLINE void finish_through(const Backward& p, __m512 (&y)[R][2
   }
 }
 
-template <int64_t R>
+template <int64_t R, bool full>
 RESNET_FUSED_BF16_INLINE void finish_added(const Backward& p, __m512 (&y)[R][2], int64_t row, int64_t c) {
-  const __mmask32 columns = columns_of(p.C - c);
 #pragma GCC unroll 16
   for (int64_t r = 0; r < R; ++r) {
     const int64_t from = p.added.residual ? p.added.source(row + r) : -1;
-    if (from >= 0) y[r][0] = with_added(p, y[r][0], from, c), y[r][1] = with_added(p, y[r][1], from, c + kLanes);
-    store_columns(p.grad_x + (row + r) * p.C + c, columns, round_pair(y[r][0], y[r][1]));
+    if (from >= 0) {
+      const __m512i other = added_columns<full>(p, from, c);
+      y[r][0] = _mm512_add_ps(y[r][0], low_of(other)), y[r][1] = _mm512_add_ps(y[r][1], high_of(other));
+    }
+    uint16_t* const out = p.grad_x + (row + r) * p.C + c;
+    store_columns(out, full ? 0xFFFFFFFFu : columns_of(p.C - c), round_pair(y[r][0], y[r][1]));
   }
 }
 
@@ -156,7 +162,7 @@ RESNET_FUSED_BF16_GROUP void input_group(const Backward& p, const uint16_t* dz, 
     multiply<R>(activation, pitch_of(p.C), p.coupled + c / kPanel * pairs * 2 * kPanel, pairs, y);
   }
   if (p.through) return finish_through<R>(p, y, activation + c, row, c, sums);
-  finish_added<R>(p, y, row, c);
+  c + kPanel <= p.C ? finish_added<R, true>(p, y, row, c) : finish_added<R, false>(p, y, row, c);
 }
 
 template <int64_t R>

@@ -39,6 +39,8 @@ template <int64_t R>
 RESNET_FUSED_BF16_GROUP void convolve_group(const Problem& p, const uint16_t* a, int64_t row, int64_t k,
                                             const BlockSums& sums) {
   __m512 products[R][2] = {};
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < R; ++r) __builtin_prefetch(p.z + (row + r) * p.K + k, 1);
   bf16::multiply<R>(a, bf16::pitch_of(p.C), p.packed + k / kPanel * p.panel_size(), bf16::pairs_of(p.C), products);
   const __mmask32 columns = bf16::columns_of(p.K - k);
   uint16_t* const out = p.z + row * p.K + k;

@@ -40,12 +40,14 @@ struct Backward {
   int64_t groups() const { return (K + kGroup - 1) / kGroup; }  // of outputs, for the weight's gradient
   bool reads_input() const { return weight_grad || coupling || through; }
 
+  static constexpr int64_t kMostRows = 16 * kGroup;
+
   // Rows of a tile, an even number: many, since each adds to all sums of the weight's gradient, but within the
   // second-level cache.
   int64_t tile() const {
-    constexpr int64_t kBytes = int64_t(640) << 10, kLeast = 2 * kGroup, kMost = 8;
+    constexpr int64_t kBytes = int64_t(640) << 10, kLeast = 2 * kGroup;
     const int64_t row = 2 * (pitch_of(K) + pitch_of(C)) + (weight_grad ? 2 * kLanes * groups() : 0);
-    return std::clamp(kBytes / row / kLeast, int64_t(1), kMost) * kLeast;
+    return std::clamp(kBytes / row / kLeast, int64_t(1), kMostRows / kLeast) * kLeast;
   }
   // Elements of the scratch: dz, x^, dz by pairs of rows, and a panel of x^ by pairs of rows.
   int64_t dz_size() const { return tile() * pitch_of(K); }
@@ -123,12 +125,12 @@ RESNET_FUSED_BF16_INLINE void finish_through(const Backward& p, __m512 (&y)[R][2
 }
 
 template <int64_t R, bool full>
-RESNET_FUSED_BF16_INLINE void finish_added(const Backward& p, __m512 (&y)[R][2], int64_t row, int64_t c) {
+RESNET_FUSED_BF16_INLINE void finish_added(const Backward& p, __m512 (&y)[R][2], const int64_t* sources, int64_t row,
+                                           int64_t c) {
 #pragma GCC unroll 16
   for (int64_t r = 0; r < R; ++r) {
-    const int64_t from = p.added.residual ? p.added.source(row + r) : -1;
-    if (from >= 0) {
-      const __m512i other = added_columns<full>(p, from, c);
+    if (sources[r] >= 0) {
+      const __m512i other = added_columns<full>(p, sources[r], c);
       y[r][0] = _mm512_add_ps(y[r][0], low_of(other)), y[r][1] = _mm512_add_ps(y[r][1], high_of(other));
     }
     uint16_t* const out = p.grad_x + (row + r) * p.C + c;
@@ -136,11 +138,18 @@ RESNET_FUSED_BF16_INLINE void finish_added(const Backward& p, __m512 (&y)[R][2],
   }
 }
 
-// R rows of a panel of the input's gradient, whose dz and x^ are in the cache; `activation`: of all channels.
+// R rows of a panel of the input's gradient, whose dz and x^ are in the cache; `activation`: of all channels;
+// `sources`: of each row that of the residual, or -1.
 template <int64_t R>
-RESNET_FUSED_BF16_GROUP void input_group(const Backward& p, const uint16_t* dz, const uint16_t* activation, int64_t row,
-                                         int64_t c, const Sums& sums) {
+RESNET_FUSED_BF16_GROUP void input_group(const Backward& p, const uint16_t* dz, const uint16_t* activation,
+                                         const int64_t* sources, int64_t row, int64_t c, const Sums& sums) {
   __m512 y[R][2] = {};
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < R; ++r) {
+    __builtin_prefetch(p.grad_x + (row + r) * p.C + c, 1);
+    if (p.through) __builtin_prefetch(p.input.x + p.input.pixels.source(row + r) * p.C + c);
+    if (sources[r] >= 0) __builtin_prefetch(p.added.residual + sources[r] * p.C + c);
+  }
   if (p.constant) {
     const __m512 low = _mm512_maskz_loadu_ps(lanes_of(p.C - c), p.constant + c);
     const __m512 high = _mm512_maskz_loadu_ps(lanes_of(p.C - c - kLanes), p.constant + c + kLanes);
@@ -162,15 +171,16 @@ RESNET_FUSED_BF16_GROUP void input_group(const Backward& p, const uint16_t* dz, 
     multiply<R>(activation, pitch_of(p.C), p.coupled + c / kPanel * pairs * 2 * kPanel, pairs, y);
   }
   if (p.through) return finish_through<R>(p, y, activation + c, row, c, sums);
-  c + kPanel <= p.C ? finish_added<R, true>(p, y, row, c) : finish_added<R, false>(p, y, row, c);
+  c + kPanel <= p.C ? finish_added<R, true>(p, y, sources, row, c) : finish_added<R, false>(p, y, sources, row, c);
 }
 
 template <int64_t R>
 RESNET_FUSED_BF16_INLINE void input_group_of(int64_t count, const Backward& p, const uint16_t* dz,
-                                             const uint16_t* activation, int64_t row, int64_t c, const Sums& sums) {
+                                             const uint16_t* activation, const int64_t* sources, int64_t row, int64_t c,
+                                             const Sums& sums) {
   if constexpr (R > 0) {
-    if (count == R) return input_group<R>(p, dz, activation, row, c, sums);
-    input_group_of<R - 1>(count, p, dz, activation, row, c, sums);
+    if (count == R) return input_group<R>(p, dz, activation, sources, row, c, sums);
+    input_group_of<R - 1>(count, p, dz, activation, sources, row, c, sums);
   }
 }
 
@@ -178,12 +188,15 @@ RESNET_FUSED_BF16_INLINE void input_group_of(int64_t count, const Backward& p, c
 RESNET_FUSED_BF16_INLINE void input_tile(const Backward& p, const uint16_t* dz, const uint16_t* activation, int64_t row,
                                          int64_t rows, int64_t first, int64_t end, const Sums& sums, Fetch& ahead) {
   const int64_t groups = (rows + kGroup - 1) / kGroup;
+  int64_t sources[Backward::kMostRows];
+  for (int64_t r = 0; r < rows; ++r) sources[r] = p.added.residual ? p.added.source(row + r) : -1;
   for (int64_t panel = first; panel < end; ++panel) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin;
       const uint16_t* read = p.reads_input() ? activation + begin * pitch_of(p.C) : nullptr;
       ahead();
-      input_group_of<kGroup>(count, p, dz + begin * pitch_of(p.K), read, row + begin, panel * kPanel, sums);
+      input_group_of<kGroup>(count, p, dz + begin * pitch_of(p.K), read, sources + begin, row + begin, panel * kPanel,
+                             sums);
     }
   }
 }

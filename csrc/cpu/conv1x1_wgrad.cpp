@@ -57,7 +57,7 @@ Results conv1x1_wgrad(const Tensor& g, const Tensor& x, const OptionalTensor& ma
   }
   if (!join_weight) {
     const auto none = [] { return empty_vector(0, ScalarType::Float); };
-    return {grad_weight, sum_dz, none(), none(), none()};
+    return {grad_weight, sum_dz, none(), empty_vector(0, g.scalar_type()), none()};
   }
   return join_grad({&*join_weight, &grad_weight, &*gram, &*total, &*centre, &sum_dz, &*join_scale, &*join_rstd, &g},
                    sum_dz);

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..library import COMPILED_OPS, status
+from ..library import COMPILED_OPS, multiplies_bf16, status
 from ..ops import OPS, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from . import onednn
@@ -119,10 +119,8 @@ _OTHERS = {
 }
 #: Kernels that do not take every dtype of the loops.
 _DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(("winograd_", "conv1x1"))}
-#: And those that multiply bfloat16 where the processor does.
-_MULTIPLY = ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "conv1x1_join")
-if status().cpu.loaded and status().build_info.get("cpu_bf16"):
-    _DTYPES |= {name: (torch.float32, torch.bfloat16) for name in _MULTIPLY}
+if multiplies_bf16():
+    _DTYPES |= dict.fromkeys(("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad"), (torch.float32, torch.bfloat16))
 _DTYPES["conv_norm_add_relu"] = VECTOR_DTYPES  # it rounds nothing to 16 bits
 
 

@@ -13,7 +13,7 @@ import re
 import torch
 
 from ..backends import run
-from ..library import status
+from ..library import multiplies_bf16
 from . import winograd, winograd_wgrad
 from .layout import Moments
 from .lazy import EVERY, Pixels
@@ -33,9 +33,8 @@ _FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain pr
 _FEW_GRADIENTS = 2  # the same for the gradients of a 1x1
 _PARTS_SLOW = 8  # instead of these, an eighth of a pixel, where products of 256-bit vectors, as ours are, are slow
 _WIDE_MM = 256  # with: from so many channels on, a gradient is added to that of a wider tensor by a plain product
-_PANEL = 32  # channels of a panel of our kernels for bfloat16
-#: Whether the processor has instructions for them, and the library is there.
-MULTIPLIES_BF16 = status().cpu.loaded and bool(status().build_info["cpu_bf16"])
+PANEL = 32  # channels of a panel of our kernels for bfloat16
+MULTIPLIES_BF16 = multiplies_bf16()
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
 
 
@@ -169,7 +168,7 @@ def _multiplied(weight: Tensor, conv: Conv, backend: str) -> bool:
     """
     if conv.groups != 1 or backend not in ("auto", "cpu") or not MULTIPLIES_BF16:
         return False
-    return weight.shape[2:].numel() > 1 and all(size % _PANEL == 0 for size in weight.shape[:2])
+    return weight.shape[2:].numel() > 1 and all(size % PANEL == 0 for size in weight.shape[:2])
 
 
 def input_grad(

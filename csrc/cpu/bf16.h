@@ -8,7 +8,7 @@
 
 #include "../cpu_levels.h"
 
-#ifdef RESNET_FUSED_LEVEL_512
+#ifdef RESNET_FUSED_TARGET_BF16
 #if defined(__GNUC__) && __GNUC__ < 13
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of its own header's intrinsics, which leave lanes undefined
 #endif
@@ -17,13 +17,11 @@
 #include <cstdint>
 #include <cstring>
 
-#define RESNET_FUSED_BF16 __attribute__((target(RESNET_FUSED_TARGET_PREFIX RESNET_FUSED_LEVEL_512 ",avx512bf16")))
-#define RESNET_FUSED_BF16_INLINE \
-  inline __attribute__((always_inline, target(RESNET_FUSED_TARGET_PREFIX RESNET_FUSED_LEVEL_512 ",avx512bf16")))
+#define RESNET_FUSED_BF16 __attribute__((RESNET_FUSED_TARGET_BF16))
+#define RESNET_FUSED_BF16_INLINE inline __attribute__((always_inline, RESNET_FUSED_TARGET_BF16))
 // A group of rows' products and what is done with them: by itself, since in a function of many such loops GCC 12 spills
 // sums that have registers of their own in this one.
-#define RESNET_FUSED_BF16_GROUP \
-  __attribute__((noinline, target(RESNET_FUSED_TARGET_PREFIX RESNET_FUSED_LEVEL_512 ",avx512bf16")))
+#define RESNET_FUSED_BF16_GROUP __attribute__((noinline, RESNET_FUSED_TARGET_BF16))
 
 namespace resnet_fused::cpu::bf16 {
 

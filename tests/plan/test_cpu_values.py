@@ -77,7 +77,7 @@ def test_a_sum_with_a_convolution_has_no_product_in_bfloat16(values_on_cpu):
 
 @pytest.mark.plans_small
 def test_in_bfloat16_they_outweigh_python_in_the_cache_too(values_on_cpu, monkeypatch):
-    """ResNet-50's layer3 at batch 16 stays in a cache of 32 MiB, and gains all the same; at batch 1 Python takes more."""
+    """ResNet-50's layer3 at batch 16 stays in a cache of 32 MiB, and gains all the same; not at batch 1."""
     monkeypatch.setattr(too_small, "HAS_AVX512", True)
     monkeypatch.setattr(too_small, "SLOW_PRODUCTS", True)
     monkeypatch.setattr(too_small, "cache_bytes", lambda: 32 << 20)

@@ -101,6 +101,8 @@ def options(call: Call, on_tensors: bool = False) -> Options | None:
     values = values and not values_obstacle(call)
     if not values and (device is not None or not runs_folded(call)):
         return None
+    if values and device is None and call.x.dtype == torch.bfloat16:  # where there is no product that joins
+        return Options(CPU_CORE, True, frozenset(), frozenset())
     return Options(device or CPU_CORE, values, *gram_branches(call, values))
 
 
@@ -206,6 +208,9 @@ def is_small(call: Call, shapes: list[torch.Size]) -> bool:
     if choose.fuses_all() or choose.target() is not None:
         return False
     if isinstance(call.program.nodes[-1], Pooling) and shapes[-2].numel() > too_small.FEW_POOLED:
+        return False
+    on_values = call.x.dtype == torch.bfloat16 and cpu_values.serve(call) and not values_obstacle(call)
+    if on_values and call.program.backend == "auto" and cpu_values.outweigh(call, shapes):
         return False
     return too_small.is_small(call, shapes)
 

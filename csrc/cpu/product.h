@@ -98,6 +98,7 @@ template <class L, int64_t R>
 RESNET_FUSED_INLINE void multiply_columns_group(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
                                                 int64_t rows, bool add, float* c) {
   typename L::Vector sums[R][kVectors] = {};
+  for (int64_t i = 0; i < R * L::panel; i += 16) __builtin_prefetch(c + i, 1);
 #pragma GCC unroll 2
   for (int64_t m = 0; m < rows; ++m, a += a_pitch, b += b_pitch) {
     typename L::Vector columns[kVectors];
@@ -131,13 +132,14 @@ RESNET_FUSED_INLINE void multiply_columns_group_of(int64_t columns, const float*
   }
 }
 
-// The same for any number of columns of a; c: [columns][panel], without gaps.
-template <class L>
+// The same for any number of columns of a; c: [columns][panel], without gaps. `between()` is called before each group.
+template <class L, class Between = Nothing>
 RESNET_FUSED_INLINE void multiply_columns(int64_t columns, const float* a, int64_t a_pitch, const float* b,
-                                          int64_t b_pitch, int64_t rows, bool add, float* c) {
+                                          int64_t b_pitch, int64_t rows, bool add, float* c, Between&& between = {}) {
   const int64_t groups = (columns + L::rows - 1) / L::rows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = columns * group / groups, end = columns * (group + 1) / groups;
+    between();
     multiply_columns_group_of<L, L::rows>(end - begin, a + begin, a_pitch, b, b_pitch, rows, add, c + begin * L::panel);
   }
 }

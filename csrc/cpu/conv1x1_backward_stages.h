@@ -1,145 +1,38 @@
 // Both gradients of a 1x1 convolution from one read of its lazy gradient, a tile of rows at a time.
 #pragma once
 
-#include "conv1x1_gradient.h"
+#include "conv1x1_finish.h"
 
 namespace resnet_fused::cpu {
 
-// What is added to the input's gradient from another path: the pixels [::stride, ::stride] of it.
-struct Added {
-  const float* residual;  // [rows of it, C] or null
-  const uint8_t* mask;    // or null
-  int64_t H, W, stride_h, stride_w;
-
-  bool dense() const { return stride_h == 1 && stride_w == 1; }
-
-  // The row of the residual that belongs to a row of the gradient, or -1.
-  RESNET_FUSED_INLINE int64_t source(int64_t row) const {
-    const int64_t line = row / W, w = row - line * W, sample = line / H, h = line - sample * H;
-    if (h % stride_h || w % stride_w) return -1;
-    const int64_t height = (H + stride_h - 1) / stride_h, width = (W + stride_w - 1) / stride_w;
-    return (sample * height + h / stride_h) * width + w / stride_w;
-  }
-};
-
-struct Conv1x1Backward {
-  Gradient gradient;
-  Activation input;                 // x null where nothing needs it
-  const float *weight, *packed;     // [K, C], [panels][K][panel]; null: dz itself is the product
-  const float *coupling, *coupled;  // [C, C], [panels][C][panel], or null
-  const float *constant, *mean;     // [C] or null
-  Added added;
-  float* grad_x;  // [rows, C] or null
-  bool through;   // grad_x is to go through the ReLU of a lazy input, and its sums are wanted
-  bool weight_grad, sum_dz;
-  bool stream;  // grad_x past the caches
-  int64_t rows, K, C, panel, panels;
-
-  static constexpr int64_t kPart = 28, kMost = 4;  // rows that are written at a time; so often at most in a tile
-  // Rows of a product of the input's gradient: a few, whose dz stays in the first-level cache, but where the weight
-  // fills the second-level one, all of a tile, which then reads it once.
-  int64_t part() const { return K * C > (int64_t(96) << 10) ? tile() : kPart; }
-
-  // Rows of a tile: many, where each adds to all sums of the weight's gradient, but within the second-level cache.
-  int64_t tile() const {
-    constexpr int64_t kFloats = int64_t(160) << 10;
-    return std::clamp(kFloats / (pitch_of(K) + pitch_of(C)) / kPart, int64_t(1), weight_grad ? kMost : 1) * kPart;
-  }
-  bool reads_input() const { return weight_grad || coupling || through; }
-  int64_t scratch() const { return tile() * (pitch_of(K) + pitch_of(C)) + 2 * part() * panel; }
-};
-
-// Lines that are to be read later, a few at a time between products: into the first-level cache, since processors drop
-// what is asked for the second alone.
+// Lines that are to be read later.
 struct Lines {
   const char *next, *end;
-  int64_t step;  // bytes at a time
 
-  // `calls`: how often it will be called.
-  RESNET_FUSED_INLINE Lines(const void* first, int64_t bytes, int64_t calls)
-      : next(static_cast<const char*>(first)), end(next + bytes), step(rounded_up(bytes / calls + 1, 64)) {}
+  RESNET_FUSED_INLINE Lines(const float* first, int64_t floats)
+      : next(reinterpret_cast<const char*>(first)), end(next + floats * static_cast<int64_t>(sizeof(float))) {}
 
+  RESNET_FUSED_INLINE bool done() const { return next + 64 >= end; }
+
+  // One of them, between multiplications: more at a time would wait for each other. At the end the last again, since a
+  // line beyond, of no page, would cost a search of the page tables each time.
   RESNET_FUSED_INLINE void operator()() {
-    for (const char* stop = std::min(end, next + step); next < stop; next += 64) __builtin_prefetch(next);
+    __builtin_prefetch(next);
+    next = done() ? next : next + 64;
   }
 };
 
-// Several at once: of the gradient, z, x and the residual.
+// Several one after the other: of the gradient, z, x and the residual. The first is of memory, even if it is empty.
 struct Fetch {
-  Lines g, z, x, residual;
+  Lines now, later[3];
+  int64_t left = 3;
 
-  RESNET_FUSED_INLINE void operator()() { g(), z(), x(), residual(); }
-};
-
-// What a unit of work sums: [panels of all channels][K][panel], [C] each and [K].
-struct BackwardSums {
-  float* weight = nullptr;
-  double *sum_g = nullptr, *sum_gx = nullptr, *sum_dz = nullptr;
-};
-
-// The panel's rows of y, from where they are summed, to grad_x; the columns [c, c + lanes of V), column j of y.
-template <class V>
-RESNET_FUSED_INLINE void finish_through(const Conv1x1Backward& p, const float* y, const float* activation,
-                                        int64_t pitch, int64_t row, int64_t rows, int64_t c, const BackwardSums& sums) {
-  V mean, total = {}, product = {}, value, x;
-  const V zero = {};
-  load_lanes(mean, p.mean + c);
-  for (int64_t r = 0; r < rows; ++r) {
-    load_lanes(value, y + r * p.panel), load_lanes(x, activation + r * pitch);
-    value = x <= zero ? zero : value;
-    load_lanes(x, p.input.x + p.input.pixels.source(row + r) * p.C + c);
-    store_lanes(p.grad_x + (row + r) * p.C + c, value);
-    total += value, product += value * (x - mean);
-  }
-  constexpr int64_t lanes = sizeof(V) / sizeof(float);
-  float found[2][lanes];
-  store_lanes(found[0], total), store_lanes(found[1], product);
-  for (int64_t i = 0; i < lanes; ++i) sums.sum_g[c + i] += found[0][i], sums.sum_gx[c + i] += found[1][i];
-}
-
-// Past the caches, which an output larger than they are would only empty: no line is read before it is written.
-template <class V>
-RESNET_FUSED_INLINE void stream_lanes(float* p, const V& v) {
-#ifdef RESNET_FUSED_LEVEL_512
-  if constexpr (sizeof(V) == 64) {
-    asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "v"(v));
-    return;
-  }
-#endif
-  store_lanes(p, v);
-}
-
-// `sources`: of every row that of the residual, or -1; null: the same rows.
-template <class V, bool stream>
-RESNET_FUSED_INLINE void finish_added(const Conv1x1Backward& p, const float* y, const int64_t* sources, int64_t row,
-                                      int64_t rows, int64_t c) {
-  for (int64_t r = 0; r < rows; ++r) {
-    V value, other;
-    load_lanes(value, y + r * p.panel);
-    const int64_t from = !p.added.residual ? -1 : sources ? sources[r] : row + r;
-    if (from >= 0) {
-      load_lanes(other, p.added.residual + from * p.C + c);
-      if (p.added.mask) mask_lanes(other, p.added.mask + from * mask_bytes(p.C), c);
-      value += other;
-    }
-    if constexpr (stream) {
-      stream_lanes(p.grad_x + (row + r) * p.C + c, value);
-    } else {
-      store_lanes(p.grad_x + (row + r) * p.C + c, value);
+  RESNET_FUSED_INLINE void choose() {
+    for (; now.done() && left > 0; --left) {
+      if (later[3 - left].next < later[3 - left].end) now = later[3 - left];
     }
   }
-}
-
-template <class V>
-RESNET_FUSED_INLINE void add_terms(const Conv1x1Backward& p, float* y, const float* more, int64_t rows, int64_t c) {
-  V constant = {}, value, other;
-  if (p.constant) load_lanes(constant, p.constant + c);
-  for (int64_t r = 0; r < rows; ++r) {
-    load_lanes(value, y + r * p.panel);
-    if (p.coupling) load_lanes(other, more + r * p.panel), value += other;
-    store_lanes(y + r * p.panel, V(value + constant));
-  }
-}
+};
 
 // Adds the sums of the columns.
 template <class L>
@@ -178,16 +71,15 @@ struct Rows {
         y(activation + p.tile() * pitch),
         sums(sums) {}
 
-  // Of rows that will be written here, and of the residual for a part of grad_x; in so many calls.
-  RESNET_FUSED_INLINE Fetch fetch(int64_t row, int64_t rows, int64_t part_row, int64_t calls) const {
-    constexpr int64_t size = sizeof(float);
+  // Of rows that will be written here, and of the residual for a part of grad_x.
+  RESNET_FUSED_INLINE Fetch fetch(int64_t row, int64_t rows, int64_t part_row) const {
     const bool reads_x = p.reads_input() && p.input.pixels.dense();
     const bool adds = p.grad_x && p.added.residual && p.added.dense();
     const int64_t added = adds ? std::clamp(p.rows - part_row, int64_t(0), p.part()) : 0;
-    return {{p.gradient.g + row * p.K, rows * p.K * size, calls},
-            {p.gradient.z + row * p.K, p.gradient.reads_z() ? rows * p.K * size : 0, calls},
-            {p.input.x + row * p.C, reads_x ? rows * p.C * size : 0, calls},
-            {p.added.residual + part_row * p.C, added * p.C * size, calls}};
+    return {{p.gradient.g + std::min(row, p.rows - 1) * p.K, rows * p.K},
+            {{p.gradient.z + row * p.K, p.gradient.reads_z() ? rows * p.K : 0},
+             {p.input.x + row * p.C, reads_x ? rows * p.C : 0},
+             {p.added.residual + part_row * p.C, added * p.C}}};
   }
 };
 
@@ -211,13 +103,13 @@ RESNET_FUSED_INLINE void add_to_weight(const Rows& t, int64_t row, int64_t rows,
                                        int64_t later) {
   const Conv1x1Backward& p = t.p;
   const int64_t blocks = (p.K + 4 * L::rows - 1) / (4 * L::rows);
-  const int64_t groups = (p.K / blocks + L::rows - 1) / L::rows;  // of a block, at least
-  Fetch ahead = t.fetch(next, later, row, (t.end - t.first) * blocks * groups);
+  Fetch ahead = t.fetch(next, later, row);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t k = p.K * block / blocks, outputs = p.K * (block + 1) / blocks - k;
     for (int64_t panel = t.first; panel < t.end; ++panel) {
-      multiply_columns<L>(outputs, t.dz + k, t.dz_pitch, t.activation + (panel - t.first) * L::panel, t.pitch, rows,
-                          add, t.sums.weight + (panel * p.K + k) * L::panel, ahead);
+      multiply_columns<L>(
+          outputs, t.dz + k, t.dz_pitch, t.activation + (panel - t.first) * L::panel, t.pitch, rows, add,
+          t.sums.weight + (panel * p.K + k) * L::panel, [&] { ahead.choose(); }, ahead.now);
     }
   }
 }
@@ -230,18 +122,25 @@ RESNET_FUSED_INLINE void input_panel(const Rows& t, int64_t panel, int64_t row, 
   const int64_t c = panel * L::panel, columns = std::min(L::panel, p.C - c), vectors = columns / L::lanes * L::lanes;
   const float *dz = t.dz + at * t.dz_pitch, *activation = t.activation + at * t.pitch;
   float *y = t.y, *more = y + p.part() * L::panel;
-  for (int64_t r = 0; r < rows && !p.stream; ++r) {
-    for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(p.grad_x + (row + r) * p.C + c + j, 1);
-  }
+  int64_t asked = p.stream ? rows : 0;  // rows of grad_x, before those are multiplied that will be written there
+  const auto between = [&] __attribute__((always_inline)) {
+    for (const int64_t stop = std::min(rows, asked + L::rows); asked < stop; ++asked) {
+      for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(p.grad_x + (row + asked) * p.C + c + j, 1);
+    }
+    ahead.choose();
+  };
   if (p.packed) {
-    multiply_rows<L>(rows, dz, t.dz_pitch, p.packed + panel * p.K * L::panel, L::panel, p.K, y, L::panel, ahead);
+    multiply_rows<L>(rows, dz, t.dz_pitch, p.packed + panel * p.K * L::panel, L::panel, p.K, y, L::panel, between,
+                     ahead.now);
   } else {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; ++j) y[r * L::panel + j] = dz[r * t.dz_pitch + c + j];
     }
   }
   if (p.coupling) {
-    multiply_rows<L>(rows, activation, t.pitch, p.coupled + panel * p.C * L::panel, L::panel, p.C, more, L::panel);
+    multiply_rows<L>(
+        rows, activation, t.pitch, p.coupled + panel * p.C * L::panel, L::panel, p.C, more, L::panel,
+        [&] { ahead.choose(); }, ahead.now);
   }
   const auto finish = [&]<class V>(int64_t j, const V*) __attribute__((always_inline)) {
     if (p.coupling || p.constant) add_terms<V>(p, y + j, more + j, rows, c + j);
@@ -288,10 +187,9 @@ RESNET_FUSED_INLINE void backward_rows(const Conv1x1Backward& p, int64_t start, 
     }
     if (!p.grad_x) write_rows<L>(t, next, later, 0);
     for (int64_t begin = 0; begin < rows && p.grad_x; begin += part) {
-      const int64_t count = std::min(part, rows - begin), groups = (count + L::rows - 1) / L::rows;
+      const int64_t count = std::min(part, rows - begin);
       const int64_t until = std::max(fetched, std::min(later, begin + 2 * part));
-      input_rows<L>(t, row + begin, count, begin,
-                    t.fetch(next + fetched, until - fetched, row + begin + part, (end - first) * groups));
+      input_rows<L>(t, row + begin, count, begin, t.fetch(next + fetched, until - fetched, row + begin + part));
       fetched = until;
       if (begin < later) write_rows<L>(t, next + begin, std::min(part, later - begin), begin);
     }

@@ -10,23 +10,23 @@ namespace {
 struct Stages {
   int64_t panel;
   void (*pack)(const Conv1x1Backward&, int64_t, float*, float*);
-  void (*tile)(const Conv1x1Backward&, int64_t, int64_t, int64_t, int64_t, bool, float*, const BackwardSums&);
+  void (*rows)(const Conv1x1Backward&, int64_t, int64_t, int64_t, int64_t, float*, const BackwardSums&);
 };
 
 template <class L>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                             \
-  template <>                                                                                                          \
-  struct At<LEVEL> {                                                                                                   \
-    TARGET static void pack(const Conv1x1Backward& p, int64_t panel, float* packed, float* coupled) {                  \
-      pack_inputs<LEVEL>(p, panel, packed, coupled);                                                                   \
-    }                                                                                                                  \
-    TARGET static void tile(const Conv1x1Backward& p, int64_t row, int64_t rows, int64_t first, int64_t end, bool add, \
-                            float* scratch, const BackwardSums& sums) {                                                \
-      backward_tile<LEVEL>(p, row, rows, first, end, add, scratch, sums);                                              \
-    }                                                                                                                  \
-    static constexpr Stages stages{LEVEL::panel, pack, tile};                                                          \
+#define RESNET_FUSED_STAGES(LEVEL, TARGET)                                                                     \
+  template <>                                                                                                  \
+  struct At<LEVEL> {                                                                                           \
+    TARGET static void pack(const Conv1x1Backward& p, int64_t panel, float* packed, float* coupled) {          \
+      pack_inputs<LEVEL>(p, panel, packed, coupled);                                                           \
+    }                                                                                                          \
+    TARGET static void rows(const Conv1x1Backward& p, int64_t start, int64_t stop, int64_t first, int64_t end, \
+                            float* scratch, const BackwardSums& sums) {                                        \
+      backward_rows<LEVEL>(p, start, stop, first, end, scratch, sums);                                         \
+    }                                                                                                          \
+    static constexpr Stages stages{LEVEL::panel, pack, rows};                                                  \
   };
 
 RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
@@ -97,6 +97,13 @@ void merge_vector(const std::vector<double>& sums, int64_t size, float* out) {
   }
 }
 
+// Larger than what a next reader could find in the caches. Of whole lines.
+bool streams(const Conv1x1Backward& p) {
+  constexpr int64_t kLarge = int64_t(6) << 20;  // floats
+  return p.panel == Level512::panel && p.grad_x && p.rows * p.C >= kLarge && p.C % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(p.grad_x) % 64 == 0;
+}
+
 }  // namespace
 
 void run_backward(Conv1x1Backward p, const BackwardResults& results) {
@@ -112,6 +119,7 @@ void run_backward(Conv1x1Backward p, const BackwardResults& results) {
     });
   }
   p.packed = p.weight ? packed.get() : nullptr, p.coupled = coupled.get();
+  p.stream = streams(p);
   const Work work(p);
   ChunkSums sums(p, work);
   if (p.rows == 0) std::fill_n(sums.weight.get(), sums.weights, 0.0f);
@@ -120,10 +128,7 @@ void run_backward(Conv1x1Backward p, const BackwardResults& results) {
       const int64_t chunk = unit / work.blocks, block = unit % work.blocks;
       const int64_t first = p.panels * block / work.blocks, end = p.panels * (block + 1) / work.blocks;
       const int64_t start = work.first_row(chunk), stop = work.first_row(chunk + 1);
-      const BackwardSums own = sums.of(p, chunk, block == 0);
-      for (int64_t row = start; row < stop; row += work.tile) {
-        at.tile(p, row, std::min(work.tile, stop - row), first, end, row > start, scratch.get(), own);
-      }
+      at.rows(p, start, stop, first, end, scratch.get(), sums.of(p, chunk, block == 0));
     };
   });
   if (results.grad_weight) merge_weights(p, work, sums, results.grad_weight);

@@ -21,6 +21,7 @@ struct Gradient {
   const uint8_t* mask;                     // [rows, mask_bytes(K)] or null
   int64_t K, rows_per_sample;
 
+  bool reads_z() const { return b || keep() == Keep::kSign; }
   Keep keep() const { return mask ? Keep::kBits : scale ? Keep::kSign : Keep::kAll; }
 };
 

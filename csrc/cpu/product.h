@@ -38,14 +38,20 @@ RESNET_FUSED_INLINE void store_vector(float* p, const typename L::Vector& v) {
   *reinterpret_cast<typename L::Anywhere*>(p) = v;
 }
 
+struct Nothing {
+  RESNET_FUSED_INLINE void operator()() const {}
+};
+
 // c[r][j] = sum_k a[r][k] * b[k][j] for R rows and one panel, summed in the order of k. The panel's rows are b_pitch
-// apart.
-template <class L, int64_t R>
+// apart. `each` is called for every k.
+template <class L, int64_t R, class Each>
 RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t depth,
-                                        float* c, int64_t c_pitch) {
+                                        float* c, int64_t c_pitch, Each& each) {
+  Each at_work = each;            // in registers
   constexpr int64_t kAhead = 12;  // rows of the panel, on their way from the second-level cache
   typename L::Vector sums[R][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += b_pitch) {
+    at_work();
     typename L::Vector columns[kVectors];
 #pragma GCC unroll 2
     for (int64_t j = 0; j < kVectors; ++j) {
@@ -64,42 +70,44 @@ RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const f
 #pragma GCC unroll 2
     for (int64_t j = 0; j < kVectors; ++j) store_vector<L>(c + r * c_pitch + j * L::lanes, sums[r][j]);
   }
+  each = at_work;
 }
 
-template <class L, int64_t R>
+template <class L, int64_t R, class Each>
 RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b,
-                                           int64_t b_pitch, int64_t depth, float* c, int64_t c_pitch) {
+                                           int64_t b_pitch, int64_t depth, float* c, int64_t c_pitch, Each& each) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_group<L, R>(a, a_pitch, b, b_pitch, depth, c, c_pitch);
-    multiply_group_of<L, R - 1>(rows, a, a_pitch, b, b_pitch, depth, c, c_pitch);
+    if (rows == R) return multiply_group<L, R>(a, a_pitch, b, b_pitch, depth, c, c_pitch, each);
+    multiply_group_of<L, R - 1>(rows, a, a_pitch, b, b_pitch, depth, c, c_pitch, each);
   }
 }
 
-struct Nothing {
-  RESNET_FUSED_INLINE void operator()() const {}
-};
-
-// The same for any number of rows, in groups of sizes as equal as they get; `between()` is called before each.
-template <class L, class Between = Nothing>
+// The same for any number of rows, in groups of sizes as equal as they get; `between()` is called before each, and
+// `each()` for every k of each.
+template <class L, class Between = Nothing, class Each = Nothing>
 RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
-                                       int64_t depth, float* c, int64_t c_pitch, Between&& between = {}) {
+                                       int64_t depth, float* c, int64_t c_pitch, Between&& between = {},
+                                       Each&& each = {}) {
   const int64_t groups = (rows + L::rows - 1) / L::rows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
     between();
     multiply_group_of<L, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, b_pitch, depth, c + begin * c_pitch,
-                                  c_pitch);
+                                  c_pitch, each);
   }
 }
 
 // c[r][j] (+)= sum_m a[m][r] * b[m][j] for R columns of a and one panel of b, over `rows` rows in their order, each
 // kept apart from what is there already: both are as they lie in memory, a row a pixel.
-template <class L, int64_t R>
+template <class L, int64_t R, class Each>
 RESNET_FUSED_INLINE void multiply_columns_group(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
-                                                int64_t rows, bool add, float* c) {
+                                                int64_t rows, bool add, float* c, Each& each) {
+  Each at_work = each;  // in registers
   typename L::Vector sums[R][kVectors] = {};
+  for (int64_t i = 0; i < R * L::panel; i += 16) __builtin_prefetch(c + i, 1);
 #pragma GCC unroll 2
   for (int64_t m = 0; m < rows; ++m, a += a_pitch, b += b_pitch) {
+    at_work();
     typename L::Vector columns[kVectors];
 #pragma GCC unroll 2
     for (int64_t j = 0; j < kVectors; ++j) load_vector<L>(columns[j], b + j * L::lanes);
@@ -120,25 +128,30 @@ RESNET_FUSED_INLINE void multiply_columns_group(const float* a, int64_t a_pitch,
       store_vector<L>(target, before + sums[r][j]);
     }
   }
+  each = at_work;
 }
 
-template <class L, int64_t R>
+template <class L, int64_t R, class Each>
 RESNET_FUSED_INLINE void multiply_columns_group_of(int64_t columns, const float* a, int64_t a_pitch, const float* b,
-                                                   int64_t b_pitch, int64_t rows, bool add, float* c) {
+                                                   int64_t b_pitch, int64_t rows, bool add, float* c, Each& each) {
   if constexpr (R > 0) {
-    if (columns == R) return multiply_columns_group<L, R>(a, a_pitch, b, b_pitch, rows, add, c);
-    multiply_columns_group_of<L, R - 1>(columns, a, a_pitch, b, b_pitch, rows, add, c);
+    if (columns == R) return multiply_columns_group<L, R>(a, a_pitch, b, b_pitch, rows, add, c, each);
+    multiply_columns_group_of<L, R - 1>(columns, a, a_pitch, b, b_pitch, rows, add, c, each);
   }
 }
 
-// The same for any number of columns of a; c: [columns][panel], without gaps.
-template <class L>
+// The same for any number of columns of a; c: [columns][panel], without gaps. `between()` is called before each group,
+// and `each()` for every row of each.
+template <class L, class Between = Nothing, class Each = Nothing>
 RESNET_FUSED_INLINE void multiply_columns(int64_t columns, const float* a, int64_t a_pitch, const float* b,
-                                          int64_t b_pitch, int64_t rows, bool add, float* c) {
+                                          int64_t b_pitch, int64_t rows, bool add, float* c, Between&& between = {},
+                                          Each&& each = {}) {
   const int64_t groups = (columns + L::rows - 1) / L::rows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = columns * group / groups, end = columns * (group + 1) / groups;
-    multiply_columns_group_of<L, L::rows>(end - begin, a + begin, a_pitch, b, b_pitch, rows, add, c + begin * L::panel);
+    between();
+    multiply_columns_group_of<L, L::rows>(end - begin, a + begin, a_pitch, b, b_pitch, rows, add, c + begin * L::panel,
+                                          each);
   }
 }
 

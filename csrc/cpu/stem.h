@@ -51,7 +51,6 @@ struct Stem {
   int64_t top(int64_t p) const { return p * stride[0] - padding[0]; }
   int64_t packed_size() const { return panels * R * run * panel; }
   std::array<int64_t, 4> sizes() const { return {N, K, P, Q}; }
-  std::array<int64_t, 4> strides() const { return {P * Q * K, 1, Q * K, K}; }
 };
 
 // Rows of images between zeros, each copied once as long as they are asked for in their order.

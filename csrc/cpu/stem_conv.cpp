@@ -30,8 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> stem_conv(const Tensor& x, const Tensor& weig
                                              const std::vector<int64_t>& padding, bool statistics) {
   check_stem_conv(x, weight, stride, padding);
   Stem p(x, weight, stride, padding);
-  Tensor z = empty_strided<4>(p.sizes(), p.strides(), ScalarType::Float);
-  advise_huge_pages(z.mutable_data_ptr(), static_cast<size_t>(z.numel()) * sizeof(float));
+  Tensor z = empty_images(p.N, p.K, p.P, p.Q, ScalarType::Float);
   Tensor mean = empty_stats(z, statistics), m2 = empty_stats(z, statistics);
   const auto packed = pack_stem(p, weight);
   const StemStages& at = stem_stages();

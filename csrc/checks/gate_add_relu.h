@@ -1,6 +1,8 @@
 // Argument errors of gate_add_relu.
 #pragma once
 
+#include <functional>
+
 #include "common.h"
 
 namespace resnet_fused {
@@ -26,6 +28,18 @@ inline void check_gate_add_relu(const Tensor& z, const Tensor& factor, const Opt
   check_by_sample(op, "factor", factor, z);
   if (term) check_by_sample(op, "term", *term, z);
   if (residual) check_like(op, "residual", *residual, "z", z);
+}
+
+// Of gate_add_relu_, beyond the above: what it writes must not be a residual still to be read. Both are dense.
+inline void check_gate_add_relu_in_place(const Tensor& z, const OptionalTensor& residual) {
+  if (!residual) return;
+  const auto end = [](const Tensor& t) {
+    return static_cast<const char*>(t.data_ptr()) + t.numel() * t.element_size();
+  };
+  const std::less<const void*> before;
+  if (before(z.data_ptr(), end(*residual)) && before(residual->data_ptr(), end(z))) {
+    fail("gate_add_relu_: residual shares memory with z, which is written; pass a residual with memory of its own");
+  }
 }
 
 }  // namespace resnet_fused

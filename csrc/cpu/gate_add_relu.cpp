@@ -1,4 +1,5 @@
-// Multiply by a factor for each sample and channel, add, clamp: one read of z and residual, one write of out.
+// Multiply by a factor for each sample and channel, add, clamp: one read of z and residual, one write of out, which
+// may be z itself.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -12,9 +13,12 @@ namespace {
 
 // out = max(factor*z + term + r, floor) for rows of one sample; `floor` is -inf without a ReLU. NaN and -0.0 pass.
 template <class T, bool with_term, bool joined, class A = acc_t<T>>
-RESNET_FUSED_CLONES void gate(T* __restrict out, const T* __restrict z, const T* __restrict residual,
-                              const A* __restrict factor, const A* __restrict term, A floor, int64_t rows, int64_t C) {
+RESNET_FUSED_CLONES void gate(T* out, const T* z, const T* __restrict residual, const A* __restrict factor,
+                              const A* __restrict term, A floor, int64_t rows, int64_t C) {
   for (int64_t m = 0; m < rows; ++m, out += C, z += C, residual += joined ? C : 0) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep  // out is z or apart from it: no element depends on another
+#endif
     for (int64_t c = 0; c < C; ++c) {
       A y = load(z + c) * factor[c];
       if constexpr (with_term) y += term[c];
@@ -47,20 +51,34 @@ void run(const Arguments& a) {
   });
 }
 
+void run_any(const Arguments& a) {
+  for_element_type(a.z.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if (a.term) return a.residual ? run<T, true, true>(a) : run<T, true, false>(a);
+    a.residual ? run<T, false, true>(a) : run<T, false, false>(a);
+  });
+}
+
 Tensor gate_add_relu(const Tensor& z, const Tensor& factor, const std::optional<Tensor>& term,
                      const std::optional<Tensor>& residual, bool relu) {
   check_gate_add_relu(z, factor, term, residual);
   const Arguments a{z, factor, term, residual, relu, empty_channels_last(z)};
-  for_element_type(z.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    if (term) return residual ? run<T, true, true>(a) : run<T, true, false>(a);
-    residual ? run<T, false, true>(a) : run<T, false, false>(a);
-  });
+  run_any(a);
   return a.out;
+}
+
+void gate_add_relu_(const Tensor& z, const Tensor& factor, const std::optional<Tensor>& term,
+                    const std::optional<Tensor>& residual, bool relu) {
+  check_gate_add_relu(z, factor, term, residual);
+  check_gate_add_relu_in_place(z, residual);
+  run_any({z, factor, term, residual, relu, z});
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("gate_add_relu", TORCH_BOX(&gate_add_relu)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("gate_add_relu", TORCH_BOX(&gate_add_relu));
+  m.impl("gate_add_relu_", TORCH_BOX(&gate_add_relu_));
+}
 
 }  // namespace resnet_fused::cpu

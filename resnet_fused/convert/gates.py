@@ -159,7 +159,8 @@ def run(block: nn.Module, call: GateCall, y: object, backend: str, run_stock: Ca
 
     `run_stock`: of a module, a call in it and the values that this reads.
     """
-    y = y if isinstance(y, Placed) else arrived(y) if isinstance(y, Tensor) else None
+    made = isinstance(y, Placed)  # by a program: stock modules may have hooks that keep what they return
+    y = y if made else arrived(y) if isinstance(y, Tensor) else None
     if y is None or not _fits(y.value) or obstacle(block, call):
         return None
     if reason := gates.obstacle(y.value, backend):
@@ -175,11 +176,11 @@ def run(block: nn.Module, call: GateCall, y: object, backend: str, run_stock: Ca
         inside = [f"{call.stock.target}.{inner.target}" for inner in call.calls if inner.op == "call_module"]
         choose.tell(f"mean over pixels; opaque {', '.join(inside) or 'functions'}")
     n, c = y.value.shape[:2]
-    made = isinstance(factor, Tensor) and is_plain(factor) and factor.device == y.value.device
-    if not made or factor.shape != (n, c, 1, 1) or torch.promote_types(factor.dtype, mean.dtype) != mean.dtype:
+    like = isinstance(factor, Tensor) and is_plain(factor) and factor.device == y.value.device
+    if not like or factor.shape != (n, c, 1, 1) or torch.promote_types(factor.dtype, mean.dtype) != mean.dtype:
         ones = torch.ones((n, c), dtype=stat_dtype(mean.dtype), device=mean.device)
         return left(Gated(y, link, ones, backend).written()) * factor
-    gated = Gated(y, link, factor.reshape(n, c).to(stat_dtype(mean.dtype)).contiguous(), backend)
+    gated = Gated(y, link, factor.reshape(n, c).to(stat_dtype(mean.dtype)).contiguous(), backend, made)
     return gated if call.summed else gated.written()
 
 

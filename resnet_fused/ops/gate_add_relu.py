@@ -10,7 +10,8 @@ Formula::
 `out`: like z.
 The factor is what squeeze-and-excitation (Hu et al. 2018, https://arxiv.org/abs/1709.01507) makes of the means over
 pixels. Backward, ``factor*g + term`` is the gradient of z: `g` what `gate_add_relu_backward` masked, `term` what came
-back through those means.
+back through those means. `gate_add_relu_` writes over `z`, for a caller whose own it is; `residual` may then not share
+memory with it.
 """
 
 from __future__ import annotations
@@ -61,4 +62,26 @@ OP = define(
     flops=flops,
     compiled=True,
     forms=FORMS,
+)
+
+
+INPLACE_SCHEMA = SCHEMA.replace("(Tensor z", "(Tensor(a!) z").replace("-> Tensor out", "-> ()")
+
+
+def inplace_reference(z: Tensor, *args, **kwargs) -> None:
+    z.copy_(reference(z, *args, **kwargs))
+
+
+def inplace_fake(z: Tensor, *args, **kwargs) -> None:
+    return None
+
+
+INPLACE_OP = define(
+    "gate_add_relu_",
+    INPLACE_SCHEMA,
+    reference=inplace_reference,
+    fake=inplace_fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
 )

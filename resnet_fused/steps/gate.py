@@ -13,11 +13,12 @@ PyTorch's own operations must run (a gradient to be differentiated, or a batch o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from ..backends import run
+from ..backends import bounds, run
 from ..ops import stat_dtype
 from ..ops.contract import channels_last
 from .layout import Placed, is_transformed, worked_on
@@ -96,6 +97,7 @@ class Gated(NamedTuple):
     link: Link | None  # None: y wants no gradient
     factor: Tensor  # [N, C], in the dtype of statistics
     backend: str
+    owned: bool = False  # whether nobody else reads y, which may be written over where nobody wants a gradient
 
     def written(self) -> Placed:
         """The product by itself."""
@@ -112,11 +114,15 @@ def squeeze(y: Placed, backend: str) -> tuple[Placed, Tensor, Link | None]:
 
 def gate(gated: Gated, residual: Placed | None, relu: bool, other_first: bool = False) -> Placed:
     """``relu(y * factor + residual)``. `other_first`: stock adds y to the residual, whose layout the sum has then."""
-    y, link, factor, backend = gated
+    y, link, factor, backend, owned = gated
     other = None if residual is None else worked_on(residual.value, residual.channels_last)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y.value, factor, other))
     if wanted:
         out = _Gate.apply(y.value, *(link or (None, None)), factor, other, relu, backend)
+    elif owned and y.value.is_cpu and backend != "triton" and not torch.compiler.is_compiling():
+        out = y.value  # fresh memory costs a CPU more than the pass does
+        run("gate_add_relu_", out, factor, None, other, relu, backend=backend)
+        bounds.remember(out, math.inf)  # what was known of it is of y
     else:
         out = run("gate_add_relu", y.value, factor, None, other, relu, backend=backend)
     return Placed(out, (residual if other_first else y).channels_last, relu)

@@ -58,4 +58,4 @@ def gate_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("NaN gradient where masked", (grad_out, draw.data()), {"out": draw.data().clamp_max(0).mul(0)})
 
 
-CASES = {f.__name__: f for f in (gate_add_relu, gate_add_relu_backward)}
+CASES = {f.__name__: f for f in (gate_add_relu, gate_add_relu_backward)} | {"gate_add_relu_": gate_add_relu}

@@ -35,6 +35,21 @@ def test_values_and_gradients_are_stocks(gate, project, train):
     assert_same(scattered(Block(8, gate, project)), image(3, 8, 5, 4), train)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+def test_evaluation_without_gradients(gate, project, dtype):
+    """Where nobody wants a gradient, the product is written over what it is of, and over nothing else."""
+    stock = nn.Sequential(*(scattered(Block(8, gate, project)) for _ in range(2))).eval().to(dtype)
+    fused, x = resnet_fused.fuse(copy.deepcopy(stock)), image(3, 8, 5, 4).to(dtype)
+    given = x.clone()
+    with torch.no_grad():
+        assert "mean over pixels; opaque" in runs_gate(fused, x)
+        expected = stock(x)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(x, given)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 3, 5, 7), (2, 65, 3, 3), (4, 16, 1, 1), (2, 8, 6, 1)], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_shapes_and_layouts(shape, channels_last):

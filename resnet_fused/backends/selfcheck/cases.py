@@ -148,6 +148,7 @@ _CASES = {
     "lazy_grad_apply": _lazy_grad_apply,
     "lazy_grad_apply_": _lazy_grad_apply,
     "gate_add_relu": gate_cases.gate_add_relu,
+    "gate_add_relu_": gate_cases.gate_add_relu,
     "gate_add_relu_backward": gate_cases.gate_add_relu_backward,
     "gram": lazy_cases.gram,
     "conv1x1": lazy_cases.conv1x1,

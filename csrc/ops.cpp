@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? sample_factor=None, bool relu=True, bool emit_grad=True) "
       "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)");
   m.def(
+      "gate_add_relu(Tensor z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> Tensor out");
+  m.def("gate_add_relu_(Tensor(a!) z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> ()");
+  m.def("gate_add_relu_backward(Tensor grad_out, Tensor z, Tensor? out=None) -> (Tensor g, Tensor sum_gz)");
+  m.def(
       "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
       "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> Tensor dz");
   m.def(

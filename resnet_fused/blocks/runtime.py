@@ -118,8 +118,12 @@ def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None) -> Tenso
 
 def draw(site: Site, x: Tensor) -> Tensor | None:
     """The per-sample factor of timm's drop path in `site`, if it has one: its random call, its scaling."""
-    drop = site.drop_path
-    if drop is None or drop.drop_prob == 0.0 or not drop.training:
+    return None if site.drop_path is None else drawn(site.drop_path, x)
+
+
+def drawn(drop: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """The per-sample factor of timm's drop path `drop`, ``[N]``; None where it does nothing."""
+    if drop.drop_prob == 0.0 or not drop.training:
         return None
     keep, dtype = 1 - drop.drop_prob, x.dtype
     if torch.is_autocast_enabled(x.device.type):

@@ -16,12 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..backends import current
 from ..blocks import runtime
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
+from ..steps.gate import Gated
 from ..steps.layout import Placed, arrived, left
-from . import as_stock, swap
-from .instructions import OUTDATED, Form, Ref, ShapeCall, StockCall, resolve
+from . import as_stock, gates, swap
+from .instructions import OUTDATED, Form, GateCall, GatedSum, Ref, ShapeCall, StockCall, resolve
 from .order import module_effect
 from .outside import Outside, globals_reader
 from .swap import STATE
@@ -163,10 +165,34 @@ def run_form(running: Running, x: Tensor | Placed) -> object:
     for call in form.calls:
         if isinstance(call, StockCall):
             values[call.output] = _run_stock(block, call, values)
+        elif isinstance(call, GateCall):
+            values[call.output] = _run_gate(block, call, sites[0].backend, values)
+        elif isinstance(call, GatedSum):
+            values[call.output] = _run_sum(block, call, values)
         else:
             values[call.output] = _as_others_see(_run_shape(call, next(remaining), values))
     result = form.result
     return values[result.name] if isinstance(result, Ref) else resolve(result, values)
+
+
+def _run_gate(block: nn.Module, call: GateCall, backend: str, values: dict[str, object]) -> object:
+    backend = backend if current() == "auto" else current()
+    out = gates.run(block, call, values[call.input], backend, _run_stock)
+    if out is None:
+        return _run_stock(block, call.stock, values)
+    runtime.count_fused()
+    return out
+
+
+def _run_sum(block: nn.Module, call: GatedSum, values: dict[str, object]) -> object:
+    gated, other = call.inputs
+    out = gates.run_sum(block, call, values[gated], values[other])
+    if out is None:
+        if isinstance(values[gated], Gated):
+            values[gated] = values[gated].written()
+        for stock in call.stock:
+            out = values[stock.output] = _run_stock(block, stock, values)
+    return out
 
 
 def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object:

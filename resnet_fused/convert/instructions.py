@@ -11,6 +11,7 @@ from torch import fx
 from ..blocks.shape import Shape
 from ..steps.layout import left
 from .order import Effect
+from .outside import Outside
 
 OUTDATED = "this model was fused by another version of resnet_fused, where unfuse(model) before saving makes it stock"
 
@@ -43,6 +44,38 @@ class StockCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateCall:
+    """Call a module that multiplies its input by what it makes of the means over pixels, see :mod:`.gates`."""
+
+    stock: StockCall  # of the module as a whole
+    kind: str  # its class
+    code: str  # of its forward, see trace.fingerprint
+    traced: tuple  # what that reads of the module, see trace.state_of
+    outside: Outside  # and outside of it
+    pool: str  # the child that makes the mean; empty: a function does
+    source: str  # names of values within its forward: its input,
+    mean: str  # the mean,
+    keeps: bool  # which is [N, C, 1, 1], or [N, C]
+    calls: tuple[StockCall, ...]  # what makes the factor of it
+    factor: str
+    input: str
+    output: str
+    summed: bool  # whether a GatedSum alone reads the output, which is not written then
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedSum:
+    """Add to the value of a gate, perhaps behind a drop path, perhaps with the ReLU behind it."""
+
+    stock: tuple[StockCall, ...]  # the same, one by one
+    inputs: tuple[str, str]  # the gated value, and what is added
+    other_first: bool  # stock adds the gated value to the other
+    relu: bool
+    drop_path: str  # the module between, by which the gated value is multiplied for each sample; perhaps empty
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Ref:
     """A value of the program, by name."""
 
@@ -53,7 +86,7 @@ class Ref:
 class Form:
     """One way to run a forward: calls in order, the input's name and the result: values in Ref, in whatever returns."""
 
-    calls: tuple[ShapeCall | StockCall, ...]
+    calls: tuple[ShapeCall | StockCall | GateCall | GatedSum, ...]
     input: str
     result: object
     containers: tuple[tuple[str, int], ...]  # Sequentials whose children are called in their place, and their lengths

@@ -75,6 +75,7 @@ class Order:
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self.block, self.nodes = block, list(graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.named = {node.name: node for node in self.nodes}
         self.effects = {node: _effect(block, node) for node in self.nodes}
         self.memory: dict[fx.Node, frozenset[fx.Node]] = {}  # whose memory a value may be
         for node in self.nodes:

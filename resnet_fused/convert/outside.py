@@ -21,18 +21,23 @@ from ..blocks.proven import exchanged
 _NAMESPACES = {"torch": torch, "torch.nn": nn, "torch.nn.functional": F}
 #: The functions of PyTorch that a traceable forward may call, by namespace.
 _CALLED = {
-    "torch": ("relu", "relu_", "add", "cat", "flatten", "mean"),
-    "torch.nn.functional": ("relu", "relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+    "torch": ("relu", "relu_", "add", "cat", "flatten", "mean", "sigmoid"),
+    "torch.nn.functional": (
+        *("relu", "relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "sigmoid", "hardsigmoid", "pad"),
+    ),
 }
 _FUNCTIONS = {
     f"{path}.{name}": (_NAMESPACES[path], name, getattr(_NAMESPACES[path], name))
     for path, names in _CALLED.items()
     for name in names
 }
-#: Methods that an addition, an activation or a view may be in a forward, whatever it calls them by.
+#: Methods that an addition, an activation, a gate or a view may be in a forward, whatever it calls them by.
 _METHODS = tuple(
     (torch.Tensor, name, getattr(torch.Tensor, name))
-    for name in ("__add__", "__iadd__", "add", "add_", "relu", "relu_", "mean", "flatten", "view", "reshape", "size")
+    for name in (
+        "__add__ __iadd__ add add_ relu relu_ mean flatten view reshape size __mul__ amax expand_as sigmoid squeeze "
+        "unsqueeze transpose"
+    ).split()
 )
 _KNOWN = {**_NAMESPACES, **{path: function for path, (_, _, function) in _FUNCTIONS.items()}}
 _NAMES = {"nn", "functional", "Tensor", "shape", *(name for _, name, _ in (*_FUNCTIONS.values(), *_METHODS))}

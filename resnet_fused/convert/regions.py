@@ -6,8 +6,9 @@ draws at the start.
 
 Where something else is in it, programs are found greedily: each begins with a convolution and goes on along the only
 reader of every value, with the shortcut of an addition, for as long as that is a program and may run where its last
-node stands (:mod:`.order`). Squeeze-excite, anti-aliasing, drop block or an unknown activation end a program early and
-stay stock calls, so that a block is fused around them.
+node stands (:mod:`.order`). Anti-aliasing, drop block or an unknown activation end a program early and stay stock
+calls, so that a block is fused around them. Squeeze-excite and its kin (:mod:`.gates`) are split: the product with the
+sum and ReLU behind it is one pass, what makes the factor stays stock calls.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import fx, nn
 
 from ..blocks import norms
 from ..blocks.shape import Shape
-from .instructions import Form, ShapeCall, StockCall, plain
+from . import gates
+from .instructions import Form, GateCall, GatedSum, ShapeCall, StockCall, plain
 from .nodes import Nodes, NoProgram, Reader
 from .order import Order, module_effect
+from .trace import Untraceable
 
 _Nodes = tuple[fx.Node, ...]
 
@@ -30,8 +33,10 @@ class _Builder:
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes, self.graph = nodes, nodes.graph
-        self.taken: dict[fx.Node, ShapeCall | None] = {}  # nodes inside programs; the call is at the last node
+        #: Nodes inside programs and gates; the call is at the last node.
+        self.taken: dict[fx.Node, ShapeCall | GateCall | GatedSum | None] = {}
         self.ended: dict[fx.Node, str] = {}  # nodes that a program could have gone on over, and why it did not
+        self.refused: list[str] = []  # modules that stand where a gate would, and why they are none
         self.order = Order(nodes.block, nodes.graph)
         self.between: dict[str, None] = {}  # names of modules that stand inside a program and are none of its own
 
@@ -52,7 +57,7 @@ class _Builder:
                 shape, taken, source = found, inside, inputs
             node = self.nodes.only_reader(node)
         if shape is not None:
-            self.between |= dict.fromkeys(n.target for n in self.order.between(taken) if n.op == "call_module")
+            self._note_between(taken)
             self._take(taken, shape, source)
 
     def take_whole(self) -> bool:
@@ -71,6 +76,47 @@ class _Builder:
     def _take(self, region: list[fx.Node], shape: Shape, inputs: _Nodes) -> None:
         names = tuple(value.name for value in inputs)
         self.taken |= {**dict.fromkeys(region), region[-1]: ShapeCall(shape, names, region[-1].name)}
+
+    def take_gates(self) -> None:
+        """Take modules that gate what a norm made, with the sum and ReLU behind, before a shortcut's program does."""
+        for node in self.graph.nodes:
+            module, y = self.nodes.module(node), node.args[0] if node.args else None
+            before = self.nodes.module(y)
+            if module is None or before is None or norms.why_not(before) or len(y.users) > 1 or norms.is_norm(module):
+                continue
+            if type(module).__module__.startswith("torch.nn."):
+                continue
+            call = self._sum_behind(node)
+            try:
+                self.taken[node] = gates.read(module, node, call is not None)
+            except Untraceable as error:
+                self.refused += [] if call is None else [f"{node.target} is called: {error}"]
+                continue
+            if call is not None:
+                inside = [self.order.named[stock.output] for stock in call.stock]
+                self._note_between(inside)
+                self.taken |= {**dict.fromkeys(inside), inside[-1]: call}
+
+    def _note_between(self, inside: list[fx.Node]) -> None:
+        self.between |= dict.fromkeys(n.target for n in self.order.between(inside) if n.op == "call_module")
+
+    def _sum_behind(self, gated: fx.Node) -> GatedSum | None:
+        """The sum that alone reads the node of a gate, with the ReLU behind it."""
+        add, drop = self.nodes.only_reader(gated), None
+        if self.nodes.is_drop_path(add):
+            drop, add = add, self.nodes.only_reader(add)
+        inplace = None if add in self.taken else self.nodes.adds(add)
+        if inplace is None or len(add.args) != 2 or add.kwargs or not all(isinstance(a, fx.Node) for a in add.args):
+            return None
+        branch = gated if drop is None else drop
+        other_first = add.args[1] is branch
+        other, relu = add.args[0 if other_first else 1], self.nodes.only_reader(add)
+        relu = relu if self.nodes.is_relu(relu) else None
+        inside = [node for node in (drop, add, relu) if node is not None]
+        if other is branch or (inplace and other_first) or self.order.obstacle(inside, other, drop is not None):
+            return None
+        stock, names = tuple(map(_stock_call, inside)), (gated.name, other.name)
+        return GatedSum(stock, names, other_first, relu is not None, drop.target if drop else "", inside[-1].name)
 
     def _shape(self, region: list[fx.Node], inputs: _Nodes) -> Shape | str | None:
         """The program of a region; why it must go on to be one that may run where its end stands; None: it cannot."""
@@ -118,15 +164,14 @@ class _Builder:
             tuple(sorted(taken | targets)),
         )
 
-    def _calls(self) -> list[ShapeCall | StockCall]:
+    def _calls(self) -> list[ShapeCall | StockCall | GateCall | GatedSum]:
         """Instructions in graph order; a program runs where its last node was, after everything it reads."""
-        calls: list[ShapeCall | StockCall] = []
+        calls = []
         for node in self.graph.nodes:
             if node in self.taken:
                 calls += [] if self.taken[node] is None else [self.taken[node]]
             elif node.op in ("call_module", "call_function", "call_method"):
-                kwargs = tuple(plain(node.kwargs).items())
-                calls.append(StockCall(node.op, node.target, plain(node.args), kwargs, node.name))
+                calls.append(_stock_call(node))
         return calls
 
     def reasons(self) -> list[str]:
@@ -137,7 +182,7 @@ class _Builder:
             kept = isinstance(module, nn.Conv2d) or self.nodes.adds(node) is not None
             return node not in self.taken and (kept or (module is not None and norms.is_norm(module)))
 
-        return [reason for node, reason in self.ended.items() if counts(node)]
+        return [reason for node, reason in self.ended.items() if counts(node)] + self.refused
 
     def unpaired(self) -> list[str]:
         """The convolutions and batch norms that stay stock for want of each other."""
@@ -162,6 +207,10 @@ class _Builder:
         return sorted(convs, key=lambda node: not leads_to_relu(node))
 
 
+def _stock_call(node: fx.Node) -> StockCall:
+    return StockCall(node.op, node.target, plain(node.args), tuple(plain(node.kwargs).items()), node.name)
+
+
 def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
@@ -170,6 +219,7 @@ def build(block: nn.Module, graph: fx.Graph) -> tuple[Form | None, list[str]]:
     """The form of a traced block, None where nothing is fusible, and reasons why something that looked so is not."""
     builder = _Builder(Nodes(block, graph))
     if not builder.take_whole():
+        builder.take_gates()
         for node in builder.main_first():
             builder.grow(node)
     form, reasons = builder.form(), builder.reasons()

@@ -15,6 +15,7 @@ from torch import nn
 from ..blocks.inputs import as_gathered
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..blocks.site import CHANGED, module_obstacle
+from . import gates
 from .fused_module import FusedModule, choose
 from .shares import Share, convolutions_in, counted, describe, join, of_form, passes_in
 from .stem import FusedStem, stem_site
@@ -193,7 +194,8 @@ def _read_form(module: FusedModule, own: dict[str, nn.Module]) -> _Read:
     convolutions, passes = of_form(own, state.form)
     if running is None:
         return "", reason, convolutions._replace(fused=0), passes._replace(fused=0)
-    return describe(running.form), "; ".join(state.reasons), convolutions, passes
+    reasons = [*state.reasons, *gates.obstacles(module, running.form)]
+    return describe(running.form), "; ".join(reasons), convolutions, passes
 
 
 def _read_stems(module: FusedStem, convolutions: int, passes: int) -> _Read:

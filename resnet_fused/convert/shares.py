@@ -14,7 +14,7 @@ from torch import nn
 from ..blocks import norms
 from ..blocks.shape import Shape
 from ..steps.program import Addition, Convolution, Pooling
-from .instructions import Form, ShapeCall, StockCall
+from .instructions import Form, GateCall, GatedSum, ShapeCall, StockCall
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _ACTIVATIONS = (
@@ -75,6 +75,7 @@ def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
     nodes = [node for shape in form.shapes for node in shape.program.nodes]
     convolutions = sum(isinstance(node, Convolution) for node in nodes)
     fused = sum(1 + node.relu for node in nodes if not isinstance(node, Convolution | Pooling))
+    fused += sum(1 + call.relu for call in form.calls if isinstance(call, GatedSum))
     stock = [call for call in form.calls if isinstance(call, StockCall)]
     called = [call.target for call in stock if call.op == "call_module"]
     passes = sum(getattr(call.target, "__name__", call.target) in _FUNCTIONS for call in stock)
@@ -85,12 +86,23 @@ def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
 
 def describe(form: Form) -> str:
     """A form in words, e.g. ``conv1-bn1-relu-conv2-bn2 + downsample -> relu``."""
-    return ", ".join(
-        _describe(call.shape, call.inputs)
-        if isinstance(call, ShapeCall)
-        else f"[{call.target if isinstance(call.target, str) else call.target.__name__}]"
-        for call in form.calls
-    )
+    return ", ".join(map(_describe_call, form.calls))
+
+
+def _describe_call(call: ShapeCall | StockCall | GateCall | GatedSum) -> str:
+    if isinstance(call, ShapeCall):
+        return _describe(call.shape, call.inputs)
+    if isinstance(call, GateCall):
+        opaque = [f"[{_name(inner)}]" for inner in call.calls if inner.op == "call_module"]
+        return f"{call.stock.target}: mean, {', '.join([*opaque, 'product'])}"
+    if isinstance(call, GatedSum):
+        gated = f"{call.inputs[0]} * {call.drop_path}" if call.drop_path else call.inputs[0]
+        return f"{gated} + {call.inputs[1]}" + " -> relu" * call.relu
+    return f"[{_name(call)}]"
+
+
+def _name(call: StockCall) -> str:
+    return call.target if isinstance(call.target, str) else call.target.__name__
 
 
 def _describe(shape: Shape, inputs: tuple[str, ...]) -> str:

@@ -50,11 +50,14 @@ for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshi
 
 
 class _ShallowTracer(fx.Tracer):
-    """Traces `forward`; every module is a leaf but the block itself and plain Sequentials with own convolutions."""
+    """Traces `forward`; every module is a leaf but the block itself and plain Sequentials with own convolutions.
 
-    def __init__(self, forward: types.FunctionType) -> None:
+    `whole`: these are leaves too.
+    """
+
+    def __init__(self, forward: types.FunctionType, whole: bool) -> None:
         super().__init__()
-        self.forward = forward
+        self.forward, self.whole = forward, whole
 
     def create_args_for_root(self, root_fn: Callable, *args, **kwargs):
         return super().create_args_for_root(self.forward, *args, **kwargs)
@@ -63,7 +66,7 @@ class _ShallowTracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is not nn.Sequential or not any(isinstance(child, nn.Conv2d) for child in m)
+        return self.whole or type(m) is not nn.Sequential or not any(isinstance(child, nn.Conv2d) for child in m)
 
 
 def names_read(block: nn.Module, cls: type) -> list[str]:
@@ -145,8 +148,10 @@ def fingerprint(function: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def trace(block: nn.Module, cls: type) -> fx.Graph:
+def trace(block: nn.Module, cls: type, whole: bool = False) -> fx.Graph:
     """The graph of the forward of `cls`, the stock class of `block`, the same in training and evaluation.
+
+    `whole`: no child's children are called in its place.
 
     Raises:
         Untraceable: with the reason.
@@ -156,7 +161,7 @@ def trace(block: nn.Module, cls: type) -> fx.Graph:
     try:
         for mode in (True, False):
             block.training = mode  # of the block alone; its children are leaves
-            graphs.append(_ShallowTracer(cls.forward).trace(block))
+            graphs.append(_ShallowTracer(cls.forward, whole).trace(block))
     except Exception as error:  # any Python can be in a forward; whatever it raises means "not traced"
         raise Untraceable(f"its forward could not be traced ({type(error).__name__})") from error
     finally:

@@ -189,6 +189,9 @@ def pixelwise_calls(at):
     affine = at.vectors(k, "b", "d", "scale", "shift")
     options = affine | at.factor() | {"residual": at.data(k)}
     yield "lazy_grad_apply", "affine, sign, factor, residual", (z, at.data(k), v), options
+    yield "gate_add_relu", "residual", (z, at.matrix(at.samples, k)), {"residual": at.data(k)}
+    yield "gate_add_relu", "term", (z, at.matrix(at.samples, k), at.matrix(at.samples, k)), {"relu": False}
+    yield "gate_add_relu_backward", "output", (z, at.data(k), at.data(k)), {}
 
 
 def pool_calls(at):

@@ -15,10 +15,13 @@ from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck import judge
 from resnet_fused.backends.selfcheck.cases import cases
 from resnet_fused.backends.selfcheck.draws import ODD, Case, Draw, surrounded
+from resnet_fused.backends.selfcheck.gate_cases import by_sample
 from resnet_fused.backends.triton import (
     bn_stats,
     chunk_sums,
     common,
+    gate_add_relu,
+    gate_add_relu_backward,
     lazy_grad_apply,
     norm_add_relu,
     norm_add_relu_backward,
@@ -73,6 +76,9 @@ def test_values(dtype, shape):
     vectors = {name: draw.vector() for name in ("a", "b", "d", "scale", "shift")}
     options = vectors | {"sample_factor": draw.factor(), "residual": draw.data()}
     check("lazy_grad_apply", (draw.data(), draw.data()), options, dtype)
+    options = {"term": by_sample(draw), "residual": draw.data()}
+    check("gate_add_relu", (draw.data(), by_sample(draw)), options, dtype)
+    check("gate_add_relu_backward", (draw.data(), draw.data(), draw.data().clamp_min(0)), {}, dtype)
 
 
 @pytest.mark.parametrize("op", room.OPS)
@@ -120,6 +126,8 @@ def test_empty_batch_launches_nothing(monkeypatch):
     options = {"z": empty, "mean": v, "scale": v, "shift": v, "residual": empty, "residual_mean": v}
     check("norm_add_relu_backward", (empty,), options)
     check("lazy_grad_apply", (empty, empty, v, v, v), {"residual": empty})
+    check("gate_add_relu", (empty, by_sample(draw)), {"residual": empty})
+    check("gate_add_relu_backward", (empty, empty))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 100])
@@ -127,12 +135,12 @@ def test_any_split_into_chunks(monkeypatch, programs):
     """One chunk of many tiles, chunks of several with a short last one, and one tile each."""
     monkeypatch.setattr(common, "REDUCTION_PROGRAMS", programs)
     monkeypatch.setattr(common, "POINTWISE_PROGRAMS", programs)
-    for module in (bn_stats, norm_add_relu_backward):
+    for module in (bn_stats, gate_add_relu_backward, norm_add_relu_backward):
         monkeypatch.setattr(module, "MIN_TILES", 1)
         monkeypatch.setattr(module, "TILE", 64)
     monkeypatch.setattr(bn_stats, "MERGE_CHUNKS", 4)
     monkeypatch.setattr(chunk_sums, "CHUNKS", 4)
-    for module in (norm_add_relu, lazy_grad_apply):
+    for module in (gate_add_relu, norm_add_relu, lazy_grad_apply):
         monkeypatch.setattr(module, "TILE", 64)
     draw = Draw((3, 12, 5, 5))
     check("bn_stats", (draw.data(),))
@@ -141,6 +149,8 @@ def test_any_split_into_chunks(monkeypatch, programs):
     check("norm_add_relu_backward", (draw.data(),), backward_options(draw, "bits", True, True, True))
     arguments = (draw.data(), draw.data(), draw.vector(), draw.vector(), draw.vector())
     check("lazy_grad_apply", arguments, {"residual": draw.data()})
+    check("gate_add_relu", (draw.data(), by_sample(draw)), {"term": by_sample(draw)})
+    check("gate_add_relu_backward", (draw.data(), draw.data(), draw.data()))
 
 
 @pytest.mark.parametrize("first_rows", [0, 1, 40])

@@ -12,7 +12,7 @@ import torch
 
 from ...ops import OPS, winograd_weight3x3
 from ...ops.contract import pack_mask
-from . import lazy_cases
+from . import gate_cases, lazy_cases
 from .draws import ODD, TAIL, Case, Draw
 
 Tensor = torch.Tensor
@@ -182,6 +182,9 @@ _CASES = {
     "norm_relu_coefficients": _norm_relu_coefficients,
     "lazy_grad_apply": _lazy_grad_apply,
     "lazy_grad_apply_": _lazy_grad_apply,
+    "gate_add_relu": gate_cases.gate_add_relu,
+    "gate_add_relu_": gate_cases.gate_add_relu,
+    "gate_add_relu_backward": gate_cases.gate_add_relu_backward,
     "gram": lazy_cases.gram,
     "conv1x1": lazy_cases.conv1x1,
     "conv1x1_join": lazy_cases.conv1x1_join,

@@ -7,8 +7,8 @@ device to see what they would start, or with values on a coarse grid (:mod:`.dra
 The language of ``forms``: names of tensors and their form. With letters for numbers of channels: ``C`` a vector,
 ``KxC`` the weight of a 1x1 convolution, ``K*C`` a matrix, ``~C`` activations on the op's pixels, ``!C`` their packed
 bits (or activations that stand for them), ``^C`` what a pool leaves of them. ``<stride``: of more pixels, read at the
-stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample; ``1``: a
-count. What only lends its pixels has a letter of its own.
+stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample, of which
+``N*C`` is a matrix; ``1``: a count. What only lends its pixels has a letter of its own.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Problem:
 
     def shape(self, form: Form) -> tuple[int, ...]:
         """Of a tensor of this form."""
-        sizes = tuple(self.channels[letter] for letter in form.letters)
+        sizes = tuple(self.grid[0] if letter == "N" else self.channels[letter] for letter in form.letters)
         if form.kind == "samples":
             return self.grid[:1]
         if form.kind in ("vector", "matrix", "count"):
@@ -158,7 +158,7 @@ def problem(op: str, args: tuple, kwargs: dict) -> Problem:
         form = table[name]
         sizes = value.shape[1:2] if form.kind in "~!^" else value.shape
         if value.dim() == 4 or form.kind not in "~!^":  # packed bits do not tell how many channels they are of
-            channels |= zip(form.letters, sizes, strict=False)
+            channels |= {letter: size for letter, size in zip(form.letters, sizes, strict=False) if letter != "N"}
         if form.kind == "~" and form.direction != ">":
             n, _, h, w = value.shape
             steps = given[form.stride] if form.stride else (1, 1)
@@ -218,6 +218,8 @@ def _value(p: Problem, draw: _Draw, name: str, form: Form) -> Tensor:
         if name == "x_rstd":  # near 1: what it multiplies are sums, each as exact as the largest
             return vector / 8 + 1
         return vector.abs() + 0.0625 if name in ("m2", "rstd", "var", "join_rstd") else vector
+    if form.kind == "matrix":
+        return draw.vector(math.prod(shape)).view(shape)
     if form.kind == "weight":
         weight = draw.data(shape) / 16
         return weight + weight.transpose(0, 1) if name == "coupling" else weight

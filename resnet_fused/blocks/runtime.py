@@ -121,9 +121,14 @@ def draw(site: Site, x: Tensor) -> Tensor | None:
     return None if site.drop_path is None else drawn(site.drop_path, x)
 
 
+def draws(drop: torch.nn.Module | None) -> bool:
+    """Whether timm's drop path `drop` does anything."""
+    return drop is not None and drop.drop_prob != 0.0 and drop.training
+
+
 def drawn(drop: torch.nn.Module, x: Tensor) -> Tensor | None:
     """The per-sample factor of timm's drop path `drop`, ``[N]``; None where it does nothing."""
-    if drop.drop_prob == 0.0 or not drop.training:
+    if not draws(drop):
         return None
     keep, dtype = 1 - drop.drop_prob, x.dtype
     if torch.is_autocast_enabled(x.device.type):

@@ -78,11 +78,14 @@ def _all_images(entries: list[Running], x: Tensor) -> object:
 def _largest(entries: list[Running], shape: torch.Size) -> int:
     """Elements an image of the largest result in a stage.
 
-    0 where a block is more than one program, where images meet, in batch statistics, and where a pool is called.
+    0 where a block is more than one program, where images meet, in batch statistics, where a pool is called, and where
+    a drop path draws, which stock does once for all images.
     """
     largest = 0
     for entry in entries:
         program, tensors = runtime.read(entry.sites[0])
+        if runtime.draws(entry.sites[0].drop_path):
+            return 0
         if not entry.form.is_whole or program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
             return 0
         made = program.shapes(shape, tensors)[program.inputs :]

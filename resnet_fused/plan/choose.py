@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..backends import backends
+from ..backends.place import planned
 from ..ops import DATA_DTYPES
 from . import devices
 from .devices import CPU_CORE, Device
@@ -29,18 +30,20 @@ _HAS_TRITON = not backends()["triton"].unavailable
 
 
 @contextlib.contextmanager
-def _set(name: str, value: object) -> Iterator[None]:
-    before = getattr(_settings, name)
-    setattr(_settings, name, value)
+def _set(name: str, value: object, settings: object = _settings) -> Iterator[None]:
+    before = getattr(settings, name)
+    setattr(settings, name, value)
     try:
         yield
     finally:
-        setattr(_settings, name, before)
+        setattr(settings, name, before)
 
 
-def planning_for(device: Device) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def planning_for(device: Device) -> Iterator[None]:
     """Plan as on `device`, whatever tensors are on, within a ``with`` block: for `explain`, and for tests."""
-    return _set("target", device)
+    with _set("target", device), _set("elsewhere", device is not CPU_CORE, planned):
+        yield
 
 
 def fusing_all() -> contextlib.AbstractContextManager[None]:

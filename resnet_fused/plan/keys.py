@@ -56,7 +56,7 @@ def geometry(call: Call) -> str:
 
 
 class _Seen:
-    threads = 0
+    threads = torch.get_num_threads()  # a graph may be the first to ask
 
 
 def threads() -> int:

@@ -13,6 +13,7 @@ import re
 import torch
 
 from ..backends import run
+from ..backends.place import on_cpu
 from ..library import multiplies_bf16
 from . import stem, winograd, winograd_wgrad
 from .layout import Moments
@@ -95,7 +96,7 @@ def is_product(pixels: int, weight: Tensor, conv: Conv, like: Tensor, few: int =
 
     `pixels`: of its output. `like`: any tensor of its data's device and dtype. `few`: pixels per channel.
     """
-    here = HAS_AVX512 and like.device.type == "cpu" and like.dtype == torch.float32
+    here = HAS_AVX512 and on_cpu(like) and like.dtype == torch.float32
     return here and conv.is_pointwise(weight) and _are_few(pixels, weight, few)
 
 
@@ -146,9 +147,9 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: st
 
 def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor | None:
     """The weight's gradient where something faster than ATen's convolution has it; else None."""
-    if grad.device.type == "cpu" and grad.dtype == torch.bfloat16 and _multiplied(weight, conv, backend):
+    if on_cpu(grad) and grad.dtype == torch.bfloat16 and _multiplied(weight, conv, backend):
         return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
-    if grad.device.type != "cpu" or grad.dtype != torch.float32 or conv.groups != 1:
+    if not on_cpu(grad) or grad.dtype != torch.float32 or conv.groups != 1:
         return None
     pixels = grad[:, 0].numel()
     if conv.is_pointwise(weight):
@@ -201,14 +202,14 @@ def input_grad(
 
 
 def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
-    if x.device.type != "cpu" or not conv.is_pointwise(weight) or conv.stride != (1, 1):
+    if not on_cpu(x) or not conv.is_pointwise(weight) or conv.stride != (1, 1):
         return False  # no kernel of a GPU adds a product to what is there
     return weight.numel() < _LARGE_WEIGHT or _is_added_product(x, weight, backend)
 
 
 def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether ``x += grad W`` is faster as a plain product than in oneDNN: into many channels from fewer."""
-    here = HAS_AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and backend in ("auto", "cpu")
+    here = HAS_AVX512 and on_cpu(x) and x.dtype == torch.float32 and backend in ("auto", "cpu")
     here = here and not SLOW_PRODUCTS
     return here and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
 

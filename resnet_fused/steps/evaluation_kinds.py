@@ -157,6 +157,7 @@ class UnfoldedConvolution(ForwardStep):
         settings = *self.conv.args[:3], self.relu
         if out is not None:
             self._run("conv_norm_add_relu_", e, out, *read, *settings, out is other)
+            bounds.remember(out, math.inf)  # what was noted is of what it held
         else:
             out = self._run("conv_norm_add_relu", e, *read, *settings)
         e.values[self.value] = out

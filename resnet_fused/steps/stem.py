@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import run
+from ..backends.place import on_cpu
 from ..library import status
 from ..ops.contract import is_channels_last
 from .layout import Moments
@@ -59,7 +60,7 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
 
 def takes_gradient(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
     """Whether the ops `stem_conv_wgrad` and `stem_pool_wgrad` have the weight's gradient, and are faster."""
-    if weight.shape[1] > CHANNELS or x.device.type != "cpu" or backend not in ("auto", "cpu"):
+    if weight.shape[1] > CHANNELS or not on_cpu(x) or backend not in ("auto", "cpu"):
         return False
     return x.dtype == weight.dtype == torch.float32 and is_channels_last(x) and _is_made_for(weight, conv, _PANEL)
 

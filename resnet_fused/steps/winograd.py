@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import run
+from ..backends.place import on_cpu
 from ..library import status
 from ..ops.contract import is_channels_last
 from .layout import Moments
@@ -28,7 +29,7 @@ def takes(
     x: Tensor, weight: Tensor, conv: Conv, backend: str, transposed: bool = False, precision: str = "default"
 ) -> bool:
     """Whether the op `winograd_conv3x3` has this convolution, or the gradient of its input from `x`, and is faster."""
-    if tuple(weight.shape[2:]) != (3, 3) or x.device.type != "cpu" or backend not in ("auto", "cpu"):
+    if tuple(weight.shape[2:]) != (3, 3) or not on_cpu(x) or backend not in ("auto", "cpu"):
         return False
     here = x.dtype == weight.dtype == torch.float32 and is_channels_last(x)
     return here and tiles_of(x.shape, weight, conv, transposed, precision)[0] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import run
+from ..backends.place import on_cpu
 from ..library import status
 from ..ops.contract import is_channels_last
 from .spec import Conv
@@ -20,7 +21,7 @@ _UNIT = 32  # channels of the least piece of work that a thread gets
 
 def takes(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
     """Whether the op `winograd_conv3x3_wgrad` has this gradient, and is the better choice."""
-    if tuple(weight.shape[2:]) != (3, 3) or x.device.type != "cpu" or backend not in ("auto", "cpu"):
+    if tuple(weight.shape[2:]) != (3, 3) or not on_cpu(x) or backend not in ("auto", "cpu"):
         return False
     plain = conv in _GEOMETRIES and grad.dtype == x.dtype == weight.dtype == torch.float32
     fits = plain and IS_BUILT and is_channels_last(x) and is_channels_last(grad)

@@ -14,13 +14,19 @@ from resnet_fused.backends import onednn
 from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
 from resnet_fused.plan import choose
-from resnet_fused.steps import folding
+from resnet_fused.steps import folding, unfolded
 
 pytestmark = [
     pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}"),
     pytest.mark.skipif(torch.float32 not in onednn.SERVED, reason=onednn.missing(torch.float32)),
 ]
 needs_bf16 = pytest.mark.skipif(torch.bfloat16 not in onednn.SERVED, reason=onednn.missing(torch.bfloat16))
+
+
+@pytest.fixture(autouse=True)
+def folded(monkeypatch):
+    """1x1 convolutions are folded too, as where they have no kernel that reads the weight as it is."""
+    monkeypatch.setattr(unfolded, "IS_FAST", False)
 
 
 @pytest.fixture

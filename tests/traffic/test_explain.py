@@ -18,6 +18,7 @@ from resnet_fused.models import resnet18, resnet50
 from resnet_fused.ops import OPS
 from resnet_fused.plan import choose, devices
 from resnet_fused.plan.devices import DEVICES
+from resnet_fused.traffic.calls import calls
 from resnet_fused.traffic.count import Counter, own_operation
 
 
@@ -239,3 +240,11 @@ def test_launches_are_those_of_the_triton_kernels(name, monkeypatch):
         kernel.run(*args, **kwargs)
         counted = own_operation(overload, args, kwargs, OPS[name].fake(*args, **kwargs))
         assert counted.launches - len(started) in ((0, 1) if name in SPLIT else (0,)), case.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_for_a_gpu_has_no_op_of_the_cpu_alone(dtype):
+    x = torch.empty(8, 3, 64, 64, device="meta")
+    ops = {call.op for call in calls(resnet18(), x, True, devices.find("h100"), dtype)}
+    assert "norm_add_relu" in ops
+    assert not {op for op in ops if op.startswith(("winograd", "stem", "conv_weight_grad"))}

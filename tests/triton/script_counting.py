@@ -8,7 +8,8 @@ interpreter passes through `Counter`, which notes the addresses under the mask, 
 * issued bytes: every element of every access. Their excess over the unique ones is what L1 and L2 have to serve.
 
 Buffers are told apart by what the caller sees of them: "tensors" are arguments and results of two dimensions or more,
-"vectors" those of one, "workspace" is what an op allocates for itself. An address outside of all of them is an error.
+"vectors" those of one (a gate's factors are [N, C]), "workspace" is what an op allocates for itself. An address outside
+of all of them is an error.
 """
 
 import contextlib
@@ -124,7 +125,8 @@ def count(op, args, kwargs, run):
         results = module.run(*args, **kwargs)
     results = [results] if isinstance(results, torch.Tensor) else results or ()
     seen = [t for t in (*args, *kwargs.values(), *results) if isinstance(t, torch.Tensor)]
-    kinds = {t.untyped_storage()._cdata: "vectors" if t.dim() <= 1 else "tensors" for t in seen}
+    most = 2 if op.startswith("gate_") else 1
+    kinds = {t.untyped_storage()._cdata: "vectors" if t.dim() <= most else "tensors" for t in seen}
     launches = []
     for launch in counter.launches:
         buffers = {}

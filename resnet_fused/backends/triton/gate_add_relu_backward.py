@@ -57,7 +57,8 @@ def run(grad_out: Tensor, z: Tensor, out: Tensor | None = None) -> tuple[Tensor,
     checks.same(name, "z", z, "grad_out", grad_out)
     checks.same(name, "out", out, "grad_out", grad_out)
     n, c, h, w = grad_out.shape
-    g, sum_gz = channels_last_like(grad_out), grad_out.new_empty((n, c), dtype=torch.float32)
+    empty = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros  # sums over nothing are zero
+    g, sum_gz = channels_last_like(grad_out), empty((n, c), dtype=torch.float32)
     if grad_out.numel():
         width, div = common.block_c(c, CAP), min(c & -c, 16)
         row_tiles, column_tiles = common.cdiv(h * w, TILE // width), common.cdiv(c, width)
@@ -69,7 +70,7 @@ def run(grad_out: Tensor, z: Tensor, out: Tensor | None = None) -> tuple[Tensor,
         sizes |= {"DIV": div, "BLOCK_M": TILE // width, "BLOCK_C": width}
         started = n * chunks * column_tiles
         common.start(gate_add_relu_backward_kernel, started, grad_out, z, out, g, partial, **sizes)
-        chunk_sums.add(partial, [sum_gz.view(-1)])
+        chunk_sums.add(partial, [sum_gz])  # a vector of N*C numbers
     return g, sum_gz
 
 

@@ -135,7 +135,7 @@ def observe(block, x, call=None):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for i, out in enumerate(outputs):
         weights = torch.linspace(-1, 2 + i, out.numel(), dtype=out.dtype).view(out.shape)
-        out.mul(weights).sum().backward(retain_graph=True)
+        out.mul(weights).sum().backward(retain_graph=i + 1 < len(outputs))
     found = {f"output {i}": out for i, out in enumerate(outputs)} | {"x": x.grad}
     found |= {name: p.grad for name, p in block.named_parameters()}
     return {**found, **{f"buffer {name}": b for name, b in block.named_buffers()}}

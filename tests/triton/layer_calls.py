@@ -168,6 +168,15 @@ def small_calls(at):
     yield "gram_grad", "wide input", (at.weight(c, k), at.matrix(c, k), *gram, *v, at.data(k)), {}
 
 
+def gate_calls(at):
+    """The ops of a gate, whose factors are [N, C]."""
+    k = at.wide
+    z = at.data(k)
+    yield "gate_add_relu", "residual", (z, at.matrix(at.samples, k)), {"residual": at.data(k)}
+    yield "gate_add_relu", "term", (z, at.matrix(at.samples, k), at.matrix(at.samples, k)), {"relu": False}
+    yield "gate_add_relu_backward", "output", (z, at.data(k), at.data(k)), {}
+
+
 def pixelwise_calls(at):
     """The ops that move tensors of one shape, and make products of none."""
     k = at.wide
@@ -189,9 +198,7 @@ def pixelwise_calls(at):
     affine = at.vectors(k, "b", "d", "scale", "shift")
     options = affine | at.factor() | {"residual": at.data(k)}
     yield "lazy_grad_apply", "affine, sign, factor, residual", (z, at.data(k), v), options
-    yield "gate_add_relu", "residual", (z, at.matrix(at.samples, k)), {"residual": at.data(k)}
-    yield "gate_add_relu", "term", (z, at.matrix(at.samples, k), at.matrix(at.samples, k)), {"relu": False}
-    yield "gate_add_relu_backward", "output", (z, at.data(k), at.data(k)), {}
+    yield from gate_calls(at)
 
 
 def pool_calls(at):

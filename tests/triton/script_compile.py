@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from layer_calls import Layer, backward_calls, calls, forward_calls, narrow_calls, pool_calls, small_calls
+from layer_calls import Layer, backward_calls, calls, forward_calls, gate_calls, narrow_calls, pool_calls, small_calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -68,7 +68,7 @@ def launches(dtype, channels=256, samples=64):
 
 def products(at, *makers, richest=False):
     """Of all other ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
-    makers = makers or (pool_calls, forward_calls, backward_calls, narrow_calls, small_calls)
+    makers = makers or (pool_calls, gate_calls, forward_calls, backward_calls, narrow_calls, small_calls)
     for op, options, args, kwargs in calls(at, *makers):
         if not richest or (op, options) in RICHEST:
             run = importlib.import_module(f"{room.__name__}.{op}").run
@@ -93,6 +93,8 @@ RICHEST = {
     ("conv1x1_backward", "plain join: bits, factor, sums"),
     ("gram", "lazy"),
     ("gram", "stride 2"),
+    ("gate_add_relu", "residual"),
+    ("gate_add_relu_backward", "output"),
     ("norm_relu_pool", ""),
     ("norm_relu_pool_backward", ""),
     ("norm_relu_pool_apply", "affine"),

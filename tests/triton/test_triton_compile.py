@@ -12,6 +12,8 @@ REGISTERS = {
     "bn_stats_merge_kernel": 160,  # 512 chunks at once after a convolution, by a block of 256 threads
     "norm_add_relu_kernel": 128,
     "norm_add_relu_backward_kernel": 168,
+    "gate_add_relu_kernel": 128,
+    "gate_add_relu_backward_kernel": 168,
     "sum_chunks_kernel": 48,
     "coefficients_of_chunks_kernel": 64,
     "lazy_grad_apply_kernel": 128,

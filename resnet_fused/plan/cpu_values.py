@@ -14,8 +14,8 @@ from ..steps.conv import PANEL
 from ..steps.program import Addition, Call, Convolution
 from . import choose, too_small
 
-#: Whether bfloat16 runs on values. The kernels are there and tested, but steps of ResNet-50 took longer with them: 1.04
-#: of stock's time at batch 16 and 1.10 at batch 8, on tensors 0.93 and 0.92 (one process each, Zen 5, two threads).
+#: Whether bfloat16 runs on values. The kernels are there and tested, but gain nothing: interleaved in one process, a
+#: ResNet-50 step ran at 1.08 of stock's speed on values and 1.07 on tensors at batch 16, at 1.06 and 1.04 at batch 8.
 MULTIPLIES_BF16 = False
 
 #: Channels that a vector is filled by; and pixels from which on the weight, which is packed at each call, is the lesser

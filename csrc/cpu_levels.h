@@ -34,22 +34,9 @@ inline const char* cpu_level() {
   if (__builtin_cpu_supports(RESNET_FUSED_LEVEL_512)) return "avx512";
   return __builtin_cpu_supports(RESNET_FUSED_LEVEL_256) ? "avx2" : "baseline";
 }
-
-// AVX-512's products of bfloat16, and what goes with them on every processor that has them; by features, since no level
-// has them. They are written with intrinsics: see cpu/bf16.h.
-#define RESNET_FUSED_TARGET_BF16 target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-
-// Whether they are there.
-inline bool has_bf16() {
-  static const bool found = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  return found;
-}
 #else
 inline constexpr const char* kCpuLevels = "baseline";
 inline const char* cpu_level() { return "baseline"; }
-inline bool has_bf16() { return false; }
 #endif
 
 }  // namespace resnet_fused

@@ -126,7 +126,6 @@ pybind11::dict build_info() {
   for (const auto& [name, value] : resnet_fused::build_facts()) info[name] = value;
   info["cpu_levels"] = resnet_fused::kCpuLevels;
   info["cpu_level"] = resnet_fused::cpu_level();
-  info["cpu_bf16"] = resnet_fused::has_bf16() ? "products" : "";
   return info;
 }
 

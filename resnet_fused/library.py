@@ -56,12 +56,6 @@ def status() -> Status:
     return Status(cpu, cuda, info, torch.__version__, _triton_version())
 
 
-@torch.compiler.assume_constant_result
-def multiplies_bf16() -> bool:
-    """Whether the compiled kernels multiply bfloat16 here, by the processor's instructions for it."""
-    return bool(status().build_info.get("cpu_bf16"))  # of a library that is loaded, and knows them
-
-
 def _load_cpu() -> tuple[Library, dict[str, str]]:
     spec = importlib.util.find_spec(f"{__package__}._C")
     if spec is None:

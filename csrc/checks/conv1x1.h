@@ -3,7 +3,6 @@
 
 #include <vector>
 
-#include "../cpu_levels.h"
 #include "parameters.h"
 
 namespace resnet_fused {
@@ -15,17 +14,14 @@ inline void check_stride(const char* op, const char* name, const std::vector<int
   }
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& t, const Tensor& data) {
-  if (t.scalar_type() != data.scalar_type()) {
-    fail(op, ": ", name, " is ", t.scalar_type(), " but the activations are ", data.scalar_type(), "; pass one dtype");
-  }
-}
-
 // A weight [outputs, inputs, 1, 1] whose rows lie side by side. A negative number: any.
 inline void check_weight(const char* op, const char* name, const Tensor& weight, int64_t outputs, int64_t inputs,
                          const Tensor& data) {
   check_device(op, name, weight, data);
-  check_dtype(op, name, weight, data);
+  if (weight.scalar_type() != data.scalar_type()) {
+    fail(op, ": ", name, " is ", weight.scalar_type(), " but the activations are ", data.scalar_type(),
+         "; pass one dtype");
+  }
   const bool fits = weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 &&
                     (outputs < 0 || weight.size(0) == outputs) && (inputs < 0 || weight.size(1) == inputs);
   if (!fits) {
@@ -36,10 +32,9 @@ inline void check_weight(const char* op, const char* name, const Tensor& weight,
   if (!is_channels_last(weight)) fail(op, ": ", name, " is not contiguous; pass ", name, ".contiguous()");
 }
 
-// The loops for one dtype, or two where the processor multiplies bfloat16.
-inline void check_multiplied(const char* op, const char* name, const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float || (has_bf16() && t.scalar_type() == ScalarType::BFloat16)) return;
-  fail(op, ": ", name, " is ", t.scalar_type(), "; pass Float", has_bf16() ? " or BFloat16" : "", " on the CPU");
+// The loops for one dtype.
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float) fail(op, ": ", name, " is ", t.scalar_type(), "; pass Float on the CPU");
 }
 
 inline void check_conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_scale,
@@ -47,7 +42,7 @@ inline void check_conv1x1(const Tensor& x, const Tensor& weight, const OptionalT
                           const OptionalTensor& gamma, const OptionalTensor& beta, std::optional<double> eps) {
   const char* op = "conv1x1";
   check_data(op, "x", x);
-  check_multiplied(op, "x", x);
+  check_float(op, "x", x);
   check_weight(op, "weight", weight, -1, x.size(1), x);
   check_pair(op, "x_scale", x_scale, "x_shift", x_shift, x);
   check_stride(op, "stride", stride);

@@ -39,7 +39,7 @@ inline void check_conv1x1_dgrad(const Tensor& g, const OptionalTensor& weight, c
   if (input.scale) fail(op, ": got residual and x_scale; pass one of them");
   const Tensor& r = *added.residual;
   check_data(op, "residual", r);
-  check_dtype(op, "residual", r, g);
+  check_float(op, "residual", r);
   check_device(op, "residual", r, g);
   const auto left = [&](int64_t i) { return (g.size(i) + added.stride[i - 2] - 1) / added.stride[i - 2]; };
   if (r.size(0) != g.size(0) || r.size(1) != C || r.size(2) != left(2) || r.size(3) != left(3)) {

@@ -24,7 +24,7 @@ inline void check_gradient(const char* op, const Tensor& g, const OptionalTensor
                            const OptionalTensor& scale, const OptionalTensor& shift,
                            const OptionalTensor& sample_factor) {
   check_data(op, "g", g);
-  check_multiplied(op, "g", g);
+  check_float(op, "g", g);
   check_bits(op, "mask", mask, g.size(0) * g.size(2) * g.size(3), g.size(1), g);
   if (z) check_like(op, "z", *z, "g", g);
   if (a) check_vector(op, "a", *a, g);
@@ -48,7 +48,7 @@ inline void check_channels(const char* op, const char* name, const OptionalTenso
 inline void check_input(const char* op, const Tensor& x, int64_t channels, const std::vector<int64_t>& stride,
                         const Tensor& g) {
   check_data(op, "x", x);
-  check_dtype(op, "x", x, g);
+  check_float(op, "x", x);
   check_device(op, "x", x, g);
   check_stride(op, "the stride of x", stride);
   const auto left = [&](int64_t i) { return (x.size(i) + stride[i - 2] - 1) / stride[i - 2]; };

@@ -16,7 +16,7 @@ struct JoinProjection {
 // A tensor of the shape and the layout of the output.
 inline void check_joined(const char* op, const Tensor& t, const Tensor& x, int64_t K) {
   check_data(op, "residual", t);
-  check_dtype(op, "residual", t, x);
+  check_float(op, "residual", t);
   check_device(op, "residual", t, x);
   if (t.size(0) != x.size(0) || t.size(1) != K || t.size(2) != x.size(2) || t.size(3) != x.size(3)) {
     fail(op, ": residual has shape ", shape_of(t), "; pass [", x.size(0), ", ", K, ", ", x.size(2), ", ", x.size(3),
@@ -29,7 +29,7 @@ inline void check_conv1x1_join(const Tensor& x, const Tensor& weight, const Tens
                                const JoinProjection& projection, const OptionalTensor& sample_factor) {
   const char* op = "conv1x1_join";
   check_data(op, "x", x);
-  if (x.scalar_type() != ScalarType::Float) fail(op, ": x is ", x.scalar_type(), "; pass Float on the CPU");
+  check_float(op, "x", x);
   check_weight(op, "weight", weight, -1, x.size(1), x);
   const int64_t K = weight.size(0);
   check_channels(op, "scale", scale, K, x);

@@ -12,7 +12,6 @@
 #include "../checks/conv1x1.h"
 #include "affine.h"
 #include "alloc.h"
-#include "conv1x1_bf16.h"
 #include "conv1x1_stages.h"
 #include "moments.h"
 
@@ -115,10 +114,13 @@ void merge(const Conv1x1& p, const Work& work, ChunkSums& sums, const Tensor& me
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Fills z, and with emit_stats its statistics; of at least one row and one channel.
-void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
-              const Pixels& pixels, bool emit_stats, const Tensor& z, const Tensor& mean, const Tensor& m2) {
-  const int64_t K = weight.size(0), C = x.size(1);
+Results conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
+                const std::vector<int64_t>& stride, bool emit_stats, const OptionalTensor& gamma,
+                const OptionalTensor& beta, std::optional<double> eps) {
+  check_conv1x1(x, weight, x_scale, x_shift, stride, gamma, beta, eps);
+  const Pixels pixels(x, stride);
+  const int64_t K = weight.size(0), C = x.size(1), h = pixels.height, w = pixels.width;
+  Tensor z = empty_images(x.size(0), K, h, w, ScalarType::Float);
   const Stages& at = stages();
   Conv1x1 p{{data<float>(x), data<float>(x_scale), data<float>(x_shift), C, pixels},
             data<float>(weight),
@@ -131,35 +133,24 @@ void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& x_sca
             (K + at.panel - 1) / at.panel};
   const Work work(p);
   ChunkSums sums;
-  const auto packed = aligned_array<float>(p.panels * C * p.panel + 1);
-  share_units(p.panels, [&] { return [&](int64_t panel) { at.pack(p, panel, packed.get() + panel * C * p.panel); }; });
-  p.packed = packed.get();
-  if (emit_stats) {
-    // A first row by itself: what all differences of means are taken from.
-    sums.origin.resize(p.panels * p.panel), sums.totals.resize(work.chunks * K), sums.squares.resize(work.chunks * K);
-    std::vector<float> others(p.panels * p.panel);
-    const auto scratch = aligned_array<float>(p.scratch());
-    at.tile(p, 0, 1, 0, p.panels, scratch.get(), {sums.origin.data(), &others[0], &others[0], true, true});
+  if (p.rows && K) {
+    const auto packed = aligned_array<float>(p.panels * C * p.panel + 1);
+    share_units(p.panels,
+                [&] { return [&](int64_t panel) { at.pack(p, panel, packed.get() + panel * C * p.panel); }; });
+    p.packed = packed.get();
+    if (emit_stats) {
+      // A first row by itself: what all differences of means are taken from.
+      sums.origin.resize(p.panels * p.panel), sums.totals.resize(work.chunks * K), sums.squares.resize(work.chunks * K);
+      std::vector<float> others(p.panels * p.panel);
+      const auto scratch = aligned_array<float>(p.scratch());
+      at.tile(p, 0, 1, 0, p.panels, scratch.get(), {sums.origin.data(), &others[0], &others[0], true, true});
+    }
+    run(p, at, work, emit_stats ? &sums : nullptr);
   }
-  run(p, at, work, emit_stats ? &sums : nullptr);
-  if (emit_stats) merge(p, work, sums, mean, m2);
-}
-
-Results conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
-                const std::vector<int64_t>& stride, bool emit_stats, const OptionalTensor& gamma,
-                const OptionalTensor& beta, std::optional<double> eps) {
-  check_conv1x1(x, weight, x_scale, x_shift, stride, gamma, beta, eps);
-  const Pixels pixels(x, stride);
-  const int64_t K = weight.size(0), h = pixels.height, w = pixels.width;
-  Tensor z = empty_images(x.size(0), K, h, w, x.scalar_type());
   Tensor mean = empty_vector(emit_stats ? K : 0, ScalarType::Float), m2 = empty_vector(mean.numel(), ScalarType::Float);
-  if (!pixels.rows || !K) {
+  if (p.rows && emit_stats) merge(p, work, sums, mean, m2);
+  if (!p.rows) {
     for (const Tensor* t : {&mean, &m2}) std::fill_n(data<float>(*t), t->numel(), 0.0f);
-  } else if (x.scalar_type() == ScalarType::BFloat16) {
-    float* const sums[2] = {emit_stats ? data<float>(mean) : nullptr, data<float>(m2)};
-    convolve1x1_bf16(x, weight, x_scale, x_shift, stride, z, sums[0], sums[1]);
-  } else {
-    convolve(x, weight, x_scale, x_shift, pixels, emit_stats, z, mean, m2);
   }
   return std::tuple_cat(std::make_tuple(z), statistics(mean, m2, gamma, beta, z, emit_stats ? eps : std::nullopt));
 }

@@ -10,7 +10,6 @@
 
 #include "../checks/conv1x1_wgrad.h"
 #include "conv1x1_backward.h"
-#include "conv1x1_bf16.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -32,32 +31,23 @@ Results conv1x1_wgrad(const Tensor& g, const Tensor& x, const OptionalTensor& ma
                       const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& d,
                       const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& sample_factor,
                       const OptionalTensor& x_scale, const OptionalTensor& x_shift, const std::vector<int64_t>& stride,
-                      bool rounded, const OptionalTensor& join_weight, const OptionalTensor& gram,
-                      const OptionalTensor& total, const OptionalTensor& centre, const OptionalTensor& join_scale,
-                      const OptionalTensor& join_rstd) {
+                      bool, const OptionalTensor& join_weight, const OptionalTensor& gram, const OptionalTensor& total,
+                      const OptionalTensor& centre, const OptionalTensor& join_scale, const OptionalTensor& join_rstd) {
   check_gradient("conv1x1_wgrad", g, mask, z, a, b, d, scale, shift, sample_factor);
   check_conv1x1_wgrad(g, x, x_scale, x_shift, stride, {&join_weight, &gram, &total, &centre, &join_scale, &join_rstd});
   const int64_t K = g.size(1), C = x.size(1);
-  const ScalarType dtype = rounded && !join_weight ? g.scalar_type() : ScalarType::Float;
-  Tensor grad_weight = empty_strided<2>({K, C}, {C, 1}, dtype);
+  Tensor grad_weight = empty_strided<2>({K, C}, {C, 1}, ScalarType::Float);
   Tensor sum_dz = empty_vector(K, ScalarType::Float);
-  if (g.scalar_type() == ScalarType::BFloat16) {
-    const bool exact = dtype == ScalarType::Float;
-    Conv1x1GradientResults results{nullptr, exact ? &grad_weight : nullptr, exact ? nullptr : &grad_weight};
-    results.sum_dz = data<float>(sum_dz);
-    wgrad1x1_bf16({g, mask, z, a, b, d, scale, shift, sample_factor}, x, x_scale, x_shift, stride, results);
-  } else {
-    std::vector<float> ones;
-    Conv1x1Backward p{};
-    p.gradient = gradient_of(g, mask, z, a, b, d, scale, shift, sample_factor, ones);
-    p.input = {data<float>(x), data<float>(x_scale), data<float>(x_shift), C, Pixels(x, stride)};
-    p.weight_grad = p.sum_dz = true;
-    p.rows = g.size(0) * g.size(2) * g.size(3), p.K = K, p.C = C;
-    run_backward(p, {data<float>(grad_weight), nullptr, nullptr, data<float>(sum_dz)});
-  }
+  std::vector<float> ones;
+  Conv1x1Backward p{};
+  p.gradient = gradient_of(g, mask, z, a, b, d, scale, shift, sample_factor, ones);
+  p.input = {data<float>(x), data<float>(x_scale), data<float>(x_shift), C, Pixels(x, stride)};
+  p.weight_grad = p.sum_dz = true;
+  p.rows = g.size(0) * g.size(2) * g.size(3), p.K = K, p.C = C;
+  run_backward(p, {data<float>(grad_weight), nullptr, nullptr, data<float>(sum_dz)});
   if (!join_weight) {
     const auto none = [] { return empty_vector(0, ScalarType::Float); };
-    return {grad_weight, sum_dz, none(), empty_vector(0, g.scalar_type()), none()};
+    return {grad_weight, sum_dz, none(), none(), none()};
   }
   return join_grad({&*join_weight, &grad_weight, &*gram, &*total, &*centre, &sum_dz, &*join_scale, &*join_rstd, &g},
                    sum_dz);

@@ -13,7 +13,6 @@
 
 #include "../checks/conv_weight_grad.h"
 #include "alloc.h"
-#include "conv_weight_grad_bf16.h"
 #include "panels.h"
 #include "rows.h"
 
@@ -214,10 +213,6 @@ Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weigh
       empty_strided<4>({weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
                        {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}, weight.scalar_type());
   if (out.numel() == 0) return out;
-  if (x.scalar_type() == ScalarType::BFloat16 && has_bf16()) {
-    conv_weight_grad_bf16(grad, x, out, stride, padding, dilation);
-    return out;
-  }
   const Geometry geometry(grad, x, weight, stride, padding, dilation);
   for_element_type(x.scalar_type(),
                    [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(grad, x, out, geometry); });

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..library import COMPILED_OPS, multiplies_bf16, status
+from ..library import COMPILED_OPS, status
 from ..ops import OPS, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from . import onednn
@@ -152,8 +152,6 @@ _OTHERS = {
 #: Kernels that do not take every dtype of the loops.
 _FLOAT32 = ("winograd_", "conv1x1", "stem_", "conv_norm_relu_pool")
 _DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(_FLOAT32)}
-if multiplies_bf16():
-    _DTYPES |= dict.fromkeys(("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad"), (torch.float32, torch.bfloat16))
 _DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_"), VECTOR_DTYPES)  # nothing rounds to 16 bits
 
 

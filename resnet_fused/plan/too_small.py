@@ -138,19 +138,14 @@ def _slower(weight: Tensor, image: torch.Size, outputs: int, few: bool) -> float
     return _ONE_IMAGE if few else 0.0
 
 
-def outweighs(call: Call, shapes: list[torch.Size], share: float) -> bool:
-    """Whether a share of the convolutions' time, forward and backward, is more than Python takes for a program."""
-    flops = sum(6 * own.weight.numel() * pixels(shapes[value]) for value, _, own in call.convolutions)
-    return _OVERHEAD * rate(call.x.dtype) * threads() < share * flops
-
-
 def is_small(call: Call, shapes: list[torch.Size]) -> bool:
     """Whether stock's operations are expected to be faster than any steps. `shapes`: of the values."""
     x = call.x
     if not HAS_AVX512 or x.device.type != "cpu" or call.program.backend != "auto":
         return False
     convolutions = [(node.conv, own.weight, pixels(shapes[value])) for value, node, own in call.convolutions]
-    if stock_bytes(call, shapes) > cache_bytes() or outweighs(call, shapes, MARGIN):
+    flops = sum(6 * weight.numel() * outputs for _, weight, outputs in convolutions)  # forward and both gradients
+    if stock_bytes(call, shapes) > cache_bytes() or _OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
         return False  # passes over what stock saves cost something, or Python little beside the convolutions
     if _saved_by_filtering(call, shapes) >= _OVERHEAD:
         return False

@@ -101,8 +101,6 @@ def options(call: Call, on_tensors: bool = False) -> Options | None:
     values = values and not values_obstacle(call)
     if not values and (device is not None or not runs_folded(call)):
         return None
-    if values and device is None and call.x.dtype == torch.bfloat16:  # where there is no product that joins
-        return Options(CPU_CORE, True, frozenset(), frozenset())
     return Options(device or CPU_CORE, values, *gram_branches(call, values))
 
 
@@ -209,9 +207,6 @@ def is_small(call: Call, shapes: list[torch.Size]) -> bool:
         return False
     if isinstance(call.program.nodes[-1], Pooling) and shapes[-2].numel() > too_small.FEW_POOLED:
         return False
-    on_values = call.x.dtype == torch.bfloat16 and cpu_values.serve(call) and not values_obstacle(call)
-    if on_values and call.program.backend == "auto" and cpu_values.outweigh(call, shapes):
-        return False
     return too_small.is_small(call, shapes)
 
 
@@ -220,10 +215,8 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     if is_small(call, shapes):
         return Variant(stock=True)
     found = options(call)
-    if found is not None and found.values and found.device is CPU_CORE:
-        tensors = options(call, on_tensors=True)
-        if not cpu_values.pay(call, shapes) or _saves_by_gram(call, shapes, found, tensors):
-            found = tensors
+    if found is not None and found.values and found.device is CPU_CORE and not cpu_values.pay(call, shapes):
+        found = options(call, on_tensors=True)
     if found is None:
         return Variant()
     main, projection = (_pay(call, norms, shapes, found) for norms in (found.main, found.projections))
@@ -234,15 +227,6 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     ):  # where keeping what a 3x3 reads would add to what is saved, and one op makes two gradients
         return Variant(True, main, projection and main)
     return Variant(True, main, projection and main, _keeps(call, shapes), _has_narrow(call))
-
-
-def _saves_by_gram(call: Call, shapes: list[torch.Size], values: Options, tensors: Options | None) -> bool:
-    """Whether a Gram join pays on tensors that values do not have, as in bfloat16: it saves what the join reads.
-
-    ResNet-50 at batch 16 saves 444 MB with, 606 without.
-    """
-    lost = () if tensors is None else [norm for norm in tensors.main if norm not in values.main]
-    return bool(lost) and _pay(call, lost, shapes, tensors)
 
 
 def why(call: Call, shapes: list[torch.Size]) -> str:

@@ -14,7 +14,6 @@ import torch
 
 from ..backends import run
 from ..backends.place import on_cpu
-from ..library import multiplies_bf16
 from . import stem, winograd, winograd_wgrad
 from .layout import Moments
 from .lazy import EVERY, Pixels
@@ -34,8 +33,6 @@ _FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain pr
 _FEW_GRADIENTS = 2  # the same for the gradients of a 1x1
 _PARTS_SLOW = 8  # instead of these, an eighth of a pixel, where products of 256-bit vectors, as ours are, are slow
 _WIDE_MM = 256  # with: from so many channels on, a gradient is added to that of a wider tensor by a plain product
-PANEL = 32  # channels of a panel of our kernels for bfloat16
-MULTIPLIES_BF16 = multiplies_bf16()
 _LARGE_WEIGHT = 1 << 19  # elements; from here on oneDNN takes longer to transpose the weight than an add takes
 
 
@@ -147,8 +144,6 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: st
 
 def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor | None:
     """The weight's gradient where something faster than ATen's convolution has it; else None."""
-    if on_cpu(grad) and grad.dtype == torch.bfloat16 and _multiplied(weight, conv, backend):
-        return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     if not on_cpu(grad) or grad.dtype != torch.float32 or conv.groups != 1:
         return None
     pixels = grad[:, 0].numel()
@@ -164,16 +159,6 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     if fast and backend in ("auto", "cpu"):
         return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     return None
-
-
-def _multiplied(weight: Tensor, conv: Conv, backend: str) -> bool:
-    """Whether our kernel multiplies the bfloat16 of a convolution's weight gradient, as fast as oneDNN's or faster.
-
-    From whole vectors of channels on; measured for 3x3 ones, where oneDNN's reach 0.5 to 0.8 of what products do.
-    """
-    if conv.groups != 1 or backend not in ("auto", "cpu") or not MULTIPLIES_BF16:
-        return False
-    return weight.shape[2:].numel() > 1 and all(size % PANEL == 0 for size in weight.shape[:2])
 
 
 def input_grad(

@@ -6,11 +6,11 @@ from chains import call_of
 from tuned import bottleneck, bottleneck_call
 
 from resnet_fused.library import status
-from resnet_fused.plan import choose, cpu_values, lower, too_small, variants
+from resnet_fused.plan import choose, cpu_values, lower, variants
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.variants import Variant
 from resnet_fused.steps import Conv, Norm, StepTensors, residual_program
-from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Program
+from resnet_fused.steps.program import Call
 
 
 @pytest.fixture
@@ -19,7 +19,6 @@ def values_on_cpu(monkeypatch):
     if not status().cpu.loaded:
         pytest.skip(f"the compiled library is {status().cpu.reason}")
     monkeypatch.setattr(cpu_values, "level", lambda: "avx512")
-    monkeypatch.setattr(cpu_values, "MULTIPLIES_BF16", True)
 
 
 def wide(channels=64, size=56, inner=64, batch=2, dtype=torch.float32, backend="auto"):
@@ -49,46 +48,13 @@ def test_bottlenecks_are_on_values_and_join_as_on_tensors(values_on_cpu):
     [
         lambda: wide(24, 56, 24),  # channels that leave vectors half empty
         lambda: wide(256, 7, 64, 2),  # few pixels
-        lambda: wide(256, 56, 48, 16, torch.bfloat16),  # vectors of pairs half empty
-        lambda: wide(256, 56, 64, 16, torch.float16),
+        lambda: wide(256, 56, 64, 16, torch.bfloat16),
         lambda: wide(256, 56, 64, 16, torch.float64),
         lambda: wide(256, 56, 64, 16, backend="reference"),
     ],
 )
 def test_on_tensors_where_the_kernels_do_not_gain_or_are_not(values_on_cpu, call):
     assert not modelled(call()).values
-
-
-def test_bfloat16_is_on_values_with_plain_joins_where_the_processor_multiplies_it(values_on_cpu, monkeypatch):
-    assert modelled(wide(256, 56, 64, 16, torch.bfloat16)) == Variant(False, gram=True)  # saves more than values do
-    call = wide(1024, 14, 256, 16, torch.bfloat16)
-    assert modelled(call) == Variant(True)
-    assert [v for v in variants.every(call) if v.values] == [Variant(True)]
-    monkeypatch.setattr(cpu_values, "MULTIPLIES_BF16", False)
-    assert not modelled(call).values and not any(v.values for v in variants.every(call))
-
-
-def test_a_sum_with_a_convolution_has_no_product_in_bfloat16(values_on_cpu):
-    program = Program((Convolution(0, Conv()), Normalisation(1, Norm(), True), Convolution(2, Conv()), Addition(3, 0)))
-    tensors = [StepTensors(torch.empty(64, 64, 1, 1)), StepTensors(None, None, *(torch.empty(64) for _ in range(4)))]
-    tensors += [StepTensors(torch.empty(64, 64, 1, 1)), StepTensors(None)]
-    for dtype, served in ((torch.float32, True), (torch.bfloat16, False)):
-        assert cpu_values.serve(Call(program, torch.empty(2, 64, 8, 8, dtype=dtype), tensors)) == served
-
-
-@pytest.mark.plans_small
-def test_in_bfloat16_they_outweigh_python_in_the_cache_too(values_on_cpu, monkeypatch):
-    """ResNet-50's layer3 at batch 16 stays in a cache of 32 MiB, and gains all the same; not at batch 1."""
-    monkeypatch.setattr(too_small, "HAS_AVX512", True)
-    monkeypatch.setattr(too_small, "SLOW_PRODUCTS", True)
-    monkeypatch.setattr(too_small, "cache_bytes", lambda: 32 << 20)
-    monkeypatch.setattr(too_small, "rate", lambda dtype: 400e9)
-    monkeypatch.setattr(too_small, "threads", lambda: 2)
-    for batch, small in ((16, False), (1, True)):
-        call = wide(1024, 14, 256, batch, torch.bfloat16)
-        assert variants.is_small(call, call.shapes()) == small
-    call = wide(1024, 14, 256, 16, torch.float16)
-    assert variants.is_small(call, call.shapes())
 
 
 def test_on_tensors_below_avx512(values_on_cpu, monkeypatch):

@@ -23,24 +23,24 @@ _WINDOW = 25  # pixels of a window from which on sums are long enough to hide wh
 def _is_made_for(weight: Tensor, conv: Conv, columns: int) -> bool:
     """Whether a convolution has few channels in, whole vectors of `columns` out, and a window of more than a pixel.
 
-    One thread of a Zen 5 with AVX-512, memory kept, the time of oneDNN's convolution and what follows by ours: forward
-    with statistics, the weight's gradient, and with norm, ReLU and pool, packed, in evaluation.
+    One thread of a Zen 5 with AVX-512, memory kept, two runs: the time of oneDNN's convolution and what follows by
+    ours, forward with statistics, the weight's gradient, and with norm, ReLU and pool, packed, in evaluation.
 
     | images, channels, outputs, window, stride, size | statistics | gradient | pool |
     | --- | --- | --- | --- |
-    | 8, 3, 64, 7x7, 2, 224 | 1.17 | 1.4 | 1.25 |
-    | 1, 3, 64, 7x7, 2, 224 | 1.06 | 1.3 | |
+    | 8, 3, 64, 7x7, 2, 224 | 1.22 to 1.24 | 1.4 | 1.3 |
+    | 1, 3, 64, 7x7, 2, 224 | 1.02 to 1.04 | 1.3 | |
     | 2, 3, 64, 7x7, 2, 64 | 1.24 | 1.3 | |
-    | 8, 1, 64, 7x7, 2, 112 | 1.9 | 2.9 | 1.5 |
-    | 8, 4, 64, 7x7, 2, 112 | 1.02 | 1.2 | 1.1 |
-    | 8, 2, 32, 5x5, 2, 112 | 1.08 | 1.15 | 1.65 |
-    | 8, 1, 32, 3x3, 1, 64 | 6 | 7 | 2.6 |
-    | 8, 4, 64, 4x4, 4, 224 | 0.98, refused | 1.04 | 1.17 |
-    | 8, 3, 96, 4x4, 4, 224 | 1.00, refused | 1.1 | 1.1 |
-    | 8, 3, 32, 3x3, 2, 224 | 1.1, refused | 1.4 | 1.8 |
-    | 8, 3, 64, 3x3, 1, 32 | 0.98, refused | 1.3 | 1.4 |
-    | 8, 3, 128, 3x3, 1, 64 | 0.75, refused | 1.27 | 1.2 |
-    | 8, 3, 16, 3x3, 2, 224 | 0.9, refused | 0.9, refused | 1.8 |
+    | 8, 1, 64, 7x7, 2, 112 | 1.9 to 2.1 | 3.1 | 1.6 |
+    | 8, 4, 64, 7x7, 2, 112 | 1.1 | 1.2 | 1.1 to 1.2 |
+    | 8, 2, 32, 5x5, 2, 112 | 1.03 | 1.2 | 1.7 to 1.9 |
+    | 8, 1, 32, 3x3, 1, 64 | 5 to 6 | 7 | 2.8 to 3.0 |
+    | 8, 4, 64, 4x4, 4, 224 | 1.01 to 1.03, refused | 1.03 | 1.3 to 1.4 |
+    | 8, 3, 96, 4x4, 4, 224 | 0.95, refused | 1.1 | 1.3 to 1.4 |
+    | 8, 3, 32, 3x3, 2, 224 | 1.1, refused | 1.7 | 1.9 |
+    | 8, 3, 64, 3x3, 1, 32 | 1.01, refused | 1.3 | 1.4 |
+    | 8, 3, 128, 3x3, 1, 64 | 0.56, refused | 1.4 | 1.3 |
+    | 8, 3, 16, 3x3, 2, 224 | 1.0, refused | 0.9, refused | 2.2 to 2.4 |
     """
     outputs, channels, *window = weight.shape
     dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and tuple(window) != (1, 1)

@@ -157,15 +157,23 @@ def test_compiled_in_one_graph(training):
 
 
 @torch.no_grad()
-def test_pieces_in_both_layouts(monkeypatch):
-    monkeypatch.setattr(stage, "MAPPED", 1 << 10)
+@pytest.mark.parametrize("near", [True, False])
+def test_pieces_in_both_layouts(monkeypatch, near):
+    """Near the cores or not: whether half a piece holds the weights and an image's largest result, of 20 KiB here."""
+    monkeypatch.setattr(stage, "NEAR", (1 << 10, 64 << 10) if near else (1 << 10, 1 << 10))
+    monkeypatch.setattr(stage, "MAPPED", 1 << 30 if near else 1 << 10)
     monkeypatch.setattr(stage, "PIECE", 64 << 10)
+    runs, in_pieces = [], stage._in_pieces
+    monkeypatch.setattr(
+        stage, "_in_pieces", lambda entries, x, images: runs.append(images) or in_pieces(entries, x, images)
+    )
     stock, fused = pair(nn.Sequential(nn.Sequential(block(8, 8), block(32, 8))).eval())
     for form in FORMATS.values():
         x = images(7).to(memory_format=form)
         want, got = stock(x), fused(x)
         assert got.stride() == want.stride()
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert runs == [5, 5]
 
 
 def test_report_still_sees_everything_fused():

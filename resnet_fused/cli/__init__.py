@@ -129,7 +129,7 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PEER",
-        help="time these too: compile, freezing, onnxruntime, openvino",
+        help="time these too: compile, freezing, onnxruntime, openvino; convolutions, stock's alone, is a bound",
     )
     bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     runs.add_option(bench)

@@ -109,3 +109,33 @@ def test_a_runtime_evaluates_as_stock(name):
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(peer.prepare(model)(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_convolutions_alone_run_what_stock_runs(dtype):
+    """Each convolution and its gradients, on what it has in the model, whose buffers stay as they were."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, groups=2), nn.Flatten())
+    alone, x, counts = peers.load("convolutions").prepare(model), torch.rand(2, 3, 4, 4), []
+    for run_all in (lambda: model(x).float().sum().backward(), lambda: alone(x).sum().backward()):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            run_all()  # finds the convolutions
+            with FlopCounterMode(display=False) as counter:
+                run_all()
+        counts.append(counter.get_flop_counts()["Global"])
+    assert counts[0] == counts[1] and len(counts[0]) == 2
+    assert int(model[1].num_batches_tracked) == 2
+    assert alone.is_bound and alone(x).shape[0] == 2
+
+
+def test_a_bound_is_not_compared(bench):
+    class Bound(nn.Module):
+        is_bound = True
+
+        def forward(self, x):
+            return torch.full((len(x), 10), float("nan"))
+
+    bench.models["bound"] = Bound()
+    bench.evaluation(2, lambda fraction: None)
+    assert any(row.peer == "bound" for row in bench.report.rows)

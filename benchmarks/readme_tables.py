@@ -34,6 +34,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
+#: The family of README's table: member, paper, and the model that is benched for it.
+FAMILY = (
+    ("ResNet", "1512.03385", "resnet50"),
+    ("ResNet, basic blocks", "1512.03385", "resnet18"),
+    ("ResNet for CIFAR", "1512.03385", "resnet110"),
+    ("identity mappings", "1603.05027", "preact_resnet50"),
+    ("Wide ResNet", "1605.07146", "wrn28_10"),
+    ("ResNeXt", "1611.05431", "resnext50_32x4d"),
+    ("stochastic depth", "1603.09382", "resnet50_stochastic_depth"),
+    ("DenseNet", "1608.06993", "densenet121"),
+    ("squeeze-excite", "1709.01507", "timm:seresnet50"),
+    ("ResNet-D", "1812.01187", "timm:resnet50d"),
+)
 #: Ops with a CUDA C++ kernel and with a Triton kernel: those that have a source file of their name.
 CUDA_OPS = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" / "triton" / f"{name}.py").exists())
@@ -52,6 +65,42 @@ def results() -> str:
     source = f"From [`{newest.place}`]({place}), the newest run, with every block shape."
     source += f"\n{ranges(rows, [run.result for run in recorded], report)}"
     return f"{batch}:\n\n{markdown_table(rows)}\n\n{source}\n{provenance_line(report.provenance)}"
+
+
+def family() -> str:
+    """The newest recorded run of a model of each member of the family."""
+    head = ["member", "model, batch, size", "fused", "MB kept", "step, eager", "step, compile", "evaluation", "run"]
+    lines, benched = [head, ["---", "---", "---", *["---:"] * 4, "---"]], runs.read(RESULTS)
+    for member, paper, model in FAMILY:
+        found = [run for run in benched if run.kind == runs.BENCH and is_of_family(run, model)]
+        if found:
+            newest = max(found, key=lambda run: run.provenance["date"])
+            lines.append([f"[{member}](https://arxiv.org/abs/{paper})", *family_cells(newest)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def is_of_family(run: runs.Run, model: str) -> bool:
+    """Whether a run is of `model`, in float32, and says how much of it was fused."""
+    given = run.provenance
+    return given.get("model") == model and given.get("dtype") == "f32" and "fused" in given
+
+
+def family_cells(run: runs.Run) -> list[str]:
+    """What a run says of its model, but for the member's name."""
+    rows = {(row.name, row.unit, row.peer): row for row in run.result.rows}
+    (step,) = {name for name, unit, peer in rows if re.fullmatch(r"training step, batch \d+", name)}
+
+    def against(name: str, peer: str) -> str:
+        other, ours = rows.get((name, "ms", peer)), rows[name, "ms", OURS]
+        return "" if other is None else f"{other.median / ours.median:.2f}x"
+
+    kept = rows[step, "MB", OURS].median / rows[step, "MB", STOCK].median
+    given, batch = run.provenance, step.rpartition(" ")[2]
+    evaluated = [name for name in ("evaluation, batch 8", "evaluation, batch 32") if (name, "ms", OURS) in rows]
+    cells = [f"`{given['model']}`, {batch}, {given['size']}", given["fused"], f"{kept:.2f}"]
+    cells += [against(step, STOCK), against(step, "compile")]
+    cells += [", ".join(f"{against(name, STOCK)} ({name.rpartition(' ')[2]})" for name in evaluated)]
+    return [*cells, f"[{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"]
 
 
 def speedups(report: Report) -> dict[str, float]:
@@ -154,7 +203,7 @@ def dtypes(found: tuple) -> str:
 
 def written(text: str) -> str:
     """README's text with its tables made anew."""
-    tables = {"results": results, "traffic": traffic, "support": support}
+    tables = {"results": results, "family": family, "traffic": traffic, "support": support}
     if gpu_reports() or "<!-- gpu -->" in text:
         tables["gpu"] = gpu
     for name, table in tables.items():

@@ -257,6 +257,8 @@ def run(options: Options) -> records.Report:
                 bench.models[name] = peer.prepare(copy.deepcopy(stock))
             else:
                 only_evaluate[name] = peer
+        coverage = resnet_fused.report(bench.models[peers.OURS])
+        report.provenance["fused"] = f"{coverage.convolutions} convolutions, {coverage.passes} passes"
         with bar.part("equality on photographs") as progress:
             bench.equality(progress)
         with bar.part("training step") as progress:

@@ -10,7 +10,7 @@
 
 #include "../checks/conv1x1_dgrad.h"
 #include "coefficients.h"
-#include "conv1x1_backward.h"
+#include "conv1x1_gradients.h"
 
 namespace resnet_fused::cpu {
 namespace {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../checks/conv1x1_wgrad.h"
-#include "conv1x1_backward.h"
+#include "conv1x1_gradients.h"
 
 namespace resnet_fused::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // See conv1x1_backward.h.
-#include "conv1x1_backward.h"
+#include "conv1x1_gradients.h"
 
 #include <bit>
 #include <string_view>

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..steps import Conv, Pool
-from . import proven
+from . import drop_paths, proven
 
 _PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
 
@@ -49,7 +49,8 @@ def why_not_conv(conv: nn.Module) -> str:
 def why_not_passed(module: nn.Module) -> str:
     """Why `module`, an activation, container or drop path, may not be bypassed; empty if it may."""
     cls = type(module)
-    return proven.why_changed(module, cls if cls in _PASSED else None)
+    reason = proven.why_changed(module, cls if cls in _PASSED else None)
+    return reason or (drop_paths.why_not(module) if drop_paths.is_one(module) else "")
 
 
 def why_not_pool(pool: nn.Module) -> str:

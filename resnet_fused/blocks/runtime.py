@@ -22,7 +22,7 @@ from ..steps.layout import Placed, arrived, behind, left
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
-from . import norms, ready
+from . import drop_paths, norms, ready
 from .kept_evaluation import evaluate, takes
 from .site import Site
 
@@ -117,26 +117,11 @@ def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None) -> Tenso
 
 
 def draw(site: Site, x: Tensor) -> Tensor | None:
-    """The per-sample factor of timm's drop path in `site`, if it has one: its random call, its scaling."""
-    return None if site.drop_path is None else drawn(site.drop_path, x)
-
-
-def draws(drop: torch.nn.Module | None) -> bool:
-    """Whether timm's drop path `drop` does anything."""
-    return drop is not None and drop.drop_prob != 0.0 and drop.training
-
-
-def drawn(drop: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """The per-sample factor of timm's drop path `drop`, ``[N]``; None where it does nothing."""
-    if not draws(drop):
+    """The factor for each sample of the drop path in `site`, if it has one, in the dtype that its branch has."""
+    if site.drop_path is None:
         return None
-    keep, dtype = 1 - drop.drop_prob, x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    factor = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
-    if keep > 0.0 and drop.scale_by_keep:
-        factor.div_(keep)
-    return factor.view(-1)
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return drop_paths.drawn(site.drop_path, x, torch.get_autocast_dtype(x.device.type) if casts else x.dtype)
 
 
 def called(site: Site, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from ..blocks import norms, proven
+from ..blocks import drop_paths, norms
 from ..blocks.layers import why_not_conv
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
@@ -39,8 +39,8 @@ class Nodes:
         return type(self.module(node)) is nn.ReLU or (node is not None and called(node) in ("relu", "relu_"))
 
     def is_drop_path(self, node: fx.Node | None) -> bool:
-        """timm's DropPath, whose random call this package repeats."""
-        return proven.kind(self.module(node)) in proven.DROP_PATHS
+        """A drop path whose random call this package repeats."""
+        return drop_paths.is_one(self.module(node))
 
     @staticmethod
     def only_reader(node: fx.Node) -> fx.Node | None:

@@ -8,7 +8,7 @@ from torch.nn.modules import module as torch_module
 from ..steps import Conv, Pool
 from . import drop_paths, proven
 
-_PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
+_PASSED = (nn.ReLU, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d)  # by their exact class, or DropPath
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

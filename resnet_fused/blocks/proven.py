@@ -49,13 +49,20 @@ _FUNCTIONS = tuple(
     (place, name, getattr(place, name))
     for place, name in (
         (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "max_pool2d"), (torch, "relu"), (torch, "relu_"),
-        (torch, "batch_norm"),
+        (torch, "batch_norm"), (F, "dropout"), (F, "dropout2d"),
     )
 )  # fmt: skip
 
 #: Modules that call them by way of this name.
 _CALLERS = tuple(
-    (place, "F", F) for place in (nn.modules.conv, nn.modules.batchnorm, nn.modules.activation, nn.modules.pooling)
+    (place, "F", F)
+    for place in (
+        nn.modules.conv,
+        nn.modules.batchnorm,
+        nn.modules.activation,
+        nn.modules.pooling,
+        nn.modules.dropout,
+    )
 )
 
 _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)

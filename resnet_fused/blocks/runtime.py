@@ -163,6 +163,8 @@ def _output(
     last = call.program.nodes[-1]
     apart = isinstance(last, Pooling) and not (last.pool and _pools(call, last.pool))
     shapes = None if apart else call.shapes()
+    if _adds_outside(call.program) and not _joins(call, given, shapes):
+        return None
     if apart or (_may_stand_apart(call.program) and not _joins(call, given, shapes)):
         out = _output(site, _before_last(call), given, dtype)
         return None if out is None else _last(site, call, given, out)
@@ -191,6 +193,12 @@ def _may_stand_apart(program: Program) -> bool:
     last = program.nodes[-1]
     adds_input = isinstance(last, Addition) and last.other < program.inputs
     return adds_input and last.branch == program.output - 1 and program.is_affine(last.branch)
+
+
+def _adds_outside(program: Program) -> bool:
+    """Whether the last node adds a residual from outside to a convolution, which is no program by itself."""
+    last = program.nodes[-1]
+    return program.inputs > 1 and isinstance(last, Addition) and isinstance(program.maker(last.branch), Convolution)
 
 
 def _joins(call: Call, given: Tensor, shapes: list[torch.Size]) -> bool:

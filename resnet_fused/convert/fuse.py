@@ -85,30 +85,35 @@ def fuse(
     return model
 
 
-def _form(module: nn.Module) -> tuple[Form, list[str]]:
+def _forms(module: nn.Module) -> tuple[tuple[Form, ...], list[str]]:
     """What the stock forward of `module`, fused or not, can run as, and why parts of it stay stock.
+
+    The first of several that may run is to; with dropout that is another one while it does nothing.
 
     Raises:
         Untraceable: as nothing of ours, or nobody can tell.
     """
-    form, reasons = build(module, trace(module, swap.stock_class(module)))
+    graph = trace(module, swap.stock_class(module))
+    form, reasons = build(module, graph)
+    quiet, _ = build(module, graph, quiet=True)
+    forms = tuple(one for one in (quiet if quiet and quiet.quiet else None, form) if one is not None)
     reasons = list(dict.fromkeys(reasons))
-    if form is None:
+    if not forms:
         raise Untraceable("; ".join(reasons))
-    return form, reasons
+    return forms, reasons
 
 
 def _fuse_one(module: nn.Module, backend: str, precision: str | None) -> str:
     """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
-        form, reasons = _form(module)
+        forms, reasons = _forms(module)
     except Untraceable as error:
         swap.remove(module)
         return str(error)
     before = module.__dict__.get(swap.STATE)
     state = FusedState(
-        form=form,
+        forms=forms,
         traced=state_of(module, names_read(module, cls)),
         code=fingerprint(cls.forward),
         backend=backend,
@@ -136,7 +141,7 @@ def _why_left(module: nn.Module) -> str | None:
     if not _is_candidate(module):
         return None
     try:
-        _form(module)
+        _forms(module)
     except Untraceable as error:
         return str(error)
     return "fuse() was not called on it"

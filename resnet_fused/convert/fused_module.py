@@ -23,6 +23,7 @@ from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_
 from ..steps.gate import Gated
 from ..steps.layout import Placed, arrived, left
 from . import as_stock, gates, swap
+from .dropouts import TRAINING, are_quiet
 from .instructions import OUTDATED, Form, GateCall, GatedSum, Ref, ShapeCall, StockCall, resolve
 from .order import module_effect
 from .outside import Outside, globals_reader
@@ -60,7 +61,7 @@ def is_stock_forced() -> bool:
 class FusedState:
     """What a fused module carries; plain data, so that it copies and pickles."""
 
-    form: Form
+    forms: tuple[Form, ...]  # the first whose dropouts are quiet runs
     traced: tuple  # what the forward reads of the block, see trace.state_of
     code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
@@ -122,7 +123,9 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     """What `block` can run fused now; None, and why, where it is nothing."""
     if not runs_as_traced(block, state):
         return None, "its forward, or what it reads, was changed after fuse(); call fuse() again"
-    form = state.form
+    form = next((form for form in state.forms if are_quiet(block, form.quiet)), None)
+    if form is None:
+        return None, "a dropout that draws, around which nothing is fused"
     sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision)
     reason = _form_obstacle(block, form, sites)
     return None if reason else Running(block, form, sites), reason
@@ -161,7 +164,7 @@ def run_form(running: Running, x: Tensor | Placed) -> object:
     if form.is_whole:
         out = runtime.run_site(sites[0], placed(x), just_asked=True)
         return swap.stock_class(block).forward(block, left(x)) if out is None else out
-    values, remaining = {form.input: _as_others_see(x)}, iter(sites)
+    values, remaining = {form.input: _as_others_see(x), TRAINING: block.training}, iter(sites)
     for call in form.calls:
         if isinstance(call, StockCall):
             values[call.output] = _run_stock(block, call, values)

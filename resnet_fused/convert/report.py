@@ -164,7 +164,7 @@ def _runs_itself(module: nn.Module) -> set[str]:
     state = module.__dict__[STATE]
     if isinstance(module, FusedStem):
         return {name for stem in state.stems for name in stem[:3]}
-    return state.form.stood_in
+    return set().union(*(form.stood_in for form in state.forms))
 
 
 _Read = tuple[str, str, Share, Share]  # what is fused, why something is not, convolutions, passes
@@ -191,7 +191,7 @@ def _read_form(module: FusedModule, own: dict[str, nn.Module]) -> _Read:
             running, reason = choose(module, state)
     except Exception as error:  # users put anything in the place of a child; its next call fails as this does
         running, reason = None, f"a child {CHANGED} ({type(error).__name__}: {error})"
-    convolutions, passes = of_form(own, state.form)
+    convolutions, passes = of_form(own, state.forms[-1] if running is None else running.form)
     if running is None:
         return "", reason, convolutions._replace(fused=0), passes._replace(fused=0)
     reasons = [*state.reasons, *gates.obstacles(module, running.form)]

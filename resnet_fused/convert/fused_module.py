@@ -18,6 +18,7 @@ from torch import nn
 
 from ..backends import current
 from ..blocks import runtime
+from ..blocks.by_modules import called
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
 from ..steps.gate import Gated
@@ -67,6 +68,7 @@ class FusedState:
     backend: str
     outside: Outside  # what the forward reads outside of the block
     precision: str = "default"
+    drop_path: str = "all"  # which samples a branch with a drop path runs on, see blocks.survivors
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
     def __setstate__(self, state: dict) -> None:
@@ -126,7 +128,7 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     form = next((form for form in state.forms if are_quiet(block, form.quiet)), None)
     if form is None:
         return None, "a dropout that draws, around which nothing is fused"
-    sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision)
+    sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision, state.drop_path == "survivors")
     reason = _form_obstacle(block, form, sites)
     return None if reason else Running(block, form, sites), reason
 
@@ -204,7 +206,7 @@ def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object
     residual = others[0].value if others else None
     out = None if value_obstacle(h.value, site) else runtime.run_site(site, h, residual)
     if out is None:
-        return runtime.called(site, *(resolve(Ref(name), values) for name in call.inputs))
+        return called(site, *(resolve(Ref(name), values) for name in call.inputs))
     return out
 
 

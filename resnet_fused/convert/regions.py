@@ -59,6 +59,8 @@ class _Builder:
         if shape is not None:
             self._note_between(taken)
             self._take(taken, shape, source)
+        elif not any(isinstance(self.nodes.module(node), nn.Conv2d) for node in inside):
+            self.ended = {node: reason for node, reason in self.ended.items() if node not in inside}
 
     def take_whole(self) -> bool:
         """Take all of the block as one program; whether it is one."""

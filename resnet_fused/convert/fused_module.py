@@ -225,6 +225,8 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
 
     `running`: what it runs, if that was just found.
     """
+    if torch.compiler.is_compiling() and _on_survivors(block):
+        return _outside_graphs(block, x, stock, running)
     value = x.value if isinstance(x, Placed) else x
     plain = value is x or x.channels_last or value.is_contiguous()  # stock takes it as it lies, without a copy
     if plain and as_stock.is_known(block, value):
@@ -237,6 +239,15 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
     if plain:
         as_stock.note(block, running.sites, value, before)
     return out
+
+
+def _on_survivors(block: nn.Module) -> bool:
+    """Whether how many samples a block's branch runs on is known at the call only."""
+    return getattr(block.__dict__.get(STATE), "drop_path", "all") == "survivors"
+
+
+#: For a block between two graphs: how many samples survive decides what runs.
+_outside_graphs = torch.compiler.disable(run_block)
 
 
 class FusedModule(swap.Swapped):

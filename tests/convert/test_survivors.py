@@ -212,3 +212,14 @@ def test_a_network_learns_in_the_mode():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_a_graph_breaks_at_such_a_block():
+    stock, x = block_of(BasicBlock)
+    fused = resnet_fused.fuse(copy.deepcopy(stock), drop_path="survivors")
+    torch.manual_seed(0)
+    want = copy.deepcopy(fused)(x)
+    torch.manual_seed(0)
+    assert torch.equal(torch.compile(fused, backend="eager")(x), want)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(copy.deepcopy(fused), backend="eager", fullgraph=True)(x)

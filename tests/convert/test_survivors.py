@@ -221,5 +221,6 @@ def test_a_graph_breaks_at_such_a_block():
     want = copy.deepcopy(fused)(x)
     torch.manual_seed(0)
     assert torch.equal(torch.compile(fused, backend="eager")(x), want)
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         torch.compile(copy.deepcopy(fused), backend="eager", fullgraph=True)(x)

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..steps import Conv, Pool
-from . import proven
+from . import drop_paths, proven
 
-_PASSED = (nn.ReLU, nn.Identity, nn.Sequential)  # by their exact class, or DropPath
+_PASSED = (nn.ReLU, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d)  # by their exact class, or DropPath
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -49,7 +49,8 @@ def why_not_conv(conv: nn.Module) -> str:
 def why_not_passed(module: nn.Module) -> str:
     """Why `module`, an activation, container or drop path, may not be bypassed; empty if it may."""
     cls = type(module)
-    return proven.why_changed(module, cls if cls in _PASSED else None)
+    reason = proven.why_changed(module, cls if cls in _PASSED else None)
+    return reason or (drop_paths.why_not(module) if drop_paths.is_one(module) else "")
 
 
 def why_not_pool(pool: nn.Module) -> str:

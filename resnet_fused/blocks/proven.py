@@ -49,13 +49,20 @@ _FUNCTIONS = tuple(
     (place, name, getattr(place, name))
     for place, name in (
         (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "max_pool2d"), (torch, "relu"), (torch, "relu_"),
-        (torch, "batch_norm"),
+        (torch, "batch_norm"), (F, "dropout"), (F, "dropout2d"),
     )
 )  # fmt: skip
 
 #: Modules that call them by way of this name.
 _CALLERS = tuple(
-    (place, "F", F) for place in (nn.modules.conv, nn.modules.batchnorm, nn.modules.activation, nn.modules.pooling)
+    (place, "F", F)
+    for place in (
+        nn.modules.conv,
+        nn.modules.batchnorm,
+        nn.modules.activation,
+        nn.modules.pooling,
+        nn.modules.dropout,
+    )
 )
 
 _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
@@ -63,7 +70,11 @@ _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
 #: Classes elsewhere that are known by name, so that nothing is imported for them.
 FROZEN_NORMS = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
 ACTIVATED_NORMS = (("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
-DROP_PATHS = (("timm.layers.drop", "DropPath"),)
+DROP_PATHS = (
+    ("timm.layers.drop", "DropPath"),
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"),
+    ("resnet_fused.models.stochastic_depth", "StochasticDepth"),
+)
 #: Classes whose modules make a new tensor from their argument, or write to it where ``inplace`` is true.
 FRESH = (
     nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
@@ -79,6 +90,7 @@ class _Known:
 
     def __init__(self, cls: type, *own: str) -> None:
         self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *CALL, *own))
+        self.called: tuple[tuple[dict, str, object], ...] = ()  # by a drop path's forward, in its own module
         self.exchanged = tuple(name for name, method in self.methods if name != "forward" and not _is_torchs(method))
         self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
 
@@ -115,6 +127,13 @@ def functions_exchanged() -> bool:
     return _EXCHANGED_BEFORE or exchanged(_CALLERS) or exchanged(_FUNCTIONS)
 
 
+def _called_by(forward: types.FunctionType) -> list[tuple[dict, str, types.FunctionType]]:
+    """The functions among the globals that `forward` reads: where each is found, its name there, what it is."""
+    places = forward.__globals__
+    named = [name for name in forward.__code__.co_names if isinstance(places.get(name), types.FunctionType)]
+    return [(places, name, places[name]) for name in named]
+
+
 def _look_at(cls: type, base: type | None) -> str:
     """Why instances of `cls`, met for the first time, may not run as `base`, or as the class of that name."""
     if torch.compiler.is_compiling():
@@ -126,7 +145,13 @@ def _look_at(cls: type, base: type | None) -> str:
             return f"{cls.__name__}.forward was replaced"
         if any(getattr(cls, name) is not getattr(nn.Module, name) for name in CALL):
             return f"{cls.__name__} is called in its own way"
-        _looked_at[cls] = _Known(cls)
+        known = _Known(cls)
+        if (cls.__module__, cls.__qualname__) in DROP_PATHS:
+            known.called = tuple(_called_by(forward))
+            for _, name, function in known.called:
+                if (function.__module__, function.__qualname__) != (cls.__module__, name):
+                    return f"{name}, which {cls.__name__} calls, was replaced"
+        _looked_at[cls] = known
         return ""
     for derived in cls.__mro__[: cls.__mro__.index(base)]:
         changed = sorted(_PROTECTED[base].intersection(vars(derived)))
@@ -164,6 +189,9 @@ def why_changed(module: nn.Module, base: type | None = None) -> str:
     for name, method in known.methods:
         if getattr(cls, name) is not method:
             return f"{cls.__name__}.{name} was replaced"
+    for place, name, function in () if torch.compiler.is_compiling() else known.called:
+        if place.get(name) is not function:
+            return f"{name}, which {cls.__name__} calls, was replaced"
     if known.hidden.isdisjoint(module.__dict__):
         return ""
     return f"{', '.join(known.hidden.intersection(module.__dict__))} of its {cls.__name__} was replaced"

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import bounds, current, precision
 from ..plan import choose, lower_evaluation
@@ -22,7 +23,8 @@ from ..steps.layout import Placed, arrived, behind, left
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
-from . import norms, ready
+from . import drop_paths, ready, survivors
+from .by_modules import add, called, draw
 from .kept_evaluation import evaluate, takes
 from .site import Site
 
@@ -78,13 +80,17 @@ def _with(program: Program, settings: tuple, *who: str) -> Program:
     return Program(tuple(nodes), program.inputs, *who)
 
 
-def run_site(site: Site, x: Placed, residual: Tensor | None = None, just_asked: bool = False) -> Placed | None:
+def run_site(
+    site: Site, x: Placed, residual: Tensor | None = None, just_asked: bool = False, factor: Tensor | None = None
+) -> Placed | None:
     """The program of `site` on `x`, in whatever layout it gives; nothing was found against it.
 
-    `just_asked`: for obstacles, and no module has run since. None: stock's operations are to run; nothing was moved
-    or drawn.
+    `just_asked`: for obstacles, and no module has run since. `factor`: what a drop path drew. None: stock's operations
+    are to run; nothing was moved or drawn.
     """
-    form = ready.form_of(site, x, residual, just_asked)
+    if site.survivors and factor is None and (out := _on_survivors(site, x, residual)) is not None:
+        return out
+    form = None if factor is not None else ready.form_of(site, x, residual, just_asked)
     if form is not None and form in site.kept.unchanged.ready:
         count_fused()
         return site.kept.unchanged.ready[form](x, residual)
@@ -98,14 +104,14 @@ def run_site(site: Site, x: Placed, residual: Tensor | None = None, just_asked: 
             return None  # stock casts for convolutions alone
     if refuses_inference_tensors(tensors):
         return None
-    factor = draw(site, given)
+    given_factor, factor = factor, draw(site, given) if factor is None else factor
     with scope:
         call = Call(program, given if dtype is None else given.to(dtype), tensors, residual, factor)
         known = call.x is x.value and program.inputs == 1 and not torch.compiler.is_compiling()
         handed = Handed(x.moments, x.owned, x.into) if known else None
         out = _output(site, call, given, dtype, handed, form)
     if out is None:
-        return None if factor is None else arrived(called(site, left(x), residual, factor))
+        return None if factor is given_factor else arrived(called(site, left(x), residual, factor))
     made = behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
     return made if handed is None else made._replace(moments=handed.leaving, owned=not out.requires_grad)
 
@@ -116,49 +122,21 @@ def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None) -> Tenso
     return called(site, x, residual) if out is None else left(out)
 
 
-def draw(site: Site, x: Tensor) -> Tensor | None:
-    """The per-sample factor of timm's drop path in `site`, if it has one: its random call, its scaling."""
-    return None if site.drop_path is None else drawn(site.drop_path, x)
+def _on_survivors(site: Site, x: Placed, residual: Tensor | None) -> Placed | None:
+    """The output of `site` with its branch run on surviving samples; None where it runs on all, and nothing is drawn.
 
-
-def draws(drop: torch.nn.Module | None) -> bool:
-    """Whether timm's drop path `drop` does anything."""
-    return drop is not None and drop.drop_prob != 0.0 and drop.training
-
-
-def drawn(drop: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """The per-sample factor of timm's drop path `drop`, ``[N]``; None where it does nothing."""
-    if not draws(drop):
+    Where all survive, there is nothing to gather.
+    """
+    parts, given = survivors.parts_of(site), x.value
+    every = residual is None or (residual.dim() == 4 and residual.shape[0] == given.shape[0])
+    if parts is None or not every or isinstance(given, FakeTensor) or not drop_paths.draws(site.drop_path):
         return None
-    keep, dtype = 1 - drop.drop_prob, x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    factor = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
-    if keep > 0.0 and drop.scale_by_keep:
-        factor.div_(keep)
-    return factor.view(-1)
-
-
-def called(site: Site, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """The output of `site` by calling its modules, as its block's forward does; `factor`: that was drawn already."""
-    shape, values = site.shape, [x] if site.shape.program.inputs == 1 else [x, residual]
-    if factor is None:
-        factor = draw(site, x)
-    for node, module in zip(shape.program.nodes, site.modules, strict=True):
-        h = values[node.reads[0]]
-        y = _add(node, h, values[node.other], factor, shape.inplace_add) if module is None else module(h)
-        activated = isinstance(node, Normalisation) and norms.activation_of(module) is not None
-        clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
-        values.append(torch.relu_(y) if clamps else y)
-    return values[-1]
-
-
-def _add(node: Addition, branch: Tensor, other: Tensor, factor: Tensor | None, inplace: bool) -> Tensor:
-    if node.sampled and factor is not None:
-        branch = branch * factor.to(branch.dtype).view(-1, 1, 1, 1)
-    if inplace:
-        return branch.add_(other)  # where the result is of another dtype or shape, this raises
-    return other + branch if node.other_first else branch + other
+    factor = draw(site, given)
+    count_fused()
+    if factor.count_nonzero() < factor.numel():
+        return survivors.output(site, parts, x, residual, factor, run_site)
+    out = run_site(site, x, residual, factor=factor)
+    return arrived(called(site, left(x), residual, factor)) if out is None else out
 
 
 def _output(
@@ -178,6 +156,8 @@ def _output(
     last = call.program.nodes[-1]
     apart = isinstance(last, Pooling) and not (last.pool and _pools(call, last.pool))
     shapes = None if apart else call.shapes()
+    if _adds_outside(call.program) and not _joins(call, given, shapes):
+        return None
     if apart or (_may_stand_apart(call.program) and not _joins(call, given, shapes)):
         out = _output(site, _before_last(call), given, dtype)
         return None if out is None else _last(site, call, given, out)
@@ -206,6 +186,12 @@ def _may_stand_apart(program: Program) -> bool:
     last = program.nodes[-1]
     adds_input = isinstance(last, Addition) and last.other < program.inputs
     return adds_input and last.branch == program.output - 1 and program.is_affine(last.branch)
+
+
+def _adds_outside(program: Program) -> bool:
+    """Whether the last node adds a residual from outside to a convolution, which is no program by itself."""
+    last = program.nodes[-1]
+    return program.inputs > 1 and isinstance(last, Addition) and isinstance(program.maker(last.branch), Convolution)
 
 
 def _joins(call: Call, given: Tensor, shapes: list[torch.Size]) -> bool:
@@ -238,7 +224,7 @@ def _last(site: Site, call: Call, given: Tensor, y: Tensor) -> Tensor:
     last = call.program.nodes[-1]
     if isinstance(last, Pooling):
         return site.modules[-1](y)
-    y = _add(last, y, call.residual if last.other else given, None, site.shape.inplace_add)
+    y = add(last, y, call.residual if last.other else given, None, site.shape.inplace_add)
     return torch.relu(y) if last.relu else y
 
 

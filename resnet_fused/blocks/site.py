@@ -53,6 +53,9 @@ class Site:
     backend: str = "auto"
     precision: str = "default"
     kept: Kept | None = dataclasses.field(default=None, repr=False)  # None: nothing is kept, while a graph is traced
+    survivors: bool = False  # whether a branch that a drop path drops runs on the samples alone that survive
+    #: Of a site that does, see :mod:`.survivors`: in a tuple, once it was looked for.
+    parts: tuple | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         #: All nodes and their modules, and those that have one.
@@ -105,10 +108,11 @@ def find(block: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
-def _site(block: nn.Module, shape: Shape, *settings: str) -> Site:
+def _site(block: nn.Module, shape: Shape, backend: str, precision: str, survivors: bool) -> Site:
     modules = tuple(find(block, name) if name else None for name in shape.names)
     bypassed = tuple(find(block, name) for name, _ in shape.bypassed)
-    return Site(shape, modules, bypassed, *settings, None if torch.compiler.is_compiling() else Kept())
+    kept = None if torch.compiler.is_compiling() else Kept()
+    return Site(shape, modules, bypassed, backend, precision, kept, survivors)
 
 
 #: Of each block, by the ids of their shapes: these, the names of what holds modules, whom they held, the sites.
@@ -121,6 +125,7 @@ def sites_in(
     backend: str = "auto",
     names: tuple[str, ...] = (),
     precision: str = "default",
+    survivors: bool = False,
 ) -> list[Site] | None:
     """The sites of `shapes`, the same again until a child was replaced. `names`: of modules that must be there too.
 
@@ -128,21 +133,22 @@ def sites_in(
     """
     looked = None if torch.compiler.is_compiling() else _looked.setdefault(block, {})
     known = looked and looked.get(id(shapes))
-    if known and known[0] is shapes and known[2] == _children(block, known[1], backend, precision):
+    settings = backend, precision, survivors
+    if known and known[0] is shapes and known[2] == _children(block, known[1], settings):
         return known[3]
     wanted = (*names, *(name for shape in shapes for name in shape.modules))
     sites = None
     if all(find(block, name) is not None for name in wanted):
-        sites = [_site(block, shape, backend, precision) for shape in shapes]
+        sites = [_site(block, shape, *settings) for shape in shapes]
     if looked is not None:
         if len(looked) >= KEPT:  # of forms that nobody has any more
             looked.clear()
         parents = tuple(sorted({name.rpartition(".")[0] for name in wanted} - {""}))
-        looked[id(shapes)] = shapes, parents, _children(block, parents, backend, precision), sites
+        looked[id(shapes)] = shapes, parents, _children(block, parents, settings), sites
     return sites
 
 
-def _children(block: nn.Module, parents: tuple[str, ...], *settings: str) -> list:
+def _children(block: nn.Module, parents: tuple[str, ...], settings: tuple) -> list:
     found = [*settings, *map(id, block._modules.values())]
     for name in parents:
         holder = find(block, name)

@@ -107,6 +107,8 @@ def note(module: nn.Module, sites: Sequence[Site], x: object, before: int, part:
     """Note that `module`, whose programs are `sites`, ran on `x`, if none of them ran fused since `before`."""
     if torch.compiler.is_compiling() or runtime.fused_programs() != before or type(x) is not torch.Tensor:
         return
+    if any(site.survivors and site.drop_path is not None for site in sites):
+        return  # where its drop path draws, it runs on other samples than stock's forward does
     kept = _current(module)
     if kept is None or len(kept.keys) >= _LIMIT:
         parameters = tuple(conv._parameters for site in sites for conv in site.convolutions)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..backends import check_name
 from ..backends.precision import check_word
-from ..blocks import norms
+from ..blocks import norms, survivors
 from . import swap
 from .fused_module import FusedState, fused_class
 from .instructions import Form
@@ -36,6 +36,7 @@ def fuse(
     filter_fn: FilterFn | None = None,
     backend: str = "auto",
     precision: str | None = None,
+    drop_path: str | None = None,
     strict: bool = False,
 ) -> nn.Module:
     """Fuse the residual blocks (and conv-BN-ReLU chains) of `model`, in place.
@@ -52,6 +53,13 @@ def fuse(
         backend: who runs the ops, "auto" or a name of :func:`resnet_fused.use`.
         precision: how exact float32 convolutions on CPUs are, "default" or "fast", see :func:`resnet_fused.precision`;
             None: as fused before, else "default".
+        drop_path: which samples a block's branch runs on in training where stochastic depth drops some (timm's
+            DropPath, torchvision's StochasticDepth and ours): "all", as stock, or "survivors". **The latter changes
+            batch statistics**: norms within the branch see and follow the surviving samples only, and where none
+            survives its parameters' gradients are zeros and nothing in it runs. It makes stock's random draws, takes
+            less time the more is dropped, waits for the GPU once a block to learn how many survive, and raises stock's
+            error where a norm is left with one value a channel. A block that runs its stock forward (hooks, ...), or
+            whose row in :func:`report` says so, runs on all. None: as fused before, else "all".
         strict: raise instead of warn when there is nothing to fuse.
 
     Returns:
@@ -59,19 +67,20 @@ def fuse(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: unknown `backend` or `precision`; or nothing to fuse, with `strict`.
+        ValueError: unknown `backend`, `precision` or `drop_path`; or nothing to fuse, with `strict`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     check_word("default" if precision is None else precision)
+    survivors.check_word("all" if drop_path is None else drop_path)
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in outermost(model):
         if filter_fn is not None and not filter_fn(name, module):
             left_out.add(name)
         elif _is_candidate(module):
-            reason = _fuse_one(module, backend, precision)
+            reason = _fuse_one(module, backend, precision, drop_path)
             if reason and fuse_stem(module, backend, precision):
                 left[id(module)] = reason
     for module in list(model.modules()):
@@ -85,34 +94,40 @@ def fuse(
     return model
 
 
-def _form(module: nn.Module) -> tuple[Form, list[str]]:
+def _forms(module: nn.Module) -> tuple[tuple[Form, ...], list[str]]:
     """What the stock forward of `module`, fused or not, can run as, and why parts of it stay stock.
+
+    The first of several that may run is to; with dropout that is another one while it does nothing.
 
     Raises:
         Untraceable: as nothing of ours, or nobody can tell.
     """
-    form, reasons = build(module, trace(module, swap.stock_class(module)))
+    graph = trace(module, swap.stock_class(module))
+    form, reasons = build(module, graph)
+    quiet, _ = build(module, graph, quiet=True)
+    forms = tuple(one for one in (quiet if quiet and quiet.quiet else None, form) if one is not None)
     reasons = list(dict.fromkeys(reasons))
-    if form is None:
+    if not forms:
         raise Untraceable("; ".join(reasons))
-    return form, reasons
+    return forms, reasons
 
 
-def _fuse_one(module: nn.Module, backend: str, precision: str | None) -> str:
+def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path: str | None) -> str:
     """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
-        form, reasons = _form(module)
+        forms, reasons = _forms(module)
     except Untraceable as error:
         swap.remove(module)
         return str(error)
     before = module.__dict__.get(swap.STATE)
     state = FusedState(
-        form=form,
+        forms=forms,
         traced=state_of(module, names_read(module, cls)),
         code=fingerprint(cls.forward),
         backend=backend,
         precision=precision or getattr(before, "precision", "default"),
+        drop_path=drop_path or getattr(before, "drop_path", "all"),
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )
@@ -136,7 +151,7 @@ def _why_left(module: nn.Module) -> str | None:
     if not _is_candidate(module):
         return None
     try:
-        _form(module)
+        _forms(module)
     except Untraceable as error:
         return str(error)
     return "fuse() was not called on it"

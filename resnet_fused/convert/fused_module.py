@@ -18,11 +18,13 @@ from torch import nn
 
 from ..backends import current
 from ..blocks import runtime
+from ..blocks.by_modules import called
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
 from ..steps.gate import Gated
 from ..steps.layout import Placed, arrived, left
 from . import as_stock, gates, swap
+from .dropouts import TRAINING, are_quiet
 from .instructions import OUTDATED, Form, GateCall, GatedSum, Ref, ShapeCall, StockCall, resolve
 from .order import module_effect
 from .outside import Outside, globals_reader
@@ -60,12 +62,13 @@ def is_stock_forced() -> bool:
 class FusedState:
     """What a fused module carries; plain data, so that it copies and pickles."""
 
-    form: Form
+    forms: tuple[Form, ...]  # the first whose dropouts are quiet runs
     traced: tuple  # what the forward reads of the block, see trace.state_of
     code: str  # of the forward that was traced, see trace.fingerprint
     backend: str
     outside: Outside  # what the forward reads outside of the block
     precision: str = "default"
+    drop_path: str = "all"  # which samples a branch with a drop path runs on, see blocks.survivors
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
     def __setstate__(self, state: dict) -> None:
@@ -122,8 +125,10 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     """What `block` can run fused now; None, and why, where it is nothing."""
     if not runs_as_traced(block, state):
         return None, "its forward, or what it reads, was changed after fuse(); call fuse() again"
-    form = state.form
-    sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision)
+    form = next((form for form in state.forms if are_quiet(block, form.quiet)), None)
+    if form is None:
+        return None, "a dropout that draws, around which nothing is fused"
+    sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision, state.drop_path == "survivors")
     reason = _form_obstacle(block, form, sites)
     return None if reason else Running(block, form, sites), reason
 
@@ -161,7 +166,7 @@ def run_form(running: Running, x: Tensor | Placed) -> object:
     if form.is_whole:
         out = runtime.run_site(sites[0], placed(x), just_asked=True)
         return swap.stock_class(block).forward(block, left(x)) if out is None else out
-    values, remaining = {form.input: _as_others_see(x)}, iter(sites)
+    values, remaining = {form.input: _as_others_see(x), TRAINING: block.training}, iter(sites)
     for call in form.calls:
         if isinstance(call, StockCall):
             values[call.output] = _run_stock(block, call, values)
@@ -201,7 +206,7 @@ def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object
     residual = others[0].value if others else None
     out = None if value_obstacle(h.value, site) else runtime.run_site(site, h, residual)
     if out is None:
-        return runtime.called(site, *(resolve(Ref(name), values) for name in call.inputs))
+        return called(site, *(resolve(Ref(name), values) for name in call.inputs))
     return out
 
 
@@ -220,6 +225,8 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
 
     `running`: what it runs, if that was just found.
     """
+    if torch.compiler.is_compiling() and _on_survivors(block):
+        return _outside_graphs(block, x, stock, running)
     value = x.value if isinstance(x, Placed) else x
     plain = value is x or x.channels_last or value.is_contiguous()  # stock takes it as it lies, without a copy
     if plain and as_stock.is_known(block, value):
@@ -232,6 +239,15 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
     if plain:
         as_stock.note(block, running.sites, value, before)
     return out
+
+
+def _on_survivors(block: nn.Module) -> bool:
+    """Whether how many samples a block's branch runs on is known at the call only."""
+    return getattr(block.__dict__.get(STATE), "drop_path", "all") == "survivors"
+
+
+#: For a block between two graphs: how many samples survive decides what runs.
+_outside_graphs = torch.compiler.disable(run_block)
 
 
 class FusedModule(swap.Swapped):

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from ..blocks import proven
+from ..blocks import drop_paths, proven
 from ..blocks.inputs import is_plain
-from ..blocks.layers import hooked
-from ..blocks.runtime import drawn
+from ..blocks.layers import hooked, why_not_passed
 from ..ops import stat_dtype
 from ..plan import choose, gates
 from ..steps.gate import Gated, gate, squeeze
@@ -202,7 +201,7 @@ def _sum_obstacle(block: nn.Module, call: GatedSum) -> str:
         if stock.op == "call_module":
             module = block.get_submodule(stock.target)
             if stock.target == call.drop_path:
-                if proven.kind(module) not in proven.DROP_PATHS or proven.why_changed(module) or hooked(module):
+                if not drop_paths.is_one(module) or why_not_passed(module) or hooked(module):
                     return f"{stock.target} was changed after fuse(), or has hooks"
             elif type(module) is not nn.ReLU or proven.why_changed(module, nn.ReLU) or hooked(module):
                 return f"{stock.target} was changed after fuse(), or has hooks"
@@ -221,7 +220,7 @@ def run_sum(block: nn.Module, call: GatedSum, gated: object, other: object) -> P
     if t is None or not is_plain(t) or (t.shape, t.dtype, t.device) != (y.shape, y.dtype, y.device):
         return None
     choose.tell("gate with sum, ReLU" if call.relu else "gate with sum")
-    sampled = drawn(block.get_submodule(call.drop_path), y) if call.drop_path else None
+    sampled = drop_paths.drawn(block.get_submodule(call.drop_path), y, y.dtype) if call.drop_path else None
     if sampled is not None:
         gated = gated._replace(factor=gated.factor * sampled.to(gated.factor.dtype)[:, None])
     return gate(gated, other, call.relu, call.other_first)

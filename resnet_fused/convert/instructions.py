@@ -93,6 +93,7 @@ class Form:
     #: Modules called before a program that they stood in: name, class and effect.
     between: tuple[tuple[str, str, Effect], ...]
     modules: tuple[str, ...]  # names of all that are called or stood in for
+    quiet: tuple[str, ...] = ()  # dropouts that are left out, see dropouts.decided_by: none of them may draw
     shapes: tuple[Shape, ...] = dataclasses.field(init=False)  # the programs among the calls
     first: int | None = dataclasses.field(init=False)  # which of these reads the input, if one does
     is_whole: bool = dataclasses.field(init=False)  # one program and nothing else, with the program's output as it is

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from ..blocks import norms, proven
+from ..blocks import drop_paths, norms
 from ..blocks.layers import why_not_conv
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
 from ..steps import Conv, Norm, Pool
 from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+from .dropouts import decided_by
 from .outside import called
 
 _ADDS = {"add": False, "iadd": True, "add_": True}  # in place or not
@@ -21,8 +22,13 @@ _ADDS = {"add": False, "iadd": True, "add_": True}  # in place or not
 class Nodes:
     """What the nodes of one graph are; of None, nothing."""
 
-    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, block: nn.Module, graph: fx.Graph, quiet: bool = False) -> None:
         self.block, self.graph = block, graph
+        #: Dropouts that do nothing, by the name of what decides that they do not.
+        self.quiet: dict[fx.Node, str] = {}
+        for node in graph.nodes if quiet else ():
+            name = decided_by(node, self.module(node))
+            self.quiet |= {} if name is None else {node: name}
 
     def module(self, node: fx.Node | None) -> nn.Module | None:
         """The module that a node calls with one value."""
@@ -39,8 +45,8 @@ class Nodes:
         return type(self.module(node)) is nn.ReLU or (node is not None and called(node) in ("relu", "relu_"))
 
     def is_drop_path(self, node: fx.Node | None) -> bool:
-        """timm's DropPath, whose random call this package repeats."""
-        return proven.kind(self.module(node)) in proven.DROP_PATHS
+        """A drop path whose random call this package repeats."""
+        return drop_paths.is_one(self.module(node))
 
     @staticmethod
     def only_reader(node: fx.Node) -> fx.Node | None:
@@ -49,7 +55,13 @@ class Nodes:
     def reader_behind(self, node: fx.Node) -> fx.Node | None:
         """The only reader of `node`, behind Identity modules."""
         reader = self.only_reader(node)
-        return self.reader_behind(reader) if type(self.module(reader)) is nn.Identity else reader
+        return self.reader_behind(reader) if self.is_identity(reader) else reader
+
+    def is_identity(self, node: fx.Node | None) -> bool:
+        """Whether a node passes its argument on: an Identity, an empty Sequential, a dropout that does nothing."""
+        module = self.module(node)
+        empty = type(module) is nn.Sequential and not len(module)
+        return empty or type(module) is nn.Identity or node in self.quiet
 
     def kinds(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """Modules by name, with the names of their classes."""
@@ -118,14 +130,14 @@ class Reader:
 
     def _take(self, node: fx.Node) -> None:
         inplace, module = self.read.adds(node), self.read.module(node)
-        identity = type(module) is nn.Identity
+        identity = self.read.is_identity(node)
         if inplace is None and not identity and not self.dropped.isdisjoint(node.all_input_nodes):
             raise NoProgram("a drop path that no addition follows")
         if inplace is not None:
             self._addition(node, inplace)
         elif self.read.is_relu(node):
             self._relu(node)
-        elif module is None:
+        elif module is None and not identity:
             raise NoProgram(f"{getattr(node.target, '__name__', node.target)} in its forward")
         elif node.args[0] not in self.value:
             raise NoProgram(f"an input of {node.name} that is no value of its own")
@@ -197,8 +209,6 @@ class Reader:
             raise NoProgram("an addition in place to what others may read")
         other_first = branch is not node.args[0]
         other = node.args[0] if other_first else node.args[1]
-        if self.value[other] in self.inputs[1:] and isinstance(self._made(branch), Convolution):
-            raise NoProgram("an addition of a convolution to what is made elsewhere, which stock may broadcast")
         self.inplace.add(inplace)
         sampled = branch in self.dropped
         self._make(node, Addition(self.value[branch], self.value[other], False, sampled, other_first))

@@ -20,8 +20,6 @@ from torch import fx, nn
 from ..blocks import proven
 from .outside import called
 
-_DROPOUTS = (nn.Dropout, nn.Dropout2d)  # in evaluation they return their argument
-
 
 class Effect(NamedTuple):
     """What running a node does beside making a value."""
@@ -49,7 +47,7 @@ def module_effect(module: nn.Module) -> Effect:
         return _UNKNOWN
     if cls is nn.Identity:
         return _SHARES
-    if cls in _DROPOUTS:
+    if cls in (nn.Dropout, nn.Dropout2d):  # in evaluation they return their argument
         return Effect(True, bool(module.inplace), True)
     if cls in proven.FRESH or foreign:
         return _WRITES if getattr(module, "inplace", False) else _NONE
@@ -64,6 +62,8 @@ def _effect(block: nn.Module, node: fx.Node) -> Effect:
     if node.op == "call_module":
         return module_effect(block.get_submodule(node.target))
     name = called(node)
+    if name in ("dropout", "dropout2d"):
+        return _UNKNOWN
     if name == "relu" and node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False):
         return _WRITES
     return _EFFECTS.get(name, _UNKNOWN)

@@ -24,6 +24,7 @@ _CALLED = {
     "torch": ("relu", "relu_", "add", "cat", "flatten", "mean", "sigmoid"),
     "torch.nn.functional": (
         *("relu", "relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "sigmoid", "hardsigmoid", "pad"),
+        *("dropout", "dropout2d"),
     ),
 }
 _FUNCTIONS = {

@@ -59,6 +59,8 @@ class _Builder:
         if shape is not None:
             self._note_between(taken)
             self._take(taken, shape, source)
+        elif not any(isinstance(self.nodes.module(node), nn.Conv2d) for node in inside):
+            self.ended = {node: reason for node, reason in self.ended.items() if node not in inside}
 
     def take_whole(self) -> bool:
         """Take all of the block as one program; whether it is one."""
@@ -152,7 +154,8 @@ class _Builder:
         source = next(node.name for node in graph.nodes if node.op == "placeholder")
         result = next(node.args[0] for node in graph.nodes if node.op == "output")
         targets = {node.target for node in graph.nodes if node.op == "call_module"}
-        holders = sorted({target.rpartition(".")[0] for target in targets} - {""})
+        empty = {n.target for n in graph.nodes if type(m := self.nodes.module(n)) is nn.Sequential and not len(m)}
+        holders = sorted(({target.rpartition(".")[0] for target in targets} | empty) - {""})
         taken = {name for call in calls if isinstance(call, ShapeCall) for name in call.shape.modules}
         between = self.nodes.kinds(set(self.between) - taken)
         return Form(
@@ -162,6 +165,7 @@ class _Builder:
             tuple((name, len(block.get_submodule(name))) for name in holders),
             tuple((name, kind, module_effect(block.get_submodule(name))) for name, kind in between),
             tuple(sorted(taken | targets)),
+            tuple(sorted(set(self.nodes.quiet.values()))),
         )
 
     def _calls(self) -> list[ShapeCall | StockCall | GateCall | GatedSum]:
@@ -196,6 +200,17 @@ class _Builder:
         texts += [f"no convolution right before {_listed(lone_norms)}"] if lone_norms else []
         return [", ".join(texts)] if texts else []
 
+    def norms_first(self) -> list[fx.Node]:
+        """Norms behind no convolution, with which a program can begin."""
+
+        def begins(node: fx.Node) -> bool:
+            module = self.nodes.module(node)
+            if module is None or norms.why_not(module):
+                return False
+            return not isinstance(self.nodes.module(node.args[0]), nn.Conv2d)
+
+        return [node for node in self.graph.nodes if begins(node)]
+
     def main_first(self) -> list[fx.Node]:
         """Convolutions, those followed by a ReLU first: the main branch finds its projection, not the reverse."""
         convs = [node for node in self.graph.nodes if isinstance(self.nodes.module(node), nn.Conv2d)]
@@ -215,12 +230,15 @@ def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def build(block: nn.Module, graph: fx.Graph) -> tuple[Form | None, list[str]]:
-    """The form of a traced block, None where nothing is fusible, and reasons why something that looked so is not."""
-    builder = _Builder(Nodes(block, graph))
+def build(block: nn.Module, graph: fx.Graph, quiet: bool = False) -> tuple[Form | None, list[str]]:
+    """The form of a traced block, None where nothing is fusible, and reasons why something that looked so is not.
+
+    `quiet`: while its dropouts do nothing.
+    """
+    builder = _Builder(Nodes(block, graph, quiet))
     if not builder.take_whole():
         builder.take_gates()
-        for node in builder.main_first():
+        for node in (*builder.norms_first(), *builder.main_first()):
             builder.grow(node)
     form, reasons = builder.form(), builder.reasons()
     if form.shapes:

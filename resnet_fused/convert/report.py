@@ -12,11 +12,14 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import nn
 
+from ..blocks import drop_paths
 from ..blocks.inputs import as_gathered
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..blocks.site import CHANGED, module_obstacle
+from ..blocks.survivors import parts_of
 from . import gates
-from .fused_module import FusedModule, choose
+from .fused_module import FusedModule, Running, choose
+from .instructions import GatedSum, StockCall
 from .shares import Share, convolutions_in, counted, describe, join, of_form, passes_in
 from .stem import FusedStem, stem_site
 from .swap import STATE, is_fused, stock_class
@@ -164,7 +167,7 @@ def _runs_itself(module: nn.Module) -> set[str]:
     state = module.__dict__[STATE]
     if isinstance(module, FusedStem):
         return {name for stem in state.stems for name in stem[:3]}
-    return state.form.stood_in
+    return set().union(*(form.stood_in for form in state.forms))
 
 
 _Read = tuple[str, str, Share, Share]  # what is fused, why something is not, convolutions, passes
@@ -191,11 +194,24 @@ def _read_form(module: FusedModule, own: dict[str, nn.Module]) -> _Read:
             running, reason = choose(module, state)
     except Exception as error:  # users put anything in the place of a child; its next call fails as this does
         running, reason = None, f"a child {CHANGED} ({type(error).__name__}: {error})"
-    convolutions, passes = of_form(own, state.form)
+    convolutions, passes = of_form(own, state.forms[-1] if running is None else running.form)
     if running is None:
         return "", reason, convolutions._replace(fused=0), passes._replace(fused=0)
     reasons = [*state.reasons, *gates.obstacles(module, running.form)]
+    if state.drop_path == "survivors" and (names := _dropped_of_all(running)):
+        reasons.append(f"the branch before {', '.join(names)} runs on all samples")
     return describe(running.form), "; ".join(reasons), convolutions, passes
+
+
+def _dropped_of_all(running: Running) -> list[str]:
+    """The drop paths whose branches cannot run on surviving samples alone."""
+    names = [site.shape.drop_path for site in running.sites if site.drop_path is not None and parts_of(site) is None]
+    for call in running.form.calls:
+        if isinstance(call, GatedSum):
+            names += [call.drop_path] * bool(call.drop_path)
+        elif isinstance(call, StockCall) and call.op == "call_module":
+            names += [call.target] * drop_paths.is_one(running.block.get_submodule(call.target))
+    return names
 
 
 def _read_stems(module: FusedStem, convolutions: int, passes: int) -> _Read:

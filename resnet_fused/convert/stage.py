@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import library
 from ..backends import bounds
-from ..blocks import proven, runtime
+from ..blocks import drop_paths, proven, runtime
 from ..blocks.layers import globally_hooked, hooked
 from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
@@ -89,7 +89,7 @@ def _sizes(entries: list[Running], shape: torch.Size) -> tuple[int, int]:
     largest = weights = 0
     for entry in entries:
         program, tensors = runtime.read(entry.sites[0])
-        if runtime.draws(entry.sites[0].drop_path):
+        if drop_paths.draws(entry.sites[0].drop_path):
             return 0, 0
         if not entry.form.is_whole or program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
             return 0, 0

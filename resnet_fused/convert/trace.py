@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
-from . import outside
+from . import dropouts, outside
 
 #: Instructions that leave something behind, or run code that nobody looked at.
 _REFUSED = (
@@ -166,6 +166,7 @@ def trace(block: nn.Module, cls: type, whole: bool = False) -> fx.Graph:
         raise Untraceable(f"its forward could not be traced ({type(error).__name__})") from error
     finally:
         block.training = was_training
+    dropouts.name_training(*graphs)
     if str(graphs[0]) != str(graphs[1]):
         raise Untraceable("its forward branches on self.training")
     graph = graphs[0]

@@ -112,7 +112,8 @@ def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[i
     main, projections = set(), set()
     for _, terms in joins(call.program):
         branch, *projection = terms.norms
-        if not (terms.sampled and call.sample_factor is not None) and _can_be_main(call, branch, values):
+        sampled = terms.sampled and call.sample_factor is not None  # which convolutions on tensors do not apply
+        if (values or not sampled) and _can_be_main(call, branch, values):
             main.add(branch)
         if branch in main or not values:
             projections.update(norm for norm in projection if not gram_obstacle(call, norm))
@@ -237,8 +238,8 @@ def why(call: Call, shapes: list[torch.Size]) -> str:
     if found is None:
         none_there = choose.value_device(call.program.backend, call.x) is None
         return "no convolution with an epilogue there" if none_there else values_obstacle(call)
-    if call.sample_factor is not None:
-        return "a per-sample factor"
+    if call.sample_factor is not None and not found.values:
+        return "a per-sample factor, which no convolution on tensors applies"
     ends = [terms.branch for _, terms in joins(call.program)]
     if not ends:
         return "no batch norm before a sum"

@@ -88,7 +88,8 @@ class ValueJoin(Join):
         if not b.wanted[norm]:
             return
         if lazy is None:
-            _ValueBranch(b, norm, as_lazy(Pending(g, False, mask=mask)), self.one_pass).backward()
+            grad = as_lazy(Pending(g, False, mask=mask))._replace(sample_factor=factor)
+            _ValueBranch(b, norm, grad, self.one_pass).backward()
             return
         c = coefficients(lazy.bn, *sums, g, b.program.maker(norm).norm, b.backend)
         at_conv = LazyGrad(g, lazy.z, c, lazy.bn, sample_factor=factor, mask=mask)

@@ -70,7 +70,7 @@ AFTERWARDS = {
 
 
 def one_site(model):
-    (site,) = sites_in(model, model.__dict__[STATE].form.shapes, "auto", model.__dict__[STATE].form.modules)
+    (site,) = sites_in(model, model.__dict__[STATE].forms[0].shapes, "auto", model.__dict__[STATE].forms[0].modules)
     return site
 
 

@@ -67,11 +67,12 @@ NEARLY = [
 
 
 @pytest.mark.parametrize("kind", NEARLY)
-def test_what_is_nearly_a_program_runs_as_stock(kind):
+def test_what_is_nearly_a_program_has_stocks_numbers(kind):
     torch.manual_seed(0)
     block, x = kind().double().train(), images().double()
     fused = resnet_fused.fuse(copy.deepcopy(block))
-    assert not any("sum" in text for text in plan_of(fused, x * 1))  # inner convolutions may be
+    (row,) = (report := resnet_fused.report(fused)).rows
+    assert not report.fused or row.passes.fused < row.passes.total or "[" in row.what  # parts of it may be fused
     for a, b in zip(outcome(fused, x, lambda h: h * 1), outcome(block, x, lambda h: h * 1), strict=True):
         assert a[0] == b[0] if isinstance(b, tuple) else assert_equal(a, b) is None
 

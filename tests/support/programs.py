@@ -105,6 +105,8 @@ CASES = {
     "sampled": lambda: preact_bottleneck(sampled=True),
     "post-activation": lambda: post_bottleneck(False),
     "post-activation with projection": lambda: post_bottleneck(True),
+    "post-activation, sampled": lambda: post_bottleneck(False, sampled=True),
+    "post-activation with projection, sampled": lambda: post_bottleneck(True, sampled=True),
     "post-activation without ReLU": lambda: post_bottleneck(True, relu=False, sampled=True),
     "activated shortcut": activated_shortcut,
     "two norms of one value": two_norms_of_one_value,

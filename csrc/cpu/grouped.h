@@ -94,26 +94,38 @@ struct Grouped {
   int64_t weight_slot() const { return 3 * weight_row(); }
 };
 
-// dst: [slot][row][column][lane] of an image's rows, whose pixels have C channels, from the second column on. Lanes
-// without a channel are zero.
+// to: [slot][lane] of one pixel, slots `pitch` apart. Lanes without a channel are zero.
+template <class L>
+RESNET_FUSED_INLINE void pack_pixel(const Grouped& g, const Unit& unit, const float* pixel, int64_t pitch, float* to) {
+  for (int64_t slot = unit.first_slot; slot < unit.end_slot; ++slot, to += pitch) {
+    const float* from = pixel + g.first_channel(slot);
+    const int64_t channels = g.channels(slot);
+    for (int64_t i = 0; i < L::lanes; ++i) to[i] = i < channels ? from[i] : 0.0f;
+  }
+}
+
+// dst: [slot][row][column][lane] of an image's rows, whose pixels have C channels, from the second column on.
 template <class L>
 RESNET_FUSED_INLINE void pack_rows(const Grouped& g, const Unit& unit, const float* image, int64_t rows,
                                    int64_t columns, int64_t packed_slot, float* dst) {
+  const bool is_dense = g.C % L::lanes == 0 && (g.shared || g.width % L::lanes == 0);
+  const int64_t slots = unit.end_slot - unit.first_slot;
   for (int64_t row = 0; row < rows; ++row, dst += (columns + 2) * L::lanes) {
-    for (int64_t column = 0; column < columns; ++column, image += g.C) {
-      float* to = dst + (column + 1) * L::lanes;
-      for (int64_t slot = unit.first_slot; slot < unit.end_slot; ++slot, to += packed_slot) {
-        const float* from = image + g.first_channel(slot);
-        const int64_t channels = g.channels(slot);
-        if (channels == L::lanes) {
+    float* to = dst + L::lanes;
+    if (!is_dense) {
+      for (int64_t i = 0; i < columns; ++i) pack_pixel<L>(g, unit, image + i * g.C, packed_slot, to + i * L::lanes);
+    } else {
+      const float* from = image + unit.first_slot * L::lanes;
+      for (int64_t i = 0; i < columns; ++i, from += g.C, to += L::lanes) {
+#pragma GCC unroll 4
+        for (int64_t slot = 0; slot < slots; ++slot) {
           typename L::Vector v;
-          load_vector<L>(v, from);
-          store_vector<L>(to, v);
-        } else {
-          for (int64_t i = 0; i < L::lanes; ++i) to[i] = i < channels ? from[i] : 0.0f;
+          load_vector<L>(v, from + slot * L::lanes);
+          store_vector<L>(to + slot * packed_slot, v);
         }
       }
     }
+    image += columns * g.C;
   }
 }
 

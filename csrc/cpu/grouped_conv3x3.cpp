@@ -111,15 +111,18 @@ Grouped problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64
 void pack_weight(const Grouped& g, const Tensor& weight, int64_t slot, float* dst) {
   const int64_t first = g.first_channel(slot), channels = g.channels(slot);
   const bool flips = g.transposed && !g.scatters();  // a gradient of stride 1 is a convolution with exchanged taps
+  int64_t from[16] = {};                             // of a lane; those without a channel repeat what nobody reads
+  for (int64_t lane = 0; lane < channels; ++lane) {
+    const int64_t c = first + lane, of_group = c % g.width;
+    from[lane] = g.transposed ? (c - of_group) * weight.stride(0) + of_group * weight.stride(1) : c * weight.stride(0);
+  }
+  const int64_t step = weight.stride(g.transposed ? 0 : 1);
   for (int64_t r = 0; r < 3; ++r) {
-    for (int64_t j = 0; j < g.width; ++j) {
+    const float* row = data<float>(weight) + (flips ? 2 - r : r) * weight.stride(2);
+    for (int64_t j = 0; j < g.width; ++j, row += step) {
       for (int64_t s = 0; s < 3; ++s, dst += g.lanes) {
-        const int64_t tap = (flips ? 2 - r : r) * weight.stride(2) + (flips ? 2 - s : s) * weight.stride(3);
-        for (int64_t lane = 0; lane < g.lanes; ++lane) {
-          const int64_t c = first + lane, of_group = c % g.width, group = c - of_group;
-          const int64_t k = g.transposed ? group + j : c, i = g.transposed ? of_group : j;
-          dst[lane] = lane < channels ? data<float>(weight)[k * weight.stride(0) + i * weight.stride(1) + tap] : 0.0f;
-        }
+        const float* tap = row + (flips ? 2 - s : s) * weight.stride(3);
+        for (int64_t lane = 0; lane < g.lanes; ++lane) dst[lane] = tap[from[lane]];
       }
     }
   }

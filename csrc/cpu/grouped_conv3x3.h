@@ -165,9 +165,12 @@ RESNET_FUSED_INLINE void convolve_strip(const Grouped& g, const Unit& unit, int6
       }
       taps.left = begin == 0;
       taps.right = column + columns_of<walk>(Q) > g.W;
-      convolve_block<L, walk, Q, shared>(g, taps, block);
       float* to = z + ((unit.sample * g.P + row) * g.Q + done) * g.C + channel;
-      write_block<L>(block, done - begin, std::min(g.Q - begin, Q), channels, g.C, behind, first, sums, to);
+      const int64_t end = std::min(g.Q - begin, Q);
+      for (int64_t q = 0; q < begin + end - done; ++q)
+        __builtin_prefetch(to + q * g.C, 1);  // apart, so no one else does
+      convolve_block<L, walk, Q, shared>(g, taps, block);
+      write_block<L>(block, done - begin, end, channels, g.C, behind, first, sums, to);
       first = false, done = begin + Q;
     }
   }

@@ -82,17 +82,18 @@ int64_t chunks_of(const Grouped& g, int64_t sums) {
 // grad_w of one slot from the sums of all chunks, which are `pitch` apart.
 void add_chunks(const Grouped& g, int64_t depth, int64_t slot, int64_t chunks, int64_t pitch, const float* sums,
                 const Tensor& grad_w) {
-  const int64_t first = g.first_channel(slot), channels = g.channels(slot);
+  const int64_t first = g.first_channel(slot), channels = g.channels(slot), step = grad_w.stride(0);
   for (int64_t r = 0; r < 3; ++r) {
     for (int64_t j = 0; j < g.width; ++j) {
       for (int64_t s = 0; s < 3; ++s) {
         const float* at = sums + ((r * depth + j) * 3 + s) * g.lanes;
-        for (int64_t lane = 0; lane < channels; ++lane) {
-          double total = 0;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) total += at[chunk * pitch + lane];
-          const int64_t to = (first + lane) * grad_w.stride(0) + j * grad_w.stride(1);
-          data<float>(grad_w)[to + r * grad_w.stride(2) + s * grad_w.stride(3)] = static_cast<float>(total);
+        float* to =
+            data<float>(grad_w) + first * step + j * grad_w.stride(1) + r * grad_w.stride(2) + s * grad_w.stride(3);
+        double total[16] = {};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          for (int64_t lane = 0; lane < g.lanes; ++lane) total[lane] += at[chunk * pitch + lane];
         }
+        for (int64_t lane = 0; lane < channels; ++lane) to[lane * step] = static_cast<float>(total[lane]);
       }
     }
   }

@@ -109,6 +109,7 @@ template <class L>
 RESNET_FUSED_INLINE void pack_rows(const Grouped& g, const Unit& unit, const float* image, int64_t rows,
                                    int64_t columns, int64_t packed_slot, float* dst) {
   const bool is_dense = g.C % L::lanes == 0 && (g.shared || g.width % L::lanes == 0);
+  constexpr int64_t kAhead = 16;  // pixels, on their way from memory
   const int64_t slots = unit.end_slot - unit.first_slot;
   for (int64_t row = 0; row < rows; ++row, dst += (columns + 2) * L::lanes) {
     float* to = dst + L::lanes;
@@ -122,6 +123,7 @@ RESNET_FUSED_INLINE void pack_rows(const Grouped& g, const Unit& unit, const flo
           typename L::Vector v;
           load_vector<L>(v, from + slot * L::lanes);
           store_vector<L>(to + slot * packed_slot, v);
+          __builtin_prefetch(from + slot * L::lanes + kAhead * g.C);
         }
       }
     }

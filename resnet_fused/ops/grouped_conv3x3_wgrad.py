@@ -1,7 +1,7 @@
 """Weight gradient of a grouped 3x3 convolution with padding 1.
 
-Formula, with ``z = conv2d(x, weight, stride=stride, padding=1, groups=groups)`` of groups of ``width`` channels, as many
-outputs as inputs, and grad the gradient at z; k is of the group g::
+Formula, with ``z = conv2d(x, weight, stride=stride, padding=1, groups=groups)``, grad the gradient at z, groups of
+``width`` channels, as many outputs as inputs, and g the group of k::
 
     grad_w[k, c, r, s] = sum_{n,p,q} grad[n, k, p, q] * x[n, g * width + c, p * stride - 1 + r, q * stride - 1 + s]
 

@@ -16,14 +16,14 @@
 
 #include "alloc.h"
 #include "grouped_conv3x3.h"
+#include "moments.h"
 #include "panels.h"
 #include "winograd_work.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
-using Convolve = void (*)(const Grouped&, const Unit&, int64_t, const float*, const float*, const Behind&,
-                          const SlotSums&, float*);
+using Convolve = void (*)(const Grouped&, const Unit&, int64_t, const float*, const float*, const SlotSums&, float*);
 
 // The stages at one level of the machine.
 struct Stages {
@@ -47,39 +47,39 @@ int64_t block_of(const Grouped& g, std::integer_sequence<int64_t, sizes...>) {
 template <class L>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET, SHARED, ...)                                                      \
-  template <>                                                                                                \
-  struct At<LEVEL> {                                                                                         \
-    using Sizes = std::integer_sequence<int64_t, __VA_ARGS__>;                                               \
-    TARGET static void pack(const Grouped& g, const Unit& unit, const float* x, float* dst) {                \
-      pack_read<LEVEL>(g, unit, x, dst);                                                                     \
-    }                                                                                                        \
-    template <Walk walk, int64_t Q, bool shared>                                                             \
-    TARGET static void convolve(const Grouped& g, const Unit& unit, int64_t slot, const float* packed,       \
-                                const float* weight, const Behind& behind, const SlotSums& sums, float* z) { \
-      convolve_strip<LEVEL, walk, Q, shared>(g, unit, slot, packed, weight, behind, sums, z);                \
-    }                                                                                                        \
-    template <bool shared, int64_t Q>                                                                        \
-    static Convolve walk_of(const Grouped& g) {                                                              \
-      if (g.scatters()) {                                                                                    \
-        if constexpr (Q % 2 == 0) return convolve<Walk::kScattered, Q, shared>;                              \
-      }                                                                                                      \
-      return g.stride == 2 ? convolve<Walk::kStrided, Q, shared> : convolve<Walk::kPlain, Q, shared>;        \
-    }                                                                                                        \
-    template <bool shared, int64_t... Q>                                                                     \
-    static Convolve size_of(const Grouped& g, std::integer_sequence<int64_t, Q...> sizes) {                  \
-      Convolve found = nullptr;                                                                              \
-      const int64_t size = block_of(g, sizes);                                                               \
-      ((Q == size ? void(found = walk_of<shared, Q>(g)) : void()), ...);                                     \
-      return found;                                                                                          \
-    }                                                                                                        \
-    static Convolve choose(const Grouped& g) {                                                               \
-      if constexpr (SHARED) {                                                                                \
-        if (g.shared) return size_of<true>(g, Sizes{});                                                      \
-      }                                                                                                      \
-      return size_of<false>(g, Sizes{});                                                                     \
-    }                                                                                                        \
-    static constexpr Stages stages{LEVEL::lanes, pack, choose};                                              \
+#define RESNET_FUSED_STAGES(LEVEL, TARGET, SHARED, ...)                                                \
+  template <>                                                                                          \
+  struct At<LEVEL> {                                                                                   \
+    using Sizes = std::integer_sequence<int64_t, __VA_ARGS__>;                                         \
+    TARGET static void pack(const Grouped& g, const Unit& unit, const float* x, float* dst) {          \
+      pack_read<LEVEL>(g, unit, x, dst);                                                               \
+    }                                                                                                  \
+    template <Walk walk, int64_t Q, bool shared>                                                       \
+    TARGET static void convolve(const Grouped& g, const Unit& unit, int64_t slot, const float* packed, \
+                                const float* weight, const SlotSums& sums, float* z) {                 \
+      convolve_strip<LEVEL, walk, Q, shared>(g, unit, slot, packed, weight, sums, z);                  \
+    }                                                                                                  \
+    template <bool shared, int64_t Q>                                                                  \
+    static Convolve walk_of(const Grouped& g) {                                                        \
+      if (g.scatters()) {                                                                              \
+        if constexpr (Q % 2 == 0) return convolve<Walk::kScattered, Q, shared>;                        \
+      }                                                                                                \
+      return g.stride == 2 ? convolve<Walk::kStrided, Q, shared> : convolve<Walk::kPlain, Q, shared>;  \
+    }                                                                                                  \
+    template <bool shared, int64_t... Q>                                                               \
+    static Convolve size_of(const Grouped& g, std::integer_sequence<int64_t, Q...> sizes) {            \
+      Convolve found = nullptr;                                                                        \
+      const int64_t size = block_of(g, sizes);                                                         \
+      ((Q == size ? void(found = walk_of<shared, Q>(g)) : void()), ...);                               \
+      return found;                                                                                    \
+    }                                                                                                  \
+    static Convolve choose(const Grouped& g) {                                                         \
+      if constexpr (SHARED) {                                                                          \
+        if (g.shared) return size_of<true>(g, Sizes{});                                                \
+      }                                                                                                \
+      return size_of<false>(g, Sizes{});                                                               \
+    }                                                                                                  \
+    static constexpr Stages stages{LEVEL::lanes, pack, choose};                                        \
   };
 
 #ifdef RESNET_FUSED_LEVEL_512
@@ -105,27 +105,6 @@ Grouped problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64
   g.transposed = transposed, g.lanes = stages().lanes;
   g.cut();
   return g;
-}
-
-// dst: [row of taps][channel of the group][tap][lane], for the outputs of one slot.
-void pack_weight(const Grouped& g, const Tensor& weight, int64_t slot, float* dst) {
-  const int64_t first = g.first_channel(slot), channels = g.channels(slot);
-  const bool flips = g.transposed && !g.scatters();  // a gradient of stride 1 is a convolution with exchanged taps
-  int64_t from[16] = {};                             // of a lane; those without a channel repeat what nobody reads
-  for (int64_t lane = 0; lane < channels; ++lane) {
-    const int64_t c = first + lane, of_group = c % g.width;
-    from[lane] = g.transposed ? (c - of_group) * weight.stride(0) + of_group * weight.stride(1) : c * weight.stride(0);
-  }
-  const int64_t step = weight.stride(g.transposed ? 0 : 1);
-  for (int64_t r = 0; r < 3; ++r) {
-    const float* row = data<float>(weight) + (flips ? 2 - r : r) * weight.stride(2);
-    for (int64_t j = 0; j < g.width; ++j, row += step) {
-      for (int64_t s = 0; s < 3; ++s, dst += g.lanes) {
-        const float* tap = row + (flips ? 2 - s : s) * weight.stride(3);
-        for (int64_t lane = 0; lane < g.lanes; ++lane) dst[lane] = tap[from[lane]];
-      }
-    }
-  }
 }
 
 // Of each unit and channel; empty where nobody asked.
@@ -172,9 +151,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv3x3(const Tensor& x, const Tensor
   }
   const Grouped g = problem_of(x, weight, z, stride, transposed);
   const Stages& at = stages();
+  const std::array strides{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   const auto taps = aligned_array<float>(g.slots * g.weight_slot());
   torch::stable::parallel_for(0, g.slots, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) pack_weight(g, weight, slot, taps.get() + slot * g.weight_slot());
+    for (int64_t slot = begin; slot < end; ++slot) {
+      pack_weight(g, data<float>(weight), strides, slot, taps.get() + slot * g.weight_slot());
+    }
   });
   Statistics sums(g, statistics);
   const Convolve convolve = at.convolve(g);
@@ -184,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv3x3(const Tensor& x, const Tensor
       at.pack(g, unit, data<float>(x), packed.get());
       for (int64_t slot = unit.first_slot; slot < unit.end_slot; ++slot) {
         convolve(g, unit, slot, packed.get() + g.group_slot(unit, slot) * g.packed_slot(),
-                 taps.get() + slot * g.weight_slot(), Behind{}, sums.of(g, unit, slot), data<float>(z));
+                 taps.get() + slot * g.weight_slot(), sums.of(g, unit, slot), data<float>(z));
       }
     };
   });

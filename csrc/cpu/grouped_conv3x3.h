@@ -1,8 +1,9 @@
 // The inner loops of a grouped 3x3 convolution: a block of outputs of one row and one slot, in registers.
 #pragma once
 
+#include <array>
+
 #include "grouped.h"
-#include "moments.h"
 
 namespace resnet_fused::cpu {
 
@@ -35,6 +36,28 @@ struct Taps {
 // strided walk the compiler then keeps permuted values as well, and has no room for sums.
 template <class L, Walk walk, bool shared>
 constexpr int64_t kInputs = shared && L::lanes == 16 && walk != Walk::kStrided ? 2 : 1;
+
+// dst: [row of taps][channel of the group][tap][lane], for the outputs of one slot.
+inline void pack_weight(const Grouped& g, const float* weight, const std::array<int64_t, 4>& strides, int64_t slot,
+                        float* dst) {
+  const int64_t first = g.first_channel(slot), channels = g.channels(slot);
+  const bool flips = g.transposed && !g.scatters();  // a gradient of stride 1 is a convolution with exchanged taps
+  int64_t from[16] = {};                             // of a lane; those without a channel repeat what nobody reads
+  for (int64_t lane = 0; lane < channels; ++lane) {
+    const int64_t c = first + lane, of_group = c % g.width;
+    from[lane] = g.transposed ? (c - of_group) * strides[0] + of_group * strides[1] : c * strides[0];
+  }
+  const int64_t step = strides[g.transposed ? 0 : 1];
+  for (int64_t r = 0; r < 3; ++r) {
+    const float* row = weight + (flips ? 2 - r : r) * strides[2];
+    for (int64_t j = 0; j < g.width; ++j, row += step) {
+      for (int64_t s = 0; s < 3; ++s, dst += g.lanes) {
+        const float* tap = row + (flips ? 2 - s : s) * strides[3];
+        for (int64_t lane = 0; lane < g.lanes; ++lane) dst[lane] = tap[from[lane]];
+      }
+    }
+  }
+}
 
 // sums: [Q][lane], of a block of Q outputs.
 template <class L, Walk walk, int64_t Q, bool shared>
@@ -95,37 +118,25 @@ struct SlotSums {
   float *pivot, *sum, *square;
 };
 
-// What is done to the sums before they are written: nothing, or the norm of evaluation.
-struct Behind {
-  const float *scale, *shift;  // [channels] of the slot, or null
-  bool relu;
-};
-
 // Writes the outputs [from, to) of a block to z, whose pixels have C channels, and takes their moments; `first`: the
 // pivot is still to be chosen.
 template <class L>
 RESNET_FUSED_INLINE void write_block(const float* sums, int64_t from, int64_t to, int64_t channels, int64_t C,
-                                     const Behind& behind, bool first, const SlotSums& moments, float* z) {
+                                     bool first, const SlotSums& moments, float* z) {
   using Vector = typename L::Vector;
   Vector sum = {}, square = {}, pivot = {};
   if (moments.sum) {
     if (first) {
-      for (int64_t i = 0; i < L::lanes; ++i) moments.pivot[i] = finite_or_zero(sums[(from + to) / 2 * L::lanes + i]);
+      for (int64_t i = 0; i < L::lanes; ++i) {
+        const float value = sums[(from + to) / 2 * L::lanes + i];
+        moments.pivot[i] = value - value == 0 ? value : 0;  // inf and NaN must not spread to other units
+      }
     }
     load_vector<L>(pivot, moments.pivot);
   }
   for (int64_t q = from; q < to; ++q, z += C) {
     Vector v;
     load_vector<L>(v, sums + q * L::lanes);
-    if (behind.shift) {
-      float values[L::lanes];
-      for (int64_t i = 0; i < channels; ++i) {
-        const float y = sums[q * L::lanes + i] * behind.scale[i] + behind.shift[i];
-        values[i] = behind.relu && y < 0 ? 0 : y;
-      }
-      std::copy_n(values, channels, z);
-      continue;
-    }
     if (channels == L::lanes) {
       store_vector<L>(z, v);
     } else {
@@ -147,7 +158,7 @@ RESNET_FUSED_INLINE void write_block(const float* sums, int64_t from, int64_t to
 // The outputs of a unit in one slot. `packed`: its rows, from the first slot of the slot's group on.
 template <class L, Walk walk, int64_t Q, bool shared>
 RESNET_FUSED_INLINE void convolve_strip(const Grouped& g, const Unit& unit, int64_t slot, const float* packed,
-                                        const float* weight, const Behind& behind, const SlotSums& sums, float* z) {
+                                        const float* weight, const SlotSums& sums, float* z) {
   alignas(64) float block[Q * L::lanes];
   const int64_t channel = g.first_channel(slot), channels = g.channels(slot), total = g.columns();
   bool first = true;
@@ -170,7 +181,7 @@ RESNET_FUSED_INLINE void convolve_strip(const Grouped& g, const Unit& unit, int6
       for (int64_t q = 0; q < begin + end - done; ++q)
         __builtin_prefetch(to + q * g.C, 1);  // apart, so no one else does
       convolve_block<L, walk, Q, shared>(g, taps, block);
-      write_block<L>(block, done - begin, end, channels, g.C, behind, first, sums, to);
+      write_block<L>(block, done - begin, end, channels, g.C, first, sums, to);
       first = false, done = begin + Q;
     }
   }

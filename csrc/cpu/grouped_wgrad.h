@@ -75,11 +75,12 @@ RESNET_FUSED_INLINE void add_row(const Grouped& g, const float* x, const float* 
   }
 }
 
-// dst [row of taps][channel of the group][tap][lane] += the strip's part. x: packed, from the slot's group on; grad:
-// packed, the slot's. The group's channels are filled up to a multiple of those at work, with what nobody reads.
+// dst [row of taps][channel of the group][tap][lane] += the part of the rows [first, end), whose sums are in registers.
+// x: packed, from the slot's group on; grad: packed, the slot's. The group's channels are filled up to a multiple of
+// those at work, with what nobody reads.
 template <class L, bool strided, bool shared>
-RESNET_FUSED_INLINE void add_strip(const Grouped& g, const Unit& unit, int64_t depth, const float* x, const float* grad,
-                                   float* dst) {
+RESNET_FUSED_INLINE void add_rows(const Grouped& g, const Unit& unit, int64_t first, int64_t end, int64_t depth,
+                                  const float* x, const float* grad, float* dst) {
   constexpr int64_t J = kWgradInputs<L>;
   for (int64_t r = 0; r < 3; ++r) {
     for (int64_t j0 = 0; j0 < depth; j0 += J) {
@@ -90,7 +91,7 @@ RESNET_FUSED_INLINE void add_strip(const Grouped& g, const Unit& unit, int64_t d
       }
       const float* column = x + L::lanes;
       if constexpr (!shared) column += j0 / L::lanes * g.packed_slot() + j0 % L::lanes;
-      for (int64_t row = unit.first_row; row < unit.end_row; ++row) {
+      for (int64_t row = first; row < end; ++row) {
         const int64_t from = row * g.stride - 1 + r;
         if (from < 0 || from >= g.H) continue;
         add_row<L, strided, shared>(g, column + (from - unit.first_read) * g.packed_row(),
@@ -106,6 +107,17 @@ RESNET_FUSED_INLINE void add_strip(const Grouped& g, const Unit& unit, int64_t d
         }
       }
     }
+  }
+}
+
+// The same of a strip, by so many pixels at a time that no sum is longer than oneDNN's are: rounding grows with it.
+template <class L, bool strided, bool shared>
+RESNET_FUSED_INLINE void add_strip(const Grouped& g, const Unit& unit, int64_t depth, const float* x, const float* grad,
+                                   float* dst) {
+  constexpr int64_t kPixels = 32;
+  const int64_t rows = std::max<int64_t>(kPixels / g.Q, 1);
+  for (int64_t row = unit.first_row; row < unit.end_row; row += rows) {
+    add_rows<L, strided, shared>(g, unit, row, std::min(unit.end_row, row + rows), depth, x, grad, dst);
   }
 }
 

@@ -41,6 +41,21 @@ def winograd_reasons(x, weight, padding=1, *args, **kwargs) -> list[str]:
     return reasons
 
 
+def grouped_reasons(x, weight, stride=1, *args, **kwargs) -> list[str]:
+    """As :func:`winograd_reasons`; groups have as many outputs as inputs."""
+    reasons = winograd_reasons(x, weight)
+    if stride not in (1, 2):
+        reasons.append(f"takes a stride of 1 or 2, not {stride}")
+    if weight.shape[0] != x.shape[1]:
+        reasons.append("takes groups of as many outputs as inputs")
+    return reasons
+
+
+def grouped_grad_reasons(grad, x, weight, stride=1) -> list[str]:
+    """As :func:`grouped_reasons`, of two activations."""
+    return loop_reasons(grad) + grouped_reasons(x, weight, stride)
+
+
 def winograd_weight_reasons(weight, scale=None, *args, **kwargs) -> list[str]:
     """The weight may be in any layout, the scale must be a dense vector."""
     reasons = loop_reasons()
@@ -139,6 +154,8 @@ _OTHERS = {
     "conv_norm_add_relu_": unfolded_reasons_,
     "conv_norm_relu_pool": stem_reasons,
     "conv_weight_grad": weight_grad_reasons,
+    "grouped_conv3x3": grouped_reasons,
+    "grouped_conv3x3_wgrad": grouped_grad_reasons,
     "gram_norm": matrix_reasons,
     "gram_grad": matrix_reasons,
     "stem_conv": stem_reasons,
@@ -150,7 +167,7 @@ _OTHERS = {
     "winograd_weight3x3": winograd_weight_reasons,
 }
 #: Kernels that do not take every dtype of the loops.
-_FLOAT32 = ("winograd_", "conv1x1", "stem_", "conv_norm_relu_pool")
+_FLOAT32 = ("winograd_", "grouped_", "conv1x1", "stem_", "conv_norm_relu_pool")
 _DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(_FLOAT32)}
 _DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_"), VECTOR_DTYPES)  # nothing rounds to 16 bits
 

@@ -14,7 +14,7 @@ import torch
 
 from ..backends import run
 from ..backends.place import on_cpu
-from . import stem, winograd, winograd_wgrad
+from . import grouped, stem, winograd, winograd_wgrad
 from .layout import Moments
 from .lazy import EVERY, Pixels
 from .spec import Conv
@@ -81,6 +81,8 @@ def conv2d(
         return stem.convolve(x, weight, conv, backend, statistics)
     if bias is None and winograd.takes(x, weight, conv, backend, precision=precision):
         return winograd.convolve(x, weight, conv, backend, statistics, precision)
+    if bias is None and grouped.takes(x, weight, conv, backend):
+        return grouped.convolve(x, weight, conv, backend, statistics)
     if bias is None and is_product(_pixels(x, conv), weight, conv, x, _FEW):
         x = strided(x, conv.stride)
         return _image(rows(x) @ weight.flatten(1).T, x), None
@@ -144,8 +146,11 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: st
 
 def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor | None:
     """The weight's gradient where something faster than ATen's convolution has it; else None."""
-    if not on_cpu(grad) or grad.dtype != torch.float32 or conv.groups != 1:
+    if not on_cpu(grad) or grad.dtype != torch.float32:
         return None
+    if conv.groups != 1:
+        takes = grouped.takes_gradient(grad, x, weight, conv, backend)
+        return grouped.weight_grad(grad, x, weight, conv, backend) if takes else None
     pixels = grad[:, 0].numel()
     if conv.is_pointwise(weight):
         fast = is_product(pixels, weight, conv, x) if HAS_AVX512 else pixels <= _MM_PIXELS
@@ -179,6 +184,8 @@ def input_grad(
         return add_to
     if winograd.takes(grad, weight, conv, backend, True, precision):
         grad_x = winograd.input_grad(grad, weight, conv, backend, precision)
+    elif grouped.takes(grad, weight, conv, backend, x.shape[2:]):
+        grad_x = grouped.input_grad(grad, weight, conv, x.shape[2:], backend)
     elif conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
         grad_x = _image(rows(grad) @ weight.flatten(1), x)
     else:
@@ -211,6 +218,7 @@ def both_grads(
     """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
     own = _own_weight_grad(grad, x, weight, conv, backend)
     alone = winograd.takes(grad, weight, conv, backend, True, precision)
+    alone = alone or grouped.takes(grad, weight, conv, backend, x.shape[2:])
     if own is not None or alone or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
         own = weight_grad(grad, x, weight, conv, backend) if own is None else own
         return own, input_grad(grad, x, weight, conv, backend, add_to, precision)

@@ -154,6 +154,24 @@ def _winograd_conv3x3_wgrad(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("no padding, contiguous weight", args, {})
 
 
+def _grouped_conv3x3(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw((3, 24, 9, 7))
+    for width in (4, 8, 24):  # groups to a vector, and a vector and a half to a group
+        weight = draw.data((24, width, 3, 3)) / 4
+        yield Case(f"groups of {width}, statistics", (draw.data(), weight), {"statistics": True})
+        yield Case(f"groups of {width}, stride 2", (draw.data(), weight, 2), {})
+        yield Case(f"groups of {width}, gradient", (draw.data(), weight, 1, True), {})
+        yield Case(f"groups of {width}, gradient of stride 2", (draw.data(), weight, 2, True, False, (1, 0)), {})
+
+
+def _grouped_conv3x3_wgrad(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Draw((3, 24, 9, 7))
+    for width in (4, 8, 24):
+        weight = draw.data((24, width, 3, 3))
+        yield Case(f"groups of {width}", (draw.data(), draw.data(), weight), {})
+        yield Case(f"groups of {width}, stride 2", (draw.data((3, 24, 5, 4)), draw.data(), weight, 2), {})
+
+
 def _winograd_weight3x3(dtype: torch.dtype) -> Iterator[Case]:
     draw = Draw(TAIL)
     weight, scale = draw.data((40, 24, 3, 3)), draw.vector(40)
@@ -204,6 +222,8 @@ _CASES = {
     "winograd_conv3x3_wgrad": _winograd_conv3x3_wgrad,
     "winograd_conv3x3_add_relu": _winograd_conv3x3_add_relu,
     "winograd_weight3x3": _winograd_weight3x3,
+    "grouped_conv3x3": _grouped_conv3x3,
+    "grouped_conv3x3_wgrad": _grouped_conv3x3_wgrad,
     "gram_norm": lazy_cases.gram_norm,
     "gram_grad": lazy_cases.gram_grad,
     "norm_relu_pool": lazy_cases.norm_relu_pool,

@@ -1,0 +1,98 @@
+"""Grouped 3x3 convolutions and their gradients by our kernels, and where those are faster than oneDNN's on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import run
+from ..backends.place import on_cpu
+from ..library import status
+from ..ops.contract import is_channels_last
+from .layout import Moments
+from .spec import Conv
+
+Tensor = torch.Tensor
+
+#: Whether the library is there, and for the vectors that all was measured with.
+IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"
+_LANES = 16
+_PART = (4, 8, 16)  # channels of groups of which whole ones fill a vector
+_MOST = 112  # channels a group; with more, few outputs meet too many weights
+_WIDE = 64  # from so many on, oneDNN's gradient of the weight takes longer for any image
+_LEAST_COLUMNS = 14  # what is written, where the weights of a group are many
+
+
+def _serves(like: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+    """Whether the kernels have a convolution of this geometry, on this device and in this dtype."""
+    if conv.groups == 1 or tuple(weight.shape[2:]) != (3, 3) or not on_cpu(like) or backend not in ("auto", "cpu"):
+        return False
+    width, plain = weight.shape[1], conv.padding == conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2))
+    fits = plain and IS_BUILT and weight.shape[0] == width * conv.groups
+    return fits and like.dtype == weight.dtype == torch.float32 and is_channels_last(like)
+
+
+def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, int] | None = None) -> bool:
+    """Whether the op `grouped_conv3x3` has this convolution, and is faster. `read`: pixels of the input, to whose
+    gradient `x`, that of the output, is taken.
+
+    Measured on two threads of a Zen 5 with AVX-512, quiet by stopping the rest, batch 8, interleaved: oneDNN's time by
+    ours (forward / gradient), at ResNeXt's shapes, 32x4d to 64x4d and 32x8d, and RegNet's:
+
+    ========  =====================  =====================  ======================
+    channels  larger than 14x14 out  stride 2               14x14, and 7x7
+    ========  =====================  =====================  ======================
+    4         2.0 to 2.2 / 2.1       as 8
+    8         1.6 to 2.2 / 1.7, 2.0  1.2 to 2.6 / 1.4, 4.8
+    16        1.2 to 1.9 / 1.1, 2.0  1.4 to 4.0 / 1.6, 6.9  1.0 to 1.7 / 1.1, 2.2
+    32                               0.9 to 1.4 / 2.1, 2.5  1.3 / 1.35; 0.9 / 0.95
+    64        1.0 / 1.0              1.0 / 1.3              ; 1.0 / 0.9
+    112       1.1 / 1.06
+    128       0.86 / 0.88            0.87 / 1.4
+    ========  =====================  =====================  ======================
+
+    24 channels, of which two vectors hold one group, took 0.92 to 0.96. The batch statistics come along for nothing.
+    """
+    if not _serves(x, weight, conv, backend):
+        return False
+    width = weight.shape[1]
+    if width in _PART:
+        return True
+    written = x.shape[3] if conv.stride == (1, 1) else (x.shape[3] - 1) // 2 + 1
+    if read is not None:
+        if conv.stride == (2, 2):
+            return width % _LANES == 0
+        written = read[1]
+    return width % _LANES == 0 and width <= _MOST and written >= _LEAST_COLUMNS
+
+
+def takes_gradient(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+    """Whether the op `grouped_conv3x3_wgrad` has the weight's gradient, and is faster.
+
+    As :func:`takes`: 3.3 to 6.5 with 4 and 8 channels in groups at 56x56, 2.0 to 2.7 at 28x28; 1.0 to 2.7 with 16; with
+    32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256.
+    """
+    if not _serves(x, weight, conv, backend) or not is_channels_last(grad) or grad.dtype != x.dtype:
+        return False
+    width = weight.shape[1]
+    if width in _PART:
+        return True
+    large = conv.stride == (2, 2) or width >= _WIDE or grad.shape[3] >= _LEAST_COLUMNS
+    return width % _LANES == 0 and large
+
+
+def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:
+    """The convolution, and its batch statistics if they are asked for."""
+    z, *moments = run("grouped_conv3x3", x, weight, conv.stride[0], False, statistics, backend=backend)
+    return z, tuple(moments) if statistics else None
+
+
+def input_grad(grad: Tensor, weight: Tensor, conv: Conv, read: tuple[int, int], backend: str) -> Tensor:
+    """Gradient of what the convolution read, whose pixels are `read`."""
+    stride = conv.stride[0]
+    more = [size - (made - 1) * stride - 1 for size, made in zip(read, grad.shape[2:], strict=True)]
+    return run("grouped_conv3x3", grad, weight, stride, True, False, more, backend=backend)[0]
+
+
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
+    """The gradient of `weight`."""
+    return run("grouped_conv3x3_wgrad", grad, x, weight, conv.stride[0], backend=backend)

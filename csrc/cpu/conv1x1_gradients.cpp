@@ -42,11 +42,11 @@ const Stages& stages() {
 // How rows and channels are cut. Chunks cost a copy of the weight's gradient each, and blocks of channels another read
 // of the gradient: few of both, but enough for the threads of a common machine.
 struct Work {
-  static constexpr int64_t kSums = int64_t(1) << 21, kChunks = 64, kUnits = 16, kPanels = 4;
+  static constexpr int64_t kChunks = 64, kUnits = 16, kPanels = 4;
   int64_t rows, tile, tiles, chunks, blocks;
 
   explicit Work(const Conv1x1Backward& p) : rows(p.rows), tile(p.tile()), tiles((p.rows + tile - 1) / tile) {
-    const int64_t afforded = p.weight_grad ? kSums / std::max<int64_t>(p.K * p.C, 1) : kChunks;
+    const int64_t afforded = p.weight_grad ? p.most_sums / std::max<int64_t>(p.K * p.C, 1) : kChunks;
     const int64_t most = std::clamp(std::min(afforded, tiles), int64_t(1), kChunks);
     chunks = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
     blocks = p.coupling ? 1 : std::clamp(kUnits / chunks, int64_t(1), std::max(p.panels / kPanels, int64_t(1)));
@@ -100,7 +100,7 @@ void merge_vector(const std::vector<double>& sums, int64_t size, float* out) {
 // Larger than what a next reader could find in the caches. Of whole lines.
 bool streams(const Conv1x1Backward& p) {
   constexpr int64_t kLarge = int64_t(6) << 20;  // floats
-  return p.panel == Level512::panel && p.grad_x && p.rows * p.C >= kLarge && p.C % 16 == 0 &&
+  return p.panel == Level512::panel && p.grad_x && p.gap == 0 && p.rows * p.C >= kLarge && p.C % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.grad_x) % 64 == 0;
 }
 

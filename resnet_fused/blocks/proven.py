@@ -71,7 +71,13 @@ FRESH = (
     nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
 )  # fmt: skip
 FRESH_FOREIGN = (("timm.layers.pool2d_same", "AvgPool2dSame"), ("timm.layers.blur_pool", "BlurPool2d"))
-_FOREIGN = frozenset(FROZEN_NORMS + ACTIVATED_NORMS + DROP_PATHS + FRESH_FOREIGN)
+#: Dense layers, with the methods that their forward goes through; see :mod:`.dense`.
+DENSE_LAYERS = {
+    ("torchvision.models.densenet", "_DenseLayer"): ("bn_function", "any_requires_grad", "call_checkpoint_bottleneck"),
+    ("timm.models.densenet", "DenseLayer"): ("bottleneck_fn", "any_requires_grad", "call_checkpoint_bottleneck"),
+    ("resnet_fused.models.densenet", "DenseLayer"): ("bottleneck",),
+}
+_FOREIGN = frozenset((*FROZEN_NORMS, *ACTIVATED_NORMS, *DROP_PATHS, *FRESH_FOREIGN, *DENSE_LAYERS))
 
 
 class _Known:
@@ -79,7 +85,8 @@ class _Known:
 
     def __init__(self, cls: type, *own: str) -> None:
         self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *CALL, *own))
-        self.exchanged = tuple(name for name, method in self.methods if name != "forward" and not _is_torchs(method))
+        checked = CALL if cls.__module__.partition(".")[0] != "torch" else (*CALL, *own)
+        self.exchanged = tuple(name for name, method in self.methods if name in checked and not _is_torchs(method))
         self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
 
 
@@ -98,7 +105,11 @@ _looked_at: dict[type, _Known] = {}
 
 def kind(module: nn.Module) -> tuple[str, str]:
     """The class of `module` by name."""
-    cls = type(module)
+    return own_kind(type(module))
+
+
+def own_kind(cls: type) -> tuple[str, str]:
+    """The name of a class, with that of its module."""
     return cls.__module__, cls.__qualname__
 
 
@@ -126,7 +137,7 @@ def _look_at(cls: type, base: type | None) -> str:
             return f"{cls.__name__}.forward was replaced"
         if any(getattr(cls, name) is not getattr(nn.Module, name) for name in CALL):
             return f"{cls.__name__} is called in its own way"
-        _looked_at[cls] = _Known(cls)
+        _looked_at[cls] = _Known(cls, *DENSE_LAYERS.get(own_kind(cls), ()))
         return ""
     for derived in cls.__mro__[: cls.__mro__.index(base)]:
         changed = sorted(_PROTECTED[base].intersection(vars(derived)))
@@ -138,7 +149,8 @@ def _look_at(cls: type, base: type | None) -> str:
 
 def methods_of(cls: type) -> tuple[tuple[str, object], ...]:
     """The methods of one of PyTorch's classes that a call goes through, as they were at import."""
-    return _KNOWN[cls].methods if cls in _KNOWN else (("forward", None), ("__call__", None))
+    known = _KNOWN.get(cls) or (_looked_at.get(cls) if own_kind(cls) in DENSE_LAYERS else None)
+    return (("forward", None), ("__call__", None)) if known is None else known.methods
 
 
 def why_changed(module: nn.Module, base: type | None = None) -> str:

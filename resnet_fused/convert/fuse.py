@@ -10,7 +10,7 @@ from torch import nn
 from ..backends import check_name
 from ..backends.precision import check_word
 from ..blocks import norms
-from . import swap
+from . import dense, swap
 from .fused_module import FusedState, fused_class
 from .instructions import Form
 from .outside import read_by
@@ -27,7 +27,7 @@ def _is_candidate(module: nn.Module) -> bool:
     """Whether `fuse` looks at a module, again if it is fused."""
     if is_fused_here(module):
         return not isinstance(module, BUILT_FUSED)
-    return any(isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children())
+    return dense.is_block(module) or any(isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children())
 
 
 def fuse(
@@ -36,6 +36,7 @@ def fuse(
     filter_fn: FilterFn | None = None,
     backend: str = "auto",
     precision: str | None = None,
+    prefer: str | None = None,
     strict: bool = False,
 ) -> nn.Module:
     """Fuse the residual blocks (and conv-BN-ReLU chains) of `model`, in place.
@@ -52,6 +53,8 @@ def fuse(
         backend: who runs the ops, "auto" or a name of :func:`resnet_fused.use`.
         precision: how exact float32 convolutions on CPUs are, "default" or "fast", see :func:`resnet_fused.precision`;
             None: as fused before, else "default".
+        prefer: "speed", or "memory" where dense blocks are to compute in backward again what lies between the two
+            convolutions of a layer, instead of saving it; None: as fused before, else "speed".
         strict: raise instead of warn when there is nothing to fuse.
 
     Returns:
@@ -59,19 +62,20 @@ def fuse(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: unknown `backend` or `precision`; or nothing to fuse, with `strict`.
+        ValueError: unknown `backend`, `precision` or `prefer`; or nothing to fuse, with `strict`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     check_word("default" if precision is None else precision)
+    dense.check_preference(prefer)
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in outermost(model):
         if filter_fn is not None and not filter_fn(name, module):
             left_out.add(name)
         elif _is_candidate(module):
-            reason = _fuse_one(module, backend, precision)
+            reason = _fuse_one(module, backend, precision, prefer)
             if reason and fuse_stem(module, backend, precision):
                 left[id(module)] = reason
     for module in list(model.modules()):
@@ -85,12 +89,14 @@ def fuse(
     return model
 
 
-def _form(module: nn.Module) -> tuple[Form, list[str]]:
+def _form(module: nn.Module, prefer: str | None = None) -> tuple[Form, list[str]]:
     """What the stock forward of `module`, fused or not, can run as, and why parts of it stay stock.
 
     Raises:
         Untraceable: as nothing of ours, or nobody can tell.
     """
+    if dense.is_block(module):
+        return dense.form(module, prefer), []
     form, reasons = build(module, trace(module, swap.stock_class(module)))
     reasons = list(dict.fromkeys(reasons))
     if form is None:
@@ -98,25 +104,25 @@ def _form(module: nn.Module) -> tuple[Form, list[str]]:
     return form, reasons
 
 
-def _fuse_one(module: nn.Module, backend: str, precision: str | None) -> str:
+def _fuse_one(module: nn.Module, backend: str, precision: str | None, prefer: str | None) -> str:
     """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
-        form, reasons = _form(module)
+        form, reasons = _form(module, prefer)
     except Untraceable as error:
         swap.remove(module)
         return str(error)
     before = module.__dict__.get(swap.STATE)
     state = FusedState(
         form=form,
-        traced=state_of(module, names_read(module, cls)),
+        traced=() if form.is_dense else state_of(module, names_read(module, cls)),
         code=fingerprint(cls.forward),
         backend=backend,
         precision=precision or getattr(before, "precision", "default"),
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )
-    return swap.put(module, fused_class, state)
+    return swap.put(module, dense.fused_class if form.is_dense else fused_class, state)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

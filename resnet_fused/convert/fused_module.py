@@ -123,6 +123,8 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     if not runs_as_traced(block, state):
         return None, "its forward, or what it reads, was changed after fuse(); call fuse() again"
     form = state.form
+    if reason := block._resnet_fused_obstacle(form):
+        return None, reason
     sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision)
     reason = _form_obstacle(block, form, sites)
     return None if reason else Running(block, form, sites), reason
@@ -242,6 +244,10 @@ class FusedModule(swap.Swapped):
 
     def forward(self, x):
         return left(run_block(self, x, super().forward))
+
+    def _resnet_fused_obstacle(self, form: Form) -> str:
+        """Why the forward, where nothing of it was changed, does not do what `form` does."""
+        return ""
 
 
 def fused_class(stock_class: type) -> type:

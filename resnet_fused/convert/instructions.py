@@ -105,6 +105,11 @@ class Form:
         self.__dict__.update(found)  # it is frozen from here on
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it is a dense block, see :mod:`.dense`."""
+        return any(shape.program.dense for shape in self.shapes)
+
+    @property
     def stood_in(self) -> set[str]:
         """The names of all modules that programs stand in for, and of what holds them."""
         return {name for shape in self.shapes for name in shape.modules} | {name for name, _ in self.containers}

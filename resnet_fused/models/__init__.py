@@ -1,5 +1,17 @@
 """Architectures as stock PyTorch modules; pass one to ``resnet_fused.fuse``."""
 
+from .densenet import (
+    DenseBlock,
+    DenseLayer,
+    DenseNet,
+    DenseNetCifar,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet_bc100_k12,
+    densenet_bc190_k40,
+)
 from .preact import (
     PreActBasicBlock,
     PreActBottleneck,
@@ -32,11 +44,21 @@ __all__ = [
     "BUILDERS",
     "BasicBlock",
     "Bottleneck",
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "DenseNetCifar",
     "PreActBasicBlock",
     "PreActBottleneck",
     "PreActResNet",
     "PreActResNetCifar",
     "ResNet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet_bc100_k12",
+    "densenet_bc190_k40",
     "preact_resnet50",
     "preact_resnet101",
     "preact_resnet110",
@@ -58,6 +80,6 @@ __all__ = [
 #: Builders by name, for command lines and tests; each takes the options of its architecture.
 BUILDERS = {
     name: globals()[name]
-    for name in sorted(__all__, key=lambda name: name.startswith("preact_"))  # messages list what is usual first
+    for name in sorted(__all__, key=lambda name: (name.startswith("preact_"), name.startswith("densenet")))  # messages list what is usual first
     if name[0].islower()
 }

@@ -1,0 +1,36 @@
+"""How a dense block runs: on one buffer where the CPU has the kernels, else as stock."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..backends import soundness
+from ..steps.dense import POINTWISE, THREE, DenseBlock
+from ..steps.directions import Lowered
+from ..steps.program import Call
+from . import choose
+
+
+def lower(call: Call) -> tuple[Lowered, str]:
+    """The steps of a dense block, none where it is stock's; and why."""
+    reason = _obstacle(call)
+    steps = None if reason else (DenseBlock(call.program.output),)
+    return Lowered(call.program, steps), reason
+
+
+def _obstacle(call: Call) -> str:
+    program, x = call.program, call.x
+    for i, (_, node, own) in enumerate(call.convolutions):
+        wanted, size = (THREE, (3, 3)) if i % 2 else (POINTWISE, (1, 1))
+        if node.conv != wanted or tuple(own.weight.shape[2:]) != size or own.bias is not None:
+            return "a layer that is not a 1x1 and a 3x3 convolution without bias"
+    if program.backend == "reference":
+        return ""
+    if program.backend not in ("auto", "cpu") or x.device.type != "cpu" or choose.on_gpu(x):
+        return "no kernels of dense blocks but the CPU's"
+    if x.dtype != torch.float32:
+        return "no kernels of dense blocks but for float32"
+    step = DenseBlock(program.output)
+    missing = soundness.lacking(step.ops(program), x.dtype, choose.place_of(x), not isinstance(x, FakeTensor))
+    return f"no sound kernel of {missing}" if missing else ""

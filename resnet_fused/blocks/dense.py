@@ -102,8 +102,8 @@ def why_not(block: nn.Module, cls: type) -> str:
 
 def obstacle(block: nn.Module, cls: type, shape: Shape) -> str:
     """Why `shape`, made of `block` before, is not what the block does now, beside what its site tells."""
-    if torch.compiler.is_compiling():
-        return "compiled as stock"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "traced for a graph of stock operations"
     kind, saves, layers = kind_of(cls), shape.program.dense, [*block._modules.values()]
     if tuple(block._modules) != tuple(name for name, _ in shape.bypassed[: len(shape.program.nodes) // 5]):
         return f"its layers: {CHANGED}"
@@ -211,7 +211,9 @@ def _sample(block: type, layer: type, kind: Kind) -> nn.Module:
 def _program(training: bool) -> Program:
     """The program of two layers whose norms are in training, or in evaluation."""
     program, norm = dense_program(2), Norm(batch_stats=training)
-    nodes = [dataclasses.replace(node, norm=norm) if isinstance(node, Normalisation) else node for node in program.nodes]
+    nodes = [
+        dataclasses.replace(node, norm=norm) if isinstance(node, Normalisation) else node for node in program.nodes
+    ]
     return dataclasses.replace(program, nodes=tuple(nodes))
 
 
@@ -240,8 +242,8 @@ class FusedDenseBlock(densenet.DenseBlock):
     `growth_rate`, `drop_rate`, `memory_efficient` (compute again in backward what lies between the convolutions of a
     layer). x: ``[N, num_input_features, H, W]``, result ``[N, num_input_features + num_layers * growth_rate, H, W]``
     in the layout of x. Fused in float32 on a CPU with AVX-512 or AVX2; stock for other dtypes and devices and, in
-    training, with a `drop_rate`. The result is kept for backward: where it was written to, backward raises. Paper: Huang
-    et al., 2017, https://arxiv.org/abs/1608.06993.
+    training, with a `drop_rate`. The result is kept for backward: where it was written to, backward raises. Paper:
+    Huang et al., 2017, https://arxiv.org/abs/1608.06993.
     """
 
     def forward(self, x: Tensor) -> Tensor:

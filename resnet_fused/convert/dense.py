@@ -1,4 +1,4 @@
-"""Dense blocks of other people's models: recognised by their class, see :mod:`..blocks.dense`, and swapped as others."""
+"""Dense blocks of other people's models: recognised by class, see :mod:`..blocks.dense`, and swapped as others are."""
 
 from __future__ import annotations
 

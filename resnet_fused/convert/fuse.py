@@ -27,7 +27,9 @@ def _is_candidate(module: nn.Module) -> bool:
     """Whether `fuse` looks at a module, again if it is fused."""
     if is_fused_here(module):
         return not isinstance(module, BUILT_FUSED)
-    return dense.is_block(module) or any(isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children())
+    return dense.is_block(module) or any(
+        isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children()
+    )
 
 
 def fuse(

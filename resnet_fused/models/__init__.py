@@ -80,6 +80,8 @@ __all__ = [
 #: Builders by name, for command lines and tests; each takes the options of its architecture.
 BUILDERS = {
     name: globals()[name]
-    for name in sorted(__all__, key=lambda name: (name.startswith("preact_"), name.startswith("densenet")))  # messages list what is usual first
+    for name in sorted(
+        __all__, key=lambda name: (name.startswith("preact_"), name.startswith("densenet"))
+    )  # messages list what is usual first
     if name[0].islower()
 }

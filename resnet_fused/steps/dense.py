@@ -21,7 +21,7 @@ from .. import library
 from ..backends import run
 from ..ops import stat_dtype
 from ..ops.contract import channels_last_strides
-from .batch_norm import Affine, Coefficients, Statistics, batch_affine, coefficients, pixels, running_affine
+from .batch_norm import Affine, Coefficients, batch_affine, coefficients, pixels, running_affine
 from .flow import Backward, Forward
 from .layout import Moments
 from .lazy import Lazy, Pending
@@ -59,14 +59,18 @@ class Layer(NamedTuple):
     start: int
     end: int
 
+    @classmethod
+    def behind(cls, source: int, start: int, end: int) -> Layer:
+        """The layer that reads the value `source`."""
+        return cls(source, source + 1, source + 2, source + 3, source + 4, start, end)
+
 
 def layers_of(program: Program, tensors: list[StepTensors], entering: int) -> list[Layer]:
     """The layers of a dense block, whose input has so many channels. `tensors`: by value."""
     found = []
     for source in range(0, program.output, 5):
-        end = entering + tensors[source + 4].weight.shape[0]
-        found.append(Layer(source, source + 1, source + 2, source + 3, source + 4, entering, end))
-        entering = end
+        found.append(Layer.behind(source, entering, entering + tensors[source + 4].weight.shape[0]))
+        entering = found[-1].end
     return found
 
 
@@ -125,11 +129,11 @@ class DenseBlock:
         made = run("dense_conv3x3", z, weights[1], bn2.scale, bn2.shift, written, emits, backend=f.backend)
         if emits:
             _note(moments, made, layer.start, layer.end)
-        kept = z if f.program.dense == KEPT else z.new_empty((0, *z.shape[1:]))
-        if f.wanted[layer.norm1]:
+        if f.wanted[layer.conv1]:
             f.values[layer.norm1] = Lazy(prefix, bn1)
-        if f.wanted[layer.norm2]:
-            f.values[layer.norm2] = Lazy(kept, bn2)
+        if f.wanted[layer.conv2]:  # z can be made again of what is saved for its convolution
+            again = f.program.dense != KEPT and f.wanted[layer.conv1]
+            f.values[layer.norm2] = Lazy(z.new_empty((0, *z.shape[1:])) if again else z, bn2)
 
     @staticmethod
     def _affine(f: Forward, value: int, z: Tensor, moments: tuple[Tensor, Tensor]) -> Affine:
@@ -143,19 +147,18 @@ class DenseBlock:
 
     def backward(self, b: Backward) -> None:
         grad, buffer = b.dense(self.value).grad, b.values[self.value]
-        entering = b.tensors[1 + 1].weight.shape[1]
-        layers = layers_of(b.program, b.tensors, entering)
         stat = stat_dtype(buffer.dtype)
         sums = tuple(torch.zeros(buffer.shape[1], dtype=stat, device=buffer.device) for _ in range(2))
-        gathered = None
-        for layer in reversed(layers):
-            if not b.wanted[layer.conv2]:
+        gathered, end = None, buffer.shape[1]
+        for source in range(self.value - 5, -5, -5):
+            if not b.wanted[source + 4]:
                 break
+            layer = Layer.behind(source, end - b.tensors[source + 4].weight.shape[0], end)
             into = new_images(buffer, layer.start) if gathered is None else gathered
             self._layer_backward(b, layer, buffer, grad if gathered is None else None, into, sums)
-            gathered = into
+            gathered, end = into, layer.start
         if b.wanted[0]:
-            at = slice(entering)
+            at = slice(end)
             arguments = gathered[:, at], buffer[:, at], *(vector[at] for vector in sums)
             b.give(0, Pending(run("dense_leave", *arguments, backend=b.backend)))
 
@@ -165,7 +168,9 @@ class DenseBlock:
         """The gradients of one layer. `grad`: of the buffer, of the last layer; of the others it is `gathered`."""
         prefix, own = slice(layer.start), slice(layer.start, layer.end)
         weights = b.tensors[layer.conv1].weight, b.tensors[layer.conv2].weight
-        (x, bn1, _), (z, bn2, _) = b.values[layer.norm1], b.values[layer.norm2]
+        z, bn2, _ = b.values[layer.norm2]
+        if b.wanted[layer.conv1]:
+            x, bn1, _ = b.values[layer.norm1]
         if not z.numel():
             z = run("dense_conv1x1", x, weights[0], bn1.scale, bn1.shift, False, backend=b.backend)[0]
         arguments = (gathered if grad is None else grad)[:, own], buffer[:, own], *(vector[own] for vector in sums)
@@ -173,7 +178,7 @@ class DenseBlock:
         g, *found, grad_weight = run("dense_conv3x3_backward", *arguments, backend=b.backend)
         b.grads[layer.conv2] = StepGrads(grad_weight if b.needs[layer.conv2].weight else None)
         through = self._coefficients(b, layer.norm2, bn2, found, z)
-        if not b.wanted[layer.norm1]:
+        if not b.wanted[layer.conv1]:
             return
         between = through.b, through.d
         if through.b is None:
@@ -196,6 +201,38 @@ class DenseBlock:
         grads = found.grad_gamma if need.gamma else None, found.grad_beta if need.beta else None
         b.grads[value] = StepGrads(None, None, *grads)
         return found
+
+
+class _MovingAgain(torch.autograd.Function):
+    """A block's output as it is; backward moves running statistics once more."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, updates: list[Update]) -> Tensor:
+        ctx.updates = updates
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        update_running_all(ctx.updates)
+        return grad, None
+
+
+def moving_again(
+    out: Tensor, program: Program, tensors: list[StepTensors], entering: Tensor, moments: Moments
+) -> Tensor:
+    """The output of a block that is :data:`CHECKPOINTED`: in backward stock runs the first norm of its layers again.
+
+    But for that of a first layer whose input, `entering`, wants no gradient. `tensors`: of the nodes; `moments`: of the
+    output.
+    """
+    updates, count = [], pixels(out.shape)
+    for layer in layers_of(program, [StepTensors(None), *tensors], entering.shape[1]):
+        norm, own = program.maker(layer.norm1).norm, tensors[layer.norm1 - 1]
+        wants = layer.source or entering.requires_grad
+        if norm.batch_stats and wants:
+            mean, m2 = (vector[: layer.start] for vector in moments)
+            updates.append((own, norm, mean, m2 / count, count))
+    return _MovingAgain.apply(out, updates) if updates else out
 
 
 def _note(moments: Moments, found: Moments, start: int, end: int) -> None:

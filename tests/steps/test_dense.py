@@ -1,5 +1,7 @@
 """Dense blocks on one buffer against stock in float64: outputs, gradients, running statistics, in every state."""
 
+import copy
+
 import pytest
 import torch
 from dense_blocks import LAYERS, assert_equal, dense_block, fused, images, step
@@ -7,8 +9,10 @@ from torch import nn
 
 from resnet_fused.backends import use
 from resnet_fused.blocks import runtime
+from resnet_fused.ops.contract import is_slice
 from resnet_fused.steps.dense import dense_program
 from resnet_fused.steps.program import Concatenation
+from resnet_fused.steps.saved import unpacked
 
 
 def norms(block):
@@ -199,3 +203,41 @@ def test_named_reference_runs_it_too():
     with use("reference"):
         got = step(fused(stock, backend="auto"), images())
     assert_equal(got, step(stock, images()))
+
+
+def test_hooks_that_lose_strides():
+    stock, seen = dense_block(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+        out = fused(stock)(images().requires_grad_())
+    node = out.grad_fn
+    for t in unpacked(node.saved_tensors[2:], node.layouts):
+        seen += [t] if t.dim() == 4 and t.shape[2:] == out.shape[2:] else []
+    assert seen and all(map(is_slice, seen))
+
+
+def test_norms_that_moved_between_evaluation_and_backward():
+    stock = dense_block().eval()
+    found = []
+    for block in (stock, fused(stock)):
+        x = images().requires_grad_()
+        out = block(x)
+        block.train()(2 * images())
+        out.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in block.parameters())])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_stage_of_two():
+    stock = nn.Sequential(dense_block(), dense_block()).double()
+    stock[1].denselayer1.norm1, stock[1].denselayer1.conv1 = nn.BatchNorm2d(17), nn.Conv2d(17, 8, 1, bias=False)
+    stock[1].denselayer2.norm1, stock[1].denselayer2.conv1 = nn.BatchNorm2d(21), nn.Conv2d(21, 8, 1, bias=False)
+    stock[1].denselayer3.norm1, stock[1].denselayer3.conv1 = nn.BatchNorm2d(25), nn.Conv2d(25, 8, 1, bias=False)
+    stock.double()
+    for layout in (True, False):
+        assert_equal(
+            step(fused(stock), images(channels_last=layout)), step(copy.deepcopy(stock), images(channels_last=layout))
+        )
+    stock.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(stock)(images()), stock(images()), rtol=1e-9, atol=1e-9)

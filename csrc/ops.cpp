@@ -113,6 +113,21 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "norm_relu_pool_apply(Tensor grad_out, Tensor index, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, "
       "Tensor shift, int[2] kernel=3, int[2] stride=2, int[2] padding=1) -> Tensor dz");
+  m.def("dense_enter(Tensor x, Tensor(a!) out) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "dense_conv1x1(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool statistics=True) "
+      "-> (Tensor z, Tensor mean, Tensor m2)");
+  m.def(
+      "dense_conv3x3(Tensor z, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) out, bool statistics=True) "
+      "-> (Tensor mean, Tensor m2)");
+  m.def(
+      "dense_conv3x3_backward(Tensor grad, Tensor y, Tensor b, Tensor d, Tensor z, Tensor weight, Tensor scale, "
+      "Tensor shift, Tensor mean) -> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor grad_weight)");
+  m.def(
+      "dense_conv1x1_backward(Tensor(a!) out, Tensor? grad, Tensor g, Tensor z, Tensor a, Tensor b, Tensor d, "
+      "Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor mean) "
+      "-> (Tensor sum_g, Tensor sum_gx, Tensor grad_weight)");
+  m.def("dense_leave(Tensor grad, Tensor x, Tensor b, Tensor d) -> Tensor grad_x");
   // Not ops of the contract: see csrc/cpu/<name>.cpp, kept_memory.cpp for the last.
   m.def("checksum(Tensor[] tensors) -> int[]");
   m.def("new_batch(Tensor like, int samples) -> Tensor");

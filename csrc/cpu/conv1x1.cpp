@@ -12,7 +12,7 @@
 #include "../checks/conv1x1.h"
 #include "affine.h"
 #include "alloc.h"
-#include "conv1x1_stages.h"
+#include "conv1x1_forward.h"
 #include "moments.h"
 
 namespace resnet_fused::cpu {
@@ -112,6 +112,36 @@ void merge(const Conv1x1& p, const Work& work, ChunkSums& sums, const Tensor& me
   }
 }
 
+}  // namespace
+
+void run_forward(Conv1x1 p, const Tensor& mean, const Tensor& m2) {
+  const Stages& at = stages();
+  p.panel = at.panel, p.panels = (p.K + at.panel - 1) / at.panel;
+  const bool wanted = mean.numel() > 0;
+  if (p.rows == 0) {
+    for (const Tensor* t : {&mean, &m2}) std::fill_n(data<float>(*t), t->numel(), 0.0f);
+  }
+  if (p.rows == 0 || p.K == 0) return;
+  const Work work(p);
+  ChunkSums sums;
+  const auto packed = aligned_array<float>(p.panels * p.C * p.panel + 1);
+  share_units(p.panels,
+              [&] { return [&](int64_t panel) { at.pack(p, panel, packed.get() + panel * p.C * p.panel); }; });
+  p.packed = packed.get();
+  if (wanted) {
+    // A first row by itself: what all differences of means are taken from.
+    sums.origin.resize(p.panels * p.panel);
+    sums.totals.resize(work.chunks * p.K), sums.squares.resize(work.chunks * p.K);
+    std::vector<float> others(p.panels * p.panel);
+    const auto scratch = aligned_array<float>(p.scratch());
+    at.tile(p, 0, 1, 0, p.panels, scratch.get(), {sums.origin.data(), &others[0], &others[0], true, true});
+  }
+  run(p, at, work, wanted ? &sums : nullptr);
+  if (wanted) merge(p, work, sums, mean, m2);
+}
+
+namespace {
+
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
@@ -119,39 +149,14 @@ Results conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_s
                 const OptionalTensor& beta, std::optional<double> eps) {
   check_conv1x1(x, weight, x_scale, x_shift, stride, gamma, beta, eps);
   const Pixels pixels(x, stride);
-  const int64_t K = weight.size(0), C = x.size(1), h = pixels.height, w = pixels.width;
-  Tensor z = empty_images(x.size(0), K, h, w, ScalarType::Float);
-  const Stages& at = stages();
-  Conv1x1 p{{data<float>(x), data<float>(x_scale), data<float>(x_shift), C, pixels},
-            data<float>(weight),
-            nullptr,
-            data<float>(z),
-            pixels.rows,
-            C,
-            K,
-            at.panel,
-            (K + at.panel - 1) / at.panel};
-  const Work work(p);
-  ChunkSums sums;
-  if (p.rows && K) {
-    const auto packed = aligned_array<float>(p.panels * C * p.panel + 1);
-    share_units(p.panels,
-                [&] { return [&](int64_t panel) { at.pack(p, panel, packed.get() + panel * C * p.panel); }; });
-    p.packed = packed.get();
-    if (emit_stats) {
-      // A first row by itself: what all differences of means are taken from.
-      sums.origin.resize(p.panels * p.panel), sums.totals.resize(work.chunks * K), sums.squares.resize(work.chunks * K);
-      std::vector<float> others(p.panels * p.panel);
-      const auto scratch = aligned_array<float>(p.scratch());
-      at.tile(p, 0, 1, 0, p.panels, scratch.get(), {sums.origin.data(), &others[0], &others[0], true, true});
-    }
-    run(p, at, work, emit_stats ? &sums : nullptr);
-  }
+  const int64_t K = weight.size(0), C = x.size(1);
+  Tensor z = empty_images(x.size(0), K, pixels.height, pixels.width, ScalarType::Float);
   Tensor mean = empty_vector(emit_stats ? K : 0, ScalarType::Float), m2 = empty_vector(mean.numel(), ScalarType::Float);
-  if (p.rows && emit_stats) merge(p, work, sums, mean, m2);
-  if (!p.rows) {
-    for (const Tensor* t : {&mean, &m2}) std::fill_n(data<float>(*t), t->numel(), 0.0f);
-  }
+  Conv1x1 p{};
+  p.input = {data<float>(x), data<float>(x_scale), data<float>(x_shift), C, pixels};
+  p.weight = data<float>(weight), p.z = data<float>(z);
+  p.rows = pixels.rows, p.C = C, p.K = K;
+  run_forward(p, mean, m2);
   return std::tuple_cat(std::make_tuple(z), statistics(mean, m2, gamma, beta, z, emit_stats ? eps : std::nullopt));
 }
 

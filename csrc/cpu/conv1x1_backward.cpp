@@ -100,7 +100,7 @@ void merge_vector(const std::vector<double>& sums, int64_t size, float* out) {
 // Larger than what a next reader could find in the caches. Of whole lines.
 bool streams(const Conv1x1Backward& p) {
   constexpr int64_t kLarge = int64_t(6) << 20;  // floats
-  return p.panel == Level512::panel && p.grad_x && p.rows * p.C >= kLarge && p.C % 16 == 0 &&
+  return p.panel == Level512::panel && p.grad_x && p.gap == 0 && p.rows * p.C >= kLarge && p.C % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.grad_x) % 64 == 0;
 }
 

@@ -6,11 +6,8 @@
 namespace resnet_fused::cpu {
 
 // Lines that are to be read later.
-struct Lines {
-  const char *next, *end;
-
-  RESNET_FUSED_INLINE Lines(const float* first, int64_t floats)
-      : next(reinterpret_cast<const char*>(first)), end(next + floats * static_cast<int64_t>(sizeof(float))) {}
+struct Lines : RowLines {
+  using RowLines::RowLines;
 
   RESNET_FUSED_INLINE bool done() const { return next + 64 >= end; }
 
@@ -18,7 +15,7 @@ struct Lines {
   // line beyond, of no page, would cost a search of the page tables each time.
   RESNET_FUSED_INLINE void operator()() {
     __builtin_prefetch(next);
-    next = done() ? next : next + 64;
+    if (!done()) advance();
   }
 };
 
@@ -78,8 +75,8 @@ struct Rows {
     const int64_t added = adds ? std::clamp(p.rows - part_row, int64_t(0), p.part()) : 0;
     return {{p.gradient.g + std::min(row, p.rows - 1) * p.K, rows * p.K},
             {{p.gradient.z + row * p.K, p.gradient.reads_z() ? rows * p.K : 0},
-             {p.input.x + row * p.C, reads_x ? rows * p.C : 0},
-             {p.added.residual + part_row * p.C, added * p.C}}};
+             {p.input.x + row * p.input.pitch() + c, reads_x ? rows : 0, width, p.input.pitch()},
+             {p.added.residual + part_row * (p.C + p.added.gap) + c, added, width, p.C + p.added.gap}}};
   }
 };
 
@@ -125,7 +122,7 @@ RESNET_FUSED_INLINE void input_panel(const Rows& t, int64_t panel, int64_t row, 
   int64_t asked = p.stream ? rows : 0;  // rows of grad_x, before those are multiplied that will be written there
   const auto between = [&] __attribute__((always_inline)) {
     for (const int64_t stop = std::min(rows, asked + L::rows); asked < stop; ++asked) {
-      for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(p.grad_x + (row + asked) * p.C + c + j, 1);
+      for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(p.grad_x + (row + asked) * p.pitch() + c + j, 1);
     }
     ahead.choose();
   };
@@ -144,8 +141,10 @@ RESNET_FUSED_INLINE void input_panel(const Rows& t, int64_t panel, int64_t row, 
   }
   const auto finish = [&]<class V>(int64_t j, const V*) __attribute__((always_inline)) {
     if (p.coupling || p.constant) add_terms<V>(p, y + j, more + j, rows, c + j);
-    if (p.through) {
-      finish_through<V>(p, y + j, activation + c - t.c + j, t.pitch, row, rows, c + j, t.sums);
+    if (p.through && p.added.residual) {
+      finish_through<V, true>(p, y + j, activation + c - t.c + j, t.pitch, row, rows, c + j, t.sums);
+    } else if (p.through) {
+      finish_through<V, false>(p, y + j, activation + c - t.c + j, t.pitch, row, rows, c + j, t.sums);
     } else if (p.stream) {
       finish_added<V, true>(p, y + j, sources, row, rows, c + j);
     } else {

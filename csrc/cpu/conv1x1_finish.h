@@ -11,6 +11,7 @@ struct Added {
   const float* residual;  // [rows of it, C] or null
   const uint8_t* mask;    // or null
   int64_t H, W, stride_h, stride_w;
+  int64_t gap = 0;  // between the channels of a pixel and those of the next
 
   bool dense() const { return stride_h == 1 && stride_w == 1; }
 
@@ -31,7 +32,9 @@ struct Conv1x1Backward {
   const float *constant, *mean;     // [C] or null
   Added added;
   float* grad_x;  // [rows, C] or null
-  bool through;   // grad_x is to go through the ReLU of a lazy input, and its sums are wanted
+  int64_t gap;    // of grad_x, as Activation's
+  bool through;   // grad_x is to go through the ReLU of a lazy input, and its sums are wanted; with a residual, what
+                  // goes to memory is that and the scale of the input times it
   bool weight_grad, sum_dz;
   bool stream;  // grad_x past the caches
   int64_t rows, K, C, panel, panels;
@@ -46,6 +49,7 @@ struct Conv1x1Backward {
     constexpr int64_t kFloats = int64_t(160) << 10;
     return std::clamp(kFloats / (pitch_of(K) + pitch_of(C)) / kPart, int64_t(1), weight_grad ? kMost : 1) * kPart;
   }
+  int64_t pitch() const { return C + gap; }
   bool reads_input() const { return weight_grad || coupling || through; }
   int64_t scratch() const { return tile() * (pitch_of(K) + pitch_of(C)) + 2 * part() * panel; }
 };
@@ -57,18 +61,22 @@ struct BackwardSums {
 };
 
 // The panel's rows of y, from where they are summed, to grad_x; the columns [c, c + lanes of V), column j of y.
-template <class V>
+template <class V, bool scaled>
 RESNET_FUSED_INLINE void finish_through(const Conv1x1Backward& p, const float* y, const float* activation,
                                         int64_t pitch, int64_t row, int64_t rows, int64_t c, const BackwardSums& sums) {
-  V mean, total = {}, product = {}, value, x;
+  V mean, scale, total = {}, product = {}, value, x;
   const V zero = {};
-  load_lanes(mean, p.mean + c);
+  load_lanes(mean, p.mean + c), load_lanes(scale, p.input.scale + c);
   for (int64_t r = 0; r < rows; ++r) {
     load_lanes(value, y + r * p.panel), load_lanes(x, activation + r * pitch);
     value = x <= zero ? zero : value;
-    load_lanes(x, p.input.x + p.input.pixels.source(row + r) * p.C + c);
-    store_lanes(p.grad_x + (row + r) * p.C + c, value);
+    load_lanes(x, p.input.x + p.input.pixels.source(row + r) * p.input.pitch() + c);
     total += value, product += value * (x - mean);
+    if constexpr (scaled) {
+      load_lanes(x, p.added.residual + (row + r) * (p.C + p.added.gap) + c);
+      value = x + scale * value;
+    }
+    store_lanes(p.grad_x + (row + r) * p.pitch() + c, value);
   }
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   float found[2][lanes];
@@ -97,14 +105,14 @@ RESNET_FUSED_INLINE void finish_added(const Conv1x1Backward& p, const float* y, 
     load_lanes(value, y + r * p.panel);
     const int64_t from = !p.added.residual ? -1 : sources ? sources[r] : row + r;
     if (from >= 0) {
-      load_lanes(other, p.added.residual + from * p.C + c);
+      load_lanes(other, p.added.residual + from * (p.C + p.added.gap) + c);
       if (p.added.mask) mask_lanes(other, p.added.mask + from * mask_bytes(p.C), c);
       value += other;
     }
     if constexpr (stream) {
-      stream_lanes(p.grad_x + (row + r) * p.C + c, value);
+      stream_lanes(p.grad_x + (row + r) * p.pitch() + c, value);
     } else {
-      store_lanes(p.grad_x + (row + r) * p.C + c, value);
+      store_lanes(p.grad_x + (row + r) * p.pitch() + c, value);
     }
   }
 }

@@ -100,7 +100,8 @@ RESNET_FUSED_INLINE void convolve_tile(const Conv1x1& p, int64_t row, int64_t ro
   float* y = scratch + Conv1x1::kTile * p.pitch();
   write_activation<L>(p.input, row, rows, 0, p.C, scratch, p.pitch());
   const int64_t later = p.input.pixels.dense() ? std::min(Conv1x1::kTile, p.rows - row - rows) : 0;
-  Ahead ahead(p.input.x + (row + rows) * p.C, later * p.C, (end_panel - first_panel) * (rows / L::rows + 1));
+  const RowLines next(p.input.x + (row + rows) * p.input.pitch(), later, p.C, p.input.pitch());
+  Ahead ahead(next, (end_panel - first_panel) * (rows / L::rows + 1));
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
     const int64_t k = panel * L::panel, columns = std::min(L::panel, p.K - k);
     float* out = p.z + row * p.K + k;

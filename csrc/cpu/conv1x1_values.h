@@ -40,6 +40,9 @@ struct Activation {
   const float *x, *scale, *shift;  // [rows, C], [C]; the last two null: x itself
   int64_t C;
   Pixels pixels;
+  int64_t gap = 0;  // between the channels of a pixel and those of the next: x is some channels of more
+
+  int64_t pitch() const { return C + gap; }
 };
 
 // NaN and -0.0 pass.
@@ -58,7 +61,7 @@ RESNET_FUSED_INLINE void write_activation(const Activation& a, int64_t row, int6
                                           float* out, int64_t pitch) {
   const int64_t vectors = width / L::lanes * L::lanes, padded = rounded_up(width, L::panel);
   for (int64_t r = 0; r < rows; ++r, out += pitch) {
-    const float* x = a.x + a.pixels.source(row + r) * a.C + c;
+    const float* x = a.x + a.pixels.source(row + r) * a.pitch() + c;
     if (a.scale) {
       for (int64_t i = 0; i < vectors; i += L::lanes) {
         activate_lanes<typename L::Vector>(out + i, x + i, a.scale + c + i, a.shift + c + i);
@@ -76,19 +79,41 @@ RESNET_FUSED_INLINE void write_activation(const Activation& a, int64_t row, int6
   }
 }
 
+// The cache lines of rows in memory, one after the other.
+struct RowLines {
+  const char *next, *row_end, *end;
+  int64_t gap, width;  // bytes between rows, and of a row
+
+  RESNET_FUSED_INLINE RowLines(const float* first, int64_t floats) : RowLines(first, floats > 0, floats, floats) {}
+  RESNET_FUSED_INLINE RowLines(const float* first, int64_t rows, int64_t floats, int64_t pitch) {
+    constexpr int64_t size = sizeof(float);
+    if (pitch == floats && rows > 0) floats *= rows, pitch = floats, rows = 1;
+    next = reinterpret_cast<const char*>(first), gap = (pitch - floats) * size, width = floats * size;
+    row_end = next + width, end = rows > 0 ? row_end + (rows - 1) * pitch * size : next;
+  }
+
+  RESNET_FUSED_INLINE int64_t count() const {
+    return next < end ? (end - next + gap) / (width + gap) * ((width + 63) / 64) : 0;
+  }
+  RESNET_FUSED_INLINE void advance() {
+    next += 64;
+    if (next >= row_end && row_end < end) next = row_end + gap, row_end = next + width;
+  }
+};
+
 // Lines that are to be read later, fetched a few at a time into the second-level cache between products.
 struct Ahead {
-  const char *next, *end;
-  int64_t step;  // bytes at a time
+  RowLines lines;
+  int64_t step;  // of them at a time
 
   // `times`: how often it will be called.
-  RESNET_FUSED_INLINE Ahead(const float* first, int64_t floats, int64_t times)
-      : next(reinterpret_cast<const char*>(first)),
-        end(next + floats * static_cast<int64_t>(sizeof(float))),
-        step(rounded_up((end - next) / times + 1, 64)) {}
+  RESNET_FUSED_INLINE Ahead(const float* first, int64_t floats, int64_t times) : Ahead({first, floats}, times) {}
+  RESNET_FUSED_INLINE Ahead(const RowLines& lines, int64_t times) : lines(lines), step(lines.count() / times + 1) {}
 
   RESNET_FUSED_INLINE void operator()() {
-    for (const char* stop = std::min(end, next + step); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+    for (int64_t i = 0; i < step && lines.next < lines.end; ++i, lines.advance()) {
+      __builtin_prefetch(lines.next, 0, 2);
+    }
   }
 };
 

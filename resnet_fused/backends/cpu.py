@@ -9,7 +9,7 @@ import torch
 from ..library import COMPILED_OPS, status
 from ..ops import OPS, norm_relu_coefficients
 from ..ops.contract import is_channels_last
-from . import onednn
+from . import dense, onednn
 from .declaration import Backend, Kernel, check_complete
 
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -148,9 +148,10 @@ _OTHERS = {
     "winograd_conv3x3_add_relu": winograd_packed_reasons,
     "winograd_conv3x3_wgrad": weight_grad_reasons,
     "winograd_weight3x3": winograd_weight_reasons,
+    **dense.REASONS,
 }
 #: Kernels that do not take every dtype of the loops.
-_FLOAT32 = ("winograd_", "conv1x1", "stem_", "conv_norm_relu_pool")
+_FLOAT32 = ("winograd_", "conv1x1", "stem_", "conv_norm_relu_pool", "dense_")
 _DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(_FLOAT32)}
 _DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_"), VECTOR_DTYPES)  # nothing rounds to 16 bits
 

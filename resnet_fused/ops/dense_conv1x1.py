@@ -61,6 +61,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     forms=FORMS,
     launches=one_more_for_sums,
     sums_of_rounded=True,

@@ -15,9 +15,9 @@ Of batch norm's gradient ``scale*h + B*x + D`` only the first term depends on th
 channel: the others are left to who reads `out` last, for all layers at once.
 
 `out`, `grad`, `x`: ``[N, C, H, W]``, channels_last or slices (:func:`.contract.is_slice`); `out` has no memory in
-common with the others. `g`, `z`: ``[N, K, H, W]``, channels_last or slices; `weight`: ``[K, C, 1, 1]``, dense; one
-dtype: float32 (float64, bfloat16 and float16 by the reference). `a`, `b`, `d`: ``[K]``, `scale`, `shift`, `mean`:
-``[C]``, in the dtype of statistics, as are `sum_g`, `sum_gx`: ``[C]``. `grad_weight`: like weight.
+common with the others. `g`, `z`: ``[N, K, H, W]``, channels_last; `weight`: ``[K, C, 1, 1]``, dense; one dtype: float32
+(float64, bfloat16 and float16 by the reference). `a`, `b`, `d`: ``[K]``, `scale`, `shift`, `mean`: ``[C]``, in the
+dtype of statistics, as are `sum_g`, `sum_gx`: ``[C]``. `grad_weight`: like weight.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     forms=FORMS,
     launches=two_launches,
     ulps=4,

@@ -9,10 +9,10 @@ Formula (z^ as in :mod:`.lazy`)::
 By Winograd's minimal filtering F(2x2, 3x3), as :mod:`.winograd_conv3x3`: where any output is not finite, all are those
 of a direct sum.
 
-`z`: ``[N, K, H, W]``, channels_last or a slice (:func:`.contract.is_slice`); `weight`: ``[G, K, 3, 3]`` of the same
-dtype, of any strides: float32 (float64, bfloat16 and float16 by the reference); `scale`, `shift`: ``[K]``, in the
-dtype of statistics. `out`: ``[N, G, H, W]``, of the dtype of z, a slice, without memory in common with z. `mean`,
-`m2`: ``[G]``, in the dtype of statistics.
+`z`: ``[N, K, H, W]``, channels_last; `weight`: ``[G, K, 3, 3]`` of the same dtype, of any strides: float32 (float64,
+bfloat16 and float16 by the reference); `scale`, `shift`: ``[K]``, in the dtype of statistics. `out`: ``[N, G, H, W]``,
+of the dtype of z, channels_last or a slice (:func:`.contract.is_slice`), without memory in common with z. `mean`, `m2`:
+``[G]``, in the dtype of statistics.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     launches=two_launches,
     sums_of_rounded=True,
     ulps=4,

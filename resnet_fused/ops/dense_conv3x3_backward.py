@@ -13,10 +13,11 @@ Formula (as in :mod:`.lazy`)::
 By Winograd's minimal filtering, as :mod:`.winograd_conv3x3` and :mod:`.winograd_conv3x3_wgrad`: where a gradient is
 not finite, it is that of a direct sum.
 
-`grad`, `y`: ``[N, G, H, W]``, where y is what the convolution made, and `z`: ``[N, K, H, W]``, channels_last or slices
-(:func:`.contract.is_slice`); `weight`: ``[G, K, 3, 3]``, dense; one dtype: float32 (float64, bfloat16 and float16 by
-the reference). `b`, `d`: ``[G]``, `scale`, `shift`, `mean`: ``[K]``, in the dtype of statistics. `g`:
-``[N, K, H, W]``, channels_last; `sum_g`, `sum_gz`: ``[K]``, in the dtype of statistics; `grad_weight`: like weight.
+`grad`, `y`: ``[N, G, H, W]``, where y is what the convolution made, channels_last or slices
+(:func:`.contract.is_slice`); `z`: ``[N, K, H, W]``, channels_last; `weight`: ``[G, K, 3, 3]``, contiguous or
+channels_last; one dtype: float32 (float64, bfloat16 and float16 by the reference). `b`, `d`: ``[G]``, `scale`, `shift`,
+`mean`: ``[K]``, in the dtype of statistics. `g`: ``[N, K, H, W]``, channels_last; `sum_g`, `sum_gz`: ``[K]``, in the
+dtype of statistics; `grad_weight`: like weight.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     launches=two_launches,
     sums_of_rounded=True,
     ulps=4,

@@ -5,9 +5,9 @@ Formula::
     out      = x
     mean, m2 = bn_stats(x)
 
-`x`: ``[N, C, H, W]``, channels_last or a slice (:func:`.contract.is_slice`); `out`: the same shape and dtype, a slice,
-without memory in common. float32 (float64, bfloat16 and float16 by the reference). `mean`, `m2`: ``[C]``, in the dtype
-of statistics.
+`x`: ``[N, C, H, W]``, channels_last; `out`: the same shape and dtype, channels_last or a slice
+(:func:`.contract.is_slice`), without memory in common. float32 (float64, bfloat16 and float16 by the reference).
+`mean`, `m2`: ``[C]``, in the dtype of statistics.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ OP = define(
     fake=fake,
     bytes=bytes,
     flops=flops,
+    compiled=True,
     forms=FORMS,
     launches=two_launches,
 )

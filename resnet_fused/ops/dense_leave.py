@@ -35,4 +35,4 @@ def flops(grad: Tensor, x: Tensor, b: Tensor, d: Tensor) -> int:
     return 3 * grad.numel()
 
 
-OP = define("dense_leave", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, forms=FORMS)
+OP = define("dense_leave", SCHEMA, reference=reference, fake=fake, bytes=bytes, flops=flops, compiled=True, forms=FORMS)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from ..backends import Backend
-from ..backends.selfcheck.draws import FLANK, Case, place
+from ..backends.selfcheck.draws import FLANK, Case, place, span
 from ..backends.selfcheck.judge import difference, results
 from ..ops import OPS, Op, stat_dtype
 
@@ -44,10 +44,11 @@ def tensors_of(case: Case) -> list[Tensor]:
 
 
 def broken_guards(t: Tensor) -> bool:
-    """Whether the poison around a tensor of :func:`..backends.selfcheck.draws.place` was overwritten."""
-    buffer = t.as_strided((t.numel() + 2 * FLANK,), (1,), 0)
-    flanks = torch.cat([buffer[:FLANK], buffer[-FLANK:]])
-    return not bool((flanks.isnan() if t.is_floating_point() else flanks == 255).all())
+    """Whether the poison around a tensor of :func:`..backends.selfcheck.draws.place`, or in it, was overwritten."""
+    poison = torch.nan if t.is_floating_point() else 255
+    buffer = t.as_strided((t.storage_offset() + span(t) + FLANK,), (1,), 0).clone()
+    buffer.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(poison)
+    return not bool((buffer.isnan() if t.is_floating_point() else buffer == 255).all())
 
 
 def allowed(op: Op, placed: Case, expected: list[Tensor], dtype: torch.dtype) -> list[float]:

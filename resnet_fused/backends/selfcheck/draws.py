@@ -74,17 +74,28 @@ def place(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
         if value.is_floating_point():
             if kept is None or dtype == torch.float64:  # what is compared with is float64 throughout
                 kept = dtype if value.dim() == 4 else stat_dtype(dtype)
-            value = value.to(kept)
-        return surrounded(value.to(device), aligned)
+        else:
+            kept = value.dtype
+        return surrounded(value, aligned, kept, device)
 
     args = tuple(move(index, value) for index, value in enumerate(case.args))
     return dataclasses.replace(case, args=args, kwargs={key: move(key, value) for key, value in case.kwargs.items()})
 
 
-def surrounded(t: Tensor, aligned: bool = True) -> Tensor:
-    """`t` inside a larger buffer of NaN (255 for bytes), so that a read beyond its ends shows in the result."""
+def span(t: Tensor) -> int:
+    """Elements from the first to the last in memory: `t` may be a slice, with others between its own."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+
+
+def surrounded(
+    t: Tensor, aligned: bool = True, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
+    """`t` inside a larger buffer of NaN (255 for bytes), so that a read beyond its ends, or between, shows.
+
+    In the strides of `t`, of `dtype` and on `device`, or its own.
+    """
+    dtype, device = dtype or t.dtype, device or t.device
     poison = torch.nan if t.is_floating_point() else 255
     front = FLANK if aligned else FLANK + 1
-    buffer = torch.full((t.numel() + front + FLANK,), poison, dtype=t.dtype, device=t.device)
-    inner = buffer[front : front + t.numel()].as_strided(t.shape, t.stride(), front)
-    return inner.copy_(t)
+    buffer = torch.full((span(t) + front + FLANK,), poison, dtype=dtype, device=device)
+    return buffer.as_strided(t.shape, t.stride(), front).copy_(t)

@@ -109,22 +109,25 @@ class DenseBlock:
             _note(moments, run("dense_enter", x, first, backend=f.backend), 0, x.shape[1])
         else:
             first.copy_(x)
+        running = _running_affines(f)
         for layer in layers:
-            self._layer_forward(f, layer, buffer, moments)
+            self._layer_forward(f, layer, buffer, moments, running)
         f.output = buffer.detach()  # views of the buffer are saved: of the output they would hold the node
         f.values[self.value] = buffer
         if moments is not None:
             f.emitted[self.value] = moments
 
-    def _layer_forward(self, f: Forward, layer: Layer, buffer: Tensor, moments: Moments | None) -> None:
+    def _layer_forward(
+        self, f: Forward, layer: Layer, buffer: Tensor, moments: Moments | None, running: dict[int, Affine]
+    ) -> None:
         prefix, emits = buffer[:, : layer.start], moments is not None
         before = None if moments is None else tuple(vector[: layer.start] for vector in moments)
-        bn1 = self._affine(f, layer.norm1, prefix, before)
+        bn1 = running.get(layer.norm1) or self._affine(f, layer.norm1, prefix, before)
         weights = f.tensors[layer.conv1].weight, f.tensors[layer.conv2].weight
         norm2 = f.program.maker(layer.norm2).norm
         arguments = prefix, weights[0], bn1.scale, bn1.shift, norm2.batch_stats
         z, *between = run("dense_conv1x1", *arguments, backend=f.backend)
-        bn2 = self._affine(f, layer.norm2, z, between)
+        bn2 = running.get(layer.norm2) or self._affine(f, layer.norm2, z, between)
         written = buffer[:, layer.start : layer.end]
         made = run("dense_conv3x3", z, weights[1], bn2.scale, bn2.shift, written, emits, backend=f.backend)
         if emits:
@@ -233,6 +236,27 @@ def moving_again(
             mean, m2 = (vector[: layer.start] for vector in moments)
             updates.append((own, norm, mean, m2 / count, count))
     return _MovingAgain.apply(out, updates) if updates else out
+
+
+def _running_affines(f: Forward) -> dict[int, Affine]:
+    """What `running_affine` makes of the norms that use running statistics, all at once: the same operations.
+
+    But for those without parameters, or of several dtypes.
+    """
+    found, dtype = [], stat_dtype(f.values[0].dtype)
+    for value, node in f.program.numbered:
+        if isinstance(node, Normalisation) and not node.norm.batch_stats:
+            vectors = f.tensors[value][2:6]
+            if all(t is not None and t.dtype == dtype for t in vectors):
+                found.append((value, node.norm.eps, *vectors))
+    if not found:
+        return {}
+    values, eps, gamma, beta, mean, var = map(list, zip(*found, strict=True))
+    rstd = torch._foreach_rsqrt(torch._foreach_add(var, eps))
+    scale = torch._foreach_mul(gamma, rstd)
+    shift = torch._foreach_addcmul(beta, mean, scale, -1)
+    mean = torch._foreach_mul(mean, 1.0)  # copies: they may move before backward
+    return {value: Affine(*own) for value, *own in zip(values, mean, rstd, scale, shift, strict=True)}
 
 
 def _note(moments: Moments, found: Moments, start: int, end: int) -> None:

@@ -12,11 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import resnet_fused
+from resnet_fused import library
 from resnet_fused.backends import use
 from resnet_fused.blocks import dense as known
 from resnet_fused.blocks import runtime
 from resnet_fused.convert import stock_forward
 from resnet_fused.models import densenet
+from resnet_fused.models.preact import PreActBasicBlock
+from resnet_fused.steps import batch_norm
 from resnet_fused.testing.vision import import_torchvision
 
 
@@ -362,6 +365,7 @@ def test_whole_densenets(maker):
     assert all(f"features.denseblock{i} " in text for i in range(1, 5))
 
 
+@pytest.mark.skipif(not library.status().cpu.loaded, reason="kernels of the compiled library")
 def test_explain_counts_a_block():
     block = densenet.DenseBlock(6, 64, 4, 32, 0.0)
     rows = resnet_fused.explain(block, (4, 64, 28, 28))
@@ -399,3 +403,84 @@ def test_public_module():
         assert_equal(got, step(stock, images()))
     assert resnet_fused.FusedDenseBlock(0, 5, 2, 4, 0.0)(images()).shape == images().shape
     assert "built fused" in str(resnet_fused.report(block))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Channels of every tensor that is read for its statistics alone."""
+    found, original = [], batch_norm.normalise
+    monkeypatch.setattr(batch_norm, "normalise", lambda z, *rest: found.append(z.shape[1]) or original(z, *rest))
+    return found
+
+
+def followed(*between):
+    """A stem, a dense block of 17 channels, modules, and a pre-activation block that begins with a norm."""
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU(inplace=True)
+    return nn.Sequential(*stem, dense_block(), *between, PreActBasicBlock(17, 17)).double()
+
+
+class WritesOver(nn.Module):
+    def forward(self, x):
+        return x.clone().mul_(2)
+
+
+@pytest.mark.parametrize("between", [(), (WritesOver(),)], ids=["next", "apart"])
+def test_statistics_reach_the_next_block_alone(reads, between):
+    stock = followed(*between)
+    model = fused(stock)
+    assert_equal(step(model, images(channels=3)), step(stock, images(channels=3)))
+    assert (17 in reads[:2]) == bool(between)
+
+
+def test_a_value_that_two_read_carries_no_statistics(reads):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.block, self.next = *list(followed())[:2], dense_block(), PreActBasicBlock(17, 17)
+
+        def forward(self, x):
+            h = self.block(self.bn(self.conv(x)))
+            return self.next(h) + h
+
+    torch.manual_seed(0)
+    stock = Twice().double()
+    model = fused(stock)
+    assert_equal(step(model, images(channels=3)), step(stock, images(channels=3)))
+    assert 17 in reads[:2]
+
+
+needs_kernels = pytest.mark.skipif(not library.status().cpu.loaded, reason="kernels of the compiled library")
+
+
+@needs_kernels
+@pytest.mark.parametrize("prefer", ["speed", "memory"])
+@pytest.mark.parametrize("training", [True, False])
+def test_float32_by_kernels_is_as_exact_as_stock(maker, prefer, training):
+    """At twice stock's own error, each by name."""
+    exact = dense_block(maker).train(training)
+    stock = copy.deepcopy(exact).float()
+    block = fused(stock, backend="auto", prefer=prefer)
+    wide = images(n=4, size=13)
+    for _ in range(6):
+        (got, was_fused), near, want = ran_fused(lambda: step(block, wide.float())), step(stock, wide.float()), None
+        assert was_fused
+    want = [step(exact, wide) for _ in range(6)][-1]
+    for name, value in want.items():
+        errors = [(found[name].double() - value).norm() for found in (got, near)]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * value.double().norm(), name
+
+
+@pytest.mark.plans_small
+def test_few_values_per_channel_are_stock():
+    stock = dense_block().float()
+    block = fused(stock, backend="auto")
+    assert not ran_fused(lambda: block(images(n=1, size=6, dtype=torch.float32)))[1]
+    assert ran_fused(lambda: block(images(n=2, size=6, dtype=torch.float32)))[1] == library.status().cpu.loaded
+
+
+def test_other_dtypes_are_stock():
+    block = dense_block().bfloat16()
+    x = images(dtype=torch.bfloat16)
+    got, was_fused = ran_fused(lambda: fused(block, backend="auto")(x))
+    assert not was_fused and torch.equal(got, block(x))

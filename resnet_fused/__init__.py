@@ -3,7 +3,7 @@
 from .backends import use
 from .backends.memory import empty_cache
 from .backends.precision import precision
-from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
+from .blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, FusedDenseBlock, conv_bn_add_relu
 from .convert import fuse, report, unfuse
 from .plan.tune import tune
 from .traffic import explain
@@ -14,6 +14,7 @@ __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
     "FusedConvBNReLU",
+    "FusedDenseBlock",
     "conv_bn_add_relu",
     "empty_cache",
     "explain",

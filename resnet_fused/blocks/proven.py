@@ -82,7 +82,13 @@ FRESH = (
     nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
 )  # fmt: skip
 FRESH_FOREIGN = (("timm.layers.pool2d_same", "AvgPool2dSame"), ("timm.layers.blur_pool", "BlurPool2d"))
-_FOREIGN = frozenset(FROZEN_NORMS + ACTIVATED_NORMS + DROP_PATHS + FRESH_FOREIGN)
+#: Dense layers, with the methods that their forward goes through; see :mod:`.dense`.
+DENSE_LAYERS = {
+    ("torchvision.models.densenet", "_DenseLayer"): ("bn_function", "any_requires_grad", "call_checkpoint_bottleneck"),
+    ("timm.models.densenet", "DenseLayer"): ("bottleneck_fn", "any_requires_grad", "call_checkpoint_bottleneck"),
+    ("resnet_fused.models.densenet", "DenseLayer"): ("bottleneck",),
+}
+_FOREIGN = frozenset((*FROZEN_NORMS, *ACTIVATED_NORMS, *DROP_PATHS, *FRESH_FOREIGN, *DENSE_LAYERS))
 
 
 class _Known:
@@ -91,7 +97,8 @@ class _Known:
     def __init__(self, cls: type, *own: str) -> None:
         self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *CALL, *own))
         self.called: tuple[tuple[dict, str, object], ...] = ()  # by a drop path's forward, in its own module
-        self.exchanged = tuple(name for name, method in self.methods if name != "forward" and not _is_torchs(method))
+        checked = CALL if cls.__module__.partition(".")[0] != "torch" else (*CALL, *own)
+        self.exchanged = tuple(name for name, method in self.methods if name in checked and not _is_torchs(method))
         self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
 
 
@@ -110,7 +117,11 @@ _looked_at: dict[type, _Known] = {}
 
 def kind(module: nn.Module) -> tuple[str, str]:
     """The class of `module` by name."""
-    cls = type(module)
+    return own_kind(type(module))
+
+
+def own_kind(cls: type) -> tuple[str, str]:
+    """The name of a class, with that of its module."""
     return cls.__module__, cls.__qualname__
 
 
@@ -145,8 +156,8 @@ def _look_at(cls: type, base: type | None) -> str:
             return f"{cls.__name__}.forward was replaced"
         if any(getattr(cls, name) is not getattr(nn.Module, name) for name in CALL):
             return f"{cls.__name__} is called in its own way"
-        known = _Known(cls)
-        if (cls.__module__, cls.__qualname__) in DROP_PATHS:
+        known = _Known(cls, *DENSE_LAYERS.get(own_kind(cls), ()))
+        if own_kind(cls) in DROP_PATHS:
             known.called = tuple(_called_by(forward))
             for _, name, function in known.called:
                 if (function.__module__, function.__qualname__) != (cls.__module__, name):
@@ -163,7 +174,8 @@ def _look_at(cls: type, base: type | None) -> str:
 
 def methods_of(cls: type) -> tuple[tuple[str, object], ...]:
     """The methods of one of PyTorch's classes that a call goes through, as they were at import."""
-    return _KNOWN[cls].methods if cls in _KNOWN else (("forward", None), ("__call__", None))
+    known = _KNOWN.get(cls) or (_looked_at.get(cls) if own_kind(cls) in DENSE_LAYERS else None)
+    return (("forward", None), ("__call__", None)) if known is None else known.methods
 
 
 def why_changed(module: nn.Module, base: type | None = None) -> str:

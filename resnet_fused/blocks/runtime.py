@@ -76,8 +76,9 @@ _FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool"}
 def _with(program: Program, settings: tuple, *who: str) -> Program:
     nodes = []
     for node, own in zip(program.nodes, settings, strict=True):
-        nodes.append(node if isinstance(node, Addition) else dataclasses.replace(node, **{_FIELDS[type(node)]: own}))
-    return Program(tuple(nodes), program.inputs, *who)
+        field = _FIELDS.get(type(node))
+        nodes.append(node if field is None else dataclasses.replace(node, **{field: own}))
+    return Program(tuple(nodes), program.inputs, *who, program.dense)
 
 
 def run_site(
@@ -164,13 +165,15 @@ def _output(
     if not fits(call.program, shapes):
         return None
     repeated = None
-    if takes(call) and not needs_grad(call):
+    if takes(call) and not needs_grad(call) and not call.program.dense:
         out = evaluate(call, site.modules, dtype, handed)
         if out is not None and form is not None:
             ready.keep_evaluation(site, form, call, dtype)
     else:
         cast = call._replace(tensors=[own.cast(dtype) for own in call.tensors])
         lowered = _lowered(cast, None if site.kept is None else site.kept.lowered)
+        if lowered.steps is None and call.program.dense:
+            return None
         if lowered.steps is None:  # the same to the bit, and gradients have the strides of their weights
             return stock.program_output(cast, moves=True)
         if form is not None:

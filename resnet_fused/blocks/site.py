@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..steps import Conv, Norm, Pool, StepTensors
-from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling
+from ..steps.program import Addition, Concatenation, Convolution, Node, Normalisation, Pooling
 from . import norms, proven
 from .inputs import input_obstacle, is_odd, is_plain
 from .layers import (
@@ -207,6 +207,9 @@ def _tensor_obstacle(site: Site) -> str:
     program, first = site.shape.program, site.convolutions[0].weight
     channels: list[int | None] = [None] * program.inputs  # of each value; None: of an input, as its first reader says
     for node, module in site.pairs:
+        if isinstance(node, Concatenation):
+            channels.append(sum(channels[value] for value in node.reads))
+            continue
         entering = channels[node.reads[0]]
         if isinstance(node, Addition | Pooling):
             channels.append(entering)

@@ -122,7 +122,8 @@ class Unchanged:
             for own, cls in zip(same.owns, same.classes, strict=True):
                 settings = [value for name, value in own.items() if not name.startswith("_")]
                 hides = any(name in own or hasattr(cls, name) for inner in _INNER for name in own[inner])
-                if cls not in _CLASSES or hides or not all(map(_is_fixed, settings)):
+                known = cls in _CLASSES or proven.own_kind(cls) in proven.DENSE_LAYERS
+                if not known or hides or not all(map(_is_fixed, settings)):
                     return False
         return True
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..backends import check_name
 from ..backends.precision import check_word
 from ..blocks import norms, survivors
-from . import swap
+from . import dense, swap
 from .fused_module import FusedState, fused_class
 from .instructions import Form
 from .outside import read_by
@@ -27,7 +27,9 @@ def _is_candidate(module: nn.Module) -> bool:
     """Whether `fuse` looks at a module, again if it is fused."""
     if is_fused_here(module):
         return not isinstance(module, BUILT_FUSED)
-    return any(isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children())
+    return dense.is_block(module) or any(
+        isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children()
+    )
 
 
 def fuse(
@@ -37,6 +39,7 @@ def fuse(
     backend: str = "auto",
     precision: str | None = None,
     drop_path: str | None = None,
+    prefer: str | None = None,
     strict: bool = False,
 ) -> nn.Module:
     """Fuse the residual blocks (and conv-BN-ReLU chains) of `model`, in place.
@@ -60,6 +63,8 @@ def fuse(
             less time the more is dropped, waits for the GPU once a block to learn how many survive, and raises stock's
             error where a norm is left with one value a channel. A block that runs its stock forward (hooks, ...), or
             whose row in :func:`report` says so, runs on all. None: as fused before, else "all".
+        prefer: "speed", or "memory" where dense blocks are to compute in backward again what lies between the two
+            convolutions of a layer, instead of saving it; None: as fused before, else "speed".
         strict: raise instead of warn when there is nothing to fuse.
 
     Returns:
@@ -67,20 +72,21 @@ def fuse(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: unknown `backend`, `precision` or `drop_path`; or nothing to fuse, with `strict`.
+        ValueError: unknown `backend`, `precision`, `drop_path` or `prefer`; or nothing to fuse, with `strict`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     check_word("default" if precision is None else precision)
     survivors.check_word("all" if drop_path is None else drop_path)
+    dense.check_preference(prefer)
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in outermost(model):
         if filter_fn is not None and not filter_fn(name, module):
             left_out.add(name)
         elif _is_candidate(module):
-            reason = _fuse_one(module, backend, precision, drop_path)
+            reason = _fuse_one(module, backend, precision, drop_path, prefer)
             if reason and fuse_stem(module, backend, precision):
                 left[id(module)] = reason
     for module in list(model.modules()):
@@ -94,7 +100,7 @@ def fuse(
     return model
 
 
-def _forms(module: nn.Module) -> tuple[tuple[Form, ...], list[str]]:
+def _forms(module: nn.Module, prefer: str | None = None) -> tuple[tuple[Form, ...], list[str]]:
     """What the stock forward of `module`, fused or not, can run as, and why parts of it stay stock.
 
     The first of several that may run is to; with dropout that is another one while it does nothing.
@@ -102,6 +108,8 @@ def _forms(module: nn.Module) -> tuple[tuple[Form, ...], list[str]]:
     Raises:
         Untraceable: as nothing of ours, or nobody can tell.
     """
+    if dense.is_block(module):
+        return (dense.form(module, prefer),), []
     graph = trace(module, swap.stock_class(module))
     form, reasons = build(module, graph)
     quiet, _ = build(module, graph, quiet=True)
@@ -112,18 +120,18 @@ def _forms(module: nn.Module) -> tuple[tuple[Form, ...], list[str]]:
     return forms, reasons
 
 
-def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path: str | None) -> str:
+def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path: str | None, prefer: str | None) -> str:
     """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
     cls = swap.stock_class(module)
     try:
-        forms, reasons = _forms(module)
+        forms, reasons = _forms(module, prefer)
     except Untraceable as error:
         swap.remove(module)
         return str(error)
     before = module.__dict__.get(swap.STATE)
     state = FusedState(
         forms=forms,
-        traced=state_of(module, names_read(module, cls)),
+        traced=() if forms[0].is_dense else state_of(module, names_read(module, cls)),
         code=fingerprint(cls.forward),
         backend=backend,
         precision=precision or getattr(before, "precision", "default"),
@@ -131,7 +139,7 @@ def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path:
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )
-    return swap.put(module, fused_class, state)
+    return swap.put(module, dense.fused_class if forms[0].is_dense else fused_class, state)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

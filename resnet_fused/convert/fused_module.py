@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..backends import current
-from ..blocks import runtime
+from ..blocks import proven, runtime
 from ..blocks.by_modules import called
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
@@ -128,6 +128,8 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     form = next((form for form in state.forms if are_quiet(block, form.quiet)), None)
     if form is None:
         return None, "a dropout that draws, around which nothing is fused"
+    if reason := block._resnet_fused_obstacle(form):
+        return None, reason
     sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision, state.drop_path == "survivors")
     reason = _form_obstacle(block, form, sites)
     return None if reason else Running(block, form, sites), reason
@@ -148,6 +150,10 @@ def entry_obstacle(x: object, running: Running) -> str:
 
 
 def _run_stock(block: nn.Module, call: StockCall, values: dict[str, object]) -> object:
+    if call.op == "call_module" and call.takes_one:  # whose own blocks take values as they are
+        child = block.get_submodule(call.target)
+        if is_entered(child):
+            return run_block(child, values[call.args[0].name], child)
     args = [resolve(arg, values) for arg in call.args]
     kwargs = {key: resolve(arg, values) for key, arg in call.kwargs}
     if call.op == "call_module":
@@ -169,13 +175,14 @@ def run_form(running: Running, x: Tensor | Placed) -> object:
     values, remaining = {form.input: _as_others_see(x), TRAINING: block.training}, iter(sites)
     for call in form.calls:
         if isinstance(call, StockCall):
-            values[call.output] = _run_stock(block, call, values)
+            made = _run_stock(block, call, values)
         elif isinstance(call, GateCall):
-            values[call.output] = _run_gate(block, call, sites[0].backend, values)
+            made = _run_gate(block, call, sites[0].backend, values)
         elif isinstance(call, GatedSum):
-            values[call.output] = _run_sum(block, call, values)
+            made = _run_sum(block, call, values)
         else:
-            values[call.output] = _as_others_see(_run_shape(call, next(remaining), values))
+            made = _run_shape(call, next(remaining), values)
+        values[call.output] = made if call.output in form.passed else _as_others_see(made)
     result = form.result
     return values[result.name] if isinstance(result, Ref) else resolve(result, values)
 
@@ -258,6 +265,23 @@ class FusedModule(swap.Swapped):
 
     def forward(self, x):
         return left(run_block(self, x, super().forward))
+
+    def _resnet_fused_obstacle(self, form: Form) -> str:
+        """Why the forward, where nothing of it was changed, does not do what `form` does."""
+        return ""
+
+
+def is_entered(block: nn.Module) -> bool:
+    """Whether calling `block` is nothing but running its fused forward, so that who holds it may do that itself."""
+    if not isinstance(block, FusedModule) or hooked(block) or block._compiled_call_impl is not None:
+        return False
+    if any(name in block.__dict__ for name in ("forward", *proven.CALL)):
+        return False
+    cls = type(block)
+    if torch.compiler.is_compiling():
+        return True
+    own = cls.forward is vars(cls._resnet_fused_class)["forward"]
+    return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in proven.CALL)
 
 
 def fused_class(stock_class: type) -> type:

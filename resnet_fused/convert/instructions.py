@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Callable
 
@@ -41,6 +42,11 @@ class StockCall:
     args: tuple  # value names wrapped in Ref, constants as they are
     kwargs: tuple[tuple[str, object], ...]
     output: str
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether it is called with one value and nothing else."""
+        return len(self.args) == 1 and isinstance(self.args[0], Ref) and not self.kwargs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +103,56 @@ class Form:
     shapes: tuple[Shape, ...] = dataclasses.field(init=False)  # the programs among the calls
     first: int | None = dataclasses.field(init=False)  # which of these reads the input, if one does
     is_whole: bool = dataclasses.field(init=False)  # one program and nothing else, with the program's output as it is
+    #: Values that only the call right behind reads, a module or a program: what is known of them stays true for it.
+    passed: frozenset[str] = dataclasses.field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
         programs = [call for call in self.calls if isinstance(call, ShapeCall)]
         first = next((i for i, call in enumerate(programs) if call.inputs[0] == self.input), None)
         whole = len(self.calls) == len(programs) == 1 and self.result == Ref(self.calls[0].output)
-        found = {"shapes": tuple(call.shape for call in programs), "first": first, "is_whole": whole}
+        found = {
+            "shapes": tuple(call.shape for call in programs),
+            "first": first,
+            "is_whole": whole,
+            "passed": self._passed(),
+        }
         self.__dict__.update(found)  # it is frozen from here on
+
+    def _passed(self) -> frozenset[str]:
+        read = [name for call in self.calls for name in _read_by(call)]
+        read += [ref.name for ref in _refs(self.result)]
+        found = set()
+        for call, following in itertools.pairwise(self.calls):
+            takes = isinstance(following, ShapeCall) or (isinstance(following, StockCall) and following.takes_one)
+            if takes and read.count(call.output) == 1 and call.output in _read_by(following):
+                found.add(call.output)
+        return frozenset(found)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a dense block, see :mod:`.dense`."""
+        return any(shape.program.dense for shape in self.shapes)
 
     @property
     def stood_in(self) -> set[str]:
         """The names of all modules that programs stand in for, and of what holds them."""
         return {name for shape in self.shapes for name in shape.modules} | {name for name, _ in self.containers}
+
+
+def _read_by(call: ShapeCall | StockCall | GateCall | GatedSum) -> list[str]:
+    """The names of the values that a call reads, one as often as it does."""
+    if isinstance(call, ShapeCall | GatedSum):
+        inner = [name for stock in getattr(call, "stock", ()) for name in _read_by(stock)]
+        return [*call.inputs, *inner]
+    if isinstance(call, GateCall):
+        return [call.input]
+    return [ref.name for ref in (*_refs(call.args), *_refs(call.kwargs))]
+
+
+def _refs(arg: object) -> list[Ref]:
+    found: list[Ref] = []
+    _changed(arg, lambda item: found.append(item) if isinstance(item, Ref) else None)
+    return found
 
 
 def plain(arg: object) -> object:

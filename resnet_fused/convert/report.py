@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..blocks import drop_paths
+from ..blocks.dense import FusedDenseBlock
 from ..blocks.inputs import as_gathered
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..blocks.site import CHANGED, module_obstacle
@@ -24,7 +25,7 @@ from .shares import Share, convolutions_in, counted, describe, join, of_form, pa
 from .stem import FusedStem, stem_site
 from .swap import STATE, is_fused, stock_class
 
-BUILT_FUSED = (FusedConvBNReLU, FusedResidualBlock)  # fused without fuse()
+BUILT_FUSED = (FusedConvBNReLU, FusedDenseBlock, FusedResidualBlock)  # fused without fuse()
 #: How many names stand for a group of modules; how many reasons a warning gives, and the length of each.
 NAMES, REASONS, LENGTH = 2, 3, 240
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..blocks import norms
 from ..blocks.shape import Shape
-from ..steps.program import Addition, Convolution, Pooling
+from ..steps.dense import KEPT
+from ..steps.program import Addition, Concatenation, Convolution, Pooling
 from .instructions import Form, GateCall, GatedSum, ShapeCall, StockCall
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -74,7 +75,7 @@ def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
     """Convolutions and passes of a module that runs `form`."""
     nodes = [node for shape in form.shapes for node in shape.program.nodes]
     convolutions = sum(isinstance(node, Convolution) for node in nodes)
-    fused = sum(1 + node.relu for node in nodes if not isinstance(node, Convolution | Pooling))
+    fused = sum(1 + node.relu for node in nodes if not isinstance(node, Concatenation | Convolution | Pooling))
     fused += sum(1 + call.relu for call in form.calls if isinstance(call, GatedSum))
     stock = [call for call in form.calls if isinstance(call, StockCall)]
     called = [call.target for call in stock if call.op == "call_module"]
@@ -108,6 +109,9 @@ def _name(call: StockCall) -> str:
 def _describe(shape: Shape, inputs: tuple[str, ...]) -> str:
     """A program in words, from its end along what its additions take first; `inputs`: names of the first values."""
     program, names, text = shape.program, (*inputs, *shape.names), ""
+    if program.dense:
+        saves = "" if program.dense == KEPT else ", in backward computed again up to norm2"
+        return f"{len(program.nodes) // 5} layers norm1-relu-conv1-norm2-relu-conv2 on one buffer{saves}"
     value = program.output
     while value >= program.inputs:
         node = program.maker(value)

@@ -20,13 +20,13 @@ from torch import nn
 
 from .. import library
 from ..backends import bounds
-from ..blocks import drop_paths, proven, runtime
-from ..blocks.layers import globally_hooked, hooked
+from ..blocks import drop_paths, runtime
+from ..blocks.layers import globally_hooked
 from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
 from . import as_stock, swap
-from .fused_module import FusedModule, Running, entry_obstacle, is_stock_forced, placed, run_block, runnable
+from .fused_module import FusedModule, Running, entry_obstacle, is_entered, is_stock_forced, placed, run_block, runnable
 from .swap import is_fused
 
 Tensor = torch.Tensor
@@ -45,24 +45,11 @@ NEAR = 6 << 20, 13 << 18
 _IN_PART = "in part"
 
 
-def _is_entered(block: nn.Module) -> bool:
-    """Whether calling `block` is nothing but running its fused forward, so that a stage may do that itself."""
-    if not isinstance(block, FusedModule) or hooked(block) or block._compiled_call_impl is not None:
-        return False
-    if any(name in block.__dict__ for name in ("forward", *proven.CALL)):
-        return False
-    cls = type(block)
-    if torch.compiler.is_compiling():
-        return True
-    own = cls.forward is vars(cls._resnet_fused_class)["forward"]
-    return own and all(getattr(cls, name) is getattr(nn.Module, name) for name in proven.CALL)
-
-
 def _entries(stage: nn.Sequential) -> list[Running] | None:
     """What each block runs, where nothing but programs would run in the whole stage; else None."""
     entries = []
     for block in stage:
-        found = runnable(block) if _is_entered(block) else None
+        found = runnable(block) if is_entered(block) else None
         if found is None or len(found.sites) < len(found.form.calls):
             return None
         entries.append(found)
@@ -72,7 +59,7 @@ def _entries(stage: nn.Sequential) -> list[Running] | None:
 def _one_by_one(stage: nn.Sequential, x: object) -> object:
     """The stage's output where somebody else's code runs in some of its blocks, and may change others; or stock's."""
     for block in stage:
-        x = run_block(block, x, block) if _is_entered(block) else block(left(x))
+        x = run_block(block, x, block) if is_entered(block) else block(left(x))
     return left(x)
 
 

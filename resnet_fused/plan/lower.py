@@ -23,7 +23,7 @@ from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
 from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-from . import choose, measured, too_small, variants, words
+from . import choose, dense, measured, too_small, variants, words
 from .keys import threads
 from .variants import Variant
 
@@ -235,6 +235,10 @@ def decide(call: Call) -> tuple[Variant, Lowered]:
     shapes = call.shapes()
     if not fits(call.program, shapes):
         return Variant(stock=True), Lowered(call.program, None)
+    if call.program.dense:
+        lowered, why = dense.lower(call)
+        choose.tell(f"{words.of_steps(lowered)} ({why})" if why else words.of_steps(lowered))
+        return Variant(stock=lowered.steps is None), lowered
     tuner, variant, why = choose.tuner(), None, "measured"
     if tuner is not None:
         variant = tuner(call)

@@ -42,6 +42,8 @@ def _kept(program: Program, f: Forward, folded: set[int]) -> list[Value | None]:
     Only where a gradient passes. A sum's ReLU may have left bits in its place. Of the convolutions `folded`, see
     :func:`_folded`, also where it passes the norm alone: there an input is a copy, since stock has not saved that.
     """
+    if program.dense:  # the output is what norms and convolutions read, the input is in it
+        return [None, *f.values[1:-1], f.values[-1] if f.wanted[-1] else None]
     kept: list[Value | None] = []
     apart = {program.maker(conv).source for conv in folded if not f.wanted[conv]}
     for number, value in enumerate(f.values):

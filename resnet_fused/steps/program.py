@@ -75,7 +75,14 @@ class Pooling(_OfOne):
     pool: Pool
 
 
-Node = Convolution | Normalisation | Addition | Pooling
+@dataclasses.dataclass(frozen=True)
+class Concatenation:
+    """The channels of values one after the other: what a dense layer reads, and what a dense block ends in."""
+
+    reads: tuple[int, ...]
+
+
+Node = Convolution | Normalisation | Addition | Pooling | Concatenation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +90,15 @@ class Program:
     """The nodes of a block in the order in which stock runs them.
 
     `inputs`: 1, or 2 with a residual from outside, which the last node, an addition, reads and nobody else. `backend`:
-    who runs the ops; `precision`: how exact they are, see :mod:`..backends.precision`.
+    who runs the ops; `precision`: how exact they are, see :mod:`..backends.precision`. `dense`: what a dense block
+    (:func:`.dense.dense_program`) saves, a word of :data:`.dense.SAVES`; empty for all other programs.
     """
 
     nodes: tuple[Node, ...]
     inputs: int = 1
     backend: str = "auto"
     precision: str = "default"
+    dense: str = ""
 
     @property
     def output(self) -> int:
@@ -183,7 +192,9 @@ class Program:
         shapes = [x] * self.inputs
         for node, own in zip(self.nodes, tensors, strict=True):
             shape = shapes[node.reads[0]]
-            if isinstance(node, Convolution):
+            if isinstance(node, Concatenation):
+                shape = torch.Size((shape[0], sum(shapes[value][1] for value in node.reads), *shape[2:]))
+            elif isinstance(node, Convolution):
                 shape = torch.Size(output_shape(shape, own.weight.shape, *node.conv.args[:3]))
             elif isinstance(node, Pooling):
                 shape = torch.Size(output_shape(shape, (shape[1], 1, *node.pool.kernel), *node.pool.args[1:], (1, 1)))

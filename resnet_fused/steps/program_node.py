@@ -9,7 +9,7 @@ import torch
 
 from ..backends import dispatch, met, tape
 from ..ops import stat_dtype
-from . import directions, replay, stock
+from . import dense, directions, replay, stock
 from .directions import Facts, Lowered, Needs
 from .flow import Handed
 from .layout import is_channels_last, worked_on
@@ -163,7 +163,13 @@ def run_flat(
     if x is not given and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         counter = counter_of(given)
     residual = None if residual is None else worked_on(residual, in_channels_last)
-    return _apply(repeated)(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
+    if lowered.program.dense != dense.CHECKPOINTED or not torch.is_grad_enabled():
+        return _apply(repeated)(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
+    handed = handed or Handed()
+    out = _apply(repeated)(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
+    if not out.requires_grad or handed.leaving is None:
+        return out
+    return dense.moving_again(out, lowered.program, regroup(spread(tensors, places)), x, handed.leaving)
 
 
 def _apply(repeated: RepeatedProgram | None) -> Callable[..., Tensor]:

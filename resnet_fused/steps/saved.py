@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from ..ops.contract import is_slice
 from .program import Normalisation, Program
 from .spec import StepTensors
 
@@ -51,19 +52,18 @@ class Recorder:
 
 
 def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:
-    """Which of what is saved is channels_last; empty where it comes back as it is, since no hook packs it."""
+    """Which of what is saved is channels_last, or some channels of such; empty where no hook packs it."""
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return ()
-    channels_last = torch.channels_last
-    return tuple(t is not None and t.dim() == 4 and t.is_contiguous(memory_format=channels_last) for t in flat)
+    return tuple(t is not None and t.dim() == 4 and is_slice(t) for t in flat)
 
 
 def unpacked(tensors: Sequence[Tensor | None], layouts: tuple[bool, ...]) -> list[Tensor]:
-    """What was saved, in the layouts that kernels want: hooks (``save_on_cpu(pin_memory=True)``) may lose strides."""
+    """What was saved, in layouts that kernels take: hooks (``save_on_cpu(pin_memory=True)``) may lose strides."""
     if not layouts:
         return list(tensors)
     found = zip(tensors, layouts, strict=True)
-    return [t.contiguous(memory_format=torch.channels_last) if lasts else t for t, lasts in found]
+    return [t if not lasts or is_slice(t) else t.contiguous(memory_format=torch.channels_last) for t, lasts in found]
 
 
 def counter_of(x: Tensor) -> Tensor:

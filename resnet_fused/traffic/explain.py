@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..blocks import norms
+from ..blocks.dense import FusedDenseBlock
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..convert.fuse import fuse, report
 from ..convert.fused_module import FusedModule, stock_forward
@@ -24,7 +25,7 @@ from .count import Counter, SavedBytes, Traffic
 
 Tensor = torch.Tensor
 _SIDES = {"fused": "fused", "stock": "stock", "compiled": "compile"}  # and their names in tables
-_BLOCKS = (FusedModule, FusedConvBNReLU, FusedResidualBlock)
+_BLOCKS = (FusedModule, FusedConvBNReLU, FusedDenseBlock, FusedResidualBlock)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .resnet import NormLayer, Stages, ThreeConvolutions, TwoConvolutions, conv1x1, conv3x3, initialise
+from .stages import NormLayer, Stages, ThreeConvolutions, TwoConvolutions, conv1x1, conv3x3, initialise
 
 
 class PreActBasicBlock(TwoConvolutions):
@@ -54,6 +54,8 @@ class PreActBasicBlock(TwoConvolutions):
         identity = x if self.downsample is None else self.downsample(out)
         out = self.conv1(out)
         out = self.conv2(self.relu(self.bn2(out)))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         return out + identity
 
 
@@ -81,6 +83,8 @@ class PreActBottleneck(ThreeConvolutions):
         out = self.conv1(out)
         out = self.conv2(self.relu(self.bn2(out)))
         out = self.conv3(self.relu(self.bn3(out)))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         return out + identity
 
 
@@ -96,17 +100,6 @@ class _PreActStages(Stages):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
-        """As our other networks, but what starts at zero is the last convolution of a block.
-
-        Zeros in the last norm would zero the convolution's input and, through the ReLU, the norm's gradient: such a
-        block never learns.
-        """
-        initialise(self, zero_init_residual=False)
-        for block in self.modules() if zero_init_residual else ():
-            if isinstance(block, (PreActBasicBlock, PreActBottleneck)):
-                nn.init.zeros_(block.conv2.weight if isinstance(block, PreActBasicBlock) else block.conv3.weight)
-
 
 class PreActResNet(_PreActStages):
     """A pre-activation network for images ``[N, 3, H, W]`` -> class scores ``[N, num_classes]`` (He et al. 2016).
@@ -121,9 +114,10 @@ class PreActResNet(_PreActStages):
         groups, width_per_group: see :class:`PreActBottleneck`.
         replace_stride_with_dilation: for stages 2, 3 and 4, dilate instead of striding (PreActBottleneck only).
         norm_layer: builds a norm layer from a channel count; default ``nn.BatchNorm2d``.
+        stochastic_depth_rate, stochastic_depth_mode: see :class:`~resnet_fused.models.ResNet`.
 
     Raises:
-        ValueError: `replace_stride_with_dilation` does not have three elements.
+        ValueError: `replace_stride_with_dilation` does not have three elements; see also `stochastic_depth_rate`.
     """
 
     def __init__(
@@ -136,13 +130,16 @@ class PreActResNet(_PreActStages):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
+        stochastic_depth_rate: float = 0.0,
+        stochastic_depth_mode: str = "row",
     ) -> None:
         super().__init__(64, norm_layer, groups, width_per_group)
         self.conv1 = nn.Conv2d(3, self.inplanes, 7, stride=2, padding=3, bias=False)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self._make_four(block, layers, replace_stride_with_dilation)
         self._make_head(num_classes)
-        self._initialise(zero_init_residual)
+        self._drop_paths(stochastic_depth_rate, stochastic_depth_mode)
+        initialise(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.conv1(x))
@@ -156,15 +153,18 @@ class PreActResNetCifar(_PreActStages):
     A 3x3 convolution to 16 channels, then three stages at full, half and a quarter of the resolution.
 
     Args:
-        block: as for :class:`PreActResNet`; the stages have 16, 32 and 64 channels, times the block's `expansion`.
+        block: as for :class:`PreActResNet`.
         layers: blocks in each of the three stages.
         num_classes: outputs of the last linear layer.
         zero_init_residual: start the last convolution of each block at 0, so that each block starts as its shortcut.
         norm_layer: builds a norm layer from a channel count; default ``nn.BatchNorm2d``.
+        stochastic_depth_rate, stochastic_depth_mode: see :class:`~resnet_fused.models.ResNet`.
+        width: channels of the first stage, before the block's `expansion`; each further stage doubles them.
     """
 
     #: As timm's models say what they are meant for; command lines take the size of their input from it.
     default_cfg: ClassVar = {"input_size": (3, 32, 32)}
+    _activates_stem = True  # whether the first block's identity shortcut is the activated stem
 
     def __init__(
         self,
@@ -173,16 +173,18 @@ class PreActResNetCifar(_PreActStages):
         num_classes: int = 10,
         zero_init_residual: bool = False,
         norm_layer: NormLayer | None = None,
+        stochastic_depth_rate: float = 0.0,
+        stochastic_depth_mode: str = "row",
+        width: int = 16,
     ) -> None:
         super().__init__(16, norm_layer)
         self.conv1 = conv3x3(3, self.inplanes)
-        self.layer1 = self._make_layer(block, 16, layers[0])
-        if self.layer1[0].downsample is None:
+        self._make_three(block, layers, width)
+        if self._activates_stem and self.layer1[0].downsample is None:
             self.layer1[0].downsample = nn.Identity()  # of the activated stem
-        self.layer2 = self._make_layer(block, 32, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 64, layers[2], stride=2)
         self._make_head(num_classes)
-        self._initialise(zero_init_residual)
+        self._drop_paths(stochastic_depth_rate, stochastic_depth_mode)
+        initialise(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))

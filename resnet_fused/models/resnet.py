@@ -11,84 +11,12 @@ https://arxiv.org/abs/1611.05431.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-NormLayer = Callable[[int], nn.Module]
-
-
-def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """3x3 convolution without bias, padded so that stride 1 keeps the resolution."""
-    return nn.Conv2d(inplanes, planes, 3, stride=stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
-
-
-def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias."""
-    return nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False)
-
-
-class ResidualBlock(nn.Module):
-    """What all residual blocks share: convolutions, a norm of each, one ReLU for all, a shortcut."""
-
-    expansion: int
-    norm_first = False  # whether a norm stands before its convolution
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        convolutions = self._convolutions(inplanes, planes, stride, groups, base_width, dilation)
-        for i, conv in enumerate(convolutions, 1):
-            named = {f"conv{i}": conv}
-            if self.norm_first:
-                named = {f"bn{i}": norm_layer(conv.in_channels), **named}
-            else:
-                named[f"bn{i}"] = norm_layer(conv.out_channels)
-            for name, module in named.items():
-                self.add_module(name, module)
-        # In place, unless what it reads is the very input of a block without norms.
-        self.relu = nn.ReLU(inplace=not (self.norm_first and isinstance(self.bn1, nn.Identity)))
-        self.downsample = downsample
-        self.stride = stride
-
-    def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
-        raise NotImplementedError
-
-
-class TwoConvolutions(ResidualBlock):
-    """Two 3x3 convolutions, the first with the stride."""
-
-    expansion = 1
-
-    def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
-        name = "PreActBasicBlock" if self.norm_first else "BasicBlock"
-        if groups != 1 or base_width != 64:
-            raise ValueError(f"{name} only supports groups=1 and base_width=64")
-        if dilation > 1:
-            raise NotImplementedError(f"Dilation > 1 not supported in {name}")
-        return [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
-
-
-class ThreeConvolutions(ResidualBlock):
-    """1x1, 3x3 and 1x1 convolutions, the 3x3 with stride, groups and dilation."""
-
-    expansion = 4
-
-    def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
-        width = int(planes * (base_width / 64.0)) * groups
-        first, middle = conv1x1(inplanes, width), conv3x3(width, width, stride, groups, dilation)
-        return [first, middle, conv1x1(width, planes * self.expansion)]
+from .stages import NormLayer, Stages, ThreeConvolutions, TwoConvolutions, initialise
 
 
 class BasicBlock(TwoConvolutions):
@@ -113,6 +41,8 @@ class BasicBlock(TwoConvolutions):
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         out += identity
         return self.relu(out)
 
@@ -139,46 +69,10 @@ class Bottleneck(ThreeConvolutions):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         out += identity
         return self.relu(out)
-
-
-class Stages(nn.Module):
-    """What all networks here share: how stages are made."""
-
-    def __init__(self, inplanes: int, norm_layer: NormLayer | None, groups: int = 1, width_per_group: int = 64) -> None:
-        super().__init__()
-        self._norm_layer = norm_layer or nn.BatchNorm2d
-        self.inplanes = inplanes
-        self.dilation = 1
-        self.groups = groups
-        self.base_width = width_per_group
-
-    def _projection(self, inputs: int, outputs: int, stride: int) -> nn.Module:
-        return nn.Sequential(conv1x1(inputs, outputs, stride), self._norm_layer(outputs))
-
-    def _make_layer(self, block: type, planes: int, blocks: int, stride=1, dilate=False) -> nn.Sequential:
-        outplanes = planes * block.expansion
-        first_dilation = self.dilation
-        if dilate:
-            self.dilation *= stride
-            stride = 1
-        reshapes = stride != 1 or self.inplanes != outplanes
-        downsample = self._projection(self.inplanes, outplanes, stride) if reshapes else None
-        shared = {"groups": self.groups, "base_width": self.base_width, "norm_layer": self._norm_layer}
-        stage = [block(self.inplanes, planes, stride, downsample, dilation=first_dilation, **shared)]
-        self.inplanes = outplanes
-        stage += [block(outplanes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)]
-        return nn.Sequential(*stage)
-
-    def _make_four(self, block: type, layers: Sequence[int], dilate: Sequence[bool] | None) -> None:
-        """The four stages of a network for large images."""
-        if dilate is not None and len(dilate) != 3:
-            raise ValueError(f"replace_stride_with_dilation should be None or a 3-element tuple, got {dilate}")
-        dilates = (False, *(dilate or (False, False, False)))
-        for i, (blocks, dilated) in enumerate(zip(layers, dilates, strict=True)):
-            stage = self._make_layer(block, 64 << i, blocks, 1 if i == 0 else 2, dilated)
-            self.add_module(f"layer{i + 1}", stage)
 
 
 class ResNet(Stages):
@@ -193,9 +87,13 @@ class ResNet(Stages):
         groups, width_per_group: see :class:`Bottleneck`.
         replace_stride_with_dilation: for stages 2, 3 and 4, dilate instead of striding (Bottleneck only).
         norm_layer: builds a norm layer from a channel count; default ``nn.BatchNorm2d``.
+        stochastic_depth_rate: the probability of dropping the last block's branch in training, 1 - p_L of Huang et
+            al. 2016 (https://arxiv.org/abs/1603.09382); that of block l of L is l/L of it.
+        stochastic_depth_mode: ``"row"``, a draw for each sample, or ``"batch"``, one for all (the paper's).
 
     Raises:
-        ValueError: `replace_stride_with_dilation` does not have three elements.
+        ValueError: `replace_stride_with_dilation` does not have three elements; `stochastic_depth_rate` is not in
+            [0, 1], or not 0 for blocks that have no `drop_path`; `stochastic_depth_mode` is another word.
     """
 
     def __init__(
@@ -208,6 +106,8 @@ class ResNet(Stages):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
+        stochastic_depth_rate: float = 0.0,
+        stochastic_depth_mode: str = "row",
     ) -> None:
         super().__init__(64, norm_layer, groups, width_per_group)
         self.conv1 = nn.Conv2d(3, self.inplanes, 7, stride=2, padding=3, bias=False)
@@ -217,26 +117,13 @@ class ResNet(Stages):
         self._make_four(block, layers, replace_stride_with_dilation)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._drop_paths(stochastic_depth_rate, stochastic_depth_mode)
         initialise(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-def initialise(model: nn.Module, zero_init_residual: bool) -> None:
-    """Kaiming-normal convolutions (fan out), unit norms; optionally zero the last norm of each residual block."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) and module.weight is not None:
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-    for module in model.modules() if zero_init_residual else ():
-        last = module.bn2 if isinstance(module, BasicBlock) else module.bn3 if isinstance(module, Bottleneck) else None
-        if getattr(last, "weight", None) is not None:
-            nn.init.zeros_(last.weight)
 
 
 def resnet18(**options) -> ResNet:

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from architectures import meta, normal, scattered
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,34 +34,8 @@ def timm():
         pytest.skip(f"torchvision does not import: {error}")
 
 
-def meta(builder, **options):
-    with torch.device("meta"):
-        return builder(**options)
-
-
-def scattered(model, seed=0):
-    """`model` in float64 with every parameter and statistic at a value of its own."""
-    draw = torch.Generator().manual_seed(seed)
-    model = model.double()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.weight, module.running_var):
-                    tensor.uniform_(0.5, 1.5, generator=draw)
-                for tensor in (module.bias, module.running_mean):
-                    tensor.normal_(0, 0.3, generator=draw)
-            elif isinstance(module, nn.Conv2d):
-                fan_in = module.weight[0].numel()
-                module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=draw)
-    return model
-
-
 def last_of(block):
     return block.conv2 if isinstance(block, PreActBasicBlock) else block.conv3
-
-
-def normal(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_every_builder_is_covered():

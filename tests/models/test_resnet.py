@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from architectures import meta
 from torch import nn
 
 from resnet_fused import models
@@ -21,7 +22,6 @@ PARAMETERS = {  # millions, from the papers' and torchvision's tables
     "wide_resnet50_2": 68_883_240,
     "wide_resnet101_2": 126_886_696,
 }
-TORCHVISIONS = sorted(name for name in models.BUILDERS if not name.startswith("preact_"))
 
 
 @pytest.fixture
@@ -32,12 +32,7 @@ def theirs():
         pytest.skip(f"torchvision does not import: {error}")
 
 
-def meta(builder, **options):
-    with torch.device("meta"):
-        return builder(**options)
-
-
-@pytest.mark.parametrize("name", TORCHVISIONS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
     assert sum(p.numel() for p in meta(models.BUILDERS[name]).parameters()) == PARAMETERS[name]
 
@@ -46,7 +41,7 @@ def shapes(model):
     return [(key, tuple(value.shape), value.dtype) for key, value in model.state_dict().items()]
 
 
-@pytest.mark.parametrize("name", TORCHVISIONS)
+@pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("options", [{}, {"num_classes": 7, "zero_init_residual": True}], ids=["default", "options"])
 def test_state_dict_of_torchvision(theirs, name, options):
     assert shapes(meta(models.BUILDERS[name], **options)) == shapes(meta(getattr(theirs, name), **options))

@@ -162,10 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for order.epoch in range(args.epochs):
-        trained_accuracy = train_epoch(net, train_images, optimizer, args)
+    for epoch in range(args.epochs):
+        order.epoch = epoch
+        row = {"epoch": epoch + 1, "train_accuracy": train_epoch(net, train_images, optimizer, args)}
         schedule.step()
-        row = {"epoch": order.epoch + 1, "train_accuracy": trained_accuracy}
         rows.append(row | {"test_accuracy": accuracy(net, test_images, args)})
         print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
         results.write_csv(rows, args.out / "log.csv")

@@ -119,9 +119,7 @@ class Run:
         if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif self.args.sync_bn:
-            self.say(
-                f"--sync-bn: {self.world} process(es) on {self.device.type}: each has statistics of its own images"
-            )
+            self.say(f"--sync-bn: of {self.world} process(es) on {self.device.type}, each has statistics of its own")
         network.to(self.device, memory_format=torch.channels_last)
         if not self.args.stock:
             resnet_fused.fuse(network)

@@ -31,7 +31,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--depths", type=int, nargs="+", default=[20, 56], help="layers, 6n+2 each [%(default)s]")
-    add("--epochs", type=int, default=12, help="[%(default)s]")
+    add("--epochs", type=int, default=8, help="[%(default)s]")
     add("--size", type=int, default=32, help="pixels along an edge [%(default)s]")
     add("--batch", type=int, default=128, help="[%(default)s]")
     add("--lr", type=float, default=0.1, help="until half of the steps, a tenth until three quarters [%(default)s]")
@@ -109,6 +109,7 @@ def plot(rows: list[dict], depths: list[int], path: pathlib.Path) -> None:
             axis.plot(epochs, [row["train_error"] for row in mine], color=colour, linewidth=2, label=f"{depth} layers")
             axis.plot(epochs, [row["test_error"] for row in mine], color=colour, linewidth=0.8, linestyle="--")
         axis.set_xlabel("epoch")
+        axis.set_ylim(0, 100)
     axes[0].set_ylabel("error, %")
     axes[1].legend(frameon=False, fontsize=8, title="training solid, test dashed", title_fontsize=8)
     results.finish(figure, path)

@@ -1,5 +1,6 @@
 """`examples/train.py`, run as users run it and stopped where nobody would stop it."""
 
+import contextlib
 import csv
 import importlib
 import os
@@ -47,12 +48,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(owner, name, count, tmp_
 
 
 def started(command, **environment):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), str(ROOT / "tests/support"), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]
+    )
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-W", "ignore", *map(str, command)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.plans_small  # as the other process
 def test_a_process_that_was_killed_goes_on_with_the_same_bits(tmp_path):
     short = [train.__file__, "--take", 64, "--batch", 16, "--epochs", 2, "--save-every", 1, "--size", 16]
     process = started([*short, "--out", tmp_path / "killed"])
@@ -70,10 +74,13 @@ def test_a_process_that_was_killed_goes_on_with_the_same_bits(tmp_path):
 
 
 def test_two_processes_go_on_with_the_same_bits(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [started([resumed.__file__, tmp_path], RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for free in sockets:
+            free.bind(("localhost", 0))
+        ports = [free.getsockname()[1] for free in sockets]
+    place = {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
+    both = [started([resumed.__file__, tmp_path, *ports], RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and "same" in outputs[0], "\n".join(outputs)
     assert "--sync-bn: of 2 process(es) on cpu, each has statistics of its own" in outputs[0]

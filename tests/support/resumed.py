@@ -72,21 +72,31 @@ def assert_same(one, other, where: str = "it") -> None:
         assert one == other, where
 
 
-def stop_and_go_on(folder: pathlib.Path, owner: object, name: str, count: int, *options: str) -> None:
+def main(port: str | None, *options: str) -> None:
+    """``train.main``; `port`: where several processes meet, another for each run, as an old one may still be taken."""
+    if port is not None:
+        os.environ["MASTER_PORT"] = port
+    train.main(list(options))
+
+
+def stop_and_go_on(
+    folder: pathlib.Path, owner: object, name: str, count: int, *options: str, ports=(None, None, None)
+) -> None:
     """A whole run, one that is stopped at the `count`-th call of a function, and the rest of that."""
-    train.main([*SHORT, *options, "--out", str(folder / "whole")])
+    options = (*SHORT, *options, "--out")
+    main(ports[0], *options, str(folder / "whole"))
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, owner, name, count)
         with pytest.raises(Killed):
-            train.main([*SHORT, *options, "--out", str(folder / "stopped")])
+            main(ports[1], *options, str(folder / "stopped"))
     resumable.seed(7)
-    train.main([*SHORT, *options, "--out", str(folder / "stopped"), "--resume"])
+    main(ports[2], *options, str(folder / "stopped"), "--resume")
 
 
 if __name__ == "__main__":  # one of several processes
     BUILDERS["toy"] = Toy
-    whole = pathlib.Path(sys.argv[1])
-    stop_and_go_on(whole, train.Run, "train_step", 6, "--sync-bn")
+    folder = pathlib.Path(sys.argv[1])
+    stop_and_go_on(folder, train.Run, "train_step", 4, "--sync-bn", "--save-every", "1", ports=sys.argv[2:])
     if os.environ["RANK"] == "0":
-        assert_same(final(whole / "stopped"), final(whole / "whole"))
+        assert_same(final(folder / "stopped"), final(folder / "whole"))
         print("same")

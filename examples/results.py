@@ -23,7 +23,7 @@ def write_csv(rows: list[dict], path: pathlib.Path) -> None:
 
 
 def short(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    return f"{value:.9g}" if isinstance(value, float) else value
 
 
 def axes(columns: int, titles: list[str], width: float = 4.6):

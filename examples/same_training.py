@@ -29,7 +29,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="resnet20", help="of resnet_fused.models, timm:NAME or torchvision:NAME [%(default)s]")
-    add("--steps", type=int, default=300, help="[%(default)s]")
+    add("--steps", type=int, default=250, help="[%(default)s]")
     add("--size", type=int, default=32, help="pixels along an edge [%(default)s]")
     add("--batch", type=int, default=64, help="[%(default)s]")
     add("--lr", type=float, default=0.05, help="[%(default)s]")

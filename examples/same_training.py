@@ -33,6 +33,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--size", type=int, default=32, help="pixels along an edge [%(default)s]")
     add("--batch", type=int, default=64, help="[%(default)s]")
     add("--lr", type=float, default=0.05, help="[%(default)s]")
+    add("--double", action="store_true", help="in float64, where nothing but a fault is seen early")
     add("--seed", type=int, default=0, help="[%(default)s]")
     add("--out", type=pathlib.Path, default=HERE / "same_training", help="results, without suffix [%(default)s]")
     return parser.parse_args(argv)
@@ -42,7 +43,8 @@ def losses(run: str, args: argparse.Namespace) -> list[float]:
     """The loss at each step of one run."""
     torch.manual_seed(args.seed)
     layout = torch.contiguous_format if run == OTHER else torch.channels_last
-    net = build(args.model, num_classes=10).to(memory_format=layout).train()
+    dtype = torch.float64 if args.double else torch.float32
+    net = build(args.model, num_classes=10).to(dtype, memory_format=layout).train()
     if run == FUSED:
         resnet_fused.fuse(net, backend="cpu", strict=True)  # by name: also blocks too small to gain by it
     images, classes, _, _ = image_data.digit_sets(args.size)
@@ -50,7 +52,7 @@ def losses(run: str, args: argparse.Namespace) -> list[float]:
     found = []
     for _ in tqdm(range(args.steps), desc=run, disable=None, leave=False):
         chosen = torch.randint(len(images), (args.batch,))
-        loss = F.cross_entropy(net(images[chosen].contiguous(memory_format=layout)), classes[chosen])
+        loss = F.cross_entropy(net(images[chosen].to(dtype, memory_format=layout)), classes[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

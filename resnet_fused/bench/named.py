@@ -23,21 +23,24 @@ def _without_weights(builder: Callable) -> dict[str, None]:
 
 #: Libraries whose models can be named ``library:name``, each with how it builds and how it lists them.
 SOURCES: dict[str, tuple[str, Callable, Callable]] = {
-    "timm": ("timm", lambda timm, name: timm.create_model(name), lambda timm: timm.list_models()),
+    "timm": ("timm", lambda timm, name, options: timm.create_model(name, **options), lambda timm: timm.list_models()),
     "torchvision": (
         "torchvision.models",
-        lambda models, name: models.get_model(name, **_without_weights(models.get_model_builder(name))),
+        lambda models, name, options: models.get_model(
+            name, **_without_weights(models.get_model_builder(name)), **options
+        ),
         lambda models: models.list_models(),
     ),
 }
 FORMS = "one of " + ", ".join(BUILDERS) + ", or timm:NAME, or torchvision:NAME"
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **options) -> nn.Module:
     """A freshly initialised model, without downloaded weights.
 
     Args:
         name: a builder of :mod:`resnet_fused.models`, or ``timm:NAME``, or ``torchvision:NAME``.
+        options: for its builder, as ``num_classes=10``.
 
     Raises:
         Refused: nobody has this model, or its library does not import; the text says what is accepted.
@@ -46,7 +49,7 @@ def build(name: str) -> nn.Module:
     if not colon:
         if name not in BUILDERS:
             raise Refused(f"unknown model {name!r}; pass {FORMS}")
-        return BUILDERS[name]()
+        return BUILDERS[name](**options)
     if source not in SOURCES:
         raise Refused(f"unknown model source {source!r} in {name!r}; pass {FORMS}")
     module_name, create, list_models = SOURCES[source]
@@ -61,7 +64,7 @@ def build(name: str) -> nn.Module:
     if rest not in known:
         close = difflib.get_close_matches(rest, known, 5) or sorted(known)[:5]
         raise Refused(f"{source} has no model {rest!r}; close are {', '.join(close)}")
-    return create(library, rest)
+    return create(library, rest, options)
 
 
 def input_size(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-// See conv1x1_backward.h.
+// See conv1x1_gradients.h.
 #include "conv1x1_gradients.h"
 
 #include <bit>

@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "../checks/dense_conv1x1_backward.h"
-#include "conv1x1_backward.h"
+#include "conv1x1_gradients.h"
 
 namespace resnet_fused::cpu {
 namespace {

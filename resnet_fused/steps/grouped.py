@@ -71,8 +71,8 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, 
 def takes_gradient(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
     """Whether the op `grouped_conv3x3_wgrad` has the weight's gradient, and is faster.
 
-    As :func:`takes`: 3.3 to 6.5 with 4 and 8 channels in groups at 56x56, 1.6 to 2.7 at 28x28; with 16 1.1 to 2.7, 0.9 to
-    1.2 at 14x14; with 32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256.
+    As :func:`takes`: 3.3 to 6.5 with 4 and 8 channels in groups at 56x56, 1.6 to 2.7 at 28x28; with 16 1.1 to 2.7, 0.9
+    to 1.2 at 14x14; with 32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256.
     """
     if not _serves(x, weight, conv, backend) or not is_channels_last(grad) or grad.dtype != x.dtype:
         return False

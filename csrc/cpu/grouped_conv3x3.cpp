@@ -101,7 +101,7 @@ const Stages& stages() {
 Grouped problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64_t stride, bool transposed) {
   Grouped g{};
   g.N = x.size(0), g.C = x.size(1), g.H = x.size(2), g.W = x.size(3), g.P = z.size(2), g.Q = z.size(3);
-  g.width = weight.size(1), g.stride = transposed && stride == 1 ? 1 : stride;
+  g.width = weight.size(1), g.stride = stride;
   g.transposed = transposed, g.lanes = stages().lanes;
   g.cut();
   return g;

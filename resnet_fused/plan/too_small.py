@@ -6,7 +6,8 @@ the limit is drawn: where the tensors that stock keeps for backward fit into it.
 cache of 32 MiB, ResNet-50's blocks by themselves: benchmarks/results/epyc-avx512-2core/runs.jsonl:8. On
 other CPUs our weight gradients are faster than oneDNN's at any size, and nothing is too small.
 
-Where that 1 ms is less than :data:`MARGIN` of the convolutions' time, the memory that fusion saves is worth it.
+Where that 1 ms is less than :data:`MARGIN` of the convolutions' time, the memory that fusion saves is worth it. What
+grouped convolutions take less by our kernels (:mod:`..steps.grouped`) is counted against it.
 
 Where minimal filtering (:mod:`..steps.winograd`) saves more than the 1 ms, fusion gains in any cache.
 
@@ -23,7 +24,7 @@ import pathlib
 import torch
 
 from ..backends import onednn
-from ..steps import winograd
+from ..steps import grouped, winograd
 from ..steps.batch_norm import pixels
 from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
 from ..steps.program import Addition, Call, Convolution, Normalisation
@@ -99,6 +100,16 @@ def _saved_by_filtering(call: Call, shapes: list[torch.Size]) -> float:
     return 2 * products / (rate(call.x.dtype) * threads())
 
 
+def _saved_in_groups(call: Call, shapes: list[torch.Size]) -> float:
+    """Seconds that grouped convolutions and their gradients take less by our kernels than by oneDNN's."""
+    if call.x.dtype != torch.float32:
+        return 0.0
+    products = sum(
+        grouped.saved_products(shapes[value], own.weight, node.conv) for value, node, own in call.convolutions
+    )
+    return 2 * products / (rate(call.x.dtype) * threads())
+
+
 def passes_bytes(call: Call, shapes: list[torch.Size]) -> int:
     """What stock moves beside its convolutions: a read and a write for each norm, sum and ReLU."""
     elements = 0
@@ -145,7 +156,8 @@ def is_small(call: Call, shapes: list[torch.Size]) -> bool:
         return False
     convolutions = [(node.conv, own.weight, pixels(shapes[value])) for value, node, own in call.convolutions]
     flops = sum(6 * weight.numel() * outputs for _, weight, outputs in convolutions)  # forward and both gradients
-    if stock_bytes(call, shapes) > cache_bytes() or _OVERHEAD * rate(x.dtype) * threads() < MARGIN * flops:
+    overhead = _OVERHEAD - _saved_in_groups(call, shapes)
+    if stock_bytes(call, shapes) > cache_bytes() or overhead * rate(x.dtype) * threads() < MARGIN * flops:
         return False  # passes over what stock saves cost something, or Python little beside the convolutions
     if _saved_by_filtering(call, shapes) >= _OVERHEAD:
         return False

@@ -16,7 +16,10 @@ Tensor = torch.Tensor
 #: Whether the library is there, and for the vectors that all was measured with.
 IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"
 _LANES = 16
-_PART = (4, 8, 16)  # channels of groups of which whole ones fill a vector
+#: Channels of groups of which whole ones fill a vector: by what share of our time oneDNN and a read for statistics take
+#: longer, forward and for either gradient; where that varies, about the least.
+_PART = {4: 1.0, 8: 0.6, 16: 0.3}
+_PEAK = 0.6  # the share of a core's products that ours reach
 _MOST = 112  # channels a group; with more, few outputs meet too many weights
 _WIDE = 64  # from so many on, oneDNN's gradient of the weight takes longer for any image
 _LEAST_COLUMNS = 14  # what is written, where the weights of a group are many
@@ -68,16 +71,29 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, 
 def takes_gradient(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
     """Whether the op `grouped_conv3x3_wgrad` has the weight's gradient, and is faster.
 
-    As :func:`takes`: 3.3 to 6.5 with 4 and 8 channels in groups at 56x56, 2.0 to 2.7 at 28x28; 1.0 to 2.7 with 16; with
-    32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256.
+    As :func:`takes`: 3.3 to 6.5 with 4 and 8 channels in groups at 56x56, 1.6 to 2.7 at 28x28; with 16 1.1 to 2.7, 0.9
+    to 1.2 at 14x14; with 32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256.
     """
     if not _serves(x, weight, conv, backend) or not is_channels_last(grad) or grad.dtype != x.dtype:
         return False
     width = weight.shape[1]
-    if width in _PART:
-        return True
+    if width < _LANES:
+        return width in _PART
+    if width == _LANES:
+        return conv.stride == (2, 2) or grad.shape[3] > _LEAST_COLUMNS
     large = conv.stride == (2, 2) or width >= _WIDE or grad.shape[3] >= _LEAST_COLUMNS
     return width % _LANES == 0 and large
+
+
+def saved_products(shape: torch.Size, weight: Tensor, conv: Conv) -> float:
+    """How many products of a core at its peak a convolution in training takes less than oneDNN's, by :data:`_PART`.
+
+    `shape`: of what it makes. Tensors are in float32 and on a CPU.
+    """
+    width, plain = weight.shape[1], conv.padding == conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2))
+    if not IS_BUILT or conv.groups == 1 or not plain or tuple(weight.shape) != (width * conv.groups, width, 3, 3):
+        return 0.0
+    return 3 * shape[0] * shape[2] * shape[3] * weight.numel() * _PART.get(width, 0.0) / _PEAK
 
 
 def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:

@@ -132,6 +132,10 @@ def operation(func, args, kwargs, out) -> Operation:
         if packet in BATCH_NORM and uses_batch(func, args):
             moved, launches = moved + nbytes(args[0]), 2
     flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    if packet is aten.convolution_backward and args[9] > 1:  # PyTorch counts a weight gradient as one without groups
+        grad, x, weight, *_, mask = args
+        pixels = (x if args[7] else grad)[:, 0].numel()
+        flops = 2 * pixels * weight.numel() * sum(mask[:2])
     return Operation(func._schema.name, moved, flops, data_dtype(args, kwargs, out), launches)
 
 

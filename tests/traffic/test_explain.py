@@ -248,3 +248,16 @@ def test_a_plan_for_a_gpu_has_no_op_of_the_cpu_alone(dtype):
     ops = {call.op for call in calls(resnet18(), x, True, devices.find("h100"), dtype)}
     assert "norm_add_relu" in ops
     assert not {op for op in ops if op.startswith(("winograd", "stem", "conv_weight_grad"))}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_multiply_within_themselves_in_both_gradients(transposed):
+    """PyTorch's own counter takes the weight's gradient for one without groups."""
+    x, weight = torch.empty(2, 32, 8, 6), torch.empty(32, 4, 3, 3)
+    settings = (None, [2, 2], [1, 1], [1, 1], transposed, [0, 0], 8)
+    grad = torch.empty(2, 32, *((15, 11) if transposed else (4, 3)))
+    small = grad if not transposed else x
+    for mask in ([True, False, False], [False, True, False], [True, True, False]):
+        with Counter() as counted:
+            torch.ops.aten.convolution_backward(grad, x, weight, *settings, mask)
+        assert counted.total.flops == sum(mask) * 2 * small[:, 0].numel() * weight.numel()

@@ -17,7 +17,8 @@ channel: the others are left to who reads `out` last, for all layers at once.
 `out`, `grad`, `x`: ``[N, C, H, W]``, channels_last or slices (:func:`.contract.is_slice`); `out` has no memory in
 common with the others. `g`, `z`: ``[N, K, H, W]``, channels_last; `weight`: ``[K, C, 1, 1]``, dense; one dtype: float32
 (float64, bfloat16 and float16 by the reference). `a`, `b`, `d`: ``[K]``, `scale`, `shift`, `mean`: ``[C]``, in the
-dtype of statistics, as are `sum_g`, `sum_gx`: ``[C]``. `grad_weight`: like weight.
+dtype of statistics, as are `sum_g`, `sum_gx`: ``[C]``. `grad_weight`: like weight. Products are of dz and x^ as rounded
+to the activations' dtype.
 """
 
 from __future__ import annotations
@@ -97,5 +98,6 @@ OP = define(
     compiled=True,
     forms=FORMS,
     launches=two_launches,
+    sums_of_rounded=True,
     ulps=4,
 )

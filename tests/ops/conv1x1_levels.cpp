@@ -41,12 +41,22 @@ Pixels dense(int64_t rows) {
 
 float activated(float x, float scale, float shift) { return std::max(x * scale + shift, 0.0f); }
 
+// Rows of `values`, C each, with kGap others between them, and none behind the last.
+constexpr int64_t kGap = 3;
+std::vector<float> spread(const std::vector<float>& values, int64_t C) {
+  const int64_t rows = static_cast<int64_t>(values.size()) / C;
+  std::vector<float> found(rows * (C + kGap) - kGap, 7);
+  for (int64_t i = 0; i < rows * C; ++i) found[i / C * (C + kGap) + i % C] = values[i];
+  return found;
+}
+
 template <class Pack, class Tile>
 int64_t forward(int64_t rows, int64_t C, int64_t K, int64_t panel, Pack pack, Tile tile) {
   const auto x = numbers(rows * C, 31, 17, 1), weight = numbers(K * C, 13, 11, 0.125f);
   const auto scale = numbers(C, 3, 5, 0.5f), shift = numbers(C, 5, 7, 1);
+  const auto apart = spread(x, C);
   std::vector<float> z(rows * K);
-  Conv1x1 p{{x.data(), scale.data(), shift.data(), C, dense(rows)},
+  Conv1x1 p{{apart.data(), scale.data(), shift.data(), C, dense(rows), kGap},
             weight.data(),
             nullptr,
             z.data(),
@@ -100,6 +110,28 @@ int64_t added(Conv1x1Backward p, const std::vector<float>& dz, Run run) {
   return found;
 }
 
+// The gradient through the ReLU, `masked`, times the scale of the input and added to what is there, of rows that lie
+// apart.
+template <class Run>
+int64_t apart(Conv1x1Backward p, const std::vector<float>& x, const std::vector<float>& masked, Run run) {
+  const auto before = numbers(p.rows * p.C, 19, 15, 1);
+  const auto input = spread(x, p.C);
+  auto out = spread(before, p.C);
+  p.input.x = input.data(), p.input.gap = p.gap = kGap, p.grad_x = out.data();
+  p.added = {out.data(), nullptr, p.rows, 1, 1, 1, kGap};
+  std::vector<float> scratch(p.scratch()), grad_weight(p.panels * p.K * p.panel), want(masked.size());
+  std::vector<double> sum_g(p.C), sum_gx(p.C), sum_dz(p.K);
+  run(p, scratch.data(), {grad_weight.data(), sum_g.data(), sum_gx.data(), sum_dz.data()});
+  for (size_t i = 0; i < want.size(); ++i) want[i] = before[i] + p.input.scale[i % p.C] * masked[i];
+  int64_t found = out != spread(want, p.C);
+  for (int64_t c = 0; c < p.C; ++c) {
+    double sum = 0;
+    for (int64_t r = 0; r < p.rows; ++r) sum += masked[r * p.C + c];
+    found += sum != sum_g[c];
+  }
+  return found;
+}
+
 template <class Pack, class Run>
 int64_t backward(int64_t rows, int64_t C, int64_t K, int64_t panel, Pack pack, Run run) {
   const auto g = numbers(rows * K, 7, 9, 1), z = numbers(rows * K, 11, 13, 1), x = numbers(rows * C, 31, 17, 1);
@@ -145,7 +177,7 @@ int64_t backward(int64_t rows, int64_t C, int64_t K, int64_t panel, Pack pack, R
     }
   }
   for (int64_t k = 0; k < K; ++k) found += sum_dz[k] != want_dz[k];
-  return found + added(p, dz, run);
+  return found + added(p, dz, run) + apart(p, x, grad_x, run);
 }
 
 LEVEL(512, RESNET_FUSED_TARGET_512, Level512)

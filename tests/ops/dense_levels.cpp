@@ -101,7 +101,8 @@ std::vector<float> transformed(const Problem& p, const Weights& weights) {
 
 template <class Weights, class Convolve>
 int64_t wrong_forward(const Layer& layer, int64_t panel, const Weights& weights, const Convolve& convolve) {
-  DenseConv p{layer.input(), layer.problem(false, panel), nullptr, layer.strips()};
+  std::vector<float> out(layer.pixels * layer.pitch);  // of which lines are fetched
+  DenseConv p{layer.input(), layer.problem(false, panel), nullptr, layer.strips(), out.data(), layer.pitch};
   const auto u = transformed(p.weight, weights);
   p.u = u.data();
   int64_t found = 0;

@@ -1,6 +1,6 @@
 """The degradation problem, and that residual learning solves it: He et al. 2015, figures 1, 4 and 6, at your desk.
 
-    python examples/degradation.py      # minutes on two cores; writes examples/degradation.png and .csv
+    python examples/degradation.py      # a few minutes on two cores; writes examples/degradation.png and .csv
 
 Plain and residual networks of growing depth learn the same 4,000 digits with the same settings. Deeper plain ones do
 worse on the very images they are trained on, so it is not overfitting; deeper residual ones do not. All run fused.
@@ -31,7 +31,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--depths", type=int, nargs="+", default=[20, 56], help="layers, 6n+2 each [%(default)s]")
-    add("--epochs", type=int, default=8, help="[%(default)s]")
+    add("--epochs", type=int, default=5, help="[%(default)s]")
     add("--size", type=int, default=32, help="pixels along an edge [%(default)s]")
     add("--batch", type=int, default=128, help="[%(default)s]")
     add("--lr", type=float, default=0.1, help="until half of the steps, a tenth until three quarters [%(default)s]")

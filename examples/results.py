@@ -33,6 +33,7 @@ def axes(columns: int, titles: list[str], width: float = 4.6):
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure, row[0]
 
 

@@ -138,6 +138,19 @@ def is_channels_last(x: Tensor) -> bool:
     return x.numel() == 0 or x.is_contiguous(memory_format=torch.channels_last)
 
 
+def is_slice(x: Tensor) -> bool:
+    """Whether `x` is some channels of a tensor in channels_last, or all: its pixels lie evenly, as far apart as may be.
+
+    Strides of dimensions of size 1 say nothing here either.
+    """
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return True
+    steps = [(size, x.stride(dim), pixels) for dim, size, pixels in ((3, w, 1), (2, h, w), (0, n, h * w))]
+    pitches = {stride / pixels for size, stride, pixels in steps if size > 1}
+    return (c == 1 or x.stride(1) == 1) and len(pitches) <= 1 and all(pitch >= c for pitch in pitches)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x` with exact channels_last strides, also where a dimension of size 1 allows others; differentiable."""
     x = x.contiguous(memory_format=torch.channels_last)

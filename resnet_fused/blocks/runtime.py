@@ -11,6 +11,7 @@ import dataclasses
 import threading
 
 import torch
+from torch.nn import functional as F
 
 from ..backends import bounds, current, precision
 from ..plan import choose, lower_evaluation
@@ -19,7 +20,7 @@ from ..steps import Pool, StepTensors, stock
 from ..steps.directions import Lowered
 from ..steps.flow import Handed
 from ..steps.layout import Placed, arrived, behind, left
-from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
 from . import norms, ready
@@ -68,13 +69,14 @@ def read(site: Site) -> tuple[Program, list[StepTensors]]:
     return found[who, settings], tensors
 
 
-_FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool"}
+_FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool", Averaging: "average"}
 
 
 def _with(program: Program, settings: tuple, *who: str) -> Program:
     nodes = []
     for node, own in zip(program.nodes, settings, strict=True):
-        nodes.append(node if isinstance(node, Addition) else dataclasses.replace(node, **{_FIELDS[type(node)]: own}))
+        fixed = isinstance(node, Addition) or (isinstance(node, Averaging) and own is None)
+        nodes.append(node if fixed else dataclasses.replace(node, **{_FIELDS[type(node)]: own}))
     return Program(tuple(nodes), program.inputs, *who)
 
 
@@ -146,7 +148,12 @@ def called(site: Site, x: Tensor, residual: Tensor | None = None, factor: Tensor
         factor = draw(site, x)
     for node, module in zip(shape.program.nodes, site.modules, strict=True):
         h = values[node.reads[0]]
-        y = _add(node, h, values[node.other], factor, shape.inplace_add) if module is None else module(h)
+        if module is not None:
+            y = module(h)
+        elif isinstance(node, Averaging):
+            y = F.avg_pool2d(h, *node.average.args)
+        else:
+            y = _add(node, h, values[node.other], factor, shape.inplace_add)
         activated = isinstance(node, Normalisation) and norms.activation_of(module) is not None
         clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
         values.append(torch.relu_(y) if clamps else y)

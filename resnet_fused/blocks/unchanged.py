@@ -20,7 +20,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from . import proven
 
-_CLASSES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential))
+_CLASSES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential))
 _OWN, _INNER = operator.attrgetter("__dict__"), ("_parameters", "_buffers")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FACTS = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")

@@ -132,6 +132,15 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor mean) "
       "-> (Tensor sum_g, Tensor sum_gx, Tensor grad_weight)");
   m.def("dense_leave(Tensor grad, Tensor x, Tensor b, Tensor d) -> Tensor grad_x");
+  m.def(
+      "norm_relu_avg_pool(Tensor x, Tensor scale, Tensor shift, int[2] kernel=2, int[2] stride=2) "
+      "-> Tensor out");
+  m.def(
+      "norm_relu_avg_pool_backward(Tensor grad_out, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
+      "int[2] kernel=2, int[2] stride=2) -> (Tensor sum_g, Tensor sum_gz)");
+  m.def(
+      "norm_relu_avg_pool_apply(Tensor grad_out, Tensor x, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, "
+      "int[2] kernel=2, int[2] stride=2) -> Tensor grad_x");
   // Not ops of the contract: see csrc/cpu/<name>.cpp, kept_memory.cpp for the last.
   m.def("checksum(Tensor[] tensors) -> int[]");
   m.def("new_batch(Tensor like, int samples) -> Tensor");

@@ -19,7 +19,7 @@ void run(const PoolShape& shape, const Tensor& grad_out, const Tensor& index, co
   parallel_rows(Shape(z), [&](int64_t begin, int64_t end) {
     PoolGather<T> gather(shape, grad_out, index, z);
     gather.for_each_piece(begin, end, [&](const acc_t<T>* g, const T* piece, int64_t row, int64_t stop) {
-      apply<T, affine>(data<T>(dz) + row * C, g, piece, v, stop - row, C);
+      apply<T, affine>(data<T>(dz) + row * C, g, piece, C, v, stop - row, C);
     });
   });
 }

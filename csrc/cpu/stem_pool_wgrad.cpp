@@ -34,8 +34,8 @@ class Row {
     gather.for_each_piece(row * width, (row + 1) * width,
                           [&](const float* g, const float* z, int64_t begin, int64_t end) {
                             float* dz = made.get() + (begin - row * width) * channels;
-                            v.b ? apply<float, true>(dz, g, z, v, end - begin, channels)
-                                : apply<float, false>(dz, g, z, v, end - begin, channels);
+                            v.b ? apply<float, true>(dz, g, z, channels, v, end - begin, channels)
+                                : apply<float, false>(dz, g, z, channels, v, end - begin, channels);
                           });
     return made.get();
   }

@@ -8,7 +8,7 @@ import torch
 
 from ..library import COMPILED_OPS, status
 from ..ops import OPS, norm_relu_coefficients
-from ..ops.contract import is_channels_last
+from ..ops.contract import is_channels_last, is_slice
 from . import dense, onednn
 from .declaration import Backend, Kernel, check_complete
 
@@ -27,6 +27,13 @@ def loop_reasons(*args, **kwargs) -> list[str]:
 def weight_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
     """As :func:`loop_reasons` for the activations; the weight may be in any layout."""
     return loop_reasons(grad, x)
+
+
+def averaged_reasons(*args, **kwargs) -> list[str]:
+    """As :func:`loop_reasons`, but what is averaged, the last activation, may be channels of a channels_last tensor."""
+    *gradient, x = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 4]
+    reasons = loop_reasons(*gradient)
+    return reasons if is_slice(x) else [*reasons, "takes channels of a channels_last tensor only"]
 
 
 def winograd_reasons(x, weight, padding=1, *args, **kwargs) -> list[str]:
@@ -156,6 +163,9 @@ _OTHERS = {
     "conv_weight_grad": weight_grad_reasons,
     "grouped_conv3x3": grouped_reasons,
     "grouped_conv3x3_wgrad": grouped_grad_reasons,
+    "norm_relu_avg_pool": averaged_reasons,
+    "norm_relu_avg_pool_apply": averaged_reasons,
+    "norm_relu_avg_pool_backward": averaged_reasons,
     "gram_norm": matrix_reasons,
     "gram_grad": matrix_reasons,
     "stem_conv": stem_reasons,

@@ -6,6 +6,8 @@ neither declarations nor first-use checks are ever run on fake tensors.
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..ops import OPS, Op
@@ -15,7 +17,14 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _schema(op: Op) -> str:
+    """The op's, with a backend; without defaults from an argument `kernel` on.
+
+    ``torch.compile`` hands arguments that equal their defaults by name to a function of its own, which has one of that
+    name; those without a default it hands on by position.
+    """
     arguments, arrow, results = op.schema.rpartition(" -> ")
+    before, kernel, behind = arguments.partition(" kernel=")
+    arguments = before + re.sub("=[^,)]+", "", kernel + behind)
     return f"{op.name}{arguments.removesuffix(')')}, *, str backend='auto'){arrow}{results}"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch.nn import functional as F
 
-from ..steps.program import Addition, Normalisation
+from ..steps.program import Addition, Averaging, Normalisation
 from . import drop_paths, norms
 from .site import Site
 
@@ -36,7 +37,12 @@ def computed(
         if only is not None and value not in only:
             continue
         h = values[node.reads[0]]
-        y = add(node, h, values[node.other], factor, shape.inplace_add) if module is None else module(h)
+        if module is not None:
+            y = module(h)
+        elif isinstance(node, Averaging):
+            y = F.avg_pool2d(h, *node.average.args)
+        else:
+            y = add(node, h, values[node.other], factor, shape.inplace_add)
         activated = isinstance(node, Normalisation) and norms.activation_of(module) is not None
         clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
         values[value] = torch.relu_(y) if clamps else y

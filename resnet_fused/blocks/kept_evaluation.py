@@ -19,11 +19,11 @@ from ..plan.keys import threads
 from ..plan.lower_evaluation import lower, takes
 from ..steps import folding
 from ..steps.conv import channels_last
-from ..steps.evaluation_flow import Evaluation, Lowered
+from ..steps.evaluation_flow import Evaluation, ForwardStep, Lowered
 from ..steps.evaluation_kinds import WinogradConvolution
 from ..steps.flow import Handed
 from ..steps.folding import Folded, fold
-from ..steps.program import Call, Convolution
+from ..steps.program import Averaging, Call, Convolution, Program
 from ..steps.spec import StepTensors
 
 __all__ = ["evaluate", "repeatable", "run_steps", "takes"]
@@ -188,8 +188,17 @@ def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: li
         nodes = [value - first for value in step.part if value is not None]
         key = tuple(keys[node] for node in nodes)
         outputs = step.outputs if isinstance(step, WinogradConvolution) else None
-        found.append(folding.packed(modules[nodes[-1]], call, step.part, key, shapes[step.source], outputs))
+        read = _read_by(call.program, step, shapes)
+        found.append(folding.packed(modules[nodes[-1]], call, step.part, key, read, outputs))
     return None if any(one is not None and one.enlarges + one.bound == math.inf for one in found) else found
+
+
+def _read_by(program: Program, step: ForwardStep, shapes: list[torch.Size]) -> torch.Size:
+    """The shape of what a step reads, which an average behind it has made smaller."""
+    shape = shapes[step.source]
+    if isinstance(program.maker(step.value), Averaging):
+        return torch.Size((*shape[:2], *shapes[step.value][2:]))
+    return shape
 
 
 def _of_node(own: StepTensors) -> tuple[Tensor | None, ...]:

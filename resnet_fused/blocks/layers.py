@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..steps import Conv, Pool
+from ..steps import Average, Conv, Pool
 from . import drop_paths, proven
 
 _PASSED = (nn.ReLU, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d)  # by their exact class, or DropPath
@@ -71,6 +71,26 @@ def pool_geometry(pool: nn.Module) -> Pool | None:
         and all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
     )
     return Pool(kernel, stride, padding) if fits else None
+
+
+def average_geometry(pool: nn.Module) -> Average | None:
+    """Geometry of an average pool; None where it has odd numbers."""
+    given = pool.kernel_size, pool.kernel_size if pool.stride is None else pool.stride, pool.padding
+    sizes = [(n, n) if isinstance(n, int) else tuple(n) if isinstance(n, tuple | list) else () for n in given]
+    sizes = [size * 2 if len(size) == 1 else size for size in sizes]
+    if not all(len(size) == 2 and all(isinstance(n, int) for n in size) for size in sizes):
+        return None
+    kernel, stride, padding = sizes
+    usual = min(*kernel, *stride) > 0 and all(0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    if not usual or not isinstance(pool.divisor_override, int | None) or pool.divisor_override == 0:
+        return None
+    return Average(kernel, stride, padding, bool(pool.ceil_mode), bool(pool.count_include_pad), pool.divisor_override)
+
+
+def why_not_average(pool: nn.Module) -> str:
+    """Why `pool` is not an average pool that this package can run; empty if it is one."""
+    reason = proven.why_changed(pool, nn.AvgPool2d)
+    return reason or ("an average pool of odd numbers" if average_geometry(pool) is None else "")
 
 
 def hooked(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from ..steps import Pool, StepTensors, stock
 from ..steps.directions import Lowered
 from ..steps.flow import Handed
 from ..steps.layout import Placed, arrived, behind, left
-from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
 from . import drop_paths, ready, survivors
@@ -70,13 +70,13 @@ def read(site: Site) -> tuple[Program, list[StepTensors]]:
     return found[who, settings], tensors
 
 
-_FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool"}
+_FIELDS = {Convolution: "conv", Normalisation: "norm", Pooling: "pool", Averaging: "average"}
 
 
 def _with(program: Program, settings: tuple, *who: str) -> Program:
     nodes = []
     for node, own in zip(program.nodes, settings, strict=True):
-        field = _FIELDS.get(type(node))
+        field = None if isinstance(node, Averaging) and own is None else _FIELDS.get(type(node))
         nodes.append(node if field is None else dataclasses.replace(node, **{field: own}))
     return Program(tuple(nodes), program.inputs, *who, program.dense)
 

@@ -13,15 +13,17 @@ import weakref
 import torch
 from torch import nn
 
-from ..steps import Conv, Norm, Pool, StepTensors
-from ..steps.program import Addition, Concatenation, Convolution, Node, Normalisation, Pooling
+from ..steps import Average, Conv, Norm, Pool, StepTensors
+from ..steps.program import Addition, Averaging, Concatenation, Convolution, Node, Normalisation, Pooling
 from . import norms, proven
 from .inputs import input_obstacle, is_odd, is_plain
 from .layers import (
+    average_geometry,
     conv_geometry,
     globally_hooked,
     hooked,
     pool_geometry,
+    why_not_average,
     why_not_conv,
     why_not_passed,
     why_not_pool,
@@ -48,7 +50,7 @@ class Site:
     """The modules of a :class:`Shape` in a block."""
 
     shape: Shape
-    modules: tuple[nn.Module | None, ...]  # of each node; None for additions
+    modules: tuple[nn.Module | None, ...]  # of each node; None for additions, and averages that a function takes
     bypassed: tuple[nn.Module, ...] = ()
     backend: str = "auto"
     precision: str = "default"
@@ -63,7 +65,14 @@ class Site:
         self.nodes = [(node, module) for node, module in self.pairs if module is not None]
         self.convolutions = [module for node, module in self.nodes if isinstance(node, Convolution)]
         self.norms = [module for node, module in self.nodes if isinstance(node, Normalisation)]
-        self._first = next((node, module) for node, module in self.nodes if 0 in node.reads)
+        self._first = next((node, module) for node, module in self.nodes if self._reads_input(node))
+
+    def _reads_input(self, node: Node) -> bool:
+        """Whether a convolution or norm reads the input, or averages of it, which have as many channels."""
+        program = self.shape.program
+        averages = [value for value in program.readers(0) if isinstance(program.maker(value), Averaging)]
+        weighs = isinstance(node, Convolution | Normalisation)
+        return weighs and not {0, *averages}.isdisjoint(node.reads)
 
     @property
     def channels(self) -> int:
@@ -75,7 +84,7 @@ class Site:
         names = [name for name, _ in self.shape.bypassed]
         return self.bypassed[names.index(self.shape.drop_path)] if self.shape.drop_path else None
 
-    def settings(self) -> tuple[Conv | Norm | Pool | None, ...]:
+    def settings(self) -> tuple[Conv | Norm | Pool | Average | None, ...]:
         """What each node's module is set to now."""
         return tuple(None if module is None else _READ[type(node)](module) for node, module in self.pairs)
 
@@ -92,7 +101,12 @@ class Site:
         return found
 
 
-_READ = {Convolution: conv_geometry, Normalisation: norms.settings, Pooling: pool_geometry}
+_READ = {
+    Convolution: conv_geometry,
+    Normalisation: norms.settings,
+    Pooling: pool_geometry,
+    Averaging: average_geometry,
+}
 
 
 def _entering(node: Node, module: nn.Module) -> int:
@@ -199,7 +213,7 @@ def _why_not(node: Node, module: nn.Module) -> str:
         return why_not_conv(module)
     if isinstance(node, Normalisation):
         return norms.why_not(module) or norms.obstacle(module)
-    return why_not_pool(module)
+    return why_not_average(module) if isinstance(node, Averaging) else why_not_pool(module)
 
 
 def _tensor_obstacle(site: Site) -> str:
@@ -211,7 +225,9 @@ def _tensor_obstacle(site: Site) -> str:
             channels.append(sum(channels[value] for value in node.reads))
             continue
         entering = channels[node.reads[0]]
-        if isinstance(node, Addition | Pooling):
+        if entering is None and isinstance(node, Averaging):
+            channels[node.reads[0]] = entering = site.channels
+        if isinstance(node, Addition | Pooling | Averaging):
             channels.append(entering)
             continue
         is_conv = isinstance(node, Convolution)

@@ -21,8 +21,11 @@ from torch._C._dynamo.guards import TensorGuards
 from . import proven
 
 _CLASSES = frozenset(
-    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential, nn.Dropout, nn.Dropout2d)
-)
+    (
+        nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential, nn.Dropout,
+        nn.Dropout2d,
+    )
+)  # fmt: skip
 _OWN, _INNER = operator.attrgetter("__dict__"), ("_parameters", "_buffers")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FACTS = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterable
 
 from torch import fx, nn
 
 from ..blocks import drop_paths, norms
-from ..blocks.layers import why_not_conv
+from ..blocks.layers import average_geometry, conv_geometry, why_not_average, why_not_conv
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
-from ..steps import Conv, Norm, Pool
-from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+from ..steps import Average, Conv, Norm, Pool
+from ..steps.program import Addition, Averaging, Convolution, Node, Normalisation, Pooling, Program
 from .dropouts import decided_by
 from .outside import called
 
@@ -70,6 +71,26 @@ class Nodes:
 
 class NoProgram(Exception):
     """Why a node cannot be part of a program."""
+
+
+def _average_of(node: fx.Node) -> Average:
+    """The settings of a call of ``avg_pool2d``.
+
+    Raises:
+        NoProgram: they are not all constants, or odd.
+    """
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    pool = types.SimpleNamespace(
+        **{"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+        | given
+    )
+    parts = [part for value in given.values() for part in (value if isinstance(value, tuple) else (value,))]
+    plain = all(isinstance(part, int | None) for part in parts) and set(given) <= set(names)
+    average = average_geometry(pool) if plain and hasattr(pool, "kernel_size") else None
+    if average is None:
+        raise NoProgram("an average pool of odd numbers")
+    return average
 
 
 class Reader:
@@ -137,6 +158,8 @@ class Reader:
             self._addition(node, inplace)
         elif self.read.is_relu(node):
             self._relu(node)
+        elif called(node) == "avg_pool2d":
+            self._average(node, _average_of(node))
         elif module is None and not identity:
             raise NoProgram(f"{getattr(node.target, '__name__', node.target)} in its forward")
         elif node.args[0] not in self.value:
@@ -150,10 +173,30 @@ class Reader:
             self._make(node, Convolution(self.value[node.args[0]], Conv()))
         elif type(module) is nn.MaxPool2d:
             self._make(node, Pooling(self.value[node.args[0]], Pool()))
+        elif type(module) is nn.AvgPool2d:
+            if reason := why_not_average(module):
+                raise NoProgram(reason)
+            self._average(node, average_geometry(module))
         elif self.read.is_drop_path(node):
             self._drop(node)
         else:
             self._norm(node, module)
+
+    def _average(self, node: fx.Node, average: Average) -> None:
+        """An average pool. Behind a convolution it is to be taken before that, which must be the same."""
+        source = node.args[0] if node.args else None
+        if source not in self.value:
+            raise NoProgram(f"an input of {node.name} that is no value of its own")
+        padded = average.padding != (0, 0) or average.divisor_override is not None
+        if isinstance(self._made(source), Convolution):
+            conv = self.read.module(self.value[source])
+            geometry = conv_geometry(conv)
+            if not geometry.is_pointwise(conv.weight) or geometry.stride != (1, 1) or padded or average.ceil_mode:
+                raise NoProgram("an average pool of a convolution that it does not commute with")
+        if isinstance(self._made(source), Normalisation) and padded:
+            raise NoProgram("an average pool with padding, or a divisor of its own, of a batch norm")
+        own = Average() if node.op == "call_module" else average  # a module's is read at every call
+        self._make(node, Averaging(self.value[source], own))
 
     def _make(self, node: fx.Node, made: Node) -> None:
         self.made[node], self.value[node] = made, node

@@ -14,13 +14,14 @@ from torch import nn
 from ..blocks import norms
 from ..blocks.shape import Shape
 from ..steps.dense import KEPT
-from ..steps.program import Addition, Concatenation, Convolution, Pooling
+from ..steps.program import Addition, Averaging, Concatenation, Convolution, Pooling
 from .instructions import Form, GateCall, GatedSum, ShapeCall, StockCall
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
 )  # fmt: skip
+_NO_PASS = Concatenation | Convolution | Pooling | Averaging
 _FUNCTIONS = ("add", "add_", "iadd", "relu", "relu_")  # functions and methods that are passes
 
 
@@ -75,7 +76,7 @@ def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
     """Convolutions and passes of a module that runs `form`."""
     nodes = [node for shape in form.shapes for node in shape.program.nodes]
     convolutions = sum(isinstance(node, Convolution) for node in nodes)
-    fused = sum(1 + node.relu for node in nodes if not isinstance(node, Concatenation | Convolution | Pooling))
+    fused = sum(1 + node.relu for node in nodes if not isinstance(node, _NO_PASS))
     fused += sum(1 + call.relu for call in form.calls if isinstance(call, GatedSum))
     stock = [call for call in form.calls if isinstance(call, StockCall)]
     called = [call.target for call in stock if call.op == "call_module"]
@@ -115,7 +116,7 @@ def _describe(shape: Shape, inputs: tuple[str, ...]) -> str:
     value = program.output
     while value >= program.inputs:
         node = program.maker(value)
-        relu = not isinstance(node, Convolution | Pooling) and node.relu
+        relu = not isinstance(node, _NO_PASS) and node.relu
         own = f"-{names[value]}" + "-relu" * relu
         if isinstance(node, Addition):
             other = names[node.other] or "sum"

@@ -7,7 +7,9 @@ from ..steps.evaluation_kinds import (
     FoldedConvolution,
     NormPass,
     NormValue,
+    RawAverage,
     RawPool,
+    StockAverage,
     StockNorm,
     StockPool,
     UnfoldedConvolution,
@@ -15,7 +17,7 @@ from ..steps.evaluation_kinds import (
 )
 from ..steps.folding import Part
 from ..steps.gpu_evaluation_kinds import Add, ConvolveRaw, Product
-from ..steps.program import Addition, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program import Addition, Averaging, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.stem_evaluation import StemPool
 
 
@@ -37,7 +39,8 @@ class Steps:
     """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
     has no norm; None: on a CPU. `few`: all with the weights as they are, since pixels are few. `filtered`: the
     convolutions that run by minimal filtering, and how many outputs to a side their tiles have. `unfolded`: those that
-    take the weight as it is. `stems`: those of few channels that can take norm, ReLU and pool with them.
+    take the weight as it is. `stems`: those of few channels that can take norm, ReLU and pool with them. `whole`: the
+    averages of whole windows.
 
     `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
     the norms that their readers apply on load.
@@ -51,9 +54,10 @@ class Steps:
         filtered: dict[int, int] | None = None,
         unfolded: frozenset[int] = frozenset(),
         stems: frozenset[int] = frozenset(),
+        whole: frozenset[int] = frozenset(),
     ) -> None:
         self.program, self.gpu, self.few, self.filtered = program, pointwise is not None, few, filtered or {}
-        self.unfolded, self.stems = unfolded, stems
+        self.unfolded, self.stems, self.whole = unfolded, stems, whole
         self.projections: set[int] = set()
         self.lazy: set[int] = set()
         self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
@@ -131,6 +135,7 @@ class Steps:
             Normalisation: self._norm,
             Addition: self._addition,
             Pooling: self._pool,
+            Averaging: self._average,
         }
         for value, node in self.program.numbered:
             steps += made[type(node)](value, node)
@@ -169,6 +174,8 @@ class Steps:
         norm = self._norm_behind(value)
         if value in self.projections:
             return []
+        if self._average_of(value) is not None:
+            return []  # which is taken first, and then it
         if value not in self.carriers:
             return [ConvolveRaw(value, node.source, biased=norm is None or self._is_bare(norm))]
         behind = norm is not None or carries_sum(self.program, value)  # which brings it
@@ -192,7 +199,9 @@ class Steps:
         if self.few or self._is_bare(value):
             return [StockNorm(value, node.source, relu=node.relu)]
         _, reader = _sole_reader(self.program, value)
-        taken = not node.relu or value in self.lazy or isinstance(reader, Pooling)
+        taken = (
+            not node.relu or value in self.lazy or isinstance(reader, Pooling) or self._average_of(value) is not None
+        )
         made = NormValue(value, node.source, biased=self._pair(value) is not None)
         return [made] if taken else [made, NormPass(value, value, relu=True)]
 
@@ -219,3 +228,27 @@ class Steps:
             return [StemPool(value, conv.source, relu=True, main=stem, conv=conv.conv)]
         raw = not self.few and self._folded(node.source) is None
         return [(RawPool if raw else StockPool)(value, node.source)]
+
+    def _average_of(self, value: int) -> int | None:
+        """The average of whole windows that alone reads a norm, or the convolution that alone reads it, or is that."""
+        number, reader = _sole_reader(self.program, value)
+        if isinstance(reader, Convolution) and isinstance(self.program.maker(value), Normalisation):
+            number, reader = _sole_reader(self.program, number)
+            return number if isinstance(reader, Averaging) and number in self.whole else None
+        return number if isinstance(reader, Averaging) and number in self.whole else None
+
+    def _average(self, value: int, node: Averaging) -> list[ForwardStep]:
+        conv, read = self.program.maker(node.source), node.source
+        if not isinstance(conv, Convolution) or value not in self.whole:
+            raw = value in self.whole and self._is_raw(read)
+            return [(RawAverage if raw else StockAverage)(value, read, average=value)]
+        norm = conv.source
+        first = (RawAverage if self._is_raw(norm) else StockAverage)(norm, norm, average=value)
+        if node.source in self.carriers:
+            return [first, *self._carry(value, Part(node.source))]
+        return [first, ConvolveRaw(value, norm, conv=node.source)]
+
+    def _is_raw(self, norm: int) -> bool:
+        """Whether a value is a norm's that nobody wrote."""
+        is_norm = isinstance(self.program.maker(norm), Normalisation) and self._average_of(norm) is not None
+        return is_norm and not self.few and self._folded(norm) is None

@@ -10,6 +10,8 @@ the reference, makes another variant, or stock's operations.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -20,10 +22,10 @@ from ..backends.selfcheck import judge
 from ..steps.directions import Lowered
 from ..steps.join import Join
 from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
-from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-from . import choose, dense, measured, too_small, variants, words
+from . import average_steps, averages, choose, dense, measured, too_small, variants, words
 from .keys import threads
 from .variants import Variant
 
@@ -50,6 +52,8 @@ def obstacle(program: Program) -> str:
 def _node_obstacle(program: Program, value: int, node: Node) -> str:
     if isinstance(node, Addition):
         return _addition_obstacle(program, node)
+    if isinstance(node, Averaging) and (reason := averages.obstacle(program, value, node)):
+        return reason
     if program.is_affine(node.source):
         return "a batch norm without ReLU that something but an addition reads"
     if isinstance(node, Normalisation) and node.sampled and value != program.output:
@@ -140,7 +144,12 @@ def _adds_with_statistics(call: Call) -> bool:
 def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: int, node: Node, own) -> list[Kind]:
     """The steps of the node that makes `value`; none where another's does it."""
     program, one_pass = call.program, variant.one_pass
+    if isinstance(node, Averaging):
+        on_load = variant.values and functools.partial(_on_value, call)
+        return [average_steps.step(call, value, node, on_load or None)]
     if isinstance(node, Convolution):
+        if averages.comes_first(call, call.shapes(), value):
+            return []
         if _sum_of(program, value) is not None or not gram.isdisjoint(program.readers(value)):
             return []
         statistics = _meets_batch(program, value)

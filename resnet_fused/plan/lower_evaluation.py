@@ -40,7 +40,7 @@ from ..ops import stat_dtype
 from ..steps import stem, unfolded, winograd
 from ..steps.evaluation_flow import Lowered
 from ..steps.program import Addition, Call, Convolution, Normalisation
-from . import choose, too_small, words
+from . import averages, choose, too_small, words
 from .evaluation_steps import Steps, carries_sum
 from .keys import threads
 
@@ -88,7 +88,7 @@ def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
     if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
     chosen = {} if few else {"filtered": _filtered(call), "unfolded": _unfolded(call), "stems": _stems(call)}
-    lowered = Steps(call.program, few=few, **chosen).lowered()
+    lowered = Steps(call.program, few=few, whole=averages.whole(call), **chosen).lowered()
     missing = _lacking(call, lowered, call.x.device)
     return (None, f"stock (no sound kernel of {missing})") if missing else (lowered, words.of_evaluation(lowered))
 
@@ -175,10 +175,11 @@ def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
     }
     if program.backend != "auto" and "conv1x1_join" not in backends()[program.backend].kernels:
         pointwise = {}
-    lowered = Steps(program, pointwise).lowered()
+    whole = averages.whole(call)
+    lowered = Steps(program, pointwise, whole=whole).lowered()
     missing = found = _lacking(call, lowered, choose.place_of(call.x))
     if missing == "conv1x1_join":
-        lowered = Steps(program, {}).lowered()
+        lowered = Steps(program, {}, whole=whole).lowered()
         found = _lacking(call, lowered, choose.place_of(call.x))
     lacks = f" (no sound kernel of {missing})" if missing else ""
     return (None, f"stock{lacks}") if found else (lowered, f"{words.of_evaluation(lowered)}{lacks}")

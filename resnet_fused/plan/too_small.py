@@ -9,7 +9,8 @@ other CPUs our weight gradients are faster than oneDNN's at any size, and nothin
 Where that 1 ms is less than :data:`MARGIN` of the convolutions' time, the memory that fusion saves is worth it. What
 grouped convolutions take less by our kernels (:mod:`..steps.grouped`) is counted against it.
 
-Where minimal filtering (:mod:`..steps.winograd`) saves more than the 1 ms, fusion gains in any cache.
+Where minimal filtering (:mod:`..steps.winograd`), or an average that is taken before its convolution, saves more than
+the 1 ms, fusion gains in any cache.
 
 Large weights are another exception: where few pixels meet them, fused chains gain by other products
 (:mod:`..steps.conv`), about 1 ms for a million elements. Not where plain products are slow: there ResNet-50's layer4,
@@ -28,6 +29,7 @@ from ..steps import grouped, winograd
 from ..steps.batch_norm import pixels
 from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
 from ..steps.program import Addition, Call, Convolution, Normalisation
+from . import averages
 from .keys import threads
 
 Tensor = torch.Tensor
@@ -89,12 +91,12 @@ def stock_bytes(call: Call, shapes: list[torch.Size]) -> int:
     return sum(shapes[value].numel() for value in saved) * call.x.element_size()
 
 
-def _saved_by_filtering(call: Call, shapes: list[torch.Size]) -> float:
-    """Seconds that convolutions and their inputs' gradients take less by minimal filtering than by direct sums."""
-    if call.x.dtype != torch.float32:
-        return 0.0
-    products = 0
+def _saved_by_fewer_products(call: Call, shapes: list[torch.Size]) -> float:
+    """Seconds that convolutions and their gradients take less by minimal filtering, and behind averages."""
+    products = 3 * averages.saved_products(call, shapes)
     for value, node, own in call.convolutions:
+        if call.x.dtype != torch.float32:
+            continue
         products += winograd.saved_products(shapes[value], own.weight, node.conv, transposed=True)
         products += winograd.saved_products(shapes[node.source], own.weight, node.conv) if own.bias is None else 0
     return 2 * products / (rate(call.x.dtype) * threads())
@@ -124,7 +126,7 @@ def is_small_in_evaluation(call: Call, shapes: list[torch.Size], few: bool) -> b
 
     `few`: these read the weights as they are; else folded and packed ones are kept, whose origin is compared.
     """
-    saved, flops, filtered = 0.0, 0, 0.0
+    saved, flops, filtered = 0.0, 0, averages.saved_products(call, shapes)
     for (value, node), own in zip(call.program.numbered, call.tensors, strict=True):
         if isinstance(node, Convolution):
             outputs = pixels(shapes[value])
@@ -159,7 +161,7 @@ def is_small(call: Call, shapes: list[torch.Size]) -> bool:
     overhead = _OVERHEAD - _saved_in_groups(call, shapes)
     if stock_bytes(call, shapes) > cache_bytes() or overhead * rate(x.dtype) * threads() < MARGIN * flops:
         return False  # passes over what stock saves cost something, or Python little beside the convolutions
-    if _saved_by_filtering(call, shapes) >= _OVERHEAD:
+    if _saved_by_fewer_products(call, shapes) >= _OVERHEAD:
         return False
     if SLOW_PRODUCTS:
         return True

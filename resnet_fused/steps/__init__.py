@@ -2,9 +2,10 @@
 
 from .lazy import Lazy, LazyGrad
 from .program import Call, Program, residual_program
-from .spec import Conv, Norm, Pool, StepGrads, StepTensors, flatten, regroup
+from .spec import Average, Conv, Norm, Pool, StepGrads, StepTensors, flatten, regroup
 
 __all__ = [
+    "Average",
     "Call",
     "Conv",
     "Lazy",

@@ -9,6 +9,8 @@
 :class:`RawPool`              such a value, clamped and pooled in one pass
 :class:`StockNorm`            a batch norm with nothing behind it
 :class:`StockPool`            a max pool of a tensor
+:class:`RawAverage`           an average pool of such a value, clamped, in one pass
+:class:`StockAverage`         an average pool of a tensor
 ============================  =========================================================================================
 
 A whole stem's is in :mod:`.stem_evaluation`, those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names
@@ -228,6 +230,42 @@ class RawPool(ForwardStep):
     def forward(self, e: Evaluation, made: None) -> None:
         args = e.program.maker(self.value).pool.args
         e.values[self.value] = run("norm_relu_pool", *e.values[self.source], *args, backend=e.backend)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RawAverage(ForwardStep):
+    """An average pool of the :class:`Raw` of a norm with ReLU, in one pass; `value` may be that of the norm.
+
+    Then what a convolution reads is averaged before it, by `average`, the node that makes that value.
+    """
+
+    word = "ReLU and average in one pass"
+    ops = ("norm_relu_avg_pool",)
+
+    average: int
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        average = e.program.maker(self.average).average
+        settings = (average.kernel, average.stride)
+        e.values[self.value] = run("norm_relu_avg_pool", *e.values[self.source], *settings, backend=e.backend)
+        if e.bounds is not None:
+            e.bounds[self.value] = e.bounds[self.source]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StockAverage(ForwardStep):
+    """An average pool of a tensor by ATen; `average`: as of :class:`RawAverage`."""
+
+    word = "average"
+
+    average: int
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        average = e.program.maker(self.average).average
+        e.values[self.value] = channels_last(F.avg_pool2d(e.values[self.source], *average.args))
+        if e.bounds is not None:
+            enlarges = math.inf if average.divisor_override is not None else 1.0
+            e.bounds[self.value] = bounds.of_sum(enlarges, e.bounds[self.source], 0.0)
 
 
 class StockPool(ForwardStep):

@@ -45,7 +45,8 @@ class _Flow:
         self.program, self.backend, self.sample_factor = program, program.backend, sample_factor
         self.tensors = [*(StepTensors(None) for _ in range(program.inputs)), *tensors]
         self.masks: dict[int, Tensor] = {}  # bits of what a ReLU let pass, of values whose kernel wrote them
-        self.winners: dict[int, Tensor] = {}  # of pooled values: the place in each window
+        #: Of pooled values: the place in each window; of averages behind a convolution: what that read.
+        self.winners: dict[int, Tensor] = {}
         self.folded: dict[int, Folded] = {}  # norms whose convolution was never written
         self._left = [len(program.readers(value)) for value in range(program.output + 1)]
         self._written: dict[int, Tensor] = {}  # activations written for convolutions, each until its last reader had it

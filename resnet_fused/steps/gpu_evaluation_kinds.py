@@ -70,14 +70,19 @@ def _epilogue(e: Evaluation, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolveRaw(ForwardStep):
-    """A convolution by ATen. `biased`: with its bias, which else the norm behind it adds."""
+    """A convolution by ATen. `biased`: with its bias, which else the norm behind it adds.
+
+    `conv`: the value that it makes by itself, where it makes that of an average behind it; None: `value`.
+    """
 
     word = "convolution"
 
     biased: bool = True
+    conv: int | None = None
 
     def forward(self, e: Evaluation, made: None) -> None:
-        own, (stride, padding, dilation, groups) = e.own(self.value), e.program.maker(self.value).conv.args
+        number = self.value if self.conv is None else self.conv
+        own, (stride, padding, dilation, groups) = e.own(number), e.program.maker(number).conv.args
         bias = own.bias if self.biased else None
         arguments = (e.values[self.source], own.weight, bias, stride, padding, dilation, False, [0, 0], groups)
         e.values[self.value] = channels_last(aten.convolution(*arguments))

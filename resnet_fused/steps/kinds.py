@@ -20,7 +20,7 @@ from .batch_norm import Affine, Coefficients, coefficients
 from .flow import Backward, Forward
 from .lazy import EVERY, Lazy, LazyGrad, Pending
 from .program import Convolution, Normalisation, Program
-from .spec import Norm, StepGrads
+from .spec import Conv, Norm, StepGrads
 
 Tensor = torch.Tensor
 
@@ -50,20 +50,32 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     read = b.tensor(node.source) if need.weight else b.like(node.source, grad.grad)
     if conv.is_pointwise(own.weight) and conv.stride != (1, 1):  # of the pixels that it reads: nobody else gets any
         read, conv, pixels = convolutions.strided(read, conv.stride), convolutions.POINTWISE, conv.stride
-    grad_weight = grad_read = None
     wanted = b.wanted[node.source]
     into = b.take_to_add(node.source) if wanted and pixels == EVERY else None
-    arguments = (grad.grad, read, own.weight, conv, b.backend)
+    grad_read = conv_grads(b, value, grad.grad, read, conv, into)
+    if grad_read is not None:
+        b.give(node.source, Pending(grad_read, True, pixels))
+
+
+def conv_grads(
+    b: Backward, value: int, grad: Tensor, read: Tensor, conv: Conv, into: Tensor | None = None
+) -> Tensor | None:
+    """Note the gradients of the parameters of the convolution that makes `value`; that of what it read, if wanted.
+
+    `read`: as `conv` reads it. `into`: a tensor that is ours alone, to which that gradient is added.
+    """
+    own, need, wanted = b.tensors[value], b.needs[value], b.wanted[b.program.maker(value).source]
+    grad_weight = grad_read = None
+    arguments = (grad, read, own.weight, conv, b.backend)
     if need.weight and wanted:
         grad_weight, grad_read = convolutions.both_grads(*arguments, into, b.program.precision)
     elif need.weight:
         grad_weight = convolutions.weight_grad(*arguments)
     elif wanted:
         grad_read = convolutions.input_grad(*arguments, into, b.program.precision)
-    bias = grad.grad.sum((0, 2, 3), dtype=stat_dtype(grad.grad.dtype)) if need.bias else None
+    bias = grad.sum((0, 2, 3), dtype=stat_dtype(grad.dtype)) if need.bias else None
     b.grads[value] = StepGrads(grad_weight, bias)
-    if grad_read is not None:
-        b.give(node.source, Pending(grad_read, True, pixels))
+    return grad_read
 
 
 @dataclasses.dataclass(frozen=True)

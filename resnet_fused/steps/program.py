@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.conv_add_relu import output_shape
-from .spec import Conv, Norm, Pool, StepGrads, StepTensors
+from .spec import Average, Conv, Norm, Pool, StepGrads, StepTensors
 
 Tensor = torch.Tensor
 
@@ -82,7 +82,18 @@ class Concatenation:
     reads: tuple[int, ...]
 
 
-Node = Convolution | Normalisation | Addition | Pooling | Concatenation
+@dataclasses.dataclass(frozen=True)
+class Averaging(_OfOne):
+    """The average pool of value `source`: the block's input, a batch norm with ReLU, or, last, a 1x1 convolution.
+
+    The last is a transition between dense blocks, whose convolution reads such a norm: both alone.
+    """
+
+    source: int
+    average: Average
+
+
+Node = Convolution | Normalisation | Addition | Pooling | Averaging | Concatenation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +209,8 @@ class Program:
                 shape = torch.Size(output_shape(shape, own.weight.shape, *node.conv.args[:3]))
             elif isinstance(node, Pooling):
                 shape = torch.Size(output_shape(shape, (shape[1], 1, *node.pool.kernel), *node.pool.args[1:], (1, 1)))
+            elif isinstance(node, Averaging):
+                shape = torch.Size((*shape[:2], *node.average.sizes(shape)))
             shapes.append(shape)
         if self.inputs > 1:
             shapes[1] = shapes[self.nodes[-1].branch]

@@ -51,6 +51,38 @@ class Pool:
         return self.kernel, self.stride, self.padding
 
 
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """An average pool, as in ``torch.nn.functional.avg_pool2d``."""
+
+    kernel: tuple[int, int] = (2, 2)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    @property
+    def args(self) -> tuple:
+        return self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad, self.divisor_override
+
+    def sizes(self, shape: Sequence[int]) -> list[int]:
+        """Height and width of the averages of ``[N, C, H, W]``."""
+        found = []
+        for length, k, s, p in zip(shape[2:], self.kernel, self.stride, self.padding, strict=True):
+            size = (length + 2 * p - k) // s + 1
+            left = (length + 2 * p - k) % s
+            found.append(size + 1 if self.ceil_mode and left and size * s < length + p else size)
+        return found
+
+    def is_whole(self, shape: Sequence[int]) -> bool:
+        """Whether each average is that of a whole window within the image, ``[N, C, H, W]``."""
+        if self.padding != (0, 0) or self.divisor_override is not None:
+            return False
+        down = dataclasses.replace(self, ceil_mode=False)
+        return not self.ceil_mode or self.sizes(shape) == down.sizes(shape)
+
+
 class StepTensors(NamedTuple):
     """The tensors of a node: a convolution has the first two, a batch norm the others, an addition or a pool none."""
 

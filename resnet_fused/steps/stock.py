@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from . import layout
-from .program import Addition, Call, Concatenation, Convolution, Node, Normalisation
+from .program import Addition, Averaging, Call, Concatenation, Convolution, Node, Normalisation
 from .spec import Norm, StepTensors
 
 Tensor = torch.Tensor
@@ -59,6 +59,8 @@ def _node_output(
         return F.relu(h, inplace=moves) if node.relu else h
     if isinstance(node, Concatenation):
         return torch.cat([values[value] for value in node.reads], 1)
+    if isinstance(node, Averaging):
+        return F.avg_pool2d(h, *node.average.args)
     if not isinstance(node, Addition):
         return F.max_pool2d(h, *node.pool.args)
     y, other = _sampled(h, node.sampled, sample_factor), values[node.other]

@@ -18,7 +18,7 @@ class Pooled(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.down = nn.Sequential(nn.Sequential(nn.AvgPool2d(3, 1, 1)))
+        self.down = nn.Sequential(nn.Sequential(nn.MaxPool2d(3, 1, 1)))
 
     def forward(self, x):
         out = self.bn(self.conv(x))
@@ -35,8 +35,8 @@ def _hook(model, monkeypatch):
 
 
 def _patch_class(model, monkeypatch):
-    forward = nn.AvgPool2d.forward
-    monkeypatch.setattr(nn.AvgPool2d, "forward", lambda self, x: forward(self, x.mul_(2)))
+    forward = nn.MaxPool2d.forward
+    monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, x: forward(self, x.mul_(2)))
 
 
 def _patch_instance(model, monkeypatch):

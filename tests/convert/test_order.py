@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.relu, self.act, self.drop = nn.ReLU(inplace=True), nn.ReLU(), nn.Dropout(0.5)
         self.drop1 = nn.Dropout(0.25)
-        self.pool, self.norm = nn.AvgPool2d(3, 1, 1), nn.Sequential(self.bn2)
+        self.pool, self.norm = nn.MaxPool2d(3, 1, 1), nn.Sequential(self.bn2)
         self.calls = 0
 
 

@@ -100,7 +100,7 @@ def test_an_addition_that_is_left_has_a_reason():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn, self.pool = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.AvgPool2d(1)
+            self.conv, self.bn, self.pool = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(3)
             self.conv1, self.bn1 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
 
         def forward(self, x):

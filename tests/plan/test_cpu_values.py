@@ -9,8 +9,9 @@ from resnet_fused.library import status
 from resnet_fused.plan import choose, cpu_values, lower, variants
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.variants import Variant
-from resnet_fused.steps import Conv, Norm, StepTensors, residual_program
-from resnet_fused.steps.program import Call
+from resnet_fused.steps import Average, Conv, Norm, StepTensors, residual_program
+from resnet_fused.steps.average import AverageConvolve
+from resnet_fused.steps.program import Averaging, Call, Convolution, Normalisation, Program
 
 
 @pytest.fixture
@@ -74,3 +75,25 @@ def test_measured_are_both_ways(values_on_cpu):
     assert found == [*on_tensors, Variant(True), Variant(True, True), Variant(True, True, True)]
     other = [v for v in variants.every(bottleneck_call(torch.randn(2, 6, 4, 4), kernel=3)) if v.values]
     assert not other  # its last convolution is for oneDNN
+
+
+@pytest.mark.parametrize(
+    ("outputs", "size", "dtype", "bias", "device", "on_value"),
+    [
+        (16, 28, torch.float32, False, None, True),
+        (24, 28, torch.float32, False, None, False),  # vectors half empty
+        (16, 13, torch.float32, False, None, False),  # few pixels
+        (16, 28, torch.float64, False, None, False),
+        (16, 28, torch.float32, True, None, False),
+        (16, 13, torch.bfloat16, False, "h100", True),
+    ],
+)
+def test_a_transition_is_on_values_where_that_pays(values_on_cpu, outputs, size, dtype, bias, device, on_value):
+    program = Program((Normalisation(0, Norm()), Convolution(1, Conv()), Averaging(2, Average())))
+    vectors = [torch.empty(32) for _ in range(4)]
+    conv = StepTensors(torch.empty(outputs, 32, 1, 1, dtype=dtype), torch.empty(outputs, dtype=dtype) if bias else None)
+    tensors = [StepTensors(None, None, *vectors, torch.tensor(0)), conv, StepTensors(None)]
+    call = Call(program, torch.empty(1, 32, size, size, dtype=dtype), tensors)
+    with choose.fusing_all() if device is None else choose.planning_for(DEVICES[device]):
+        *_, last = lower.steps_of(call, variants.modelled(call, call.shapes())).steps
+    assert last == AverageConvolve(3, on_value, on_value and device is None)  # and its statistics, which cost nothing

@@ -10,6 +10,7 @@ from tuned import notes
 import resnet_fused
 from resnet_fused.models import BasicBlock, Bottleneck
 from resnet_fused.plan import too_small
+from resnet_fused.plan.keys import threads
 from resnet_fused.steps import conv, grouped, winograd
 
 SAID = "stock (stays in the cache)"
@@ -177,3 +178,17 @@ def test_evaluation_is_stocks_where_fusion_saves_less_than_python_takes(channels
         assert word in said
         with resnet_fused.use("cpu"):
             assert "stock" not in notes(model, x)[0]
+
+
+@pytest.mark.plans_small
+def test_averages_before_a_convolution_save_products():
+    """Three quarters of them: what Python takes longer, or not."""
+    layers = nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1, bias=False), nn.AvgPool2d(2)
+    stock = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x, seconds = fits(4), 3 * 2 * 64 * 64 * 4 * 8 * 8 * 3 / 4 / (too_small.rate(torch.float32) * threads())
+    for factor, small in ((0.99, False), (1.01, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(too_small, "_OVERHEAD", factor * seconds)
+            patch.setattr(too_small, "MARGIN", 0)
+            patch.setattr(too_small, "cache_bytes", lambda: 1 << 30)
+            assert (notes(resnet_fused.fuse(copy.deepcopy(stock)), x) == [SAID]) is small

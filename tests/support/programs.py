@@ -2,13 +2,14 @@
 
 import torch
 
-from resnet_fused.steps import Conv, Norm, StepTensors
-from resnet_fused.steps.program import Addition, Convolution, Normalisation, Program
+from resnet_fused.steps import Average, Conv, Norm, StepTensors
+from resnet_fused.steps.program import Addition, Averaging, Convolution, Normalisation, Program
 
 F64 = torch.float64
 P1, P3 = Conv(), Conv(padding=(1, 1))
 S1, S3 = Conv(stride=(2, 2)), Conv((2, 2), (1, 1))
 NORM = Norm()
+HALVES, D_HALVES = Average(), Average(ceil_mode=True, count_include_pad=False)  # D: of ResNet-D
 
 
 def leaf(*shape):
@@ -96,7 +97,61 @@ def raw_value_read_twice():
     return Program(nodes), [conv_tensors(6, 5, 3), norm_tensors(5), conv_tensors(5, 5), NONE]
 
 
+def transition(average=HALVES, conv=P1, bias=False, kernel=1):
+    """Between dense blocks: the average is taken before the convolution where that is the same."""
+    nodes = (Normalisation(0, NORM), Convolution(1, conv), Averaging(2, average))
+    return Program(nodes), [norm_tensors(6), conv_tensors(6, 4, kernel, bias), NONE]
+
+
+def averaged_shortcut(average=D_HALVES):
+    """ResNet-D: the projection reads averages of the input."""
+    nodes = (
+        Convolution(0, S3), Normalisation(1, NORM), Convolution(2, P1), Normalisation(3, NORM, False),
+        Averaging(0, average), Convolution(5, P1), Normalisation(6, NORM, False), Addition(4, 7, True),
+    )  # fmt: skip
+    tensors = [conv_tensors(6, 4, 3), norm_tensors(4), conv_tensors(4, 7), norm_tensors(7)]
+    return Program(nodes), [*tensors, NONE, conv_tensors(6, 7), norm_tensors(7), NONE]
+
+
+def averaged_inside(average=HALVES):
+    """Anti-aliasing by averages: of what a norm with ReLU made, before the last convolution."""
+    nodes = (
+        Convolution(0, P3), Normalisation(1, NORM), Averaging(2, average), Convolution(3, P1),
+        Normalisation(4, NORM, False), Averaging(0, average), Convolution(6, P1), Normalisation(7, NORM, False),
+        Addition(5, 8, True),
+    )  # fmt: skip
+    tensors = [conv_tensors(6, 4, 3), norm_tensors(4), NONE, conv_tensors(4, 7), norm_tensors(7)]
+    return Program(nodes), [*tensors, NONE, conv_tensors(6, 7), norm_tensors(7), NONE]
+
+
+def averaged_preactivation(average=D_HALVES):
+    """ResNet-D with identity mappings: a convolution and averages read one norm."""
+    nodes = (
+        Normalisation(0, NORM), Convolution(1, P1), Normalisation(2, NORM), Convolution(3, S3), Averaging(1, average),
+        Convolution(5, P1), Addition(4, 6),
+    )  # fmt: skip
+    tensors = [norm_tensors(6), conv_tensors(6, 5), norm_tensors(5), conv_tensors(5, 7, 3), NONE, conv_tensors(6, 7)]
+    return Program(nodes), [*tensors, NONE]
+
+
+def averaged_end(average):
+    """An average ends the block."""
+    nodes = (Convolution(0, P3), Normalisation(1, NORM), Averaging(2, average))
+    return Program(nodes), [conv_tensors(6, 4, 3), norm_tensors(4), NONE]
+
+
 CASES = {
+    "transition": transition,
+    "transition, bias, 3x3 averages": lambda: transition(Average((3, 3), (1, 1)), bias=True),
+    "transition, a 3x3 convolution": lambda: transition(conv=P3, kernel=3),
+    "transition, parts of windows": lambda: transition(Average(ceil_mode=True)),
+    "transition, padding": lambda: transition(Average((3, 3), (2, 2), (1, 1))),
+    "averaged shortcut": averaged_shortcut,
+    "averaged inside": averaged_inside,
+    "averaged pre-activation": averaged_preactivation,
+    "averaged pre-activation, whole windows": lambda: averaged_preactivation(Average((1, 2), (2, 2))),
+    "averages at the end": lambda: averaged_end(Average((3, 2), (1, 2))),
+    "averages at the end, parts of windows": lambda: averaged_end(Average(ceil_mode=True)),
     "identity": lambda: preact_bottleneck(),
     "biases": lambda: preact_bottleneck(bias=True),
     "projection": lambda: preact_bottleneck(projected=True, outputs=7),

@@ -211,7 +211,23 @@ def pool_calls(at):
     yield "norm_relu_pool_apply", "affine", (*gathered, at.vector(c), at.vector(c), at.vector(c), *vectors), {}
 
 
+def average_calls(at):
+    """A transition between dense blocks: batch norm, ReLU and averages of 2x2 pixels."""
+    c = at.narrow
+    x, vectors = at.data(c), (at.vector(c), at.vector(c))
+    yield "norm_relu_avg_pool", "", (x, *vectors), {}
+    pooled = (at.data(c, at.size // 2), x)
+    yield "norm_relu_avg_pool_backward", "", (*pooled, at.vector(c), *vectors), {}
+    yield "norm_relu_avg_pool_apply", "affine", (*pooled, at.vector(c), at.vector(c), at.vector(c), *vectors), {}
+
+
+MAKERS = (
+    *(pixelwise_calls, pool_calls, average_calls),
+    *(forward_calls, backward_calls, narrow_calls, small_calls),
+)
+
+
 def calls(at, *makers):
     """Calls of the ops that the backend declares."""
-    for make in makers or (pixelwise_calls, pool_calls, forward_calls, backward_calls, narrow_calls, small_calls):
+    for make in makers or MAKERS:
         yield from (call for call in make(at) if call[0] in room.OPS)

@@ -19,7 +19,17 @@ from pathlib import Path
 
 import torch
 import triton
-from layer_calls import Layer, backward_calls, calls, forward_calls, gate_calls, narrow_calls, pool_calls, small_calls
+from layer_calls import (
+    Layer,
+    average_calls,
+    backward_calls,
+    calls,
+    forward_calls,
+    gate_calls,
+    narrow_calls,
+    pool_calls,
+    small_calls,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -66,10 +76,12 @@ def launches(dtype, channels=256, samples=64):
     yield "affine, sign, factor, residual", 2, lambda: apply(z, r, v, v, v, v, v, f, z)
 
 
+MAKERS = (pool_calls, average_calls, gate_calls, forward_calls, backward_calls, narrow_calls, small_calls)
+
+
 def products(at, *makers, richest=False):
     """Of all other ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
-    makers = makers or (pool_calls, gate_calls, forward_calls, backward_calls, narrow_calls, small_calls)
-    for op, options, args, kwargs in calls(at, *makers):
+    for op, options, args, kwargs in calls(at, *(makers or MAKERS)):
         if not richest or (op, options) in RICHEST:
             run = importlib.import_module(f"{room.__name__}.{op}").run
             yield options, functools.partial(run, *args, **kwargs)
@@ -98,6 +110,9 @@ RICHEST = {
     ("norm_relu_pool", ""),
     ("norm_relu_pool_backward", ""),
     ("norm_relu_pool_apply", "affine"),
+    ("norm_relu_avg_pool", ""),
+    ("norm_relu_avg_pool_backward", ""),
+    ("norm_relu_avg_pool_apply", "affine"),
     ("bn_affine", ""),
     ("bn_coefficients", ""),
     ("running_affine", ""),

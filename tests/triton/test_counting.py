@@ -48,6 +48,11 @@ def again(kernel, sizes, names):
         if kernel == "norm_relu_pool_kernel":
             return {"z_ptr": pairs / pixels}
         return dict.fromkeys(("grad_ptr", "index_ptr"), pairs / pooled)
+    if kernel in (
+        "norm_relu_avg_pool_backward_kernel",
+        "norm_relu_avg_pool_apply_kernel",
+    ):  # each window's, by its pixels
+        return {"grad_ptr": sizes["KERNEL_H"] * sizes["KERNEL_W"]}
     if kernel == "gram_kernel":  # a tile of columns meets every other and, once for both sides, itself
         return {"a_ptr": sizes["column_tiles"]}
     if kernel == "gram_merge_kernel":  # the diagonal is its own mirror image

@@ -105,7 +105,8 @@ class Problem:
             return (*sizes, 1, 1)
         n, h, w = self.pixels(form)
         if form.kind == "^":
-            size = zip((h, w), *(self.given[name] for name in ("kernel", "stride", "padding")), strict=True)
+            window = self.given["kernel"], self.given["stride"], self.given.get("padding", (0, 0))
+            size = zip((h, w), *window, strict=True)
             h, w = ((length + 2 * pad - window) // step + 1 for length, window, step, pad in size)
         return n, *sizes, h, w
 

@@ -42,11 +42,11 @@ const Stages& stages() {
 // How rows and channels are cut. Chunks cost a copy of the weight's gradient each, and blocks of channels another read
 // of the gradient: few of both, but enough for the threads of a common machine.
 struct Work {
-  static constexpr int64_t kSums = int64_t(1) << 21, kChunks = 64, kUnits = 16, kPanels = 4;
+  static constexpr int64_t kChunks = 64, kUnits = 16, kPanels = 4;
   int64_t rows, tile, tiles, chunks, blocks;
 
   explicit Work(const Conv1x1Backward& p) : rows(p.rows), tile(p.tile()), tiles((p.rows + tile - 1) / tile) {
-    const int64_t afforded = p.weight_grad ? kSums / std::max<int64_t>(p.K * p.C, 1) : kChunks;
+    const int64_t afforded = p.weight_grad ? p.most_sums / std::max<int64_t>(p.K * p.C, 1) : kChunks;
     const int64_t most = std::clamp(std::min(afforded, tiles), int64_t(1), kChunks);
     chunks = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
     blocks = p.coupling ? 1 : std::clamp(kUnits / chunks, int64_t(1), std::max(p.panels / kPanels, int64_t(1)));

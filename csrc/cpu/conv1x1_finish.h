@@ -38,6 +38,7 @@ struct Conv1x1Backward {
   bool weight_grad, sum_dz;
   bool stream;  // grad_x past the caches
   int64_t rows, K, C, panel, panels;
+  int64_t most_sums = int64_t(1) << 21;  // floats of the weight's gradient in all chunks of rows
 
   static constexpr int64_t kPart = 28, kMost = 4;  // rows that are written at a time; so often at most in a tile
   // Rows of a product of the input's gradient: a few, whose dz stays in the first-level cache, but where the weight

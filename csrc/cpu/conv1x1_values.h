@@ -110,9 +110,12 @@ struct Ahead {
   RESNET_FUSED_INLINE Ahead(const float* first, int64_t floats, int64_t times) : Ahead({first, floats}, times) {}
   RESNET_FUSED_INLINE Ahead(const RowLines& lines, int64_t times) : lines(lines), step(lines.count() / times + 1) {}
 
-  RESNET_FUSED_INLINE void operator()() {
+  RESNET_FUSED_INLINE void operator()() { fetch<0>(); }
+  // `written`: 1 where they will be.
+  template <int written>
+  RESNET_FUSED_INLINE void fetch() {
     for (int64_t i = 0; i < step && lines.next < lines.end; ++i, lines.advance()) {
-      __builtin_prefetch(lines.next, 0, 2);
+      __builtin_prefetch(lines.next, written, 2);
     }
   }
 };

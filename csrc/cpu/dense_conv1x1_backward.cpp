@@ -32,6 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_conv1x1_backward(const Tensor& out, con
   p.added = {data<float>(added), nullptr, x.size(2), x.size(3), 1, 1, pixel_pitch(added) - C};
   p.grad_x = data<float>(out), p.gap = pixel_pitch(out) - C, p.through = p.weight_grad = true;
   p.rows = pixels.rows, p.K = K, p.C = C;
+  p.most_sums = int64_t(1) << 19;  // few outputs: copies of their gradient cost more than another read of dz
   run_backward(p, {data<float>(grad_weight), data<float>(sum_g), data<float>(sum_gx), nullptr});
   return {sum_g, sum_gx, grad_weight};
 }

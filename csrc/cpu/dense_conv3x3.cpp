@@ -102,7 +102,7 @@ Problem weight_of(const Tensor& weight, int64_t panel) {
 }
 
 // Whether all outputs are finite; if not, some may be missing.
-bool run(DenseConv p, const Stages& at, const Tensor& out, StripSums* sums) {
+bool run(DenseConv p, const Stages& at, StripSums* sums) {
   constexpr int64_t kChannels = 64;  // of a panel of the weight, a unit of work
   const auto u = aligned_array<float>(p.weight.panels * p.weight.u_size());
   const int64_t parts = (p.weight.C + kChannels - 1) / kChannels;
@@ -114,7 +114,6 @@ bool run(DenseConv p, const Stages& at, const Tensor& out, StripSums* sums) {
   });
   p.u = u.get();
   std::atomic<bool> finite{true};
-  const int64_t pitch = pixel_pitch(out), G = out.size(1);
   share(p.strips.count, [&] {
     return [&, scratch = aligned_array<float>(p.scratch()),
             y = aligned_array<float>(p.strips.outputs() * p.y_pitch())](int64_t index) {
@@ -122,7 +121,7 @@ bool run(DenseConv p, const Stages& at, const Tensor& out, StripSums* sums) {
       if (!at.strip(p, index, scratch.get(), y.get())) finite = false;
       const Strip strip = p.strips.at(index);
       const int64_t rows = p.strips.pixels_of(strip);
-      copy_rows(data<float>(out) + p.strips.first_pixel(strip) * pitch, pitch, y.get(), p.y_pitch(), rows, G);
+      copy_rows(p.out + p.strips.first_pixel(strip) * p.out_pitch, p.out_pitch, y.get(), p.y_pitch(), rows, p.weight.K);
       if (sums) sums->take(index, y.get(), rows);
     };
   });
@@ -154,9 +153,11 @@ std::tuple<Tensor, Tensor> dense_conv3x3(const Tensor& z, const Tensor& weight, 
   const DenseConv p{{data<float>(z), data<float>(scale), data<float>(shift), K, Pixels(z, {1, 1})},
                     weight_of(weight, at.panel),
                     nullptr,
-                    Strips(z.size(0), z.size(2), z.size(3), pitch_of(K))};
+                    Strips(z.size(0), z.size(2), z.size(3), pitch_of(K)),
+                    data<float>(out),
+                    pixel_pitch(out)};
   StripSums sums(statistics ? p.strips.count : 0, p.y_pitch());
-  if (!run(p, at, out, statistics ? &sums : nullptr)) {
+  if (!run(p, at, statistics ? &sums : nullptr)) {
     run_direct(z, weight, scale, shift, out, mean, m2);
   } else if (statistics) {
     sums.merge(p.strips, mean, m2);

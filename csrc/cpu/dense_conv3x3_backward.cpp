@@ -56,7 +56,7 @@ const Stages& stages() {
 
 // How strips and channels are cut. A chunk of strips costs a copy of the weight's gradient: it must be worth that.
 struct Work {
-  static constexpr int64_t kTiles = 192, kChunks = 16;  // of a chunk, at least; at most
+  static constexpr int64_t kTiles = 784, kChunks = 16;  // of a chunk, at least; at most
   int64_t strips, chunks, blocks;
 
   explicit Work(const DenseConvBackward& p) : strips(p.strips.count) {

@@ -112,6 +112,41 @@ struct GradientTile {
   }
 };
 
+// Lines of g that a tile's outputs will be written to, and of z, which they are summed with; a tile at a time.
+struct OutputLines {
+  const DenseConvBackward& p;
+  const Strip& s;
+  StripTile tile;
+  int64_t left, k, columns;
+
+  RESNET_FUSED_INLINE void operator()() {
+    if (left-- <= 0) return;
+    const int64_t pixel = p.strips.first_pixel(s) + tile.output(p.strips, s), W = p.strips.W;
+    for (int64_t i = 0; i < 4; ++i) {
+      if ((i / 2 && tile.row + 1 >= s.rows) || (i % 2 && tile.column + 1 >= W)) continue;
+      const int64_t at = (pixel + i / 2 * W + i % 2) * p.K() + k;
+      for (int64_t j = 0; j < columns; j += 16) {
+        __builtin_prefetch(p.g + at + j, 1, 2);
+        __builtin_prefetch(p.input.x + at + j, 0, 2);
+      }
+    }
+    tile.advance(p.strips, s);
+  }
+};
+
+// Lines of the strip after: of z and of both slices.
+struct NextStrip {
+  Ahead z, grad, y;
+
+  RESNET_FUSED_INLINE NextStrip(const DenseConvBackward& p, const BackwardRoom& room, int64_t index, int64_t end,
+                                int64_t times)
+      : z(p.strips.lines(index, end, p.input.x + room.c, room.width, p.K()), times),
+        grad(p.strips.lines(index, end, p.gradient.grad, p.gradient.G, p.gradient.grad_pitch), times),
+        y(p.strips.lines(index, end, p.gradient.y, p.gradient.G, p.gradient.y_pitch), times) {}
+
+  RESNET_FUSED_INLINE void operator()() { z(), grad(), y(); }
+};
+
 // g of a group of tiles, and its sums added to sum_g and sum_gz.
 template <class L>
 RESNET_FUSED_INLINE void input_gradient(const DenseConvBackward& p, const BackwardRoom& room, const Strip& s,
@@ -121,12 +156,13 @@ RESNET_FUSED_INLINE void input_gradient(const DenseConvBackward& p, const Backwa
   transform_strip<L>(p.strips, s, first, count, room.dy, dy_pitch, rounded_up(p.gradient.G, L::lanes), room.dy_v);
   std::fill_n(room.sums, 2 * padded, 0.0f);
   for (int64_t panel = room.first; panel < room.end; ++panel) {
+    const int64_t c = (panel - room.first) * L::panel, columns = std::min(L::panel, room.width - c);
+    OutputLines lines{p, s, StripTile(p.strips, s, first), count, room.c + c, columns};
     for (int64_t i = 0; i < Tile2::values; ++i) {
       multiply_rows<L>(count, room.dy_v + i * count * dy_pitch, dy_pitch,
                        p.u + panel * p.weight.u_size() + i * p.weight.u_plane(), L::panel, p.gradient.G,
-                       room.m + i * count * m_pitch, m_pitch);
+                       room.m + i * count * m_pitch, m_pitch, lines);
     }
-    const int64_t c = (panel - room.first) * L::panel, columns = std::min(L::panel, room.width - c);
     StripTile tile(p.strips, s, first);
     for (int64_t t = 0; t < count; ++t, tile.advance(p.strips, s)) {
       const int64_t patch = tile.patch(p.strips) + p.strips.width() + 1;
@@ -179,7 +215,7 @@ RESNET_FUSED_INLINE void transform_gradient(const Strips& p, const Strip& s, int
 // `add`.
 template <class L>
 RESNET_FUSED_INLINE void weight_gradient(const DenseConvBackward& p, const BackwardRoom& room, const Strip& s,
-                                         int64_t first, int64_t count, bool add, float* weight) {
+                                         int64_t first, int64_t count, bool add, float* weight, NextStrip& next) {
   const int64_t dy_pitch = p.dy_pitch(), G = p.gradient.G;
   transform_gradient<L>(p.strips, s, first, count, room.dy, dy_pitch, rounded_up(G, L::lanes), room.y);
   transform_strip<L>(p.strips, s, first, count, room.strip, room.pitch, rounded_up(room.width, L::panel), room.v);
@@ -187,7 +223,7 @@ RESNET_FUSED_INLINE void weight_gradient(const DenseConvBackward& p, const Backw
     for (int64_t panel = room.first; panel < room.end; ++panel) {
       multiply_columns<L>(G, room.y + i * count * dy_pitch, dy_pitch,
                           room.v + i * count * room.pitch + (panel - room.first) * L::panel, room.pitch, count, add,
-                          weight + (i * p.weight.panels + panel) * G * L::panel);
+                          weight + (i * p.weight.panels + panel) * G * L::panel, next);
     }
   }
 }
@@ -210,11 +246,13 @@ RESNET_FUSED_INLINE bool backward_strips(const DenseConvBackward& p, int64_t beg
     write_strip(p.strips, s, room.dy, dy_pitch,
                 [&](float* out, int64_t pixel, int64_t count)
                     __attribute__((always_inline)) { write_slice<L>(p.gradient, pixel, count, out, dy_pitch); });
-    const int64_t groups = p.strips.groups(s);
+    const int64_t groups = p.strips.groups(s), panels = room.end - room.first;
+    const int64_t times = groups * Tile2::values * panels * ((p.gradient.G + L::rows - 1) / L::rows);
+    NextStrip next(p, room, index + 1, end, times);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = s.tiles * group / groups, count = s.tiles * (group + 1) / groups - first;
       input_gradient<L>(p, room, s, first, count, sum_g, sum_gz, bad);
-      weight_gradient<L>(p, room, s, first, count, index > begin || group > 0, weight);
+      weight_gradient<L>(p, room, s, first, count, index > begin || group > 0, weight, next);
     }
   }
   float lanes[L::lanes];

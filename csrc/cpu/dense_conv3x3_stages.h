@@ -13,6 +13,8 @@ struct DenseConv {
   Problem weight;    // of which only the weight is read: from its C = K channels to its K = G outputs
   const float* u;    // [panels], each as transform_weights makes it
   Strips strips;
+  float* out;  // [pixels], out_pitch apart
+  int64_t out_pitch;
 
   int64_t pitch() const { return pitch_of(input.C); }
   int64_t m_pitch() const { return weight.panel + kGap; }
@@ -54,6 +56,10 @@ RESNET_FUSED_INLINE bool convolve_strip(const DenseConv& p, int64_t index, float
     write_activation<L>(p.input, pixel, count, 0, K, out, pitch);
   });
   typename L::Vector bad = {};
+  const int64_t times = p.strips.products<L>(s) * p.weight.panels;
+  Ahead next(p.strips.lines(index + 1, p.strips.count, p.input.x, K, K), times);
+  Ahead written({p.out + p.strips.first_pixel(s) * p.out_pitch, p.strips.pixels_of(s), p.weight.K, p.out_pitch}, times);
+  const auto between = [&] __attribute__((always_inline)) { next(), written.fetch<1>(); };
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = s.tiles * group / groups, count = s.tiles * (group + 1) / groups - first;
     transform_strip<L>(p.strips, s, first, count, strip, pitch, rounded_up(K, L::lanes), v);
@@ -61,7 +67,7 @@ RESNET_FUSED_INLINE bool convolve_strip(const DenseConv& p, int64_t index, float
       const float* u = p.u + panel * p.weight.u_size();
       for (int64_t i = 0; i < Tile2::values; ++i) {
         multiply_rows<L>(count, v + i * count * pitch, pitch, u + i * p.weight.u_plane(), L::panel, K,
-                         m + i * count * p.m_pitch(), p.m_pitch());
+                         m + i * count * p.m_pitch(), p.m_pitch(), between);
       }
       write_tiles<L>(p, s, first, count, panel, m, y, bad);
     }

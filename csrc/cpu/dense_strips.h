@@ -57,6 +57,21 @@ struct Strips {
   // The pixel of all images that is the strip's first, and how many there are: they lie side by side.
   int64_t first_pixel(const Strip& s) const { return (s.image * H + s.row) * W; }
   int64_t pixels_of(const Strip& s) const { return s.images * s.rows * W; }
+
+  // `width` channels of its pixels that the strip before has not read; none beyond the last strip, of `end`.
+  RESNET_FUSED_INLINE RowLines lines(int64_t index, int64_t end, const float* first, int64_t width,
+                                     int64_t pitch) const {
+    if (index >= end) return {first, 0};
+    const Strip s = at(index);
+    const int64_t begin = first_pixel(s) + (s.row > 0 ? W : 0), stop = first_pixel(s) + pixels_of(s);
+    return {first + begin * pitch, stop - begin + (s.row + s.rows < H ? W : 0), width, pitch};
+  }
+  // How often products of a strip's tiles begin with other rows, at this level, for one panel.
+  template <class L>
+  RESNET_FUSED_INLINE int64_t products(const Strip& s) const {
+    const int64_t parts = groups(s), tiles = (s.tiles + parts - 1) / parts;
+    return parts * Tile2::values * ((tiles + L::rows - 1) / L::rows);
+  }
 };
 
 // A tile of a strip: which image of the strip, and its first output there.

@@ -198,7 +198,8 @@ def bad(name, **others):
 X = torch.randn(2, 6, 4, 5)
 SHARED = channels_last(torch.randn(2, 12, 4, 5))
 BAD = [
-    ("dense_enter", {"x": X}, "x of shape .* is not channels_last"),
+    ("dense_enter", {"x": X}, "x of shape .* does not lie in pixels"),
+    ("dense_enter", {"x": SHARED[:, :6]}, "x of shape .* is not channels_last"),
     ("dense_enter", {"out": X}, "out of shape .* does not lie in pixels"),
     ("dense_enter", {"x": channels_last(SHARED[:, :6]), "out": channels_last(X[:, :5])}, "pass 6 channels"),
     ("dense_conv1x1", {"x": X}, "x of shape .* does not lie in pixels"),
@@ -212,7 +213,7 @@ BAD = [
     ("dense_conv3x3_backward", {"d": torch.ones(8)}, r"d is Float of shape \[8\]"),
     ("dense_conv1x1_backward", {"out": SHARED[:, :6], "grad": SHARED[:, 5:11]}, "grad shares memory with out"),
     ("dense_conv1x1_backward", {"out": SHARED[:, :6], "x": SHARED[:, :6]}, "x shares memory with out"),
-    ("dense_conv1x1_backward", {"z": torch.randn(2, 8, 4, 5)}, "z of shape .* is not channels_last"),
+    ("dense_conv1x1_backward", {"z": torch.randn(2, 8, 4, 5)}, "z of shape .* does not lie in pixels"),
     ("dense_conv1x1_backward", {"weight": torch.ones(9, 6, 1, 1)}, r"pass \[8, 6, 1, 1\]"),
     ("dense_leave", {"x": channels_last(X)[:, :5]}, "pass 6 channels"),
     ("dense_leave", {"b": torch.ones(12)[::2]}, "pass a contiguous"),

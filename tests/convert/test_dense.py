@@ -430,7 +430,7 @@ def test_statistics_reach_the_next_block_alone(reads, between):
     stock = followed(*between)
     model = fused(stock)
     assert_equal(step(model, images(channels=3)), step(stock, images(channels=3)))
-    assert (17 in reads[:2]) == bool(between)
+    assert reads.count(17) == 1 + len(between)  # its second norm is of as many
 
 
 def test_a_value_that_two_read_carries_no_statistics(reads):
@@ -447,7 +447,7 @@ def test_a_value_that_two_read_carries_no_statistics(reads):
     stock = Twice().double()
     model = fused(stock)
     assert_equal(step(model, images(channels=3)), step(stock, images(channels=3)))
-    assert 17 in reads[:2]
+    assert reads.count(17) == 2
 
 
 needs_kernels = pytest.mark.skipif(not library.status().cpu.loaded, reason="kernels of the compiled library")

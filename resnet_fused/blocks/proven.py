@@ -173,9 +173,14 @@ def _look_at(cls: type, base: type | None) -> str:
 
 
 def methods_of(cls: type) -> tuple[tuple[str, object], ...]:
-    """The methods of one of PyTorch's classes that a call goes through, as they were at import."""
-    known = _KNOWN.get(cls) or (_looked_at.get(cls) if own_kind(cls) in DENSE_LAYERS else None)
+    """The methods of a known class that a call goes through, as they were at import or when it was looked at."""
+    known = _KNOWN.get(cls) or _looked_at.get(cls)
     return (("forward", None), ("__call__", None)) if known is None else known.methods
+
+
+def called_by(cls: type) -> tuple[tuple[dict, str, object], ...]:
+    """The functions that the forward of a drop path of this class calls: where each is found, its name, what it was."""
+    return _looked_at[cls].called if cls in _looked_at else ()
 
 
 def why_changed(module: nn.Module, base: type | None = None) -> str:

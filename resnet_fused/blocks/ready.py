@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import bounds, dispatch, met, tape
+from ..ops import stat_dtype
 from ..plan import choose, measured
 from ..steps import StepTensors
 from ..steps.directions import Lowered
@@ -20,6 +21,7 @@ from ..steps.layout import Placed, suggests_channels_last
 from ..steps.program import Call
 from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
 from ..steps.spec import flatten, present, regroup, spread
+from . import drop_paths
 from .kept_evaluation import repeatable, run_steps
 from .site import Site
 from .unchanged import is_wrapper
@@ -31,25 +33,25 @@ KEPT = 64  # forms of one site: image sizes, dtypes
 class Ready(NamedTuple):
     """How all calls of one form run."""
 
-    run: Callable[[Tensor, Tensor | None, list[Tensor], Handed], Tensor]
+    run: Callable[[Tensor, Tensor | None, list[Tensor], Handed, Tensor | None], Tensor]
     slots: list[tuple[dict, str]]  # where the tensors of all nodes are to be looked up
     cast: tuple[int, ...]  # which of these autocast casts
     dtype: torch.dtype | None  # to which
     clamped: bool
     like_weights: bool  # a weight on the main branch is in channels_last
 
-    def __call__(self, x: Placed, residual: Tensor | None) -> Placed:
+    def __call__(self, x: Placed, residual: Tensor | None, factor: Tensor | None) -> Placed:
         value, dtype = x.value, self.dtype
         tensors = [inner[name] for inner, name in self.slots]
         handed = Handed(x.moments if dtype in (None, value.dtype) else None)
         if dtype is None:
-            out = self.run(value, residual, tensors, handed)
+            out = self.run(value, residual, tensors, handed, factor)
         else:
             torch.set_autocast_enabled(value.device.type, False)
             try:
                 for i in self.cast:
                     tensors[i] = tensors[i].to(dtype)
-                out = self.run(value.to(dtype), residual, tensors, handed)
+                out = self.run(value.to(dtype), residual, tensors, handed, factor)
             finally:
                 torch.set_autocast_enabled(value.device.type, True)
         moments = handed.leaving if residual is None and dtype in (None, value.dtype) else None
@@ -58,7 +60,7 @@ class Ready(NamedTuple):
 
 def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) -> tuple | None:
     """The form of a call; None where each must find out how it runs. `just_asked`: the modules are unchanged."""
-    if torch.compiler.is_compiling() or site.kept is None or site.drop_path is not None:
+    if torch.compiler.is_compiling() or site.kept is None:
         return None
     known, value = site.kept.unchanged, x.value
     if not known or (known.folds and not torch.is_grad_enabled()) or not (just_asked or known.settings_hold()):
@@ -70,7 +72,8 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
     own = None if residual is None else (residual is value, is_wrapper(residual), *_facts(residual))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
     settings = choose.target(), choose.fuses_all(), measured.changes(), site.backend, site.precision, *dispatch.state()
-    return *_facts(value), x.moments is None, own, *modes, *settings, *known.memory()
+    draws = drop_paths.draws(site.drop_path)
+    return *_facts(value), x.moments is None, own, draws, *modes, *settings, *known.memory()
 
 
 def _facts(t: Tensor) -> tuple:
@@ -83,9 +86,10 @@ def keep_training(site: Site, form: tuple, call: Call, lowered: Lowered, dtype: 
     weights = [call.tensors[node].weight for node in lowered.program.main_convolutions]
     in_channels_last, repeated = any(map(suggests_channels_last, [call.x, *weights])), RepeatedProgram()
 
-    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed, factor: Tensor | None) -> Tensor:
         with bounds.private():
-            options = handed if residual is None else None, None, x, residual, tensors, places, in_channels_last
+            factor = None if factor is None else factor.to(stat_dtype(x.dtype))
+            options = handed if residual is None else None, factor, x, residual, tensors, places, in_channels_last
             return run_flat(lowered, repeated, *options)
 
     _keep(site, form, call, dtype, run)
@@ -106,7 +110,7 @@ def keep_evaluation(site: Site, form: tuple, call: Call, dtype: torch.dtype | No
 
     call_program, repeated = call.program, tape.Repeated()
 
-    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed, _: None) -> Tensor:
         with torch.no_grad():
             return repeated(once, (x, residual, *tensors))[0][0]
 

@@ -94,7 +94,7 @@ def run_site(
     form = None if factor is not None else ready.form_of(site, x, residual, just_asked)
     if form is not None and form in site.kept.unchanged.ready:
         count_fused()
-        return site.kept.unchanged.ready[form](x, residual)
+        return site.kept.unchanged.ready[form](x, residual, draw(site, x.value))
     program, tensors = read(site)
     given, dtype, scope = x.value, None, contextlib.nullcontext()
     if torch.is_autocast_enabled(given.device.type) and given.dtype != torch.float64:

@@ -190,5 +190,5 @@ def _shortcut(site: Site, parts: Parts, x: Tensor, residual: Tensor | None) -> d
 
 def _alone(other: Tensor, last: Addition, factor: Tensor, inplace: bool) -> Tensor:
     """The sum without its branch, in the dtype that it has with it; `factor` has the branch's."""
-    out = other.to(factor.dtype if inplace else torch.promote_types(factor.dtype, other.dtype))
-    return torch.relu(out) if last.relu else out
+    dtype = factor.dtype if inplace else torch.promote_types(factor.dtype, other.dtype)
+    return torch.relu(other.to(dtype)) if last.relu else other.to(dtype, copy=True)  # which somebody may write to

@@ -4,8 +4,8 @@ answer that :mod:`.site`, :mod:`.layers` and :mod:`.norms` would find again.
 What a module does is decided by its class and its ``__dict__``. While every attribute is the very object it was, no
 hook has been registered, the tensors in ``_parameters`` and ``_buffers`` have the same ids, strides, dtype, device
 and shape, and the classes have the methods and the number of attributes that they had, everything read of them would
-be read again. Whatever differs, by an equal object too, is read anew. Only PyTorch's own classes with settings that
-cannot change in place are taken; all others are read at every call.
+be read again. Whatever differs, by an equal object too, is read anew. Only PyTorch's own classes, and drop paths, with
+settings that cannot change in place are taken; all others are read at every call.
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ class _Class:
         known = proven.methods_of(cls)
         self.cls, self.bases = cls, [base.__dict__ for base in cls.__mro__]
         self.get, self.methods = operator.attrgetter(*(name for name, _ in known)), [method for _, method in known]
-        self.counts = [*map(len, self.bases)]
+        self.counts, self.called = [*map(len, self.bases)], proven.called_by(cls)
 
     def holds(self) -> bool:
+        for place, name, function in self.called:
+            if place.get(name) is not function:
+                return False
         return all(map(operator.is_, self.get(self.cls), self.methods)) and [*map(len, self.bases)] == self.counts
 
 
@@ -125,7 +128,8 @@ class Unchanged:
             for own, cls in zip(same.owns, same.classes, strict=True):
                 settings = [value for name, value in own.items() if not name.startswith("_")]
                 hides = any(name in own or hasattr(cls, name) for inner in _INNER for name in own[inner])
-                known = cls in _CLASSES or proven.own_kind(cls) in proven.DENSE_LAYERS
+                named = proven.own_kind(cls)
+                known = cls in _CLASSES or named in proven.DROP_PATHS or named in proven.DENSE_LAYERS
                 if not known or hides or not all(map(_is_fixed, settings)):
                     return False
         return True

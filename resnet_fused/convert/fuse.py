@@ -59,9 +59,10 @@ def fuse(
         drop_path: which samples a block's branch runs on in training where stochastic depth drops some (timm's
             DropPath, torchvision's StochasticDepth and ours): "all", as stock, or "survivors". **The latter changes
             batch statistics**: norms within the branch see and follow the surviving samples only, and where none
-            survives its parameters' gradients are zeros and nothing in it runs. It makes stock's random draws, takes
-            less time the more is dropped, waits for the GPU once a block to learn how many survive, and raises stock's
-            error where a norm is left with one value a channel. A block that runs its stock forward (hooks, ...), or
+            survives its parameters' gradients are zeros and nothing in it runs. It makes stock's random draws, gains
+            where convolutions outweigh the gathering (not in thin nets with a draw for each sample), waits for the GPU
+            once a block to learn how many survive, breaks graphs of ``torch.compile`` there, and raises stock's error
+            where a norm is left with one value a channel. A block that runs its stock forward (hooks, ...), or
             whose row in :func:`report` says so, runs on all. None: as fused before, else "all".
         prefer: "speed", or "memory" where dense blocks are to compute in backward again what lies between the two
             convolutions of a layer, instead of saving it; None: as fused before, else "speed".

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..backends import current
-from ..blocks import proven, runtime
+from ..blocks import drop_paths, proven, runtime
 from ..blocks.by_modules import called
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
@@ -249,8 +249,10 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
 
 
 def _on_survivors(block: nn.Module) -> bool:
-    """Whether how many samples a block's branch runs on is known at the call only."""
-    return getattr(block.__dict__.get(STATE), "drop_path", "all") == "survivors"
+    """Whether how many samples a block's branch runs on now is known at the call only."""
+    if getattr(block.__dict__.get(STATE), "drop_path", "all") != "survivors":
+        return False
+    return any(drop_paths.is_one(module) and drop_paths.draws(module) for module in block.modules())
 
 
 #: For a block between two graphs: how many samples survive decides what runs.

@@ -10,6 +10,7 @@ from preact_blocks import plan_of
 from torch import nn
 
 import resnet_fused
+from resnet_fused.convert import fused_module
 from resnet_fused.models import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, StochasticDepth, WideBlock
 from resnet_fused.plan import variants
 from resnet_fused.testing.vision import import_torchvision
@@ -177,3 +178,33 @@ def test_networks_of_ours():
     fused, x = resnet_fused.fuse(copy.deepcopy(stock)), torch.randn(5, 3, 9, 9, dtype=F64)
     for _ in range(2):
         assert_equal(fused, stock, x, rtol=1e-7)
+
+
+@pytest.mark.parametrize("drop", ["ours", "ours, batch", "timm's", "torchvision's"])
+def test_repeated_calls_draw_anew(drop):
+    """From some call of a form on, what it dispatches is repeated: with this call's factor, and settings."""
+    stock = dropping(DROPS[drop](), Bottleneck).to(memory_format=torch.channels_last)
+    fused, x = resnet_fused.fuse(copy.deepcopy(stock)), batch(stock).contiguous(memory_format=torch.channels_last)
+    for seed in range(12):
+        if seed == 9:
+            for block in (fused, stock):
+                block.drop_path.eval()
+        outs = []
+        for block in (fused, stock):
+            given = x.clone().requires_grad_()
+            torch.manual_seed(seed)
+            out = block(given)
+            out.square().sum().backward()
+            outs.append((out, given.grad, block.conv1.weight.grad, block.bn3.running_var, torch.get_rng_state()))
+        for got, want in zip(*outs, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+def test_such_a_module_is_compared_and_not_read_again():
+    stock = dropping(StochasticDepth(0.5))
+    fused, x = resnet_fused.fuse(copy.deepcopy(stock)), batch(stock)
+    fused(x), fused(x)
+    (site,) = fused_module.runnable(fused).sites
+    assert site.kept.unchanged and site.kept.unchanged.holds() and site.kept.unchanged.ready
+    fused.drop_path.p = 0.25
+    assert not site.kept.unchanged.holds()

@@ -109,6 +109,16 @@ def test_nobody_leaves_statistics_and_gives_zeros():
     assert all(fused.get_buffer(name).equal(buffer) for name, buffer in stock.named_buffers())
 
 
+@pytest.mark.parametrize("kind", [BasicBlock, PreActBasicBlock])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_nobody_added_to_is_a_tensor_of_its_own(kind, training):
+    stock, x = block_of(kind, drop=StochasticDepth(1.0))
+    fused, before = resnet_fused.fuse(stock, drop_path="survivors"), x.clone()
+    with torch.set_grad_enabled(training):
+        fused(x).add_(1)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("drop", [StochasticDepth(0.6, "batch"), StochasticDepth(0.4)], ids=["batch", "row"])
 def test_evaluation_and_the_default_are_stocks(drop):
     stock, x = block_of(BasicBlock, drop=drop)
@@ -224,3 +234,6 @@ def test_a_graph_breaks_at_such_a_block():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         torch.compile(copy.deepcopy(fused), backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    whole = torch.compile(fused.eval(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), fused(x))

@@ -484,3 +484,15 @@ def test_other_dtypes_are_stock():
     x = images(dtype=torch.bfloat16)
     got, was_fused = ran_fused(lambda: fused(block, backend="auto")(x))
     assert not was_fused and torch.equal(got, block(x))
+
+
+@needs_kernels
+def test_no_activation_of_a_densenet_is_read_for_its_statistics_alone(reads):
+    """Blocks write them with what they make, and transitions get them handed; a pool or a stem emits its own."""
+    stock = import_torchvision().models.DenseNet(8, (2, 2, 2), 16, num_classes=5)
+    model = fused(stock, backend="auto")
+    model(torch.randn(4, 3, 64, 64))
+    assert [channels for channels in reads if channels in (32, 40)] == []
+    resnet_fused.unfuse(model.features.denseblock1)
+    model(torch.randn(4, 3, 64, 64))
+    assert reads.count(32) == 1

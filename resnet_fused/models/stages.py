@@ -59,11 +59,6 @@ class ResidualBlock(nn.Module):
     def _convolutions(self, inplanes, planes, stride, groups, base_width, dilation) -> list[nn.Conv2d]:
         raise NotImplementedError
 
-    @property
-    def last(self) -> nn.Module:
-        """What ends the branch: its last norm, or its last convolution where norms stand first."""
-        return getattr(self, f"{'conv' if self.norm_first else 'bn'}{self.depth}")
-
 
 class TwoConvolutions(ResidualBlock):
     """Two 3x3 convolutions, the first with the stride."""
@@ -160,5 +155,7 @@ def initialise(model: nn.Module, zero_init_residual: bool) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     for module in model.modules() if zero_init_residual else ():
-        if isinstance(module, ResidualBlock) and getattr(module.last, "weight", None) is not None:
-            nn.init.zeros_(module.last.weight)
+        if isinstance(module, ResidualBlock):
+            last = getattr(module, f"{'conv' if module.norm_first else 'bn'}{module.depth}")
+            if getattr(last, "weight", None) is not None:
+                nn.init.zeros_(last.weight)

@@ -8,6 +8,7 @@ training, evaluation is the network as it stands, and each sample draws for itse
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 MODES = ("row", "batch")
@@ -40,7 +41,10 @@ class StochasticDepth(nn.Module):
         if not self.training or self.p == 0:
             return x
         survival = 1.0 - self.p
-        factor = x.new_empty([x.shape[0] if self.mode == "row" else 1, *[1] * (x.ndim - 1)]).bernoulli_(survival)
+        size = [1] * x.ndim
+        if self.mode == "row":
+            size[0] = x.shape[0]
+        factor = torch.empty(size, dtype=x.dtype, device=x.device).bernoulli_(survival)
         if survival > 0:
             factor.div_(survival)
         return x * factor

@@ -68,6 +68,14 @@ def test_a_block_that_is_always_dropped_is_its_shortcut(builder):
     assert torch.equal(last.train()(x), x)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "plain20", "wrn16_8"])
+def test_scripts(name):
+    """As stock models do, with what is optional in the blocks and without."""
+    options = {} if name == "plain20" else {"stochastic_depth_rate": 0.5}
+    for model in (models.BUILDERS[name](), models.BUILDERS[name](**options)):
+        torch.jit.script(model.eval())
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.5])
 def test_rates_outside(rate):
     with pytest.raises(ValueError, match=f"in \\[0, 1\\].*got {rate}"):

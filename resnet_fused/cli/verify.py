@@ -21,7 +21,7 @@ from ..bench import equality, named, records
 from ..bench.blocks import Block
 from ..bench.errors import Refused
 from ..bench.run import device_of
-from ..models.resnet import conv1x1
+from ..models.stages import conv1x1
 from ..plan import devices
 from ..traffic.calls import calls
 from ..traffic.coverage import Coverage

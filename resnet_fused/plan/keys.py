@@ -6,7 +6,7 @@ import torch
 
 from ..backends import tf32
 from ..backends.selfcheck.judge import name_of
-from ..steps.program import Addition, Call, Convolution, Node, Normalisation, Program
+from ..steps.program import Addition, Averaging, Call, Concatenation, Convolution, Node, Normalisation, Program
 from ..steps.spec import Conv, StepTensors
 
 Tensor = torch.Tensor
@@ -37,6 +37,12 @@ def _node_text(program: Program, value: int, node: Node, own: StepTensors) -> st
         text = _conv_text(node.conv, own)
     elif isinstance(node, Normalisation):
         text = ("norm" if node.norm.batch_stats else "frozen norm") + (", sampled" if node.sampled else "")
+    elif isinstance(node, Concatenation):
+        return "concatenation of " + " ".join(_name(program, value) for value in node.reads)
+    elif isinstance(node, Averaging):
+        kernel, *others = node.average.args
+        usual = others == [kernel, (0, 0), False, True, None]
+        text = "average " + "x".join(map(str, kernel)) + ("" if usual else f" {others}")
     else:
         text = "pool " + "x".join(map(str, node.pool.kernel))
     return text if node.source in (value - 1, 0) else f"{text} of {node.source}"

@@ -213,10 +213,10 @@ def pool_calls(at):
 
 def average_calls(at):
     """A transition between dense blocks: batch norm, ReLU and averages of 2x2 pixels."""
-    c = at.narrow
-    x, vectors = at.data(c), (at.vector(c), at.vector(c))
+    c, size = at.narrow, max(2, at.size)
+    x, vectors = at.data(c, size), (at.vector(c), at.vector(c))
     yield "norm_relu_avg_pool", "", (x, *vectors), {}
-    pooled = (at.data(c, at.size // 2), x)
+    pooled = (at.data(c, size // 2), x)
     yield "norm_relu_avg_pool_backward", "", (*pooled, at.vector(c), *vectors), {}
     yield "norm_relu_avg_pool_apply", "affine", (*pooled, at.vector(c), at.vector(c), at.vector(c), *vectors), {}
 

@@ -4,11 +4,13 @@
 #   PYTHON=python3.12       interpreter for the virtual environment
 #   BENCH_ARGS="--quick"    passed on to `python -m resnet_fused bench`
 #   PYTEST_ARGS="-k lazy"   passed on to pytest
+#   TEST_PROCESSES=1        of pytest, 2 by default
 #   ABI_PYTHON=path         interpreter with another torch, for make abi
 #
 # make oldest-triton: compile all Triton kernels with the oldest supported version.
 
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -25,8 +27,9 @@ SOURCES := $(shell find csrc -type f) setup.py build_support.py pyproject.toml
 
 build: build/.installed
 
+# Threads that wait for work do not spin, since the processes share the cores.
 test: build
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 bench: build
 	$(PY) -m resnet_fused bench $(BENCH_ARGS)

@@ -3,6 +3,7 @@
 // Bytes: g, z, x, what is added to and out once; FLOPs 2*M*K*C for each gradient.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "../checks/dense_conv1x1_backward.h"
@@ -10,6 +11,8 @@
 
 namespace resnet_fused::cpu {
 namespace {
+
+bool is_zero(float value) { return value == 0; }
 
 std::tuple<Tensor, Tensor, Tensor> dense_conv1x1_backward(const Tensor& out, const OptionalTensor& grad,
                                                           const Tensor& g, const Tensor& z, const Tensor& a,
@@ -24,7 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> dense_conv1x1_backward(const Tensor& out, con
   const Tensor& added = grad ? *grad : out;
   Conv1x1Backward p{};
   p.gradient.g = data<float>(g), p.gradient.z = data<float>(z), p.gradient.K = K;
-  p.gradient.a = data<float>(a), p.gradient.b = data<float>(b), p.gradient.d = data<float>(d);
+  p.gradient.a = data<float>(a);
+  const auto zeros = [K](const Tensor& v) { return std::all_of(data<float>(v), data<float>(v) + K, is_zero); };
+  if (!zeros(b) || !zeros(d)) p.gradient.b = data<float>(b), p.gradient.d = data<float>(d);  // else z is not read
   p.gradient.rows_per_sample = g.size(2) * g.size(3);
   const Pixels pixels(x, {1, 1});
   p.input = {data<float>(x), data<float>(scale), data<float>(shift), C, pixels, pixel_pitch(x) - C};

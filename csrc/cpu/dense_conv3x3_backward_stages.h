@@ -57,11 +57,12 @@ struct BackwardRoom {
         sums(y + p.size(p.dy_pitch())) {}
 };
 
+// Where b is 0, of norms that are frozen or do not read the channel, no NaN or infinity in y reaches the gradient.
 template <class V>
 RESNET_FUSED_INLINE void slice_lanes(float* out, const float* grad, const float* y, const float* b, const float* d) {
   V value, other, factor, term;
   load_lanes(value, grad), load_lanes(other, y), load_lanes(factor, b), load_lanes(term, d);
-  store_lanes(out, V(value + (factor * other + term)));
+  store_lanes(out, V(value + ((factor == 0 ? V{} : V(factor * other)) + term)));
 }
 
 // `count` pixels of dy from `pixel` on; zeros up to whole panels.

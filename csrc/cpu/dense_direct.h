@@ -24,7 +24,7 @@ inline Tensor dense_activation(const Tensor& z, const Tensor& scale, const Tenso
   return out;
 }
 
-// grad + (b*y + d) as a tensor.
+// grad + (b*y + d) as a tensor, where b is 0 without y.
 inline Tensor dense_gradient(const Tensor& grad, const Tensor& y, const Tensor& b, const Tensor& d) {
   Tensor out = empty_channels_last(grad);
   const Shape shape(grad);
@@ -33,7 +33,8 @@ inline Tensor dense_gradient(const Tensor& grad, const Tensor& y, const Tensor& 
     for (int64_t row = begin; row < end; ++row) {
       const float *from = data<float>(grad) + row * grad_pitch, *value = data<float>(y) + row * y_pitch;
       for (int64_t c = 0; c < C; ++c) {
-        data<float>(out)[row * C + c] = from[c] + (value[c] * data<float>(b)[c] + data<float>(d)[c]);
+        const float factor = data<float>(b)[c];
+        data<float>(out)[row * C + c] = from[c] + ((factor == 0 ? 0 : value[c] * factor) + data<float>(d)[c]);
       }
     }
   });

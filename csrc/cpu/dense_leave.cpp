@@ -17,7 +17,10 @@ RESNET_FUSED_CLONES void leave(float* __restrict out, const Prefix& grad, const 
                                const float* __restrict d, int64_t begin, int64_t end, int64_t C) {
   for (int64_t m = begin; m < end; ++m) {
     const float *grads = grad.first + m * grad.pitch, *values = x.first + m * x.pitch;
-    for (int64_t c = 0; c < C; ++c) out[m * C + c] = grads[c] + (values[c] * b[c] + d[c]);
+    for (int64_t c = 0; c < C; ++c) {
+      const float term = values[c] * b[c];
+      out[m * C + c] = grads[c] + ((b[c] == 0 ? 0 : term) + d[c]);  // a frozen norm hands on no NaN
+    }
   }
 }
 

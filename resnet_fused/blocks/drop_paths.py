@@ -45,7 +45,7 @@ def why_not(drop: nn.Module) -> str:
     if getattr(drop, "mode", "row") not in ("row", "batch"):
         return f"a drop path of mode {drop.mode!r}"
     p = _settings(drop).p
-    return "" if 0 <= p <= 1 else f"a drop path with probability {p}"
+    return "" if p is not None and 0 <= p <= 1 else f"a drop path with probability {p}"
 
 
 def draws(drop: nn.Module | None) -> bool:

@@ -232,6 +232,8 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
 
     `running`: what it runs, if that was just found.
     """
+    if torch.jit.is_tracing():  # before anything reads a parameter, which would be recorded
+        return stock(left(x))
     if torch.compiler.is_compiling() and _on_survivors(block):
         return _outside_graphs(block, x, stock, running)
     value = x.value if isinstance(x, Placed) else x

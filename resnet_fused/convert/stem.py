@@ -21,6 +21,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 from ..blocks import norms
@@ -85,7 +86,9 @@ class FusedStem(swap.Swapped):
     def _resnet_fused_runs(self, stem: Stem, x: object) -> bool:
         """Whether :meth:`_resnet_fused_run` may stand in for the calls of `stem`."""
         state: StemState | None = self.__dict__.get(STATE)
-        if state is None or stem not in state.stems or is_stock_forced() or as_stock.is_known(self, x, stem):
+        if state is None or stem not in state.stems or is_stock_forced() or torch.jit.is_tracing():
+            return False
+        if as_stock.is_known(self, x, stem):
             return False
         site = stem_site(self, stem, state.backend, precision=state.precision)
         return site is not None and not module_obstacle(site) and not value_obstacle(x, site)

@@ -59,7 +59,7 @@ def reference(
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = stat_dtype(x.dtype)
-    dz = channels_last(lazy.gradient(g, z=z, a=a, b=b, d=d))
+    dz = channels_last(lazy.gradient(g, z=lazy.settled(z, b), a=a, b=b, d=d))
     keep = ~(x.to(dtype) * per_channel(scale) + per_channel(shift) <= 0)
     h = lazy.product(dz, weight.transpose(0, 1))
     h = torch.where(keep, h, torch.zeros_like(h))

@@ -55,7 +55,7 @@ def reference(
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = stat_dtype(z.dtype)
-    dy = channels_last(lazy.gradient(grad, z=y, b=b, d=d))
+    dy = channels_last(lazy.gradient(grad, z=lazy.settled(y, b), b=b, d=d))
     g = torch.nn.functional.conv_transpose2d(dy, weight, padding=1).to(dtype)
     keep = ~(z.to(dtype) * per_channel(scale) + per_channel(shift) <= 0)
     g = channels_last(torch.where(keep, g, torch.zeros_like(g)).to(z.dtype))

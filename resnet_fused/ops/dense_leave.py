@@ -2,7 +2,8 @@
 
 Formula::
 
-    grad_x = grad + (b[c]*x + d[c])        the norms of all layers, whose terms in x are in b and d
+    grad_x = grad + (b[c]*x + d[c])        the norms of all layers, whose terms in x are in b and d;
+                                           no term b[c]*x where b[c] = 0
 
 `grad`, `x`: ``[N, C, H, W]``, one dtype, channels_last or slices (:func:`.contract.is_slice`): float32 (float64,
 bfloat16 and float16 by the reference); `b`, `d`: ``[C]``, in the dtype of statistics, in which the terms are added
@@ -19,7 +20,7 @@ FORMS = "grad,x:~C b,d:C"
 
 
 def reference(grad: Tensor, x: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    return channels_last(lazy.gradient(grad, z=x, b=b, d=d))
+    return channels_last(lazy.gradient(grad, z=lazy.settled(x, b), b=b, d=d))
 
 
 def fake(grad: Tensor, x: Tensor, b: Tensor, d: Tensor) -> Tensor:

@@ -62,6 +62,11 @@ def gradient(
     return dz.to(g.dtype)
 
 
+def settled(z: Tensor, b: Tensor) -> Tensor:
+    """`z`, and zeros where b is: so that ``b*z`` hands on no NaN or infinity where a norm is frozen."""
+    return torch.where(per_channel(b) == 0, torch.zeros_like(z), z)
+
+
 def gradient_bytes(g, mask=None, z=None, b=None, scale=None) -> int:
     """What a read of ``dz`` reads: `g`, its bits, and `z` where a term needs it."""
     return nbytes(g, mask, z if b is not None or (scale is not None and mask is None) else None)

@@ -225,16 +225,17 @@ def moving_again(
 ) -> Tensor:
     """The output of a block that is :data:`CHECKPOINTED`: in backward stock runs the first norm of its layers again.
 
-    But for that of a first layer whose input, `entering`, wants no gradient. `tensors`: of the nodes; `moments`: of the
-    output.
+    But for those of layers of whose features, `entering` and what layers before made, none wants a gradient. `tensors`:
+    of the nodes; `moments`: of the output.
     """
-    updates, count = [], pixels(out.shape)
+    updates, count, wants = [], pixels(out.shape), entering.requires_grad
     for layer in layers_of(program, [StepTensors(None), *tensors], entering.shape[1]):
         norm, own = program.maker(layer.norm1).norm, tensors[layer.norm1 - 1]
-        wants = layer.source or entering.requires_grad
         if norm.batch_stats and wants:
             mean, m2 = (vector[: layer.start] for vector in moments)
             updates.append((own, norm, mean, m2 / count, count))
+        parameters = (t for each in tensors[layer.source : layer.source + 4] for t in each[:4])
+        wants = wants or any(t is not None and t.requires_grad for t in parameters)
     return _MovingAgain.apply(out, updates) if updates else out
 
 

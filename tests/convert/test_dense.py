@@ -496,3 +496,35 @@ def test_no_activation_of_a_densenet_is_read_for_its_statistics_alone(reads):
     resnet_fused.unfuse(model.features.denseblock1)
     model(torch.randn(4, 3, 64, 64))
     assert reads.count(32) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float64, "reference"), (torch.float32, "cpu")])
+def test_what_is_not_finite_reaches_the_gradients_that_it_reaches_in_stock(value, training, dtype, backend):
+    """Frozen norms have no term in what they read, and nobody in the block reads the last layer's channels."""
+    if backend == "cpu" and not library.status().cpu.loaded:
+        pytest.skip("the compiled library is not there")
+    stock = dense_block("ours").train(training).to(dtype)
+    block, x = fused(stock, backend=backend), images(dtype=dtype)
+    x[0, 3, 4, 5] = value
+    want, got = (reached(module, x) for module in (stock, block))
+    for name, pattern in want.items():
+        assert torch.equal(got[name], pattern), name
+
+
+def reached(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where gradients are NaN."""
+    x = x.clone().requires_grad_()
+    module(x).sum().backward()
+    return {"x": x.grad.isnan()} | {name: p.grad.isnan() for name, p in module.named_parameters()}
+
+
+def test_layers_of_which_nothing_wants_a_gradient_are_not_run_again():
+    stock = densenet.DenseBlock(3, 16, 2, 8, 0.0, memory_efficient=True)
+    stock.denselayer1.requires_grad_(False)
+    block = fused(stock)
+    for module in (stock, block):
+        module(torch.randn(4, 16, 16, 16)).sum().backward()
+    counted = [[layer.norm1.num_batches_tracked.item() for layer in module.children()] for module in (stock, block)]
+    assert counted[0] == counted[1] == [1, 1, 2]

@@ -56,3 +56,15 @@ def test_what_cannot_be_scripted_raises_stocks_error():
         errors.append(raised.value)
     assert type(errors[1]) is type(errors[0])
     assert str(errors[1]).replace("Fused", "") == str(errors[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_traces_like_stock_however_often(name):
+    """Nothing but stock's operations is recorded, so that a second trace, which checks the first, finds the same."""
+    make, channels = SCRIPTED[name]
+    x = images(channels=channels, size=32)
+    stock, fused = pair(make().eval())
+    for _ in range(2):
+        torch.testing.assert_close(torch.jit.trace(fused, x)(x), stock(x))
+        fused(x)

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 examples/train.py --data DIR --model resnet50
     python examples/train.py --resume                               # goes on after the last step that was saved
 
-In --out are then log.csv and curves.png, checkpoint.pt, and weights.pt: a state_dict that the stock model loads.
+In --out are then log.csv and curves.png, checkpoint.pt, and weights.pt: a state_dict that the stock model loads, with
+--ema of the averaged weights.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Run:
         self.args, self.device = args, args.device
         together = distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-        if together and self.device.type == "cuda":
+        if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         resumable.seed(args.seed + self.rank)  # what differs in weights, rank 0 settles
         data = image_data.load(args.data, args.size, args.seed)
@@ -275,16 +276,16 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def processes(args: argparse.Namespace):
-    """Within the block, the processes that torchrun started know each other."""
-    if "WORLD_SIZE" not in os.environ:
+    """Within the block, the processes that torchrun started know each other, each with a device of its own."""
+    together, cuda = "WORLD_SIZE" in os.environ, args.device.type == "cuda"
+    if cuda:
+        number, count = int(os.environ["LOCAL_RANK"]) if together else args.device.index or 0, torch.cuda.device_count()
+        if number >= count:
+            raise SystemExit(f"--nproc-per-node: each process needs a CUDA device of its own, torch sees {count}")
+        torch.cuda.set_device(number)  # whose random numbers are saved, and by which processes tell each other things
+    if not together:
         yield
         return
-    cuda = args.device.type == "cuda"
-    if cuda:
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise SystemExit(f"--nproc-per-node: a process each needs a CUDA device each, torch sees {count}")
-        torch.cuda.set_device(local)  # also what processes tell each other goes by it
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield

@@ -53,3 +53,19 @@ def test_an_unknown_model(name, tmp_path):
     with pytest.raises(SystemExit, match="--model: unknown model 'resnet21'"):
         importlib.import_module(name).main(given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_process_has_a_cuda_device_of_its_own(monkeypatch):
+    """By the current one go the random numbers that are saved, and what processes tell each other."""
+    train, chosen = importlib.import_module("train"), []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for device in ("cuda", "cuda:1"):
+        with train.processes(train.options(["--device", device])):
+            pass
+    assert chosen == [0, 1]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="torch sees 2"), train.processes(train.options(["--device", "cuda"])):
+        pass

@@ -12,10 +12,13 @@ import argparse
 import pathlib
 import time
 
+import asked
 import image_data
+import outputs
 import results
 import torch
 import torch.nn.functional as F
+from asked import positive
 from torch import nn
 from tqdm import tqdm
 
@@ -31,22 +34,33 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--depths", type=int, nargs="+", default=[20, 56], help="layers, 6n+2 each [%(default)s]")
-    add("--epochs", type=int, default=5, help="[%(default)s]")
-    add("--size", type=int, default=32, help="pixels along an edge [%(default)s]")
-    add("--batch", type=int, default=128, help="[%(default)s]")
-    add("--lr", type=float, default=0.1, help="until half of the steps, a tenth until three quarters [%(default)s]")
-    add("--take", type=int, help="so many digits only")
-    add("--seed", type=int, default=0, help="[%(default)s]")
+    add("--epochs", type=positive, default=5, help="[%(default)s]")
+    add("--size", type=positive, default=32, help="pixels along an edge [%(default)s]")
+    add("--batch", type=positive, default=128, help="[%(default)s]")
+    add(
+        "--lr",
+        type=asked.not_negative,
+        default=0.1,
+        help="until half of the steps, a tenth until three quarters [%(default)s]",
+    )
+    add("--take", type=positive, help="so many digits only")
+    add("--seed", type=asked.seed, default=0, help="[%(default)s]")
     add("--stock", action="store_true", help="as they are, not fused")
     add("--out", type=pathlib.Path, default=HERE / "degradation", help="results, without suffix [%(default)s]")
     return parser.parse_args(argv)
 
 
-def network(kind: str, depth: int) -> nn.Module:
-    """A net of the paper's section 4.2: a convolution, three stages of n blocks of two, a linear layer."""
+def blocks(depth: int) -> int:
+    """The n of 6n+2 layers."""
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise SystemExit(f"--depths: {depth} is not 6n+2 layers, as 20, 32, 44, 56 or 110 are")
+    return n
+
+
+def network(kind: str, depth: int) -> nn.Module:
+    """A net of the paper's section 4.2: a convolution, three stages of n blocks of two, a linear layer."""
+    n = blocks(depth)
     return CifarPlainNet((n, n, n)) if kind == "plain" else CifarResNet(BasicBlock, (n, n, n))
 
 
@@ -101,13 +115,13 @@ def test_error(net: nn.Module, images: torch.Tensor, classes: torch.Tensor, batc
 def plot(rows: list[dict], depths: list[int], path: pathlib.Path) -> None:
     """Plain nets on the left and residual ones on the right, training error solid and test error dashed."""
     figure, axes = results.axes(2, ["plain nets", "residual nets"])
-    colours = [results.ORANGE, results.BLUE, results.GREEN, results.GREY]
     for axis, kind in zip(axes, ("plain", "residual"), strict=True):
-        for depth, colour in zip(depths, colours, strict=False):
+        for depth, colour in zip(depths, results.colours(len(depths)), strict=True):
             mine = [row for row in rows if row["net"] == f"{kind} {depth}"]
             epochs = [row["epoch"] for row in mine]
-            axis.plot(epochs, [row["train_error"] for row in mine], color=colour, linewidth=2, label=f"{depth} layers")
-            axis.plot(epochs, [row["test_error"] for row in mine], color=colour, linewidth=0.8, linestyle="--")
+            learned, tested = ([row[name] for row in mine] for name in ("train_error", "test_error"))
+            results.line(axis, epochs, learned, color=colour, linewidth=2, label=f"{depth} layers")
+            results.line(axis, epochs, tested, color=colour, linewidth=0.8, linestyle="--")
         axis.set_xlabel("epoch")
         axis.set_ylim(0, 100)
     axes[0].set_ylabel("error, %")
@@ -117,18 +131,27 @@ def plot(rows: list[dict], depths: list[int], path: pathlib.Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv)
-    torch.manual_seed(args.seed)
+    depths = list(dict.fromkeys(args.depths))
+    for depth in depths:
+        blocks(depth)  # refused before any is trained
+    with outputs.held_by_name(args.out):
+        compare(depths, args)
+
+
+def compare(depths: list[int], args: argparse.Namespace) -> None:
     images = image_data.digit_sets(args.size)
     if args.take:
         taken = [image_data.spread(len(part), args.take) for part in images]
         images = tuple(part[chosen] for part, chosen in zip(images, taken, strict=True))
     images = [p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p for p in images]
+    if len(images[0]) < args.batch:
+        raise SystemExit(f"{len(images[0])} training images are less than a step's {args.batch}; lower --batch")
     rows = []
-    for depth in args.depths:
+    for depth in depths:
         for kind in ("plain", "residual"):
             rows += train(kind, depth, images, args)
             results.write_csv(rows, args.out.with_suffix(".csv"))
-            plot(rows, args.depths, args.out.with_suffix(".png"))
+            plot(rows, depths, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

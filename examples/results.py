@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import pathlib
 
+import outputs
+
 try:
     import matplotlib
 except ImportError as error:
@@ -16,7 +18,7 @@ GREY, BLUE, ORANGE, GREEN = "#9aa0a6", "#1a73e8", "#e8710a", "#188038"
 
 
 def write_csv(rows: list[dict], path: pathlib.Path) -> None:
-    with open(path, "w", newline="") as file:
+    with outputs.writing(path), open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({name: short(value) for name, value in row.items()} for row in rows)
@@ -33,12 +35,24 @@ def axes(columns: int, titles: list[str], width: float = 4.6):
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", linewidth=0.4, alpha=0.6)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # else fractions around a single one
     return figure, row[0]
 
 
+def line(axis, x, y, **style) -> None:
+    """A line through points; a single one, through which none goes, is marked."""
+    axis.plot(x, y, marker="." if len(x) == 1 else None, **style)
+
+
+def colours(count: int) -> list:
+    """So many different ones."""
+    few = [ORANGE, BLUE, GREEN, GREY]
+    return few[:count] if count <= len(few) else [matplotlib.colormaps["viridis"](i / count) for i in range(count)]
+
+
 def finish(figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110)
+    with outputs.writing(path):
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

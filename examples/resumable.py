@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import os
 import pathlib
-import pickle
 import random
 
 import numpy as np
+import outputs
 import torch
+from asked import first_line
 from torch import distributed
 
 
 def save(state: dict, path: pathlib.Path) -> None:
-    """Write `state` to `path`, so that whenever the process or the machine stops, the old or the new file is there."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name too is on disk
-    finally:
-        os.close(folder)
+    """Write `state` to `path`, so that whenever the process or the machine stops, the old or the new file is there.
+
+    Raises:
+        SystemExit: it cannot be written, as where the disk is full; the old file stays.
+    """
+    beside = outputs.beside(path)
+    with outputs.writing(path, RuntimeError):  # torch raises that over the OSError
+        try:
+            with open(beside, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except (OSError, RuntimeError):
+            beside.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name too is on disk
+        finally:
+            os.close(folder)
 
 
 def load(path: pathlib.Path, settings: dict[str, object]) -> dict:
@@ -35,7 +45,7 @@ def load(path: pathlib.Path, settings: dict[str, object]) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # what is in other files can raise anything
         raise SystemExit(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or "settings" not in state:
         raise SystemExit(f"{path} is not a checkpoint of train.py, whose entries are settings, model, optimizer, ...")
@@ -50,12 +60,9 @@ def load(path: pathlib.Path, settings: dict[str, object]) -> dict:
     return state
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def seed(number: int) -> None:
-    """Start all random number generators of this process from `number`."""
+    """Start all random number generators of this process from `number`, of which the last 32 bits count."""
+    number %= 2**32  # NumPy takes no more
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number)

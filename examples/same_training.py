@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+import asked
 import image_data
+import outputs
 import results
 import torch
 import torch.nn.functional as F
+from asked import positive
 from tqdm import tqdm
 
 import resnet_fused
-from resnet_fused.bench.named import build
 
 HERE = pathlib.Path(__file__).parent
 STOCK, OTHER, FUSED = "stock, channels_last", "stock, contiguous", "fused"
@@ -29,12 +31,12 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="resnet20", help="of resnet_fused.models, timm:NAME or torchvision:NAME [%(default)s]")
-    add("--steps", type=int, default=250, help="[%(default)s]")
-    add("--size", type=int, default=32, help="pixels along an edge [%(default)s]")
-    add("--batch", type=int, default=64, help="[%(default)s]")
-    add("--lr", type=float, default=0.05, help="[%(default)s]")
+    add("--steps", type=positive, default=250, help="[%(default)s]")
+    add("--size", type=positive, default=32, help="pixels along an edge [%(default)s]")
+    add("--batch", type=positive, default=64, help="[%(default)s]")
+    add("--lr", type=asked.not_negative, default=0.05, help="[%(default)s]")
     add("--double", action="store_true", help="in float64, where nothing but a fault is seen early")
-    add("--seed", type=int, default=0, help="[%(default)s]")
+    add("--seed", type=asked.seed, default=0, help="[%(default)s]")
     add("--out", type=pathlib.Path, default=HERE / "same_training", help="results, without suffix [%(default)s]")
     return parser.parse_args(argv)
 
@@ -44,7 +46,7 @@ def losses(run: str, args: argparse.Namespace) -> list[float]:
     torch.manual_seed(args.seed)
     layout = torch.contiguous_format if run == OTHER else torch.channels_last
     dtype = torch.float64 if args.double else torch.float32
-    net = build(args.model, num_classes=10).to(dtype, memory_format=layout).train()
+    net = asked.network(args.model, 10).to(dtype, memory_format=layout).train()
     if run == FUSED:
         resnet_fused.fuse(net, backend="cpu", strict=True)  # by name: also blocks too small to gain by it
     images, classes, _, _ = image_data.digit_sets(args.size)
@@ -74,10 +76,14 @@ def plot(runs: dict[str, list[float]], path: pathlib.Path) -> None:
     colours = {STOCK: results.GREY, OTHER: results.ORANGE, FUSED: results.BLUE}
     for run, values in runs.items():
         widths = {STOCK: 3.5, OTHER: 2, FUSED: 0.8}
-        smooth = F.avg_pool1d(torch.tensor(values)[None], 10, 1)[0]
-        curves.plot(range(9, len(values)), smooth, color=colours[run], linewidth=widths[run], label=run)
+        window = max(1, min(10, len(values) // 5))
+        smooth = F.avg_pool1d(torch.tensor(values)[None], window, 1)[0]
+        steps = range(1, len(values) + 1)
+        results.line(curves, steps[window - 1 :], smooth, color=colours[run], linewidth=widths[run], label=run)
         if run != STOCK:
-            distances.semilogy(apart(values, runs[STOCK]), color=colours[run], linewidth=1.2, label=run)
+            distances.set_yscale("log")
+            far = apart(values, runs[STOCK])
+            results.line(distances, steps, far, color=colours[run], linewidth=1.2, label=run)
     for axis in (curves, distances):
         axis.set_xlabel("step")
         axis.legend(frameon=False, fontsize=8)
@@ -86,6 +92,11 @@ def plot(runs: dict[str, list[float]], path: pathlib.Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     args = options(argv)
+    with outputs.held_by_name(args.out):
+        return compare(args)
+
+
+def compare(args: argparse.Namespace) -> dict[str, list[float]]:
     runs = {run: losses(run, args) for run in (STOCK, OTHER, FUSED)}
     rows = [{"step": i + 1, **{run: values[i] for run, values in runs.items()}} for i in range(args.steps)]
     results.write_csv(rows, args.out.with_suffix(".csv"))

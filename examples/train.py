@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 examples/train.py --data DIR --model resnet50
     python examples/train.py --resume                               # goes on after the last step that was saved
 
-In --out are then log.csv and curves.png, checkpoint.pt, and weights.pt: a state_dict that the stock model loads.
+In --out are then log.csv and curves.png, checkpoint.pt, and weights.pt: a state_dict that the stock model loads, with
+--ema of the averaged weights.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import math
 import os
 import pathlib
 
+import asked
 import image_data
+import outputs
 import results
 import resumable
 import torch
 import torch.nn.functional as F
+from asked import not_negative, positive
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -28,8 +32,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import resnet_fused
-from resnet_fused.bench.errors import Refused
-from resnet_fused.bench.named import build
 
 #: Options that decide what comes out: a checkpoint is of a run with the same.
 DECIDING = "model stock data size take epochs batch accumulate lr weight_decay warmup ema amp sync_bn seed".split()
@@ -46,15 +48,16 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive, default=10, help="[%(default)s]")
     add("--batch", type=positive, default=64, help="images at once, of each process [%(default)s]")
     add("--accumulate", type=positive, default=1, help="batches whose gradients make one step [%(default)s]")
-    add("--lr", type=float, default=0.1, help="highest learning rate, of the whole step [%(default)s]")
-    add("--weight-decay", type=float, default=5e-4, help="not of norms and biases [%(default)s]")
-    add("--warmup", type=float, default=1.0, help="epochs until the highest learning rate [%(default)s]")
-    add("--ema", type=float, help="keep an average of the weights too, with this decay, as 0.999")
+    add("--lr", type=not_negative, default=0.1, help="highest learning rate, of the whole step [%(default)s]")
+    add("--weight-decay", type=not_negative, default=5e-4, help="not of norms and biases [%(default)s]")
+    add("--warmup", type=not_negative, default=1.0, help="epochs until the highest learning rate [%(default)s]")
+    add("--ema", type=asked.number(float, 0, 1), help="keep an average of the weights too, with this decay, as 0.999")
     add("--amp", choices=["bf16"], help="autocast")
     add("--sync-bn", action="store_true", help="statistics of all processes' images, where there are several, on GPUs")
-    add("--seed", type=int, default=0, help="[%(default)s]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--workers", type=int, default=0, help="processes that read images, of each process [%(default)s]")
+    add("--seed", type=asked.seed, default=0, help="[%(default)s]")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=asked.device, default=default, help="[%(default)s]")
+    add("--workers", type=asked.workers, default=0, help="processes that read images, of each process [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/train"), help="folder for results [%(default)s]")
     add(
         "--save-every",
@@ -66,21 +69,15 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
 class Run:
     """A network in training, and everything that its next step depends on."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, args.device
         together = distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-        if together and self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
         resumable.seed(args.seed + self.rank)  # what differs in weights, rank 0 settles
         data = image_data.load(args.data, args.size, args.seed)
         taken = image_data.spread(len(data.train), args.take)
@@ -96,7 +93,7 @@ class Run:
         )  # fmt: skip - with a generator of its own it draws no number that a model would have drawn
         mine = image_data.spread(len(data.test), args.take)[self.rank :: self.world]
         self.test_images = DataLoader(Subset(data.test, mine), args.batch, generator=torch.Generator())
-        self.settings = {name: getattr(args, name) for name in DECIDING} | {"processes": self.world}
+        self.settings = self._settings(data)
         self.network = self._network(len(data.classes))
         self.model = self.network
         if together:
@@ -111,12 +108,20 @@ class Run:
         self.sums = torch.zeros(3, device=self.device, dtype=torch.float64)  # of this epoch: loss, right, images
         self.history: list[dict] = []
 
+    def _settings(self, data: image_data.Data) -> dict[str, object]:
+        """What decides, as it was decided: two ways to ask for the same, a default being one, are one setting."""
+        asked_for = {name: getattr(self.args, name) for name in DECIDING}
+        take = self.args.take if (self.args.take or math.inf) < max(len(data.train), len(data.test)) else None
+        sync = self._synchronised()
+        decided = {"data": data.source, "size": data.size, "take": take, "sync_bn": sync, "processes": self.world}
+        return asked_for | decided
+
+    def _synchronised(self) -> bool:
+        return self.args.sync_bn and self.world > 1 and self.device.type == "cuda"
+
     def _network(self, classes: int) -> nn.Module:
-        try:
-            network = build(self.args.model, num_classes=classes)
-        except Refused as error:
-            raise SystemExit(f"--model: {error}") from error
-        if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
+        network = asked.network(self.args.model, classes)
+        if self._synchronised():
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif self.args.sync_bn:
             self.say(f"--sync-bn: of {self.world} process(es) on {self.device.type}, each has statistics of its own")
@@ -186,7 +191,7 @@ class Run:
             total=self.order.steps, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", unit="step",
             leave=False, disable=None if self.rank == 0 else True,
         )  # fmt: skip
-        batches = iter(self.train_images)
+        batches = image_data.read(self.train_images)
         for _ in range(self.order.steps - self.step):
             self.train_step([next(batches) for _ in range(self.args.accumulate)])
             bar.update()
@@ -215,9 +220,7 @@ class Run:
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         classes = classes.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
-            scores = model(images)
-        if not isinstance(scores, torch.Tensor):
-            raise SystemExit(f"--model {self.args.model} returns {type(scores).__name__}, not scores of classes")
+            scores = asked.scores_of(self.args.model, model(images))
         scores = scores.float()
         return F.cross_entropy(scores, classes), (scores.argmax(1) == classes).sum().double()
 
@@ -228,7 +231,7 @@ class Run:
         for buffer in model.buffers() if self.world > 1 else ():
             distributed.broadcast(buffer, 0)  # each process has seen other images
         sums = torch.zeros_like(self.sums)
-        for images, classes in self.test_images:
+        for images, classes in image_data.read(self.test_images):
             loss, right = self.measured(model, images, classes)
             sums += torch.stack([loss * len(classes), right, right.new_tensor(len(classes))])
         loss, right, count = self._summed(sums).tolist()
@@ -254,12 +257,11 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv)
-    with processes(args):
+    with processes(args), outputs.held_together(args.out):
         checkpoint = args.out / "checkpoint.pt"
         if checkpoint.exists() and not args.resume:
             raise SystemExit(f"{checkpoint} is there already: --resume goes on with it, or give another --out")
         run = Run(args)
-        args.out.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
             run.restore(resumable.load(checkpoint, run.settings))
             run.say(f"{checkpoint}: goes on in epoch {run.epoch + 1} after {run.step} of {run.order.steps} steps")
@@ -274,11 +276,17 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def processes(args: argparse.Namespace):
-    """Within the block, the processes that torchrun started know each other."""
-    if "WORLD_SIZE" not in os.environ:
+    """Within the block, the processes that torchrun started know each other, each with a device of its own."""
+    together, cuda = "WORLD_SIZE" in os.environ, args.device.type == "cuda"
+    if cuda:
+        number, count = int(os.environ["LOCAL_RANK"]) if together else args.device.index or 0, torch.cuda.device_count()
+        if number >= count:
+            raise SystemExit(f"--nproc-per-node: each process needs a CUDA device of its own, torch sees {count}")
+        torch.cuda.set_device(number)  # whose random numbers are saved, and by which processes tell each other things
+    if not together:
         yield
         return
-    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield
     finally:

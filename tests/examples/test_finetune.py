@@ -54,9 +54,50 @@ def test_norms_learn_where_they_are_not_frozen(tmp_path):
 
 def test_safetensors_are_read(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
-    state = {"a": torch.arange(3.0)}
-    save_file(state, tmp_path / "weights.safetensors")
-    assert torch.equal(finetune.read_weights(tmp_path / "weights.safetensors")["a"], state["a"])
+    for name in ("a", "module.a"):  # the latter is DDP's
+        save_file({name: torch.arange(3.0)}, tmp_path / "weights.safetensors")
+        found = finetune.read_weights(tmp_path / "weights.safetensors")
+        assert list(found) == ["a"] and torch.equal(found["a"], torch.arange(3.0))
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path):
+    def refusal(path):
+        with pytest.raises(SystemExit) as caught:
+            finetune.read_weights(path)
+        assert str(caught.value).startswith(f"--weights: {path} does not hold a state_dict")
+        return str(caught.value)
+
+    path = tmp_path / "weights.pt"
+    for text in ("", "some words of a text file\n", "conv1.weight\t1\n" * 50, "\0" * 100):
+        path.write_text(text)
+        assert len(refusal(path).splitlines()) == 1
+    for held in ({1: torch.ones(2)}, {"a": 1}, {"state_dict": {3: torch.ones(2)}}, torch.ones(2)):
+        torch.save(held, path)
+        refusal(path)
+    torch.save({"a": torch.ones(999)}, path)
+    path.write_bytes(path.read_bytes()[:500])
+    refusal(path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "weights.safetensors"
+    safetensors.save_file({"a": torch.arange(99.0)}, path)
+    whole = path.read_bytes()
+    for broken in (whole[:-40], whole[:20], b"", b"text"):
+        path.write_bytes(broken)
+        refusal(path)
+
+
+def test_a_model_that_returns_no_scores_is_refused(tmp_path):
+    from resnet_fused.models import BUILDERS
+
+    class Pair(torch.nn.Linear):
+        def forward(self, x):
+            return (super().forward(x.flatten(1)[:, :2]),) * 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILDERS, "pair", lambda num_classes: torch.nn.Sequential(Pair(2, num_classes)))
+        torch.save({}, tmp_path / "weights.pt")
+        with pytest.raises(SystemExit, match="--model pair returns tuple, not scores"):
+            tuned("pair", tmp_path / "weights.pt", tmp_path / "run", "--stock")
 
 
 def test_what_is_refused(tmp_path):

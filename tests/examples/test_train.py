@@ -128,6 +128,8 @@ def test_what_is_refused(capsys, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert "cannot be read as a checkpoint" in refused(capsys, *SHORT, *out, "--resume")
+    checkpoint.write_text("some words of a text file\n")
+    assert "cannot be read as a checkpoint" in refused(capsys, *SHORT, *out, "--resume")
     torch.save({"fc.weight": torch.ones(1)}, checkpoint)
     assert "is not a checkpoint of train.py" in refused(capsys, *SHORT, *out, "--resume")
 
@@ -149,6 +151,17 @@ def test_a_folder_of_images(capsys, tmp_path):
     options = ["--model", "toy", "--data", tmp_path, "--size", 16, "--batch", 4, "--epochs", 1]
     train.main([*map(str, options), "--out", str(tmp_path / "run")])
     assert final(tmp_path / "run")[2]["fc.weight"].shape == (2, 8)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for spelled in (tmp_path / "train" / "..", tmp_path / "link", os.path.relpath(tmp_path)):
+        train.main([*map(str, options), "--data", str(spelled), "--out", str(tmp_path / "run"), "--resume"])
+    broken = tmp_path / "train" / "dark" / "2.png"
+    whole = broken.read_bytes()
+    for content in (whole[:50], b"no image", b""):
+        broken.write_bytes(content)
+        assert f"the image {broken} cannot be read: " in refused(capsys, *options, "--out", tmp_path / "other")
+    text = refused(capsys, *options, "--workers", 1, "--out", tmp_path / "other")
+    assert text.startswith(f"the image {broken} cannot be read: ") and len(text.splitlines()) == 1
+    broken.write_bytes(whole)
     (tmp_path / "val" / "light").rename(tmp_path / "val" / "bright")
     assert "differ in their classes: bright, light" in refused(capsys, *options, "--out", tmp_path / "other")
     (tmp_path / "val").rename(tmp_path / "away")
@@ -165,6 +178,21 @@ def test_cifar10_from_disk(capsys, tmp_path):
     (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
     options = ["--model", "toy", "--data", tmp_path, "--batch", 8, "--epochs", 1]
     train.main([*map(str, options), "--out", str(tmp_path / "run")])
-    assert final(tmp_path / "run")[0]["settings"]["size"] is None
-    (batches / "data_batch_3").unlink()
-    assert "has no data_batch_3" in refused(capsys, *options, "--out", tmp_path / "other")
+    train.main([*map(str, options), "--size", "32", "--take", "99", "--out", str(tmp_path / "run"), "--resume"])
+    other = [*options, "--out", tmp_path / "other"]
+    assert "take was None, is 39" in refused(capsys, *options, "--take", 39, "--out", tmp_path / "run", "--resume")
+    broken = batches / "data_batch_4"
+    for content in (pickle.dumps(data)[:100], b"", b"text", pickle.dumps([1]), pickle.dumps({"data": data["data"]})):
+        broken.write_bytes(content)
+        text = refused(capsys, *other)
+        assert text.startswith(str(broken)) and len(text.splitlines()) == 1
+    for pixels, labels in ((data["data"][1:], data["labels"]), (data["data"], [*range(7), 10])):
+        broken.write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+        assert f"{broken} does not hold CIFAR-10" in refused(capsys, *other)
+    (batches / "batches.meta").write_bytes(b"text")
+    assert f"{batches / 'batches.meta'} cannot be read" in refused(capsys, *other)
+    for name in ("batches.meta", "data_batch_1"):
+        (batches / name).unlink()
+        assert f"has no {name}" in refused(capsys, *other), name
+        assert f"has no {name}" in refused(capsys, *other, "--data", batches), name
+        (batches / name).write_bytes(pickle.dumps({"label_names": [*"0123456789"]}))

@@ -51,7 +51,7 @@ def started(command, **environment):
     path = os.pathsep.join(
         [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]
     )
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
     command = [sys.executable, "-W", "ignore", *map(str, command)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -133,3 +133,11 @@ def test_no_photographs_says_what_to_install(monkeypatch):
     monkeypatch.setattr(photos, "NAMES", {"no-such-distribution": ("a.png",)})
     with pytest.raises(ValueError, match="pip install scikit-image"):
         photos.batches(1, 1, 8)
+
+
+def test_blocks_that_normalise_more_are_compared_on_less():
+    block = torch.nn.Sequential(*(torch.nn.BatchNorm2d(4) for _ in range(8)))
+    x = torch.randn(2, 4, 64, 64)
+    assert equality.normalised(block, x) == pytest.approx(8)
+    small, usual = equality.pieces(x, 512)[0], equality.pieces(x)[0]
+    assert small.numel() == 512 and usual.numel() == x.numel()

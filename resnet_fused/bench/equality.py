@@ -89,13 +89,15 @@ def check_block(stock: nn.Module, fused: nn.Module, block: Block, autocast: torc
 
 @torch.no_grad()
 def normalised(block: nn.Module, x: torch.Tensor) -> float:
-    """How many values the batch norms of `block` make for each of its input: what ReLUs decide about."""
+    """How many values the batch norms of `block` make for each of its input: what ReLUs decide about.
+
+    Of blocks that change the size of images 1: how small a crop they take is not known.
+    """
     counts, block = [1e-9], copy.deepcopy(block)
     for module in block.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_hook(lambda module, inputs, out: counts.append(out.numel() / x.numel()))
-    block(x)
-    return sum(counts)
+    return sum(counts) if block(x).shape[2:] == x.shape[2:] else 1.0
 
 
 def pieces(x: torch.Tensor, elements: float = BLOCK_ELEMENTS) -> list[torch.Tensor]:

@@ -1,8 +1,14 @@
 """Fixtures for all tests."""
 
+import contextlib
+
 import pytest
 
 from resnet_fused.plan import choose
+from resnet_fused.testing.vision import import_torchvision
+
+with contextlib.suppress(ImportError, RuntimeError):
+    import_torchvision()  # before timm imports it, in whatever order the tests of a process come
 
 
 @pytest.fixture(autouse=True)

@@ -34,11 +34,11 @@ Tensor = torch.Tensor
 #: batch 32 took 16.5 ms an image with 10 to 13 MiB and 17.1 with 25 (two threads of a Zen 5, whose last-level cache
 #: holds 32 MiB: what a block reads and what it writes).
 MAPPED, PIECE = 32 << 20, 12 << 20
-#: The same for a stage whose weights are less than half of such a piece, as an image's largest result is: what a piece
-#: is made of stays near the cores, and reading its weights again costs less than that saves. ResNet-18 at batch 8 took
-#: 50.6 ms, 53.4 in one piece (the same machine, four processes each). ResNet-50 gained nothing: its layer1 has results
-#: of 3 MiB an image.
-NEAR = 6 << 20, 13 << 18
+#: The same for a stage whose weights are less than half of such a piece, as an image's largest result is, from the
+#: first to the second size of the whole: what a piece is made of stays near the cores, and reading its weights again
+#: costs less than that saves. ResNet-18 at batch 8 took 53.4 ms, 56.3 in one piece, but at batch 32, were it done there,
+#: 203.6 and 195.2 (benchmarks/results/epyc-zen5-2core/runs.jsonl:32 and the next, of benchmarks/stage_pieces.py).
+NEAR = 6 << 20, 12 << 20, 13 << 18
 
 
 #: What of a stage is known to run in stock operations: some of its blocks, which need no proof.
@@ -98,10 +98,11 @@ def images_in_piece(entries: list[Running], x: Tensor) -> int:
     if grads and any(p.requires_grad for e in entries for p in e.block.parameters()):
         return 0
     image, weights = (elements * x.element_size() for elements in _sizes(entries, x.shape))
-    mapped, piece = NEAR if 2 * max(image, weights) <= NEAR[1] else (MAPPED, PIECE)
-    if image * x.shape[0] < mapped or entry_obstacle(x, entries[0]):
+    whole, (least, most, near) = image * x.shape[0], NEAR
+    is_near = least <= whole <= most and 2 * max(image, weights) <= near
+    if not (is_near or whole >= MAPPED) or entry_obstacle(x, entries[0]):
         return 0
-    return max(1, piece // image)
+    return max(1, (near if is_near else PIECE) // image)
 
 
 def _in_pieces(entries: list[Running], x: Tensor, images: int) -> Tensor:

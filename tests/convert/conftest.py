@@ -4,11 +4,13 @@ import importlib
 import sys
 
 import pytest
+from dense_blocks import MAKERS
 from nets import BasicBlock, block, images, pair
 from stems import HEAD, stem_model
 
 from resnet_fused.convert import stage, stem, swap
 from resnet_fused.convert.fused_module import FusedModule
+from resnet_fused.testing.vision import import_torchvision
 
 
 @pytest.fixture
@@ -28,6 +30,14 @@ def load(tmp_path, monkeypatch):
     yield make
     for name in loaded:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(params=MAKERS)
+def maker(request):
+    """Whose dense blocks."""
+    if request.param != "ours":
+        pytest.importorskip("timm") if request.param == "timm" else import_torchvision()
+    return request.param
 
 
 #: What was swapped, how to find it in a model, and an input of that model.

@@ -24,7 +24,7 @@ def small_pieces(monkeypatch):
     """Stages are split from 64 KiB on, into pieces of one to a few images."""
     monkeypatch.setattr(stage, "MAPPED", 64 << 10)
     monkeypatch.setattr(stage, "PIECE", 128 << 10)
-    monkeypatch.setattr(stage, "NEAR", (64 << 10, 128 << 10))
+    monkeypatch.setattr(stage, "NEAR", (64 << 10, 1 << 30, 128 << 10))
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_bottlenecks_too():
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_format, unfolds):
     monkeypatch.setattr(stage, "MAPPED", 1 << 30)  # in one piece
-    monkeypatch.setattr(stage, "NEAR", (1 << 30, 1 << 30))
+    monkeypatch.setattr(stage, "NEAR", (1 << 30, 1 << 30, 1 << 30))
     torch.manual_seed(0)
     stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(3)]).eval().to(memory_format=memory_format)
     fused = resnet_fused.fuse(copy.deepcopy(stock))
@@ -229,7 +229,7 @@ def test_pieces_write_their_images_into_the_whole(monkeypatch, memory_format):
     monkeypatch.setattr(unfolded, "IS_FAST", True)
     monkeypatch.setattr(stage, "MAPPED", 1 << 18)
     monkeypatch.setattr(stage, "PIECE", 1 << 18)
-    monkeypatch.setattr(stage, "NEAR", (1 << 18, 1 << 18))
+    monkeypatch.setattr(stage, "NEAR", (1 << 18, 1 << 30, 1 << 18))
     torch.manual_seed(0)
     stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(2)]).eval().to(memory_format=memory_format)
     fused, written, run = resnet_fused.fuse(copy.deepcopy(stock)), [], UnfoldedConvolution._run

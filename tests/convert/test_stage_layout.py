@@ -160,7 +160,7 @@ def test_compiled_in_one_graph(training):
 @pytest.mark.parametrize("near", [True, False])
 def test_pieces_in_both_layouts(monkeypatch, near):
     """Near the cores or not: whether half a piece holds the weights and an image's largest result, of 20 KiB here."""
-    monkeypatch.setattr(stage, "NEAR", (1 << 10, 64 << 10) if near else (1 << 10, 1 << 10))
+    monkeypatch.setattr(stage, "NEAR", (1 << 10, 1 << 30, 64 << 10) if near else (1 << 10, 1 << 30, 1 << 10))
     monkeypatch.setattr(stage, "MAPPED", 1 << 30 if near else 1 << 10)
     monkeypatch.setattr(stage, "PIECE", 64 << 10)
     runs, in_pieces = [], stage._in_pieces
@@ -174,6 +174,10 @@ def test_pieces_in_both_layouts(monkeypatch, near):
         assert got.stride() == want.stride()
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     assert runs == [5, 5]
+    monkeypatch.setattr(stage, "NEAR", (1 << 10, 1 << 10, 64 << 10))  # the whole is larger
+    monkeypatch.setattr(stage, "MAPPED", 1 << 30)
+    fused(images(7))
+    assert len(runs) == 2
 
 
 def test_report_still_sees_everything_fused():

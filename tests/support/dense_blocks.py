@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import resnet_fused
+from resnet_fused.blocks import runtime
 from resnet_fused.models.densenet import DenseBlock
 from resnet_fused.testing.vision import import_torchvision
 
@@ -64,3 +65,10 @@ def assert_equal(got, want, tolerance=1e-11):
         assert got[name].dtype == want[name].dtype and a.shape == b.shape, name
         assert got[name].stride() == want[name].stride(), name
         assert (a - b).abs().max() <= tolerance * (1 + b.abs().max()), name
+
+
+def ran_fused(run):
+    """What `run` returns, and whether a program ran in it."""
+    before = runtime.fused_programs()
+    result = run()
+    return result, runtime.fused_programs() > before

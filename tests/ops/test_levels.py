@@ -1,0 +1,34 @@
+"""Compiled loops at all levels of the CPU up to this machine's, of which the library runs the best alone."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from on_cpu import COMPILER
+
+#: By source file, ``NAME_levels.cpp``: how many shapes it tries.
+SHAPES = {"conv1x1": 101, "conv_pointwise": 240, "dense": 48, "grouped": 90, "stem": 120, "winograd": 432}
+FOLDER = Path(__file__).parent
+INCLUDES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
+FLAGS = "-std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Werror".split()
+
+
+def test_every_source_is_run():
+    assert {path.name for path in FOLDER.glob("*_levels.cpp")} == {f"{name}_levels.cpp" for name in SHAPES}
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(not (FOLDER.parents[1] / "csrc").exists(), reason="not in the source tree")
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_level_is_exact_and_stays_within_its_buffers(tmp_path, name):
+    program, source = tmp_path / name, FOLDER / f"{name}_levels.cpp"
+    done = subprocess.run(
+        [COMPILER, *FLAGS, *INCLUDES, str(source), "-o", str(program)], capture_output=True, text=True
+    )
+    if "cannot find -lasan" in done.stderr or "cannot find -lubsan" in done.stderr:
+        pytest.skip(f"{COMPILER} has no sanitizers")
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f" 0 wrong in {SHAPES[name]} shapes" in done.stdout

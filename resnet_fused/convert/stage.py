@@ -36,7 +36,7 @@ Tensor = torch.Tensor
 MAPPED, PIECE = 32 << 20, 12 << 20
 #: The same for a stage whose weights are less than half of such a piece, as an image's largest result is, from the
 #: first to the second size of the whole: what a piece is made of stays near the cores, and reading its weights again
-#: costs less than that saves. ResNet-18 at batch 8 took 53.4 ms, 56.3 in one piece, but at batch 32, were it done there,
+#: costs less than that saves. ResNet-18 at batch 8 took 53.4 ms, 56.3 in one piece, but at batch 32, if done there,
 #: 203.6 and 195.2 (benchmarks/results/epyc-zen5-2core/runs.jsonl:32 and the next, of benchmarks/stage_pieces.py).
 NEAR = 6 << 20, 12 << 20, 13 << 18
 

@@ -39,7 +39,8 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, 
     gradient `x`, that of the output, is taken.
 
     Measured on two threads of a Zen 5 with AVX-512, quiet by stopping the rest, batch 8, interleaved: oneDNN's time by
-    ours (forward / gradient), at ResNeXt's shapes, 32x4d to 64x4d and 32x8d, and RegNet's:
+    ours (forward / gradient), at ResNeXt's shapes, 32x4d to 64x4d and 32x8d, and RegNet's, over several rounds, of
+    which one is recorded (benchmarks/results/epyc-zen5-2core/runs.jsonl:35, of benchmarks/grouped.py):
 
     ========  =====================  =====================  ======================
     channels  larger than 14x14 out  stride 2               14x14, and 7x7
@@ -53,7 +54,7 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, 
     128       0.86 / 0.88            0.87 / 1.4
     ========  =====================  =====================  ======================
 
-    24 channels, of which two vectors hold one group, took 0.92 to 0.96. The batch statistics come along for nothing.
+    24 channels, of which two vectors hold one group, took 0.92 to 1.09. The batch statistics come along for nothing.
     """
     if not _serves(x, weight, conv, backend):
         return False

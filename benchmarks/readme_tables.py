@@ -69,8 +69,9 @@ def results() -> str:
 
 def family() -> str:
     """The newest recorded run of a model of each member of the family."""
-    head = ["member", "model, batch, size", "fused", "MB kept", "step, eager", "step, compile", "evaluation", "run"]
-    lines, benched = [head, ["---", "---", "---", *["---:"] * 4, "---"]], runs.read(RESULTS)
+    head = ["member", "model, batch, size", "fused", "MB kept", "step: eager", "compile"]
+    head += ["evaluation, batch 8, 32: eager", "compile", "run"]
+    lines, benched = [head, ["---", "---", "---", *["---:"] * 5, "---"]], runs.read(RESULTS)
     for member, paper, model in FAMILY:
         found = [run for run in benched if run.kind == runs.BENCH and is_of_family(run, model)]
         if found:
@@ -95,11 +96,11 @@ def family_cells(run: runs.Run) -> list[str]:
         return "" if other is None else f"{other.median / ours.median:.2f}x"
 
     kept = rows[step, "MB", OURS].median / rows[step, "MB", STOCK].median
-    given, batch = run.provenance, step.rpartition(" ")[2]
-    evaluated = [name for name in ("evaluation, batch 8", "evaluation, batch 32") if (name, "ms", OURS) in rows]
-    cells = [f"`{given['model']}`, {batch}, {given['size']}", given["fused"], f"{kept:.2f}"]
+    given, trained = run.provenance, step.rpartition(" ")[2]
+    evaluated = [f"evaluation, batch {batch}" for batch in (8, 32)]
+    cells = [f"`{given['model']}`, {trained}, {given['size']}", given["fused"], f"{kept:.2f}"]
     cells += [against(step, STOCK), against(step, "compile")]
-    cells += [", ".join(f"{against(name, STOCK)} ({name.rpartition(' ')[2]})" for name in evaluated)]
+    cells += [", ".join(filter(None, [against(name, peer) for name in evaluated])) for peer in (STOCK, "compile")]
     return [*cells, f"[{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"]
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ..backends import run
 from .batch_norm import affine_of, parameters, pixels, running_affine
-from .conv import POINTWISE, input_grad, strided, weight_grad
+from .conv import POINTWISE, gradients, strided
 from .flow import Backward, Forward
 from .lazy import EVERY, Folded, Gram, Lazy, Pending, Pixels, Value
 from .pointwise import parts
@@ -155,7 +155,7 @@ class TensorBranch(Branch):
         if not b.wanted[self.source]:
             return
         scaled = _scaled(weight, folded.bn.scale)
-        grad = input_grad(g, read, scaled, conv, self.backend)
+        grad, _ = gradients(g, read, scaled, conv, self.backend, (True, False))
         if coupled:
             coupling, constant = found.correction
             constant = _balance(g, sum_g, scaled, folded.gram, coupling) if centred else constant
@@ -185,7 +185,7 @@ def _product(g: Tensor, a: Tensor, weight: Tensor, conv: Conv, backend: str) -> 
     """``g' a``. Of few channels oneDNN sums all pixels one after the other; there in short sums."""
     if weight.shape[1] < FEW_CHANNELS and a.dtype == torch.float32 and conv == POINTWISE:
         return run("conv_weight_grad", g, a, weight, *conv.args[:3], backend=backend)
-    return weight_grad(g, a, weight, conv, backend)
+    return gradients(g, a, weight, conv, backend, (False, True))[1]
 
 
 def _balance(g: Tensor, sum_g: Tensor, folded_weight: Tensor, gram: Gram, coupling: Tensor) -> Tensor:

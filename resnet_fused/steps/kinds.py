@@ -65,14 +65,8 @@ def conv_grads(
     `read`: as `conv` reads it. `into`: a tensor that is ours alone, to which that gradient is added.
     """
     own, need, wanted = b.tensors[value], b.needs[value], b.wanted[b.program.maker(value).source]
-    grad_weight = grad_read = None
-    arguments = (grad, read, own.weight, conv, b.backend)
-    if need.weight and wanted:
-        grad_weight, grad_read = convolutions.both_grads(*arguments, into, b.program.precision)
-    elif need.weight:
-        grad_weight = convolutions.weight_grad(*arguments)
-    elif wanted:
-        grad_read = convolutions.input_grad(*arguments, into, b.program.precision)
+    settings = (conv, b.backend, (wanted, bool(need.weight)), into, b.program.precision)
+    grad_read, grad_weight = convolutions.gradients(grad, read, own.weight, *settings)
     bias = grad.sum((0, 2, 3), dtype=stat_dtype(grad.dtype)) if need.bias else None
     b.grads[value] = StepGrads(grad_weight, bias)
     return grad_read

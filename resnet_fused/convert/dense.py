@@ -6,22 +6,12 @@ from torch import nn
 
 from ..blocks import dense
 from ..steps.dense import CHECKPOINTED, KEPT, RECOMPUTED
-from ..steps.layout import left
 from . import swap
-from .fused_module import FusedModule, run_block
 from .instructions import Form, Ref, ShapeCall
-from .outside import globals_reader
 from .swap import STATE
-from .trace import Untraceable, fingerprint
+from .trace import Untraceable
 
 PREFERENCES = {"speed": KEPT, "memory": RECOMPUTED}
-
-
-def check_preference(prefer: str | None) -> None:
-    """Raise ValueError for what is no word of :data:`PREFERENCES`."""
-    if prefer is not None and prefer not in PREFERENCES:
-        words = " or ".join(map(repr, PREFERENCES))
-        raise ValueError(f"unknown preference {prefer!r}; pass {words}")
 
 
 def is_block(module: nn.Module) -> bool:
@@ -45,21 +35,3 @@ def form(module: nn.Module, prefer: str | None) -> Form:
     saves = dense.saves_of(module, kind, otherwise)
     (shape,) = dense.shapes_of(tuple(module._modules), kind.layer[1], kind.relus, saves)
     return Form((ShapeCall(shape, ("x",), "out"),), "x", Ref("out"), (), (), tuple(shape.modules))
-
-
-class FusedDense(FusedModule):
-    """Mixin in front of the class of a dense block."""
-
-    def forward(self, x):
-        return left(run_block(self, x, super().forward))
-
-    def _resnet_fused_obstacle(self, form: Form) -> str:
-        return dense.obstacle(self, type(self)._resnet_fused_stock, form.shapes[0])
-
-
-def fused_class(stock_class: type) -> type:
-    """The fused subclass of the class of a dense block."""
-    cls = swap.subclass(FusedDense, stock_class, (fused_class, (stock_class,)))
-    cls._resnet_fused_code = fingerprint(stock_class.forward)
-    cls._resnet_fused_reader = staticmethod(globals_reader(stock_class.forward))
-    return cls

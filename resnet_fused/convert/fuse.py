@@ -79,8 +79,8 @@ def fuse(
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     check_word("default" if precision is None else precision)
-    survivors.check_word("all" if drop_path is None else drop_path)
-    dense.check_preference(prefer)
+    check_word("all" if drop_path is None else drop_path, survivors.WORDS, "drop_path")
+    check_word("speed" if prefer is None else prefer, dense.PREFERENCES, "preference")
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in outermost(model):
@@ -140,7 +140,7 @@ def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path:
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )
-    return swap.put(module, dense.fused_class if forms[0].is_dense else fused_class, state)
+    return swap.put(module, fused_class, state)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import pathlib
 import re
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from ..backends.place import on_cpu
@@ -19,7 +20,6 @@ from .layout import Moments
 from .lazy import EVERY, Pixels
 from .spec import Conv
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 POINTWISE = Conv()
 
@@ -127,11 +127,6 @@ def _image(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
-def transposed(weight: Tensor) -> Tensor:
-    """The weight of the 1x1 convolution that maps gradients back: ``[C, K, 1, 1]``."""
-    return weight.transpose(0, 1)
-
-
 def gradients(
     grad: Tensor,
     x: Tensor,
@@ -190,7 +185,7 @@ def _own_input_grad(
         if _is_added_product(x, weight, backend):
             add_to.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(rows(grad), weight.flatten(1))
         else:
-            run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
+            run("conv_add_relu_", add_to, grad, weight.transpose(0, 1), backend=backend)
         return add_to
     if winograd.takes(grad, weight, conv, backend, True, precision):
         return winograd.input_grad(grad, weight, conv, backend, precision)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from .batch_norm import affine_of, parameters, pixels, running_affine
@@ -24,9 +25,8 @@ from .conv import POINTWISE, gradients, strided
 from .flow import Backward, Forward
 from .lazy import EVERY, Folded, Gram, Lazy, Pending, Pixels, Value
 from .pointwise import parts
-from .spec import Conv, StepGrads
+from .spec import StepGrads
 
-Tensor = torch.Tensor
 CENTRE_IMAGES = 4
 FEW_CHANNELS = 16  # below, oneDNN's weight gradients of 8192 pixels were up to 7 times less exact than those of ours
 
@@ -148,7 +148,12 @@ class TensorBranch(Branch):
         if centred:
             read, folded = self._centred(read)
         if coupled or self.needs.weight or self.needs.gamma:
-            product = _product(g, read, weight, conv, self.backend)
+            # of few channels oneDNN sums all pixels one after the other; there in short sums
+            short = weight.shape[1] < FEW_CHANNELS and read.dtype == torch.float32 and conv == POINTWISE
+            if short:
+                product = run("conv_weight_grad", g, read, weight, *conv.args[:3], backend=self.backend)
+            else:
+                _, product = gradients(g, read, weight, conv, self.backend, (False, True))
             found = self.parameter_grads(product, sum_g, g, folded, wide=centred)
         bias = torch.zeros_like(sum_g) if coupled else folded.bn.scale * sum_g
         self.note(found and found.weight, bias, found and found.gamma, sum_g)
@@ -179,13 +184,6 @@ class TensorBranch(Branch):
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """`weight` with batch norm's scale in it, rounded once to the weight's dtype."""
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-
-
-def _product(g: Tensor, a: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
-    """``g' a``. Of few channels oneDNN sums all pixels one after the other; there in short sums."""
-    if weight.shape[1] < FEW_CHANNELS and a.dtype == torch.float32 and conv == POINTWISE:
-        return run("conv_weight_grad", g, a, weight, *conv.args[:3], backend=backend)
-    return gradients(g, a, weight, conv, backend, (False, True))[1]
 
 
 def _balance(g: Tensor, sum_g: Tensor, folded_weight: Tensor, gram: Gram, coupling: Tensor) -> Tensor:

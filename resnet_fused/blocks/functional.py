@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backends import current
 from ..plan import choose
@@ -14,7 +15,6 @@ from .kept_evaluation import evaluate, takes
 from .layers import pair
 from .runtime import needs_grad, train
 
-Tensor = torch.Tensor
 Pair = int | tuple[int, int]
 
 

@@ -67,10 +67,6 @@ class Swapped:
         now = getattr(self._resnet_fused_stock, name, None)
         return now is not function or now.__code__ is not code or now.__defaults__ is not defaults
 
-    def _resnet_fused_current(self, name: str) -> Callable:
-        """The stock method `name` as it is now."""
-        return getattr(super(), name)
-
 
 def _is_ours(cls: type) -> bool:
     return _STOCK in vars(cls)

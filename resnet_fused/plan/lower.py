@@ -123,13 +123,7 @@ def _emits(call: Call, variant: Variant, value: int) -> bool:
     if not isinstance(node, Addition) or node.relu or not isinstance(program.maker(node.branch), Convolution):
         return False
     likely = 0 if value == program.output else value
-    return _meets_batch(program, likely) and not variant.values and _adds_with_statistics(call)
-
-
-def _meets_batch(program: Program, value: int) -> bool:
-    """Whether a norm that normalises with the batch reads a value."""
-    norms = [n for n in map(program.maker, program.readers(value)) if isinstance(n, Normalisation)]
-    return any(norm.norm.batch_stats for norm in norms)
+    return program.meets_batch(likely) and not variant.values and _adds_with_statistics(call)
 
 
 def _adds_with_statistics(call: Call) -> bool:
@@ -150,7 +144,7 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
             return []
         if _sum_of(program, value) is not None or not gram.isdisjoint(program.readers(value)):
             return []
-        statistics = _meets_batch(program, value)
+        statistics = program.meets_batch(value)
         if variant.values and _on_value(call, value):
             return [ConvolveValue(value, statistics, one_pass)]
         return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation), statistics)]

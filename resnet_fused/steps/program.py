@@ -153,6 +153,11 @@ class Program:
         node = self.maker(value)
         return isinstance(node, Normalisation) and not node.relu
 
+    def meets_batch(self, value: int) -> bool:
+        """Whether a norm that normalises with the batch reads a value."""
+        norms = [node for node in map(self.maker, self.readers(value)) if isinstance(node, Normalisation)]
+        return any(node.norm.batch_stats for node in norms)
+
     def terms(self, value: int) -> Terms | None:
         """What the join that makes `value` joins; None where that is none: neither a norm nor a sum with one.
 

@@ -20,11 +20,11 @@ from ..plan.lower import decided_by
 from ..plan.lower_evaluation import lower, takes
 from ..steps import folding
 from ..steps.conv import channels_last
-from ..steps.evaluation_flow import Evaluation, ForwardStep, Lowered
+from ..steps.evaluation_flow import Evaluation, Lowered
 from ..steps.evaluation_kinds import WinogradConvolution
 from ..steps.flow import Handed
 from ..steps.folding import Folded, fold
-from ..steps.program import Averaging, Call, Convolution, Program
+from ..steps.program import Averaging, Call, Convolution
 from ..steps.spec import StepTensors
 
 __all__ = ["evaluate", "repeatable", "run_steps", "takes"]
@@ -88,7 +88,7 @@ def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, ha
     lowered, last = _steps_for(call, modules, dtype)
     if lowered is None:
         return None
-    if not lowered.folds or choose.on_gpu(call.x):
+    if not lowered.folded or choose.on_gpu(call.x):
         return run_steps(lowered, _cast(call, dtype), last is not None, handed)
     inputs = _inputs(call)
     if last is None:
@@ -109,7 +109,7 @@ def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, ha
 def repeatable(call: Call, modules: Modules, dtype: torch.dtype | None) -> Lowered | None:
     """The steps of a call if nothing is made of its parameters that is kept, so that :func:`run_steps` is all of it."""
     lowered, last = _steps_for(call, modules, dtype)
-    plain = lowered is not None and (choose.on_gpu(call.x) or (not lowered.folds and last is not None))
+    plain = lowered is not None and (choose.on_gpu(call.x) or (not lowered.folded and last is not None))
     return lowered if plain else None
 
 
@@ -202,17 +202,11 @@ def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: li
         nodes = [value - first for value in step.part if value is not None]
         key = tuple(keys[node] for node in nodes)
         outputs = step.outputs if isinstance(step, WinogradConvolution) else None
-        read = _read_by(call.program, step, shapes)
+        read = shapes[step.source]
+        if isinstance(call.program.maker(step.value), Averaging):  # which has made it smaller
+            read = torch.Size((*read[:2], *shapes[step.value][2:]))
         found.append(folding.packed(modules[nodes[-1]], call, step.part, key, read, outputs))
     return None if any(one is not None and one.enlarges + one.bound == math.inf for one in found) else found
-
-
-def _read_by(program: Program, step: ForwardStep, shapes: list[torch.Size]) -> torch.Size:
-    """The shape of what a step reads, which an average behind it has made smaller."""
-    shape = shapes[step.source]
-    if isinstance(program.maker(step.value), Averaging):
-        return torch.Size((*shape[:2], *shapes[step.value][2:]))
-    return shape
 
 
 def _of_node(own: StepTensors) -> tuple[Tensor | None, ...]:

@@ -150,11 +150,13 @@ def _can_be_main(call: Call, norm: int, values: bool) -> bool:
     return not strided or not (values or call.program.maker(norm).norm.batch_stats)
 
 
-def gram_share(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy: bool, device: Device) -> float:
-    """Time that the Gram join of a 1x1 convolution is expected to add, as a share of the convolution's own.
+def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> float:
+    """Time that the Gram join of a branch with batch statistics is expected to add, forward and backward.
 
-    Of that from `inputs` to `outputs` channels over `pixels` outputs, forward and backward; negative: it is faster.
+    As a share of its convolution's own; negative: it is faster.
     """
+    (outputs, inputs), pixels = branch_of(call, norm)[1].weight.shape[:2], too_small.pixels(shapes[norm])
+    dtype, lazy, device = call.x.dtype, chosen.values, chosen.device
     moved, multiplied = device.bandwidth_share * device.bandwidth, device.compute_share * device.peak(dtype)
     plain = (6 if lazy else 7) * pixels * outputs * dtype.itemsize / moved
     gram = (1 if lazy else 4) * pixels * inputs * dtype.itemsize / moved
@@ -162,13 +164,6 @@ def gram_share(pixels: int, inputs: int, outputs: int, dtype: torch.dtype, lazy:
     gram += (5 if lazy else 8) * outputs * inputs * inputs / (device.compute_share * device.single)  # in float32
     conv = max(3 * pixels * (inputs + outputs) * dtype.itemsize / moved, 6 * pixels * inputs * outputs / multiplied)
     return (gram - plain) / conv
-
-
-def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> float:
-    """What the Gram join of a branch with batch statistics is expected to cost."""
-    outputs, inputs = branch_of(call, norm)[1].weight.shape[:2]
-    pixels = too_small.pixels(shapes[norm])
-    return gram_share(pixels, inputs, outputs, call.x.dtype, chosen.values, chosen.device)
 
 
 def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Options) -> bool:

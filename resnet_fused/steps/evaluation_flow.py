@@ -126,11 +126,6 @@ class Lowered(NamedTuple):
     measured: tuple[bool, ...]  # of each input, whether a ReLU in oneDNN's epilogue depends on its bound
     folded: tuple[int, ...]  # the nodes from whose parameters a step on a CPU is made, see `part`
 
-    @property
-    def folds(self) -> bool:
-        """Whether there are such nodes."""
-        return bool(self.folded)
-
     def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
         """The output. `made`: for each step, what it is made from, see `part`."""
         for step, own, dead in zip(self.steps, made, self.dead, strict=True):

@@ -51,7 +51,10 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
         if moved(ctx):
             tensors = [_as_in_forward(b, number, own) for number, own in enumerate(kept, program.inputs)]
         read = x.contiguous() if ctx.converted else x  # as stock had it: its batched gradients depend on the layout
-        out = stock.program_output(Call(program, read, tensors, None, b.sample_factor), known=_known(b))
+        # Values that were kept and that no gradient goes through: what they were, whatever has moved since.
+        apart = {n: t for n, t in enumerate(b.values) if n >= program.inputs and not b.wanted[n]}
+        known = {number: value for number, value in apart.items() if isinstance(value, Tensor)}
+        out = stock.program_output(Call(program, read, tensors, None, b.sample_factor), known=known)
         for own, now in zip(tensors, kept, strict=True):
             if own is not now:  # not in place: autograd must not see it
                 own.running_mean.data.copy_(now.running_mean)
@@ -77,12 +80,6 @@ def _originals(ctx, b: Backward) -> tuple[Tensor, list[Tensor | None]]:
     for place, t in zip(ctx.facts.aliased, ctx.others, strict=False):  # an input that was not saved comes last
         flat[place] = t
     return x if ctx.facts.keeps_input else ctx.others[-1], flat
-
-
-def _known(b: Backward) -> dict[int, Tensor]:
-    """Values that were kept and that no gradient goes through: what they were, whatever has moved since."""
-    kept = {number: value for number, value in enumerate(b.values) if isinstance(value, Tensor)}
-    return {number: value for number, value in kept.items() if number >= b.program.inputs and not b.wanted[number]}
 
 
 def _behind_relu(ctx, b: Backward, grad_out: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .. import library
 from ..backends import bounds, onednn
+from ..backends.selfcheck import judge
 from ..plan import choose
 from ..plan.keys import threads
-from ..plan.lower import decided_by
 from ..plan.lower_evaluation import lower, takes
 from ..steps import folding
 from ..steps.conv import channels_last
@@ -135,12 +135,13 @@ def _inputs(call: Call) -> list[Tensor]:
 
 def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     """The steps of a call, kept by `module` for all that they depend on; None: stock's."""
-    decided = None if module is None else decided_by(call)
-    if decided is None:
+    if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
     residual = None if call.residual is None else call.residual.shape
+    weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
     dtypes = [t.dtype for own in call.tensors for t in own[:6] if t is not None]
-    key = *decided, residual, call.program.precision, *dtypes
+    settings = call.program.precision, choose.fuses_all(), threads(), judge.count_of_changes()
+    key = call.x.shape, residual, call.x.dtype, call.x.device, *settings, *weights, *dtypes
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))
     if program != call.program:

@@ -122,7 +122,7 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     form = next((form for form in state.forms if are_quiet(block, form.quiet)), None)
     if form is None:
         return None, "a dropout that draws, around which nothing is fused"
-    if form.is_dense and (reason := dense.obstacle(block, swap.stock_class(block), form.shapes[0])):
+    if form.shapes[0].program.dense and (reason := dense.obstacle(block, swap.stock_class(block), form.shapes[0])):
         return None, reason
     sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision, state.drop_path == "survivors")
     reason = _form_obstacle(block, form, sites)

@@ -58,6 +58,11 @@ def fuses_all() -> bool:
     return _settings.fuses_all or torch.compiler.is_compiling()
 
 
+def is_asked() -> bool:
+    """Whether somebody plans for another device now, or listens to what is chosen: then each call is to choose."""
+    return _settings.target is not None or bool(observers)
+
+
 def tuning(tuner: Callable) -> contextlib.AbstractContextManager[None]:
     """Let `tuner`, called with a :class:`Call`, choose a variant of it within a ``with`` block; or None."""
     return setting(_settings, "tuner", tuner)
@@ -75,7 +80,7 @@ def target() -> Device | None:
 
 def is_directed() -> bool:
     """Whether a ``with`` block directs or observes the choices, so that each must be made."""
-    return _settings.fuses_all or bool(_settings.tuner or _settings.target or observers)
+    return _settings.fuses_all or _settings.tuner is not None or is_asked()
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
     python benchmarks/block_variants.py [--batch 16] [--record benchmarks/results]
 
 For each kind of block by itself, in training: stock, and fused with plain joins and with Gram joins, in turn, forward
-and backward. plan/join_cost.py, plan/too_small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
+and backward. plan/variants.py, plan/too_small.py, csrc/cpu/alloc.h and convert/stage.py quote it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import resnet_fused
 from resnet_fused.bench import runs
 from resnet_fused.models import resnet50
-from resnet_fused.plan import choose, join_cost
+from resnet_fused.plan import choose
+from resnet_fused.plan import variants as plan
 
 BLOCKS = {
     "layer1.1": (256, 56), "layer2.0": (256, 56), "layer2.1": (512, 28), "layer3.1": (1024, 14),
@@ -32,13 +33,13 @@ ALWAYS, NEVER = 1e9, -1e9
 
 def step(block: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor, tolerated: float) -> dict[str, float]:
     """Milliseconds, page faults and system milliseconds of a forward and a backward."""
-    kept, join_cost.TOLERATED = join_cost.TOLERATED, tolerated
+    kept, plan.TOLERATED = plan.TOLERATED, tolerated
     try:
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         block(x).backward(grad)
         taken, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     finally:
-        join_cost.TOLERATED = kept
+        plan.TOLERATED = kept
     system = 1e3 * (after.ru_stime - before.ru_stime)
     return {"ms": 1e3 * taken, "faults": after.ru_minflt - before.ru_minflt, "system ms": system}
 

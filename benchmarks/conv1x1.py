@@ -62,7 +62,7 @@ class Problem:
         masked, *_ = run("norm_add_relu_backward", self.g, **options, backend="cpu")
         run("lazy_grad_apply_", masked, self.z, self.a, self.b, self.d, backend="cpu")
         activation, _ = run("norm_add_relu", self.x, self.x_scale, self.x_shift, backend="cpu")
-        _, grad_x = conv.both_grads(masked, activation, self.weight, Conv(), "cpu")
+        grad_x, _ = conv.gradients(masked, activation, self.weight, Conv(), "cpu")
         before = (self.x_mean, self.x_scale, self.x_scale, self.x_shift)
         return run("norm_relu_coefficients", grad_x, self.x, *before, backend="cpu")[0]
 
@@ -73,7 +73,7 @@ class Problem:
 
     def first_on_tensors(self) -> Tensor:
         dz = run("lazy_grad_apply", self.g, self.z, self.a, self.b, self.d, backend="cpu")
-        return conv.both_grads(dz, self.x, self.weight, Conv(), "cpu", self.residual.clone())[1]
+        return conv.gradients(dz, self.x, self.weight, Conv(), "cpu", add_to=self.residual.clone())[0]
 
 
 GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)

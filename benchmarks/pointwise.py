@@ -15,7 +15,7 @@ import torch
 from resnet_fused.backends import run
 from resnet_fused.bench import runs
 from resnet_fused.bench.timing import Rounds, clock_for, interleave
-from resnet_fused.steps.conv import rows, transposed
+from resnet_fused.steps.conv import rows
 
 #: input channels, output channels, size
 SHAPES = ((256, 64, 56), (64, 256, 56), (512, 128, 28), (128, 512, 28), (1024, 256, 14), (256, 1024, 14),
@@ -43,7 +43,7 @@ def contenders(batch: int, c: int, k: int, size: int) -> dict[str, tuple[int, Ca
         "forward, product": (1, lambda: rows(x) @ matrix.T),
         "gradients, oneDNN": (2, lambda: gradients(grad, x, weight)),
         "gradients, products": (2, lambda: (g @ matrix, g.T @ rows(x))),
-        "added, oneDNN": (1, lambda: run("conv_add_relu_", into, grad, transposed(weight))),
+        "added, oneDNN": (1, lambda: run("conv_add_relu_", into, grad, weight.transpose(0, 1))),
         "added, product": (1, lambda: rows(into).addmm_(g, matrix)),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 WORDS = ("default", "fast")
 
@@ -17,10 +17,10 @@ class _Settings:
 _settings = _Settings()
 
 
-def check_word(word: str) -> str:
-    """Return `word` if it is a precision; else raise ValueError that lists what is accepted."""
-    if word not in WORDS:
-        raise ValueError(f"unknown precision {word!r}; pass one of {', '.join(map(repr, WORDS))}")
+def check_word(word: str, words: Iterable[str] = WORDS, what: str = "precision") -> str:
+    """Return `word` if it is one of `words`; else raise ValueError that lists what is accepted."""
+    if word not in words:
+        raise ValueError(f"unknown {what} {word!r}; pass one of {', '.join(map(repr, words))}")
     return word
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..steps.program import Addition, Averaging, Normalisation
+from ..steps.stock import add
 from . import drop_paths, norms
 from .site import Site
-
-Tensor = torch.Tensor
 
 
 def draw(site: Site, x: Tensor) -> Tensor | None:
@@ -24,8 +24,7 @@ def draw(site: Site, x: Tensor) -> Tensor | None:
 
 def called(site: Site, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
     """The output of `site` by calling its modules, as its block's forward does; `factor`: that was drawn already."""
-    values = {0: x} if site.shape.program.inputs == 1 else {0: x, 1: residual}
-    return computed(site, values, draw(site, x) if factor is None else factor)[site.shape.program.output]
+    return computed(site, {0: x, 1: residual}, draw(site, x) if factor is None else factor)[site.shape.program.output]
 
 
 def computed(
@@ -47,11 +46,3 @@ def computed(
         clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
         values[value] = torch.relu_(y) if clamps else y
     return values
-
-
-def add(node: Addition, branch: Tensor, other: Tensor, factor: Tensor | None, inplace: bool) -> Tensor:
-    if node.sampled and factor is not None:
-        branch = branch * factor.to(branch.dtype).view(-1, 1, 1, 1)
-    if inplace:
-        return branch.add_(other)  # where the result is of another dtype or shape, this raises
-    return other + branch if node.other_first else branch + other

@@ -27,7 +27,7 @@ from ..steps.program import Call, Normalisation, Program
 from . import norms, proven
 from .runtime import run_site
 from .shape import Shape, remembered
-from .site import CHANGED, module_obstacle, sites_in, value_obstacle
+from .site import CHANGED, runnable
 
 
 class Kind(NamedTuple):
@@ -251,8 +251,6 @@ class FusedDenseBlock(densenet.DenseBlock):
         shapes = shapes_of(names, kind.layer[1], kind.relus, saves_of(self, kind))
         if not names or obstacle(self, densenet.DenseBlock, shapes[0]):
             return super().forward(x)
-        site = (sites_in(self, shapes) or [None])[0]
-        if site is None or module_obstacle(site) or value_obstacle(x, site):
-            return super().forward(x)
-        out = run_site(site, arrived(x))
+        site = runnable(self, shapes, x)
+        out = None if site is None else run_site(site, arrived(x))
         return super().forward(x) if out is None else left(out)

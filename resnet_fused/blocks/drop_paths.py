@@ -14,11 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import proven
-
-Tensor = torch.Tensor
 
 
 class Settings(NamedTuple):

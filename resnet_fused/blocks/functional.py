@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backends import current
 from ..plan import choose
@@ -14,7 +15,6 @@ from .kept_evaluation import evaluate, takes
 from .layers import pair
 from .runtime import needs_grad, train
 
-Tensor = torch.Tensor
 Pair = int | tuple[int, int]
 
 
@@ -74,13 +74,24 @@ def conv_bn_add_relu(
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     conv = Conv(pair(stride), pair(padding), pair(dilation), groups)
-    _check_vectors(weight.shape[0], running_mean, running_var, bn_weight, bn_bias, bias, training)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": bn_weight, "bias": bn_bias}
+    for name, vector in named.items():
+        if vector is not None and vector.shape != (weight.shape[0],):
+            raise RuntimeError(f"{name} should contain {weight.shape[0]} elements not {vector.numel()}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise RuntimeError(f"conv_bn_add_relu: bias has shape {list(bias.shape)}; pass [{weight.shape[0]}]")
     joins = {"residual": "" if residual is None else "tensor", "sampled": sample_factor is not None}
     program = residual_program([(conv, Norm(eps, momentum, training))], relu=relu, backend=current(), **joins)
     vectors = StepTensors(None, None, bn_weight, bn_bias, running_mean, running_var)
     tensors = [StepTensors(weight, bias), vectors, *[StepTensors(None)] * (residual is not None)]
     call = Call(program, x, tensors, residual, sample_factor)
-    shape = _checked_shape(call)
+    fits = weight.dim() == 4 and x.shape[1] == weight.shape[1] * groups
+    if not fits or x.dtype != weight.dtype or x.device != weight.device or x.numel() == 0:
+        shape = torch.conv2d(x, weight, bias, *conv.args).shape  # or its own error
+    else:
+        shape = call.shapes()[-1]
     if training and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
@@ -99,23 +110,3 @@ def conv_bn_add_relu(
     else:
         out = train(lower(call), call)
     return left(behind(out, arrived(x), [weight], relu))
-
-
-def _check_vectors(channels, running_mean, running_var, bn_weight, bn_bias, bias, training) -> None:
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError("Expected running_mean and running_var to be defined when training=False")
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": bn_weight, "bias": bn_bias}
-    for name, vector in named.items():
-        if vector is not None and vector.shape != (channels,):
-            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
-    if bias is not None and bias.shape != (channels,):
-        raise RuntimeError(f"conv_bn_add_relu: bias has shape {list(bias.shape)}; pass [{channels}]")
-
-
-def _checked_shape(call: Call) -> torch.Size:
-    """Shape of the convolution's output; where ``conv2d`` would refuse, its own error."""
-    x, (weight, bias, *_), conv = call.x, call.tensors[0], call.program.nodes[0].conv
-    fits = weight.dim() == 4 and x.shape[1] == weight.shape[1] * conv.groups
-    if not fits or x.dtype != weight.dtype or x.device != weight.device or x.numel() == 0:
-        return torch.conv2d(x, weight, bias, *conv.args).shape
-    return call.shapes()[-1]

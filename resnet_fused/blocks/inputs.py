@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-Tensor = torch.Tensor
+from ..plan.choose import setting
 
 
 def is_odd(t: Tensor) -> bool:
@@ -23,13 +22,12 @@ def is_odd(t: Tensor) -> bool:
 def is_plain(t: Tensor) -> bool:
     """Whether `t` is a tensor whose operations are PyTorch's own; in a graph, which knows no others, every one is."""
     cls = type(t)
-    if cls is nn.Parameter or cls is torch.Tensor or torch.compiler.is_compiling() or _is_tracing_tensor(t):
+    if cls is nn.Parameter or cls is Tensor or torch.compiler.is_compiling() or isinstance(t, _TRACING):
         return True
     return _settings.gathered and cls.__name__ == "DTensor"
 
 
-def _is_tracing_tensor(x: Tensor) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor | torch._subclasses.functional_tensor.FunctionalTensor)
+_TRACING = torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor
 
 
 class _Settings:
@@ -39,15 +37,10 @@ class _Settings:
 _settings = _Settings()
 
 
-@contextlib.contextmanager
-def as_gathered(model: nn.Module) -> Iterator[None]:
+def as_gathered(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within this, parameters that FSDP2 has sharded count as what they are within a call of `model`: plain tensors."""
     sharded = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
-    before, _settings.gathered = _settings.gathered, sharded
-    try:
-        yield
-    finally:
-        _settings.gathered = before
+    return setting(_settings, "gathered", sharded)
 
 
 def input_obstacle(x: object, weight: Tensor, channels: int | None) -> str:
@@ -57,7 +50,7 @@ def input_obstacle(x: object, weight: Tensor, channels: int | None) -> str:
     """
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "traced for a graph of stock operations"
-    if not isinstance(x, torch.Tensor) or x.is_nested or x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
         return "not a batch of images"
     if x.device.type not in ("cpu", "cuda"):
         return f"a tensor on {x.device.type}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import library
 from ..backends import bounds, onednn
@@ -19,16 +20,15 @@ from ..plan.keys import threads
 from ..plan.lower_evaluation import lower, takes
 from ..steps import folding
 from ..steps.conv import channels_last
-from ..steps.evaluation_flow import Evaluation, ForwardStep, Lowered
+from ..steps.evaluation_flow import Evaluation, Lowered
 from ..steps.evaluation_kinds import WinogradConvolution
 from ..steps.flow import Handed
 from ..steps.folding import Folded, fold
-from ..steps.program import Averaging, Call, Convolution, Program
+from ..steps.program import Averaging, Call, Convolution
 from ..steps.spec import StepTensors
 
 __all__ = ["evaluate", "repeatable", "run_steps", "takes"]
 
-Tensor = torch.Tensor
 Modules = Sequence[nn.Module | None]
 
 
@@ -88,18 +88,28 @@ def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, ha
     lowered, last = _steps_for(call, modules, dtype)
     if lowered is None:
         return None
-    if not lowered.folds or choose.on_gpu(call.x):
+    if not lowered.folded or choose.on_gpu(call.x):
         return run_steps(lowered, _cast(call, dtype), last is not None, handed)
-    if last is not None:
-        return _packed_output(call, lowered, modules, last, handed)
-    made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
-    return lowered.run(Evaluation(call, _inputs(call)), made)
+    inputs = _inputs(call)
+    if last is None:
+        made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
+        return lowered.run(Evaluation(call, inputs), made)
+    made = _packed(call, lowered, modules, last)
+    if made is None:  # there, folding is not the same
+        return None
+    e = Evaluation(call, inputs, call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack())
+    e.owned, e.into = handed.owned, handed.into
+    with bounds.private():
+        bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
+        e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)
+        out = lowered.run(e, made)
+        return bounds.remember(out, e.bounds[-1]) if e.direct else out
 
 
 def repeatable(call: Call, modules: Modules, dtype: torch.dtype | None) -> Lowered | None:
     """The steps of a call if nothing is made of its parameters that is kept, so that :func:`run_steps` is all of it."""
     lowered, last = _steps_for(call, modules, dtype)
-    plain = lowered is not None and (choose.on_gpu(call.x) or (not lowered.folds and last is not None))
+    plain = lowered is not None and (choose.on_gpu(call.x) or (not lowered.folded and last is not None))
     return lowered if plain else None
 
 
@@ -127,10 +137,11 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     """The steps of a call, kept by `module` for all that they depend on; None: stock's."""
     if module is None or type(call.x) is not Tensor or torch.compiler.is_compiling() or choose.is_asked():
         return lower(call)
+    residual = None if call.residual is None else call.residual.shape
     weights = [(own.weight.shape, own.bias is None) for own in call.tensors if own.weight is not None]
     dtypes = [t.dtype for own in call.tensors for t in own[:6] if t is not None]
     settings = call.program.precision, choose.fuses_all(), threads(), judge.count_of_changes()
-    key = *_shapes(call), call.x.dtype, call.x.device, *settings, *weights, *dtypes
+    key = call.x.shape, residual, call.x.dtype, call.x.device, *settings, *weights, *dtypes
     kept = _lowered.setdefault(module, {})
     program, lowered = kept.get(key, (None, None))
     if program != call.program:
@@ -139,10 +150,6 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
         lowered = lower(call)
         kept[key] = call.program, lowered
     return lowered
-
-
-def _shapes(call: Call) -> tuple[torch.Size, torch.Size | None]:
-    return call.x.shape, None if call.residual is None else call.residual.shape
 
 
 def _can_pack(call: Call, dtype: torch.dtype | None) -> bool:
@@ -159,7 +166,8 @@ def _can_pack(call: Call, dtype: torch.dtype | None) -> bool:
 def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> list[Folded | None] | None:
     """What the steps of a call are made from; None, where one may overflow."""
     positions = [t for node in lowered.folded for t in _of_node(call.tensors[node])]
-    case = (*_shapes(call), call.x.dtype, threads(), lowered)
+    residual = None if call.residual is None else call.residual.shape
+    case = (call.x.shape, residual, call.x.dtype, threads(), lowered)
     places = [
         t if t is None else (id(t), -1 if t.is_inference() else t._version, t.data_ptr(), t.dtype, t.shape, t.stride())
         for t in positions
@@ -180,7 +188,14 @@ def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> 
 
 def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: list[int]) -> list[Folded | None] | None:
     """What each step is made from, kept or made now; None where one may overflow."""
-    shapes, keys, first, found = call.shapes(), _keys(call, lowered, places, sums), call.program.inputs, []
+    shapes, first, found = call.shapes(), call.program.inputs, []
+    # Of each node, what a part of it is made from: settings, and place and content of each tensor (or None). The
+    # content is that of the memory, in its own order, so that shape and strides belong to it.
+    content, keys = iter(sums), {}
+    contents = iter([place if place is None else (place, next(content)) for place in places])
+    for index in lowered.folded:
+        node, count = call.program.nodes[index], len(_of_node(call.tensors[index]))
+        keys[index] = (node.conv if isinstance(node, Convolution) else node.norm, *itertools.islice(contents, count))
     for step in lowered.steps:
         if step.part is None:
             found.append(None)
@@ -188,17 +203,11 @@ def _made(call: Call, lowered: Lowered, modules: Modules, places: list, sums: li
         nodes = [value - first for value in step.part if value is not None]
         key = tuple(keys[node] for node in nodes)
         outputs = step.outputs if isinstance(step, WinogradConvolution) else None
-        read = _read_by(call.program, step, shapes)
+        read = shapes[step.source]
+        if isinstance(call.program.maker(step.value), Averaging):  # which has made it smaller
+            read = torch.Size((*read[:2], *shapes[step.value][2:]))
         found.append(folding.packed(modules[nodes[-1]], call, step.part, key, read, outputs))
     return None if any(one is not None and one.enlarges + one.bound == math.inf for one in found) else found
-
-
-def _read_by(program: Program, step: ForwardStep, shapes: list[torch.Size]) -> torch.Size:
-    """The shape of what a step reads, which an average behind it has made smaller."""
-    shape = shapes[step.source]
-    if isinstance(program.maker(step.value), Averaging):
-        return torch.Size((*shape[:2], *shapes[step.value][2:]))
-    return shape
 
 
 def _of_node(own: StepTensors) -> tuple[Tensor | None, ...]:
@@ -206,35 +215,5 @@ def _of_node(own: StepTensors) -> tuple[Tensor | None, ...]:
     return own[2:6] if own.weight is None else own[:2]
 
 
-def _keys(call: Call, lowered: Lowered, places: list[tuple | None], sums: list[int]) -> dict[int, tuple]:
-    """Of each node, what a part of it is made from: settings, and place and content of each tensor (or None).
-
-    The content is that of the memory, in its own order, so that shape and strides belong to it.
-    """
-    content = iter(sums)
-    contents = [place if place is None else (place, next(content)) for place in places]
-    found, at = {}, 0
-    for index in lowered.folded:
-        node, count = call.program.nodes[index], len(_of_node(call.tensors[index]))
-        settings = node.conv if isinstance(node, Convolution) else node.norm
-        found[index] = (settings, *contents[at : at + count])
-        at += count
-    return found
-
-
 def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-
-
-def _packed_output(call: Call, lowered: Lowered, modules: Modules, last: nn.Module, handed: Handed) -> Tensor | None:
-    made = _packed(call, lowered, modules, last)
-    if made is None:  # there, folding is not the same
-        return None
-    inputs = _inputs(call)
-    e = Evaluation(call, inputs, call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack())
-    e.owned, e.into = handed.owned, handed.into
-    with bounds.private():
-        bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
-        e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)
-        out = lowered.run(e, made)
-        return bounds.remember(out, e.bounds[-1]) if e.direct else out

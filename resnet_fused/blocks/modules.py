@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..models.resnet import BasicBlock, Bottleneck
 from .runtime import run_as_stock
 from .shape import Shape, remembered, residual_shape
-from .site import Site, module_obstacle, sites_in, value_obstacle
+from .site import runnable
 
 
 @remembered
@@ -15,12 +15,6 @@ def _shapes(names: tuple, shortcut: tuple | None, bypassed: tuple, residual: str
     """The shape of a block of these modules; `add`: as its own forward writes it."""
     options = {"bypassed": bypassed, "residual": residual, "relu": relu, "inplace_add": add == "+="}
     return (residual_shape(names, shortcut, **options),)
-
-
-def _runnable(block: nn.Module, shapes: tuple[Shape], x: Tensor) -> Site | None:
-    """The site that stands in for the modules of `block` on `x`; None where they are to be called."""
-    site = (sites_in(block, shapes) or [None])[0]
-    return site if site is not None and not module_obstacle(site) and not value_obstacle(x, site) else None
 
 
 class FusedConvBNReLU(nn.Module):
@@ -60,7 +54,7 @@ class FusedConvBNReLU(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         kind, clamps = type(self.relu).__name__, isinstance(self.relu, nn.ReLU)
         shapes = _shapes((("conv", "bn"),), None, (("relu", kind),), "" if residual is None else "tensor", clamps, "+")
-        site = _runnable(self, shapes, x)
+        site = runnable(self, shapes, x)
         if site is not None:
             return run_as_stock(site, x, residual)
         y = self.bn(self.conv(x))
@@ -82,7 +76,7 @@ class FusedResidualBlock(nn.Module):
             if type(projection) is nn.Sequential and len(projection) == 2 and isinstance(projection[0], nn.Conv2d):
                 names = [f"downsample.{name}" for name in projection._modules]
                 shortcut, residual, bypassed = tuple(names), "", (*bypassed, ("downsample", "Sequential"))
-        site = _runnable(self, _shapes(self._steps, shortcut, bypassed, residual, True, "+="), x)
+        site = runnable(self, _shapes(self._steps, shortcut, bypassed, residual, True, "+="), x)
         if site is None:
             return super().forward(x)
         return run_as_stock(site, x, projection(x) if residual == "tensor" else None)

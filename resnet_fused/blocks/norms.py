@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..steps import Norm
 from . import proven
-
-Tensor = torch.Tensor
 
 
 def is_frozen_class(module: nn.Module) -> bool:

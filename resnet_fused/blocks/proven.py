@@ -138,13 +138,6 @@ def functions_exchanged() -> bool:
     return _EXCHANGED_BEFORE or exchanged(_CALLERS) or exchanged(_FUNCTIONS)
 
 
-def _called_by(forward: types.FunctionType) -> list[tuple[dict, str, types.FunctionType]]:
-    """The functions among the globals that `forward` reads: where each is found, its name there, what it is."""
-    places = forward.__globals__
-    named = [name for name in forward.__code__.co_names if isinstance(places.get(name), types.FunctionType)]
-    return [(places, name, places[name]) for name in named]
-
-
 def _look_at(cls: type, base: type | None) -> str:
     """Why instances of `cls`, met for the first time, may not run as `base`, or as the class of that name."""
     if torch.compiler.is_compiling():
@@ -158,7 +151,9 @@ def _look_at(cls: type, base: type | None) -> str:
             return f"{cls.__name__} is called in its own way"
         known = _Known(cls, *DENSE_LAYERS.get(own_kind(cls), ()))
         if own_kind(cls) in DROP_PATHS:
-            known.called = tuple(_called_by(forward))
+            places = forward.__globals__
+            names = [name for name in forward.__code__.co_names if isinstance(places.get(name), types.FunctionType)]
+            known.called = tuple((places, name, places[name]) for name in names)
             for _, name, function in known.called:
                 if (function.__module__, function.__qualname__) != (cls.__module__, name):
                     return f"{name}, which {cls.__name__} calls, was replaced"
@@ -172,15 +167,9 @@ def _look_at(cls: type, base: type | None) -> str:
     return ""
 
 
-def methods_of(cls: type) -> tuple[tuple[str, object], ...]:
-    """The methods of a known class that a call goes through, as they were at import or when it was looked at."""
-    known = _KNOWN.get(cls) or _looked_at.get(cls)
-    return (("forward", None), ("__call__", None)) if known is None else known.methods
-
-
-def called_by(cls: type) -> tuple[tuple[dict, str, object], ...]:
-    """The functions that the forward of a drop path of this class calls: where each is found, its name, what it was."""
-    return _looked_at[cls].called if cls in _looked_at else ()
+def known(cls: type) -> _Known:
+    """What was found of a class at import, or when it was looked at."""
+    return _KNOWN.get(cls) or _looked_at[cls]
 
 
 def why_changed(module: nn.Module, base: type | None = None) -> str:
@@ -193,10 +182,9 @@ def why_changed(module: nn.Module, base: type | None = None) -> str:
     if known is None:
         if base is not None and base not in _KNOWN:
             return f"{base.__name__}.forward was not PyTorch's own at import"
-        if (base is None and kind(module) not in _FOREIGN) or (base is not None and base not in _PROTECTED):
+        is_one = kind(module) in _FOREIGN if base is None else base in _PROTECTED and issubclass(cls, base)
+        if not is_one:
             return f"{cls.__name__} is not {'known' if base is None else base.__name__}"
-        if base is not None and not issubclass(cls, base):
-            return f"{cls.__name__} is not {base.__name__}"
         reason = _look_at(cls, base)
         if reason:
             return reason

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import bounds, dispatch, met, tape
 from ..ops import stat_dtype
@@ -26,7 +27,6 @@ from .kept_evaluation import repeatable, run_steps
 from .site import Site
 from .unchanged import is_wrapper
 
-Tensor = torch.Tensor
 KEPT = 64  # forms of one site: image sizes, dtypes
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import bounds, current, precision
@@ -20,15 +21,14 @@ from ..steps import Pool, StepTensors, stock
 from ..steps.directions import Lowered
 from ..steps.flow import Handed
 from ..steps.layout import Placed, arrived, behind, left
-from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program import Addition, Averaging, Call, Convolution, Normalisation, Pooling, Program, reading
 from ..steps.program_node import RepeatedProgram, run_program
 from ..steps.saved import refuses_inference_tensors
 from . import drop_paths, ready, survivors
-from .by_modules import add, called, draw
+from .by_modules import called, draw
 from .kept_evaluation import evaluate, takes
 from .site import Site
 
-Tensor = torch.Tensor
 KEPT = 64  # settings, and ways to run, that are kept of one site: image sizes, dtypes
 
 
@@ -157,7 +157,9 @@ def _output(
     last = call.program.nodes[-1]
     apart = isinstance(last, Pooling) and not (last.pool and _pools(call, last.pool))
     shapes = None if apart else call.shapes()
-    if _adds_outside(call.program) and not _joins(call, given, shapes):
+    outside = call.program.inputs > 1 and isinstance(last, Addition)
+    to_conv = outside and isinstance(call.program.maker(last.branch), Convolution)  # which is no program by itself
+    if to_conv and not _joins(call, given, shapes):
         return None
     if apart or (_may_stand_apart(call.program) and not _joins(call, given, shapes)):
         out = _output(site, _before_last(call), given, dtype)
@@ -191,12 +193,6 @@ def _may_stand_apart(program: Program) -> bool:
     return adds_input and last.branch == program.output - 1 and program.is_affine(last.branch)
 
 
-def _adds_outside(program: Program) -> bool:
-    """Whether the last node adds a residual from outside to a convolution, which is no program by itself."""
-    last = program.nodes[-1]
-    return program.inputs > 1 and isinstance(last, Addition) and isinstance(program.maker(last.branch), Convolution)
-
-
 def _joins(call: Call, given: Tensor, shapes: list[torch.Size]) -> bool:
     """Whether the input that the last node adds has its branch's shape and dtype."""
     last = call.program.nodes[-1]
@@ -211,15 +207,9 @@ def _before_last(call: Call) -> Call:
     if isinstance(program.nodes[-1], Addition):
         nodes = (*nodes[:-1], dataclasses.replace(nodes[-1], sampled=program.nodes[-1].sampled))
         if program.inputs > 1:
-            nodes = tuple(map(_without_residual, nodes))
+            nodes = tuple(reading(node, [max(0, read - 1) for read in node.reads]) for node in nodes)
     program = dataclasses.replace(program, nodes=nodes, inputs=1)
     return call._replace(program=program, tensors=call.tensors[:-1], residual=None)
-
-
-def _without_residual(node: Node) -> Node:
-    """A node as it is where value 1 does not come from outside."""
-    fields = ("branch", "other") if isinstance(node, Addition) else ("source",)
-    return dataclasses.replace(node, **{name: max(0, getattr(node, name) - 1) for name in fields})
 
 
 def _last(site: Site, call: Call, given: Tensor, y: Tensor) -> Tensor:
@@ -227,7 +217,7 @@ def _last(site: Site, call: Call, given: Tensor, y: Tensor) -> Tensor:
     last = call.program.nodes[-1]
     if isinstance(last, Pooling):
         return site.modules[-1](y)
-    y = add(last, y, call.residual if last.other else given, None, site.shape.inplace_add)
+    y = stock.add(last, y, call.residual if last.other else given, None, site.shape.inplace_add)
     return torch.relu(y) if last.relu else y
 
 

@@ -11,27 +11,15 @@ import dataclasses
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..steps import Average, Conv, Norm, Pool, StepTensors
 from ..steps.program import Addition, Averaging, Concatenation, Convolution, Node, Normalisation, Pooling
-from . import norms, proven
+from . import layers, norms, proven
 from .inputs import input_obstacle, is_odd, is_plain
-from .layers import (
-    average_geometry,
-    conv_geometry,
-    globally_hooked,
-    hooked,
-    pool_geometry,
-    why_not_average,
-    why_not_conv,
-    why_not_passed,
-    why_not_pool,
-)
 from .shape import Shape
 from .unchanged import Unchanged
 
-Tensor = torch.Tensor
 KEPT = 8  # shapes of one block whose modules are kept
 CHANGED = "was changed after fuse(); call fuse() again"
 
@@ -65,14 +53,11 @@ class Site:
         self.nodes = [(node, module) for node, module in self.pairs if module is not None]
         self.convolutions = [module for node, module in self.nodes if isinstance(node, Convolution)]
         self.norms = [module for node, module in self.nodes if isinstance(node, Normalisation)]
-        self._first = next((node, module) for node, module in self.nodes if self._reads_input(node))
-
-    def _reads_input(self, node: Node) -> bool:
-        """Whether a convolution or norm reads the input, or averages of it, which have as many channels."""
-        program = self.shape.program
-        averages = [value for value in program.readers(0) if isinstance(program.maker(value), Averaging)]
-        weighs = isinstance(node, Convolution | Normalisation)
-        return weighs and not {0, *averages}.isdisjoint(node.reads)
+        # Who reads the input, or averages of it, which have as many channels.
+        program, weighs = self.shape.program, Convolution | Normalisation
+        entering = {0, *(value for value in program.readers(0) if isinstance(program.maker(value), Averaging))}
+        first = (pair for pair in self.nodes if isinstance(pair[0], weighs) and not entering.isdisjoint(pair[0].reads))
+        self._first = next(first)
 
     @property
     def channels(self) -> int:
@@ -86,7 +71,7 @@ class Site:
 
     def settings(self) -> tuple[Conv | Norm | Pool | Average | None, ...]:
         """What each node's module is set to now."""
-        return tuple(None if module is None else _READ[type(node)](module) for node, module in self.pairs)
+        return tuple(None if module is None else _READ[type(node)][1](module) for node, module in self.pairs)
 
     def tensors(self) -> list[StepTensors]:
         """The tensors of each node."""
@@ -101,11 +86,12 @@ class Site:
         return found
 
 
+#: Why a node's module must be called, and what it is set to.
 _READ = {
-    Convolution: conv_geometry,
-    Normalisation: norms.settings,
-    Pooling: pool_geometry,
-    Averaging: average_geometry,
+    Convolution: (layers.why_not_conv, layers.conv_geometry),
+    Normalisation: (lambda module: norms.why_not(module) or norms.obstacle(module), norms.settings),
+    Pooling: (layers.why_not_pool, layers.pool_geometry),
+    Averaging: (layers.why_not_average, layers.average_geometry),
 }
 
 
@@ -122,11 +108,10 @@ def find(block: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
-def _site(block: nn.Module, shape: Shape, backend: str, precision: str, survivors: bool) -> Site:
-    modules = tuple(find(block, name) if name else None for name in shape.names)
-    bypassed = tuple(find(block, name) for name, _ in shape.bypassed)
-    kept = None if torch.compiler.is_compiling() else Kept()
-    return Site(shape, modules, bypassed, backend, precision, kept, survivors)
+def runnable(block: nn.Module, shapes: tuple[Shape], x: object) -> Site | None:
+    """The site of the only one of `shapes`, of a module built fused; None where its modules are to be called on `x`."""
+    site = (sites_in(block, shapes) or [None])[0]
+    return site if site is not None and not module_obstacle(site) and not value_obstacle(x, site) else None
 
 
 #: Of each block, by the ids of their shapes: these, the names of what holds modules, whom they held, the sites.
@@ -151,9 +136,12 @@ def sites_in(
     if known and known[0] is shapes and known[2] == _children(block, known[1], settings):
         return known[3]
     wanted = (*names, *(name for shape in shapes for name in shape.modules))
-    sites = None
-    if all(find(block, name) is not None for name in wanted):
-        sites = [_site(block, shape, *settings) for shape in shapes]
+    sites = [] if all(find(block, name) is not None for name in wanted) else None
+    for shape in shapes if sites is not None else ():
+        modules = tuple(find(block, name) if name else None for name in shape.names)
+        bypassed = tuple(find(block, name) for name, _ in shape.bypassed)
+        kept = None if looked is None else Kept()
+        sites.append(Site(shape, modules, bypassed, backend, precision, kept, survivors))
     if looked is not None:
         if len(looked) >= KEPT:  # of forms that nobody has any more
             looked.clear()
@@ -172,29 +160,28 @@ def _children(block: nn.Module, parents: tuple[str, ...], settings: tuple) -> li
 
 def module_obstacle(site: Site) -> str:
     """Why the modules of `site` must be called one by one; empty if they may be bypassed."""
-    if globally_hooked():
+    if layers.globally_hooked():
         return "global module hooks"
     if proven.functions_exchanged():
         return "a function of torch that the modules call was replaced"
-    kept, known = site.kept, None
-    if kept is not None and not torch.compiler.is_compiling():
-        if kept.unchanged and kept.unchanged.holds():
-            return ""
-        if kept.unchanged is not False:
-            known = Unchanged([module for _, module in site.nodes], site.bypassed)
+    kept = None if torch.compiler.is_compiling() else site.kept
+    if kept is not None and kept.unchanged and kept.unchanged.holds():
+        return ""
     reason = _obstacle_read(site)
-    if known is not None and not reason and known.is_plain():
-        kept.unchanged = known if known.is_complete() else False
+    if kept is not None and kept.unchanged is not False and not reason:
+        known = Unchanged([module for _, module in site.nodes], site.bypassed)
+        if known.is_plain():
+            kept.unchanged = known if known.is_complete() else False
     return reason
 
 
 def _obstacle_read(site: Site) -> str:
     """:func:`module_obstacle` by reading every module."""
     for node, module in site.nodes:
-        reason = _why_not(node, module)
+        reason = _READ[type(node)][0](module)
         if reason:
             return reason
-        if hooked(module):
+        if layers.hooked(module):
             return "hooks on a convolution, batch norm or pool"
         act = norms.activation_of(module) if isinstance(node, Normalisation) else None
         if act is not None and all(act is not other for other in site.bypassed):
@@ -202,18 +189,10 @@ def _obstacle_read(site: Site) -> str:
     for (name, kind), module in zip(site.shape.bypassed, site.bypassed, strict=True):
         if type(module).__name__ != kind:
             return f"{name} {CHANGED}"
-        reason = why_not_passed(module)
-        if reason or hooked(module):
+        reason = layers.why_not_passed(module)
+        if reason or layers.hooked(module):
             return reason or "hooks on an activation or shortcut"
     return _tensor_obstacle(site)
-
-
-def _why_not(node: Node, module: nn.Module) -> str:
-    if isinstance(node, Convolution):
-        return why_not_conv(module)
-    if isinstance(node, Normalisation):
-        return norms.why_not(module) or norms.obstacle(module)
-    return why_not_average(module) if isinstance(node, Averaging) else why_not_pool(module)
 
 
 def _tensor_obstacle(site: Site) -> str:

@@ -15,24 +15,17 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..plan.lower import obstacle
 from ..steps.layout import Placed, arrived, behind, left, suggests_channels_last, worked_on
-from ..steps.program import Addition, Node, Program
+from ..steps.program import Addition, Program, reading
 from .by_modules import computed
 from .shape import Shape
 from .site import Kept, Site
 
-Tensor = torch.Tensor
 #: The words of ``fuse(model, drop_path=...)``: which samples a branch runs on.
 WORDS = ("all", "survivors")
-
-
-def check_word(word: str) -> str:
-    """Return `word` if it names samples that a branch may run on; else raise ValueError that lists what is accepted."""
-    if word not in WORDS:
-        raise ValueError(f"unknown drop_path {word!r}; pass one of {', '.join(map(repr, WORDS))}")
-    return word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +56,8 @@ def _find(site: Site) -> Parts | None:
         return None
     source = sources.pop()
     numbers = {source: 0, **{value: number for number, value in enumerate(inside, 2)}}
-    nodes = [_renumbered(program.maker(value), numbers) for value in inside[:-1]]
+    made = map(program.maker, inside[:-1])
+    nodes = [reading(node, [numbers[read] for read in node.reads]) for node in made]
     nodes.append(dataclasses.replace(last, branch=numbers[last.branch], other=1))
     places = [value - program.inputs for value in inside]
     found = dataclasses.replace(program, nodes=tuple(nodes), inputs=2)
@@ -84,11 +78,6 @@ def _needed(program: Program, value: int) -> tuple[int, ...]:
             needed.add(value)
             todo += program.maker(value).reads
     return tuple(sorted(needed))
-
-
-def _renumbered(node: Node, numbers: dict[int, int]) -> Node:
-    fields = ("branch", "other") if isinstance(node, Addition) else ("source",)
-    return dataclasses.replace(node, **{name: numbers[getattr(node, name)] for name in fields})
 
 
 class _Gather(torch.autograd.Function):
@@ -159,10 +148,14 @@ def output(site: Site, parts: Parts, x: Placed, residual: Tensor | None, factor:
     """
     program = site.shape.program
     last = program.nodes[-1]
-    values = _shortcut(site, parts, left(x), residual)
+    inputs = [left(x)] + [residual] * (residual is not None)
+    values = {value: worked_on(t, suggests_channels_last(t)) for value, t in enumerate(inputs)}
+    values = computed(site, values, only=parts.shortcut)
     other, index = values[last.other], factor.nonzero().flatten()
     if index.numel() == 0:
-        out = _alone(other, last, factor, site.shape.inplace_add)
+        # as it is with a branch, whose dtype the factor has
+        dtype = factor.dtype if site.shape.inplace_add else torch.promote_types(factor.dtype, other.dtype)
+        out = torch.relu(other.to(dtype)) if last.relu else other.to(dtype, copy=True)  # which somebody may write to
         own = [p for module in parts.branch.modules if module is not None for p in module.parameters()]
         out = _Nobody.apply(out, *own)
     else:
@@ -178,17 +171,3 @@ def output(site: Site, parts: Parts, x: Placed, residual: Tensor | None, factor:
             rest = rest.expand(rest.shape[0], *made.shape[1:])
         out = _Scatter.apply(rest.to(made.dtype), made, index, last.relu)
     return behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
-
-
-def _shortcut(site: Site, parts: Parts, x: Tensor, residual: Tensor | None) -> dict[int, Tensor]:
-    """The inputs, and what the shortcut's modules make of all samples, by value."""
-    values = {0: worked_on(x, suggests_channels_last(x))}
-    if residual is not None:
-        values[1] = worked_on(residual, suggests_channels_last(residual))
-    return computed(site, values, only=parts.shortcut)
-
-
-def _alone(other: Tensor, last: Addition, factor: Tensor, inplace: bool) -> Tensor:
-    """The sum without its branch, in the dtype that it has with it; `factor` has the branch's."""
-    dtype = factor.dtype if inplace else torch.promote_types(factor.dtype, other.dtype)
-    return torch.relu(other.to(dtype)) if last.relu else other.to(dtype, copy=True)  # which somebody may write to

@@ -72,10 +72,10 @@ class _Class:
     """The methods that a call of a class goes through, and how many attributes its bases have."""
 
     def __init__(self, cls: type) -> None:
-        known = proven.methods_of(cls)
+        known = proven.known(cls)
         self.cls, self.bases = cls, [base.__dict__ for base in cls.__mro__]
-        self.get, self.methods = operator.attrgetter(*(name for name, _ in known)), [method for _, method in known]
-        self.counts, self.called = [*map(len, self.bases)], proven.called_by(cls)
+        self.get, self.methods = operator.attrgetter(*dict(known.methods)), [method for _, method in known.methods]
+        self.counts, self.called = [*map(len, self.bases)], known.called
 
     def holds(self) -> bool:
         for place, name, function in self.called:

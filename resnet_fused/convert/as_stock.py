@@ -74,7 +74,7 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
     """All that decides whether the plan leaves a call to stock; None where it must be asked."""
     if choose.is_directed() or not x.is_cpu:
         return None
-    wanting = kept.parameters if torch.is_grad_enabled() else ()
+    wanting, state = kept.parameters if torch.is_grad_enabled() else (), module.__dict__.get(STATE)
     return (
         part,
         x.shape,
@@ -83,19 +83,14 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         current(),
-        *_fused_for(module),
+        getattr(state, "backend", ""),
+        precision.of(getattr(state, "precision", "default")),
         keys.threads(),
         measured.changes(),
         module.training,
         *[bool(norm.training) for norm in kept.norms],
         *[getattr(own.get("weight"), "requires_grad", False) for own in wanting],
     )
-
-
-def _fused_for(module: nn.Module) -> tuple:
-    """The backend of a fused module, and how exact it is to be now."""
-    state = module.__dict__.get(STATE)
-    return getattr(state, "backend", ""), precision.of(getattr(state, "precision", "default"))
 
 
 def fused_so_far() -> int:

@@ -9,10 +9,11 @@ from torch import nn
 
 from ..backends import check_name
 from ..backends.precision import check_word
-from ..blocks import norms, survivors
-from . import dense, swap
+from ..blocks import dense, norms, survivors
+from ..steps.dense import CHECKPOINTED, KEPT, RECOMPUTED
+from . import swap
 from .fused_module import FusedState, fused_class
-from .instructions import Form
+from .instructions import Form, Ref, ShapeCall
 from .outside import read_by
 from .regions import build
 from .report import BUILT_FUSED, Report, complaint, is_fused_here, outermost, survey
@@ -20,14 +21,20 @@ from .stage import fuse_stage
 from .stem import fuse_stem
 from .trace import Untraceable, fingerprint, names_read, state_of, trace
 
+PREFERENCES = {"speed": KEPT, "memory": RECOMPUTED}
 FilterFn = Callable[[str, nn.Module], bool]
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether `module`, fused or not, is of a class that is known as a dense block."""
+    return dense.kind_of(swap.stock_class(module)) is not None
 
 
 def _is_candidate(module: nn.Module) -> bool:
     """Whether `fuse` looks at a module, again if it is fused."""
     if is_fused_here(module):
         return not isinstance(module, BUILT_FUSED)
-    return dense.is_block(module) or any(
+    return _is_dense(module) or any(
         isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children()
     )
 
@@ -79,8 +86,8 @@ def fuse(
         raise TypeError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
     check_name(backend)
     check_word("default" if precision is None else precision)
-    survivors.check_word("all" if drop_path is None else drop_path)
-    dense.check_preference(prefer)
+    check_word("all" if drop_path is None else drop_path, survivors.WORDS, "drop_path")
+    check_word("speed" if prefer is None else prefer, PREFERENCES, "preference")
     left: dict[int, str] = {}  # module -> why nothing of it was fused
     left_out: set[str] = set()
     for name, module in outermost(model):
@@ -109,8 +116,8 @@ def _forms(module: nn.Module, prefer: str | None = None) -> tuple[tuple[Form, ..
     Raises:
         Untraceable: as nothing of ours, or nobody can tell.
     """
-    if dense.is_block(module):
-        return (dense.form(module, prefer),), []
+    if _is_dense(module):
+        return (_dense_form(module, prefer),), []
     graph = trace(module, swap.stock_class(module))
     form, reasons = build(module, graph)
     quiet, _ = build(module, graph, quiet=True)
@@ -119,6 +126,24 @@ def _forms(module: nn.Module, prefer: str | None = None) -> tuple[tuple[Form, ..
     if not forms:
         raise Untraceable("; ".join(reasons))
     return forms, reasons
+
+
+def _dense_form(module: nn.Module, prefer: str | None) -> Form:
+    """The form of a dense block. `prefer`: None, as it is fused now, else speed.
+
+    Raises:
+        Untraceable: it is not what others of its class are.
+    """
+    cls = swap.stock_class(module)
+    if reason := dense.why_not(module, cls):
+        raise Untraceable(reason)
+    kind, before = dense.kind_of(cls), module.__dict__.get(swap.STATE)
+    otherwise = PREFERENCES[prefer or "speed"]
+    if prefer is None and before is not None and before.forms[0].shapes[0].program.dense != CHECKPOINTED:
+        otherwise = before.forms[0].shapes[0].program.dense
+    saves = dense.saves_of(module, kind, otherwise)
+    (shape,) = dense.shapes_of(tuple(module._modules), kind.layer[1], kind.relus, saves)
+    return Form((ShapeCall(shape, ("x",), "out"),), "x", Ref("out"), (), (), tuple(shape.modules))
 
 
 def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path: str | None, prefer: str | None) -> str:
@@ -140,7 +165,7 @@ def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path:
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )
-    return swap.put(module, dense.fused_class if forms[0].is_dense else fused_class, state)
+    return swap.put(module, fused_class, state)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

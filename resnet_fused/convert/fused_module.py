@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import current
-from ..blocks import drop_paths, proven, runtime
+from ..blocks import dense, drop_paths, proven, runtime
 from ..blocks.by_modules import called
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
+from ..plan.choose import setting
 from ..steps.gate import Gated
 from ..steps.layout import Placed, arrived, left
 from . import as_stock, gates, swap
@@ -30,8 +31,6 @@ from .order import module_effect
 from .outside import Outside, globals_reader
 from .swap import STATE
 from .trace import fingerprint, value_of
-
-Tensor = torch.Tensor
 
 
 class _Settings:
@@ -43,14 +42,9 @@ class _Settings:
 _settings = _Settings()
 
 
-@contextlib.contextmanager
-def stock_forward() -> Iterator[None]:
+def stock_forward() -> contextlib.AbstractContextManager[None]:
     """Run every fused module's stock forward within a ``with`` block: how to compare without a second model."""
-    before, _settings.stock = _settings.stock, True
-    try:
-        yield
-    finally:
-        _settings.stock = before
+    return setting(_settings, "stock", True)
 
 
 def is_stock_forced() -> bool:
@@ -128,7 +122,7 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
     form = next((form for form in state.forms if are_quiet(block, form.quiet)), None)
     if form is None:
         return None, "a dropout that draws, around which nothing is fused"
-    if reason := block._resnet_fused_obstacle(form):
+    if form.shapes[0].program.dense and (reason := dense.obstacle(block, swap.stock_class(block), form.shapes[0])):
         return None, reason
     sites = sites_in(block, form.shapes, state.backend, form.modules, state.precision, state.drop_path == "survivors")
     reason = _form_obstacle(block, form, sites)
@@ -269,10 +263,6 @@ class FusedModule(swap.Swapped):
 
     def forward(self, x):
         return left(run_block(self, x, super().forward))
-
-    def _resnet_fused_obstacle(self, form: Form) -> str:
-        """Why the forward, where nothing of it was changed, does not do what `form` does."""
-        return ""
 
 
 def is_entered(block: nn.Module) -> bool:

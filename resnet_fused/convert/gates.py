@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..blocks import drop_paths, proven
 from ..blocks.inputs import is_plain
@@ -25,8 +25,6 @@ from .instructions import Form, GateCall, GatedSum, StockCall, plain
 from .outside import called, globals_reader, read_by
 from .swap import is_subclassed, stock_class
 from .trace import Untraceable, fingerprint, names_read, state_of, trace, value_of
-
-Tensor = torch.Tensor
 
 
 class _Class(NamedTuple):
@@ -69,10 +67,6 @@ def _pools(module: nn.Module | None) -> bool:
     return module.output_size in (1, (1, 1)) and not hooked(module)
 
 
-def _is_shape(node: fx.Node) -> bool:
-    return called(node) == "size" or (called(node) == "getattr" and node.args[1] == "shape")
-
-
 def _factor(product: object, source: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     """What `source` is multiplied by, and the ``expand_as`` of it, if there is one: it does nothing more."""
     if not isinstance(product, fx.Node) or called(product) != "mul" or len(product.args) != 2 or product.kwargs:
@@ -95,7 +89,8 @@ def _parts(module: nn.Module, graph: fx.Graph) -> tuple[fx.Node, fx.Node, list[f
     if (found := _factor(product, source)) is None:
         raise Untraceable("its forward does not end in its input times a factor")
     factor, expanded = found
-    means = [node for node in source.users if node not in (product, expanded) and not _is_shape(node)]
+    sizes = [n for n in source.users if called(n) == "size" or (called(n) == "getattr" and n.args[1] == "shape")]
+    means = [node for node in source.users if node not in (product, expanded, *sizes)]
     if len(means) != 1 or not _is_mean(module, means[0]):
         raise Untraceable("its forward reads more of its input than one mean over all pixels")
     return means[0], factor, [node for node in nodes if node not in (product, expanded, means[0])]
@@ -160,7 +155,10 @@ def run(block: nn.Module, call: GateCall, y: object, backend: str, run_stock: Ca
     """
     made = isinstance(y, Placed)  # by a program: stock modules may have hooks that keep what they return
     y = y if made else arrived(y) if isinstance(y, Tensor) else None
-    if y is None or not _fits(y.value) or obstacle(block, call):
+    images = y is not None and is_plain(y.value) and y.value.dim() == 4 and y.value.is_floating_point()
+    if not images or y.value.numel() == 0 or not y.value.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if obstacle(block, call):
         return None
     if reason := gates.obstacle(y.value, backend):
         choose.tell(f"{call.stock.target}: stock ({reason})")
@@ -181,11 +179,6 @@ def run(block: nn.Module, call: GateCall, y: object, backend: str, run_stock: Ca
         return left(Gated(y, link, ones, backend).written()) * factor
     gated = Gated(y, link, factor.reshape(n, c).to(stat_dtype(mean.dtype)).contiguous(), backend, made)
     return gated if call.summed else gated.written()
-
-
-def _fits(y: Tensor) -> bool:
-    images = is_plain(y) and y.dim() == 4 and y.is_floating_point() and y.numel() > 0
-    return images and y.is_contiguous(memory_format=torch.channels_last)
 
 
 def obstacles(block: nn.Module, form: Form) -> list[str]:

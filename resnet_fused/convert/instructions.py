@@ -110,23 +110,14 @@ class Form:
         programs = [call for call in self.calls if isinstance(call, ShapeCall)]
         first = next((i for i, call in enumerate(programs) if call.inputs[0] == self.input), None)
         whole = len(self.calls) == len(programs) == 1 and self.result == Ref(self.calls[0].output)
-        found = {
-            "shapes": tuple(call.shape for call in programs),
-            "first": first,
-            "is_whole": whole,
-            "passed": self._passed(),
-        }
-        self.__dict__.update(found)  # it is frozen from here on
-
-    def _passed(self) -> frozenset[str]:
-        read = [name for call in self.calls for name in _read_by(call)]
-        read += [ref.name for ref in _refs(self.result)]
-        found = set()
+        read = [name for call in self.calls for name in _read_by(call)] + [ref.name for ref in _refs(self.result)]
+        passed = set()
         for call, following in itertools.pairwise(self.calls):
             takes = isinstance(following, ShapeCall) or (isinstance(following, StockCall) and following.takes_one)
             if takes and read.count(call.output) == 1 and call.output in _read_by(following):
-                found.add(call.output)
-        return frozenset(found)
+                passed.add(call.output)
+        shapes = tuple(call.shape for call in programs)
+        self.__dict__.update(shapes=shapes, first=first, is_whole=whole, passed=frozenset(passed))  # frozen from here
 
     @property
     def is_dense(self) -> bool:

@@ -13,7 +13,7 @@ from ..blocks.layers import average_geometry, conv_geometry, why_not_average, wh
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
 from ..steps import Average, Conv, Norm, Pool
-from ..steps.program import Addition, Averaging, Convolution, Node, Normalisation, Pooling, Program
+from ..steps.program import Addition, Averaging, Convolution, Node, Normalisation, Pooling, Program, reading
 from .dropouts import decided_by
 from .outside import called
 
@@ -140,8 +140,7 @@ class Reader:
         def number(node: fx.Node) -> int:
             if node not in numbers:
                 made = self.made[node]
-                fields = ("branch", "other") if isinstance(made, Addition) else ("source",)
-                nodes.append(dataclasses.replace(made, **dict(zip(fields, [*map(number, made.reads)], strict=True))))
+                nodes.append(reading(made, [*map(number, made.reads)]))
                 names.append(node.target if node.op == "call_module" else "")
                 numbers[node] = len(numbers)
             return numbers[node]

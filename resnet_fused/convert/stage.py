@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import library
 from ..backends import bounds
@@ -29,7 +29,6 @@ from . import as_stock, swap
 from .fused_module import FusedModule, Running, entry_obstacle, is_entered, is_stock_forced, placed, run_block, runnable
 from .swap import is_fused
 
-Tensor = torch.Tensor
 #: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have. ResNet-50 at
 #: batch 32 took 16.5 ms an image with 10 to 13 MiB and 17.1 with 25 (two threads of a Zen 5, whose last-level cache
 #: holds 32 MiB: what a block reads and what it writes).
@@ -54,13 +53,6 @@ def _entries(stage: nn.Sequential) -> list[Running] | None:
             return None
         entries.append(found)
     return entries
-
-
-def _one_by_one(stage: nn.Sequential, x: object) -> object:
-    """The stage's output where somebody else's code runs in some of its blocks, and may change others; or stock's."""
-    for block in stage:
-        x = run_block(block, x, block) if is_entered(block) else block(left(x))
-    return left(x)
 
 
 def _all_images(entries: list[Running], x: Tensor) -> object:
@@ -88,7 +80,7 @@ def _sizes(entries: list[Running], shape: torch.Size) -> tuple[int, int]:
 
 def images_in_piece(entries: list[Running], x: Tensor) -> int:
     """How many images to run at a time; 0: all at once, as stock."""
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not entries:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not entries:
         return 0
     grads = torch.is_grad_enabled()
     if not x.is_cpu or x.dim() != 4 or x.shape[0] < 2 or (grads and x.requires_grad):
@@ -131,8 +123,10 @@ def _new_batch(piece: Placed, images: int) -> Tensor:
 def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     """The output of a stage of fused blocks, in stock's layout."""
     entries = None if as_stock.is_known(stage, x, _IN_PART) else _entries(stage)
-    if entries is None:
-        return _one_by_one(stage, x)
+    if entries is None:  # somebody else's code runs in some of its blocks, and may change others; or stock's
+        for block in stage:
+            x = run_block(block, x, block) if is_entered(block) else block(left(x))
+        return left(x)
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
     before = as_stock.fused_so_far()
@@ -149,17 +143,14 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     return out
 
 
-def _is_traced(x: object) -> bool:
-    return not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
 class _Stage(swap.Swapped):
     """Mixin of ``nn.Sequential`` that keeps what passes between its fused blocks to itself."""
 
     def forward(self, x):
         if not is_fused(self) or type(self) is not FusedStage or self._resnet_fused_replaced("forward"):
             return super().forward(x)
-        if is_stock_forced() or globally_hooked() or _is_traced(x):
+        traced = not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if is_stock_forced() or globally_hooked() or traced:
             return super().forward(x)
         if as_stock.is_known(self, x):
             return as_stock.run(super().forward, x)

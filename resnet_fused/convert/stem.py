@@ -122,7 +122,7 @@ class _Rewritten:
         if module is None:
             return self.function
         if module._resnet_fused_replaced(self.name):
-            return module._resnet_fused_current(self.name)
+            return getattr(super(swap.Swapped, module), self.name)
         return getattr(module, self.key)
 
 

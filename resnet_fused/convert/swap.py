@@ -67,10 +67,6 @@ class Swapped:
         now = getattr(self._resnet_fused_stock, name, None)
         return now is not function or now.__code__ is not code or now.__defaults__ is not defaults
 
-    def _resnet_fused_current(self, name: str) -> Callable:
-        """The stock method `name` as it is now."""
-        return getattr(super(), name)
-
 
 def _is_ours(cls: type) -> bool:
     return _STOCK in vars(cls)
@@ -143,11 +139,8 @@ def _disguised(run: Callable, stock: types.FunctionType | None) -> types.Functio
 
 def method_of(cls: type, name: str) -> types.FunctionType | None:
     """The plain function that ``cls.name`` is; None if it is anything else."""
-    for base in cls.__mro__:
-        if name in vars(base):
-            value = vars(base)[name]
-            return value if type(value) is types.FunctionType else None
-    return None
+    value = inspect.getattr_static(cls, name, None)
+    return value if type(value) is types.FunctionType else None
 
 
 def is_fused(module: nn.Module, kind: type = Swapped) -> bool:

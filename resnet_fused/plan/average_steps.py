@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..steps.average import AverageConvolve, AverageValue
-from ..steps.program import Averaging, Call, Convolution, Normalisation, Program
+from ..steps.program import Averaging, Call, Convolution, Normalisation
 from . import averages, cpu_values
 
 
@@ -22,15 +22,11 @@ def step(
         if not averages.comes_first(call, shapes, node.source):
             return AverageValue(value)
         if on_value is None and cpu_values.pay_averaged(call, node.source, shapes[value]):
-            return AverageConvolve(value, True, _is_normalised(program))
+            # a program that begins with a norm of the batch: so, likely, does what reads its output
+            return AverageConvolve(value, True, program.meets_batch(0))
         return AverageConvolve(value, on_value is not None and on_value(node.source))
     if not isinstance(before, Normalisation) or not node.average.is_whole(shapes[node.source]):
         return AverageValue(value)
     others = [reader for reader in program.readers(node.source) if reader != value]
     are_values = [on_value and isinstance(program.maker(reader), Convolution) and on_value(reader) for reader in others]
     return AverageValue(value, all(are_values), not others)
-
-
-def _is_normalised(program: Program) -> bool:
-    """Whether a program begins with a norm of the batch, and so, likely, does what reads its output."""
-    return any(isinstance(n, Normalisation) and n.norm.batch_stats for n in map(program.maker, program.readers(0)))

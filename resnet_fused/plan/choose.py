@@ -9,8 +9,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends import backends
+from ..backends import backends, soundness
 from ..backends.place import planned
 from ..ops import DATA_DTYPES
 from . import devices
@@ -30,7 +31,8 @@ _HAS_TRITON = not backends()["triton"].unavailable
 
 
 @contextlib.contextmanager
-def _set(name: str, value: object, settings: object = _settings) -> Iterator[None]:
+def setting(settings: object, name: str, value: object) -> Iterator[None]:
+    """An attribute of `settings` as this value within a ``with`` block."""
     before = getattr(settings, name)
     setattr(settings, name, value)
     try:
@@ -42,13 +44,13 @@ def _set(name: str, value: object, settings: object = _settings) -> Iterator[Non
 @contextlib.contextmanager
 def planning_for(device: Device) -> Iterator[None]:
     """Plan as on `device`, whatever tensors are on, within a ``with`` block: for `explain`, and for tests."""
-    with _set("target", device), _set("elsewhere", device is not CPU_CORE, planned):
+    with setting(_settings, "target", device), setting(planned, "elsewhere", device is not CPU_CORE):
         yield
 
 
 def fusing_all() -> contextlib.AbstractContextManager[None]:
     """Fuse what is too small to gain as well, within a ``with`` block: to compare values on small inputs."""
-    return _set("fuses_all", True)
+    return setting(_settings, "fuses_all", True)
 
 
 def fuses_all() -> bool:
@@ -63,7 +65,7 @@ def is_asked() -> bool:
 
 def tuning(tuner: Callable) -> contextlib.AbstractContextManager[None]:
     """Let `tuner`, called with a :class:`Call`, choose a variant of it within a ``with`` block; or None."""
-    return _set("tuner", tuner)
+    return setting(_settings, "tuner", tuner)
 
 
 def tuner() -> Callable | None:
@@ -91,6 +93,11 @@ def on_gpu(x: Tensor) -> bool:
 def place_of(x: Tensor) -> torch.device | None:
     """Where kernels must be sound, see :func:`soundness.lacking`."""
     return x.device if _settings.target is None else None
+
+
+def lacking(ops: tuple[str, ...], x: Tensor) -> str:
+    """The first of `ops` that has no sound kernel where `x` is, or is planned for; empty if all have."""
+    return soundness.lacking(ops, x.dtype, place_of(x), not isinstance(x, FakeTensor))
 
 
 def value_device(backend: str, x: Tensor) -> Device | None:

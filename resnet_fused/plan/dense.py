@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends import soundness
 from ..steps.batch_norm import pixels
 from ..steps.dense import POINTWISE, THREE, DenseBlock
 from ..steps.directions import Lowered
@@ -39,6 +37,5 @@ def _obstacle(call: Call) -> str:
         return "no kernels of dense blocks but for float32"
     if pixels(x.shape) < FEW and program.backend == "auto" and not choose.fuses_all():
         return "too small to gain"
-    step = DenseBlock(program.output)
-    missing = soundness.lacking(step.ops(program), x.dtype, choose.place_of(x), not isinstance(x, FakeTensor))
+    missing = choose.lacking(DenseBlock(program.output).ops(program), x)
     return f"no sound kernel of {missing}" if missing else ""

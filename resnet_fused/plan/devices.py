@@ -212,13 +212,10 @@ def _ask(index: int) -> bool:
     """
     if index not in _gpus:
         for i in range(max(torch.cuda.device_count(), index + 1)):
-            _gpus[i] = _identify(torch.device("cuda", i))
+            device = torch.device("cuda", i)
+            name = torch.cuda.get_device_name(device)
+            _gpus[i] = next((known for known in DEVICES.values() if known.reported == name), None) or probe(device)
     return True
-
-
-def _identify(device: torch.device) -> Device:
-    name = torch.cuda.get_device_name(device)
-    return next((known for known in DEVICES.values() if known.reported == name), None) or probe(device)
 
 
 def cpu_name() -> str:

@@ -9,8 +9,6 @@ from ..backends.selfcheck.judge import name_of
 from ..steps.program import Addition, Averaging, Call, Concatenation, Convolution, Node, Normalisation, Program
 from ..steps.spec import Conv, StepTensors
 
-Tensor = torch.Tensor
-
 
 def _conv_text(conv: Conv, own: StepTensors) -> str:
     """ "3x3 64>64 /2": all that decides the time; what is usual is left out."""
@@ -72,20 +70,13 @@ def threads() -> int:
     return _Seen.threads
 
 
-def environment(x: Tensor) -> int | bool:
-    """What of PyTorch's settings decides the time: threads on the CPU, on GPUs whether float32 products are TF32."""
-    if x.device.type == "cpu":
-        return threads()
-    return x.dtype == torch.float32 and tf32.allowed()
-
-
 def settings(call: Call) -> str:
     """What decides the time beside geometry and shape: "float32, auto, 2 threads"."""
-    text, found = f"{name_of(call.x.dtype)}, {call.program.backend}", environment(call.x)
+    text = f"{name_of(call.x.dtype)}, {call.program.backend}"
     if call.x.device.type == "cpu":
         text += "" if call.program.precision == "default" else f", {call.program.precision}"
-        return f"{text}, {found} threads"
-    return f"{text}, tf32" if found else text
+        return f"{text}, {threads()} threads"
+    return f"{text}, tf32" if call.x.dtype == torch.float32 and tf32.allowed() else text
 
 
 def key_of(call: Call) -> str:

@@ -13,10 +13,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import library
-from ..backends import soundness, tf32
+from ..backends import tf32
 from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
 from ..steps.directions import Lowered
@@ -25,7 +23,7 @@ from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
 from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-from . import average_steps, averages, choose, dense, measured, too_small, variants, words
+from . import average_steps, averages, choose, cpu_values, dense, measured, too_small, variants, words
 from .keys import threads
 from .variants import Variant
 
@@ -125,20 +123,14 @@ def _emits(call: Call, variant: Variant, value: int) -> bool:
     if not isinstance(node, Addition) or node.relu or not isinstance(program.maker(node.branch), Convolution):
         return False
     likely = 0 if value == program.output else value
-    return _meets_batch(program, likely) and not variant.values and _adds_with_statistics(call)
-
-
-def _meets_batch(program: Program, value: int) -> bool:
-    """Whether a norm that normalises with the batch reads a value."""
-    norms = [n for n in map(program.maker, program.readers(value)) if isinstance(n, Normalisation)]
-    return any(norm.norm.batch_stats for norm in norms)
+    return program.meets_batch(likely) and not variant.values and _adds_with_statistics(call)
 
 
 def _adds_with_statistics(call: Call) -> bool:
     """Whether a kernel adds and emits statistics in one pass: the CPU's."""
     place = choose.place_of(call.x)
     here = place is not None and place.type == "cpu" and call.program.backend in ("auto", "cpu")
-    return here and call.x.dtype in LOOP_DTYPES and _is_built()
+    return here and call.x.dtype in LOOP_DTYPES and cpu_values.level() != ""
 
 
 def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: int, node: Node, own) -> list[Kind]:
@@ -152,7 +144,7 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
             return []
         if _sum_of(program, value) is not None or not gram.isdisjoint(program.readers(value)):
             return []
-        statistics = _meets_batch(program, value)
+        statistics = program.meets_batch(value)
         if variant.values and _on_value(call, value):
             return [ConvolveValue(value, statistics, one_pass)]
         return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation), statistics)]
@@ -182,21 +174,15 @@ def lacking(lowered: Lowered, call: Call) -> str:
     if lowered.steps is None or lowered.program.backend != "auto" or (place is not None and place.type == "cpu"):
         return ""
     ops = tuple(dict.fromkeys(op for step in lowered.steps for op in step.ops(lowered.program)))
-    return soundness.lacking(ops, call.x.dtype, place, not isinstance(call.x, FakeTensor))
+    return choose.lacking(ops, call.x)
 
 
 def pools(call: Call) -> bool:
     """Whether there is a kernel here for the pool that `call` ends in."""
     x, backend = call.x, call.program.backend
     if x.device.type == "cpu" and choose.target() is None:
-        return backend in ("auto", "cpu") and _is_built()
+        return backend in ("auto", "cpu") and cpu_values.level() != ""
     return choose.value_device(backend, x) is not None and not lacking(steps_of(call, Variant()), call)
-
-
-@torch.compiler.assume_constant_result
-def _is_built() -> bool:
-    """Whether the CPU's kernels are there; torch.compile would trace into what loads them."""
-    return library.status().cpu.loaded
 
 
 def allowed(call: Call) -> list[Variant]:

@@ -57,20 +57,10 @@ def takes(call: Call) -> bool:
     return call.sample_factor is None and not call.program.batch_stats
 
 
-def check(call: Call) -> None:
-    """Raise ValueError for what only the node of training can run."""
-    if not takes(call):
-        raise ValueError("evaluation takes no batch statistics and no factor for each sample")
-
-
-def runs_as_stock(call: Call) -> bool:
-    """Whether no convolution has an epilogue for this input: there is nothing to gain by folding at every call."""
-    return call.program.backend == "auto" and call.x.device.type == "cpu" and call.x.dtype not in onednn.SERVED
-
-
 def lower(call: Call) -> Lowered | None:
     """How the program runs; None: as stock."""
-    check(call)
+    if not takes(call):
+        raise ValueError("evaluation takes no batch statistics and no factor for each sample")
     reason = _obstacle(call)
     if reason:
         lowered, note = None, f"stock ({reason})"
@@ -81,11 +71,11 @@ def lower(call: Call) -> Lowered | None:
 
 
 def _on_cpu(call: Call) -> tuple[Lowered | None, str]:
-    few = _are_few(call)
-    if not few and runs_as_stock(call):
-        return None, "stock (no convolution with an epilogue there)"
-    auto = call.program.backend == "auto" and not choose.fuses_all() and choose.target() is None
-    if auto and too_small.is_small_in_evaluation(call, call.shapes(), few):
+    few, auto = _are_few(call), call.program.backend == "auto"
+    if not few and auto and call.x.device.type == "cpu" and call.x.dtype not in onednn.SERVED:
+        return None, "stock (no convolution with an epilogue there)"  # nothing to gain by folding at every call
+    chooses = auto and not choose.fuses_all() and choose.target() is None
+    if chooses and too_small.is_small_in_evaluation(call, call.shapes(), few):
         return None, "stock (too small to gain)"
     chosen = {} if few else {"filtered": _filtered(call), "unfolded": _unfolded(call), "stems": _stems(call)}
     lowered = Steps(call.program, few=few, whole=averages.whole(call), **chosen).lowered()

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import library
 from ..backends import backends, disk
@@ -29,7 +30,6 @@ from . import devices
 from .keys import key_of, threads
 from .variants import Variant
 
-Tensor = torch.Tensor
 #: Sub-packages whose sources decide how long a program takes.
 SOURCES = ("ops", "backends", "steps", "plan", "blocks")
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..steps.join import JOINS
 from ..steps.program import Call, Node, Normalisation
@@ -23,7 +24,6 @@ from .lower import steps_of
 from .too_small import MARGIN
 from .variants import Variant
 
-Tensor = torch.Tensor
 WARMUP = 2  # rounds: kernels are compiled and checked in the first
 REPEATS = (5, 25)  # rounds: at least; at most
 BUDGET_S = 0.5  # per chain, for rounds beyond the least

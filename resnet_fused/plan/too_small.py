@@ -23,6 +23,7 @@ import functools
 import pathlib
 
 import torch
+from torch import Tensor
 
 from ..backends import onednn
 from ..steps import grouped, winograd
@@ -32,7 +33,6 @@ from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import averages
 from .keys import threads
 
-Tensor = torch.Tensor
 #: Elements of a stem's convolution up to which its pass with the pool is taken to save less than Python takes for it.
 FEW_POOLED = 1 << 16
 _USUAL_CACHE = 32 << 20

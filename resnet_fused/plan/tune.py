@@ -13,13 +13,11 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..steps.program import Call, Pooling
 from . import choose, keys, lower, measured, timing, variants
 from .variants import Variant
-
-Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +46,11 @@ class Tuned:
         rows = [["chain", "input", "alike", "variant", "ms", "MB saved", ""]]
         for chain in self.chains:
             first = [chain.chain, "x".join(map(str, chain.shape)), str(chain.alike)]
+            marks = {"chosen": chain.chosen, "cost model": chain.modelled}
             for candidate in chain.candidates:
+                own = [mark for mark, variant in marks.items() if variant == candidate.variant]
                 figures = [f"{candidate.milliseconds:.3g}", f"{candidate.saved / 1e6:.2f}"]
-                rows.append([*first, candidate.variant, *figures, _marks(candidate, chain)])
+                rows.append([*first, candidate.variant, *figures, ", ".join(own)])
                 first = ["", "", ""]
         lines = [*_table(rows), ""] if self.chains else []
         if self.chains:
@@ -60,11 +60,6 @@ class Tuned:
             lines += [f"Kept in {self.file}" if self.file else "Kept in this process only."]
         lines += [f"Chains with nothing to choose: {self.fixed}."] if self.fixed or not self.chains else []
         return "\n".join(lines)
-
-
-def _marks(candidate: timing.Candidate, chain: TunedChain) -> str:
-    marks = {"chosen": chain.chosen, "cost model": chain.modelled}
-    return ", ".join(mark for mark, variant in marks.items() if variant == candidate.variant)
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -140,7 +135,7 @@ class _Tuner:
     def __call__(self, call: Call) -> Variant | None:
         """The fastest variant of `call`; None where there is nothing to choose or to run."""
         x = call.x
-        if (type(x) is not torch.Tensor and type(x) is not nn.Parameter) or isinstance(call.program.nodes[-1], Pooling):
+        if (type(x) is not Tensor and type(x) is not nn.Parameter) or isinstance(call.program.nodes[-1], Pooling):
             return None
         self.seen += 1
         allowed = lower.allowed(call)

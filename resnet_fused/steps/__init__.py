@@ -1,21 +1,6 @@
 """Programs of nodes, and the steps that they are made of, each with its forward and backward."""
 
-from .lazy import Lazy, LazyGrad
-from .program import Call, Program, residual_program
-from .spec import Average, Conv, Norm, Pool, StepGrads, StepTensors, flatten, regroup
+from .program import Call, residual_program
+from .spec import Average, Conv, Norm, Pool, StepTensors
 
-__all__ = [
-    "Average",
-    "Call",
-    "Conv",
-    "Lazy",
-    "LazyGrad",
-    "Norm",
-    "Pool",
-    "Program",
-    "StepGrads",
-    "StepTensors",
-    "flatten",
-    "regroup",
-    "residual_program",
-]
+__all__ = ["Average", "Call", "Conv", "Norm", "Pool", "StepTensors", "residual_program"]

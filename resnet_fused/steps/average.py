@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from . import conv as convolutions
-from . import pointwise
-from .batch_norm import coefficients
 from .conv import channels_last
 from .flow import Backward, Forward, as_lazy
-from .kinds import conv_grads, norm_grads
-from .lazy import Lazy, LazyGrad, Pending
+from .kinds import Kind, conv_grads, pooled_norm_grads
+from .lazy import Lazy, Pending
 from .program import Program
-from .spec import Average, StepGrads
+from .spec import Average
+from .value_kinds import value_grads
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 OPS = ("norm_relu_avg_pool", "norm_relu_avg_pool_backward", "norm_relu_avg_pool_apply")
 
@@ -37,26 +36,19 @@ def _averaged(f: Forward, number: int, average: Average, on_load: bool) -> Tenso
 
 def _give_through(b: Backward, number: int, average: Average, grad: Tensor) -> None:
     """Give the source of a norm with ReLU, value `number`, its gradient from the one at the averages of the norm."""
-    norm, (z, bn, _) = b.program.maker(number), b.values[number]
-    settings = (average.kernel, average.stride)
-    vectors = (bn.mean, bn.scale, bn.shift)
-    sums = run("norm_relu_avg_pool_backward", grad, z, *vectors, *settings, backend=b.backend)
-    c = coefficients(bn, *sums, z, norm.norm, b.backend)
-    norm_grads(b, number, LazyGrad(grad, z, c, bn))
-    if b.wanted[norm.source]:
-        vectors = (c.a, c.b, c.d, bn.scale, bn.shift)
-        grad_x = run("norm_relu_avg_pool_apply", grad, z, *vectors, *settings, backend=b.backend)
-        b.give(norm.source, Pending(grad_x))
+    source, settings = b.program.maker(number).source, (average.kernel, average.stride)
+    pooled = pooled_norm_grads(b, number, "norm_relu_avg_pool", (grad, b.values[number].z), settings)
+    if b.wanted[source]:
+        b.give(source, Pending(run("norm_relu_avg_pool_apply", *pooled, *settings, backend=b.backend)))
 
 
 @dataclasses.dataclass(frozen=True)
-class AverageValue:
+class AverageValue(Kind):
     """The average pool that makes `value`. `on_load`: of a norm with ReLU, whole windows, without writing that.
 
     `alone`: nobody else reads the norm, whose own source then has its gradient from here.
     """
 
-    value: int
     on_load: bool = False
     alone: bool = False
 
@@ -71,9 +63,9 @@ class AverageValue:
         node = f.program.maker(self.value)
         f.values[self.value] = f.output = _averaged(f, node.source, node.average, self.on_load)
 
-    def backward(self, b: Backward) -> None:
-        node, grad = b.program.maker(self.value), b.dense(self.value)
-        if grad is None or not b.wanted[node.source]:
+    def backward(self, b: Backward, grad: Pending) -> None:
+        node = b.program.maker(self.value)
+        if not b.wanted[node.source]:
             return
         if self.alone and isinstance(b.values[node.source], Lazy):
             _give_through(b, node.source, node.average, grad.grad)
@@ -84,13 +76,12 @@ class AverageValue:
 
 
 @dataclasses.dataclass(frozen=True)
-class AverageConvolve:
+class AverageConvolve(Kind):
     """The average pool that makes `value`, the end of a transition, and the 1x1 convolution before it, after it.
 
     `on_value`: by the 1x1 ops; `statistics`: these emit those of the output, for a norm that may follow.
     """
 
-    value: int
     on_value: bool = False
     statistics: bool = False
 
@@ -118,26 +109,14 @@ class AverageConvolve:
             f.winners[self.value] = pooled
         f.values[self.value] = f.output = out
 
-    def backward(self, b: Backward) -> None:
-        last, grad = b.program.maker(self.value), b.dense(self.value)
-        if grad is None or not b.wanted[last.source]:
+    def backward(self, b: Backward, grad: Pending) -> None:
+        last = b.program.maker(self.value)
+        if not b.wanted[last.source]:
             return
         node, pooled = b.program.maker(last.source), b.winners[self.value]
         if self.on_value:
-            grad_pooled = _value_grads(b, last.source, as_lazy(grad), pooled)
+            grad_pooled = value_grads(b, last.source, as_lazy(grad), pooled, pooled, None)
         else:
             grad_pooled = conv_grads(b, last.source, grad.grad, pooled, node.conv)
         if grad_pooled is not None:
             _give_through(b, node.source, last.average, grad_pooled)
-
-
-def _value_grads(b: Backward, number: int, grad: LazyGrad, read: Tensor) -> Tensor | None:
-    """As :func:`.kinds.conv_grads`, by the 1x1 ops; the convolution has no bias."""
-    own, need, grad_read = b.tensors[number], b.needs[number], None
-    if b.wanted[b.program.maker(number).source]:
-        grad_read, product = pointwise.input_grad(grad, read, None, own.weight, b.backend, weight_grad=need.weight)
-    else:
-        product, *_ = pointwise.weight_grad(grad, read, b.backend, (1, 1), rounded=True)
-    if need.weight:
-        b.grads[number] = StepGrads(product.view(own.weight.shape))
-    return grad_read

@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import run, tape
 from ..ops import stat_dtype
 from .spec import Norm, StepTensors
-
-Tensor = torch.Tensor
 
 
 class Affine(NamedTuple):
@@ -116,7 +115,7 @@ def silent(t: Tensor) -> Tensor:
     An alias with a version counter of its own: a graph that has saved `t` (two forwards and one backward) goes on to
     backward. Traced code and subclasses see the write as one to `t`.
     """
-    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
         return t
     return tape.noted(_data, t)
 

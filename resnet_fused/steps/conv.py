@@ -11,6 +11,7 @@ import pathlib
 import re
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from ..backends.place import on_cpu
@@ -19,7 +20,6 @@ from .layout import Moments
 from .lazy import EVERY, Pixels
 from .spec import Conv
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 POINTWISE = Conv()
 
@@ -127,21 +127,32 @@ def _image(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
-def transposed(weight: Tensor) -> Tensor:
-    """The weight of the 1x1 convolution that maps gradients back: ``[C, K, 1, 1]``."""
-    return weight.transpose(0, 1)
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    backend: str,
+    wanted: tuple[bool, bool] = (True, True),
+    add_to: Tensor | None = None,
+    precision: str = "default",
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `x` and of `weight`, those that are `wanted`, from the one at the convolution's output.
 
-
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: list[bool]) -> tuple[Tensor | None, ...]:
-    return aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, mask
-    )
-
-
-def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
-    """Gradient of `weight` from the gradient at the convolution's output."""
-    own = _own_weight_grad(grad, x, weight, conv, backend)
-    return _backward(grad, x, weight, conv, [False, True, False])[1] if own is None else own
+    In one call where both are ATen's, which then reorders once. `add_to`: a tensor that is ours alone; the gradient of
+    `x` is added to it, in place.
+    """
+    grad_weight = _own_weight_grad(grad, x, weight, conv, backend) if wanted[1] else None
+    grad_x = _own_input_grad(grad, x, weight, conv, backend, add_to, precision) if wanted[0] else None
+    lacking = [wanted[0] and grad_x is None, wanted[1] and grad_weight is None, False]
+    if any(lacking):
+        settings = [weight.shape[0]], conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+        made = aten.convolution_backward(grad, x, weight, *settings, lacking)
+        grad_x = channels_last(made[0]) if lacking[0] else grad_x
+        grad_weight = made[1] if lacking[1] else grad_weight
+    if grad_x is not None and add_to is not None and grad_x is not add_to:
+        grad_x = add_to.add_(grad_x)
+    return grad_x, grad_weight
 
 
 def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor | None:
@@ -166,31 +177,23 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
     return None
 
 
-def input_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    conv: Conv,
-    backend: str,
-    add_to: Tensor | None = None,
-    precision: str = "default",
-) -> Tensor:
-    """Gradient of `x`. `add_to`: a tensor that is ours alone; the gradient is added to it, in place."""
+def _own_input_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str, add_to: Tensor | None, precision: str
+) -> Tensor | None:
+    """The input's gradient where something faster than ATen's convolution has it, or adds it to `add_to`; else None."""
     if add_to is not None and _adds_in_place(x, weight, conv, backend):
         if _is_added_product(x, weight, backend):
             add_to.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(rows(grad), weight.flatten(1))
         else:
-            run("conv_add_relu_", add_to, grad, transposed(weight), backend=backend)
+            run("conv_add_relu_", add_to, grad, weight.transpose(0, 1), backend=backend)
         return add_to
     if winograd.takes(grad, weight, conv, backend, True, precision):
-        grad_x = winograd.input_grad(grad, weight, conv, backend, precision)
-    elif grouped.takes(grad, weight, conv, backend, x.shape[2:]):
-        grad_x = grouped.input_grad(grad, weight, conv, x.shape[2:], backend)
-    elif conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
-        grad_x = _image(rows(grad) @ weight.flatten(1), x)
-    else:
-        grad_x = channels_last(_backward(grad, x, weight, conv, [True, False, False])[0])
-    return grad_x if add_to is None else add_to.add_(grad_x)
+        return winograd.input_grad(grad, weight, conv, backend, precision)
+    if grouped.takes(grad, weight, conv, backend, x.shape[2:]):
+        return grouped.input_grad(grad, weight, conv, x.shape[2:], backend)
+    if conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
+        return _image(rows(grad) @ weight.flatten(1), x)
+    return None
 
 
 def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
@@ -204,24 +207,3 @@ def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
     here = HAS_AVX512 and on_cpu(x) and x.dtype == torch.float32 and backend in ("auto", "cpu")
     here = here and not SLOW_PRODUCTS
     return here and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
-
-
-def both_grads(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    conv: Conv,
-    backend: str,
-    add_to: Tensor | None = None,
-    precision: str = "default",
-) -> tuple[Tensor, Tensor]:
-    """:func:`weight_grad` and :func:`input_grad`: in one call where both are ATen's, which then reorders once."""
-    own = _own_weight_grad(grad, x, weight, conv, backend)
-    alone = winograd.takes(grad, weight, conv, backend, True, precision)
-    alone = alone or grouped.takes(grad, weight, conv, backend, x.shape[2:])
-    if own is not None or alone or (add_to is not None and _adds_in_place(x, weight, conv, backend)):
-        own = weight_grad(grad, x, weight, conv, backend) if own is None else own
-        return own, input_grad(grad, x, weight, conv, backend, add_to, precision)
-    grad_x, grad_weight, _ = _backward(grad, x, weight, conv, [True, True, False])
-    grad_x = channels_last(grad_x)
-    return grad_weight, grad_x if add_to is None else add_to.add_(grad_x)

@@ -148,8 +148,8 @@ class DenseBlock:
         f.note(value, statistics)
         return affine._replace(centre=None)
 
-    def backward(self, b: Backward) -> None:
-        grad, buffer = b.dense(self.value).grad, b.values[self.value]
+    def backward(self, b: Backward, grad: Pending) -> None:
+        buffer = b.values[self.value]
         stat = stat_dtype(buffer.dtype)
         sums = tuple(torch.zeros(buffer.shape[1], dtype=stat, device=buffer.device) for _ in range(2))
         gathered, end = None, buffer.shape[1]
@@ -158,7 +158,7 @@ class DenseBlock:
                 break
             layer = Layer.behind(source, end - b.tensors[source + 4].weight.shape[0], end)
             into = new_images(buffer, layer.start) if gathered is None else gathered
-            self._layer_backward(b, layer, buffer, grad if gathered is None else None, into, sums)
+            self._layer_backward(b, layer, buffer, grad.grad if gathered is None else None, into, sums)
             gathered, end = into, layer.start
         if b.wanted[0]:
             at = slice(end)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import replay
 from .conv import channels_last
@@ -23,8 +24,6 @@ from .program import Addition, Convolution, Normalisation, Program
 from .running import update_running_all
 from .saved import Recorder, held
 from .spec import Places, StepGrads, StepTensors, regroup, spread
-
-Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Lowered:
 def _kept(program: Program, f: Forward, folded: set[int]) -> list[Value | None]:
     """Of the values, those that backward reads: what norms made, what convolutions read, what a ReLU clamped.
 
-    Only where a gradient passes. A sum's ReLU may have left bits in its place. Of the convolutions `folded`, see
-    :func:`_folded`, also where it passes the norm alone: there an input is a copy, since stock has not saved that.
+    Only where a gradient passes. A sum's ReLU may have left bits in its place. Of the convolutions `folded`,
+    also where it passes the norm alone: there an input is a copy, since stock has not saved that.
     """
     if program.dense:  # the output is what norms and convolutions read, the input is in it
         return [None, *f.values[1:-1], f.values[-1] if f.wanted[-1] else None]
@@ -59,11 +58,6 @@ def _kept(program: Program, f: Forward, folded: set[int]) -> list[Value | None]:
         else:
             kept.append(None)
     return kept
-
-
-def _folded(program: Program, f: Forward) -> set[int]:
-    """The convolutions that were never written and whose norm wants gradients, which are made of what they read."""
-    return {program.maker(norm).source for norm in f.folded if f.wanted[norm]}
 
 
 class Needs(NamedTuple):
@@ -107,7 +101,8 @@ def forward(
         step.forward(f)
     # only now, when nothing can fail any more
     update_running_all([f.statistics[norm] for norm in sorted(f.statistics)])
-    folded = _folded(program, f)
+    # convolutions that were never written and whose norm wants gradients, which are made of what they read
+    folded = {program.maker(norm).source for norm in f.folded if f.wanted[norm]}
     own, aliased = held(program, tensors, wanted, folded)
     kept, out = _kept(program, f, folded), f.output
     by_number = (f.masks, f.winners, f.folded)
@@ -144,20 +139,17 @@ def backward(facts: Facts, needs: Needs, grad_out: Tensor, saved: Sequence[Tenso
     b, inputs = restored(facts, needs, saved), facts.lowered.program.inputs
     b.give(b.program.output, Pending(channels_last(grad_out.to(facts.dtype)), owned=False))
     for step in reversed(facts.lowered.steps):
-        step.backward(b)
-    given_out = [_given_out(b, number) for number in range(inputs)] + [None]
+        if (grad := b.dense(step.value)) is not None:
+            step.backward(b, grad)
+    found = [*map(b.dense, range(inputs)), None]
+    # never a gradient that autograd lent us, or that another input has
+    given_out = [None if grad is None else grad.grad if grad.owned else grad.grad.clone() for grad in found]
     flat = _flat_grads(b.grads[inputs:], b.tensors[inputs:], facts.dtypes)
     return [*given_out[:2], *(grad for grad, i in zip(flat, facts.places, strict=True) if i is not None)]
 
 
 def _shape(value: Value | None) -> torch.Size | None:
     return None if value is None else value.z.shape if isinstance(value, Lazy) else value.shape
-
-
-def _given_out(b: Backward, number: int) -> Tensor | None:
-    """The gradient of an input; never one that autograd lent us, or that another input has."""
-    found = b.dense(number)
-    return None if found is None else found.grad if found.owned else found.grad.clone()
 
 
 def _flat_grads(

@@ -6,14 +6,14 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..backends import bounds, run
 from ..ops import stat_dtype
 from .batch_norm import running_affine
 from .folding import Folded, Part
 from .program import Call, Program
 from .spec import StepTensors
-
-Tensor = torch.Tensor
 
 
 class Raw(NamedTuple):
@@ -44,6 +44,18 @@ class Evaluation:
         self.into: Tensor | None = None  # where the step that makes the output may write it
         self.dying: tuple[int, ...] = ()  # what nobody reads after the step that runs
         self._filled: dict[tuple[float, int], Tensor] = {}
+
+    def run(self, op: str, *arguments: object) -> Tensor | None:
+        """What `op` makes."""
+        if self.direct:
+            return getattr(torch.ops.resnet_fused, op).default(*arguments)
+        return run(op, *arguments, backend=self.backend)
+
+    def bound(self, step: ForwardStep, enlarges: float, shift: float) -> None:
+        """Note a bound of what `step` made: so many times what it read, a shift, and what it added."""
+        if self.bounds is not None:
+            added = 0.0 if step.other is None else self.bounds[step.other]
+            self.bounds[step.value] = bounds.of_sum(enlarges, self.bounds[step.source], shift, added)
 
     def may_take(self, step: ForwardStep) -> bool:
         """Whether a step that runs may write its sum over the program's input, which nobody else has or will read."""
@@ -113,11 +125,6 @@ class Lowered(NamedTuple):
     dead: tuple[tuple[int, ...], ...]
     measured: tuple[bool, ...]  # of each input, whether a ReLU in oneDNN's epilogue depends on its bound
     folded: tuple[int, ...]  # the nodes from whose parameters a step on a CPU is made, see `part`
-
-    @property
-    def folds(self) -> bool:
-        """Whether there are such nodes."""
-        return bool(self.folded)
 
     def run(self, e: Evaluation, made: list[Folded | None]) -> Tensor:
         """The output. `made`: for each step, what it is made from, see `part`."""

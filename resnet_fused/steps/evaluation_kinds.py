@@ -24,6 +24,7 @@ import math
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import bounds, onednn, run
@@ -33,18 +34,13 @@ from .evaluation_flow import Evaluation, ForwardStep, Raw, parts
 from .folding import Folded, Part
 from .spec import Conv
 
-Tensor = torch.Tensor
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoldedConvolution(ForwardStep):
-    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`."""
-
-    word = "convolution"
+class _OfFolded(ForwardStep):
+    """A convolution with a weight that is kept: the part `folded`."""
 
     folded: Part
     conv: Conv
-    in_place: bool
 
     @property
     def part(self) -> Part:
@@ -54,16 +50,22 @@ class FoldedConvolution(ForwardStep):
     def normed(self) -> bool:
         return self.folded.norm is not None
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldedConvolution(_OfFolded):
+    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`."""
+
+    word = "convolution"
+
+    in_place: bool
+
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]
         in_place = self.in_place or e.may_take(self)
         if e.direct and (other is None or in_place or not onednn.is_mapped(other)):
-            added = 0.0 if other is None else e.bounds[self.other]
-            bound = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
-            e.bounds[self.value] = bound
-            e.values[self.value] = onednn.conv_packed(
-                x, made.weight, made.shift, self.conv, self.relu, bound, other, in_place
-            )
+            e.bound(self, made.enlarges, made.bound)
+            settings = self.conv, self.relu, e.bounds[self.value], other, in_place
+            e.values[self.value] = onednn.conv_packed(x, made.weight, made.shift, *settings)
             return
         if e.bounds is not None:
             self._note(e, x, other, made)
@@ -86,26 +88,16 @@ class FoldedConvolution(ForwardStep):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WinogradConvolution(ForwardStep):
+class WinogradConvolution(_OfFolded):
     """The 3x3 convolution `folded` by minimal filtering, with tiles of `outputs` x `outputs` outputs."""
 
     ops: ClassVar[tuple[str, ...]] = ("winograd_conv3x3_add_relu", "winograd_weight3x3")
 
-    folded: Part
-    conv: Conv
     outputs: int
 
     @property
     def word(self) -> str:
         return f"Winograd F({self.outputs}x{self.outputs}) convolution"
-
-    @property
-    def part(self) -> Part:
-        return self.folded
-
-    @property
-    def normed(self) -> bool:
-        return self.folded.norm is not None
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         other = None if self.other is None else e.values[self.other]
@@ -115,13 +107,8 @@ class WinogradConvolution(ForwardStep):
             transformed = run("winograd_weight3x3", weight, None, self.outputs, backend=e.backend)
         vectors = made.scale, made.shift
         arguments = (e.values[self.source], weight, transformed, *vectors, other, self.conv.padding[0], self.relu)
-        if e.direct:
-            e.values[self.value] = torch.ops.resnet_fused.winograd_conv3x3_add_relu.default(*arguments)
-        else:
-            e.values[self.value] = run("winograd_conv3x3_add_relu", *arguments, backend=e.backend)
-        if e.bounds is not None:
-            added = 0.0 if self.other is None else e.bounds[self.other]
-            e.bounds[self.value] = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
+        e.values[self.value] = e.run("winograd_conv3x3_add_relu", *arguments)
+        e.bound(self, made.enlarges, made.bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,20 +145,13 @@ class UnfoldedConvolution(ForwardStep):
         read = e.values[self.source], weight, *e.behind(self.main), None if out is other else other
         settings = *self.conv.args[:3], self.relu
         if out is not None:
-            self._run("conv_norm_add_relu_", e, out, *read, *settings, out is other)
+            e.run("conv_norm_add_relu_", out, *read, *settings, out is other)
             bounds.remember(out, math.inf)  # what was noted is of what it held
         else:
-            out = self._run("conv_norm_add_relu", e, *read, *settings)
+            out = e.run("conv_norm_add_relu", *read, *settings)
         e.values[self.value] = out
         if e.bounds is not None:
             e.bounds[self.value] = math.inf  # to know one, the weight would have to be read
-
-    def _run(self, op: str, e: Evaluation, *arguments: object) -> Tensor | None:
-        return (
-            getattr(torch.ops.resnet_fused, op).default(*arguments)
-            if e.direct
-            else run(op, *arguments, backend=e.backend)
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +170,8 @@ class NormValue(ForwardStep):
         bias = e.own(self.source).bias if self.biased else None
         scale, shift = e.affine(self.value, bias) if made is None else (made.weight, made.shift)
         e.values[self.value] = Raw(e.values[self.source], scale, shift)
-        if e.bounds is not None:
-            e.bounds[self.value] = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound)
+        if made is not None:
+            e.bound(self, made.enlarges, made.bound)
 
 
 class NormPass(ForwardStep):
@@ -205,9 +185,7 @@ class NormPass(ForwardStep):
         other = () if self.other is None else parts(e.values[self.other])
         out, _ = run("norm_add_relu", *e.values[self.source], *other, relu=self.relu, backend=e.backend)
         e.values[self.value] = out
-        if e.bounds is not None:
-            added = 0.0 if self.other is None else e.bounds[self.other]
-            e.bounds[self.value] = bounds.of_sum(1.0, e.bounds[self.source], 0.0, added)
+        e.bound(self, 1.0, 0.0)
 
 
 class StockNorm(ForwardStep):
@@ -263,9 +241,7 @@ class StockAverage(ForwardStep):
     def forward(self, e: Evaluation, made: None) -> None:
         average = e.program.maker(self.average).average
         e.values[self.value] = channels_last(F.avg_pool2d(e.values[self.source], *average.args))
-        if e.bounds is not None:
-            enlarges = math.inf if average.divisor_override is not None else 1.0
-            e.bounds[self.value] = bounds.of_sum(enlarges, e.bounds[self.source], 0.0)
+        e.bound(self, 1.0 if average.divisor_override is None else math.inf, 0.0)
 
 
 class StockPool(ForwardStep):

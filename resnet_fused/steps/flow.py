@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from . import pointwise
@@ -18,8 +19,6 @@ from .lazy import EVERY, Folded, Lazy, LazyGrad, Pending, Value
 from .program import Program
 from .running import Update
 from .spec import StepGrads, StepTensors
-
-Tensor = torch.Tensor
 
 
 @dataclasses.dataclass
@@ -190,17 +189,11 @@ def _spread(grad: Pending, shape: torch.Size) -> Pending:
 
 def _sum(a: Pending, b: Pending) -> Pending:
     """Two gradients of one value; in place where one may be written to, of all pixels where one of them is."""
-    into, other = (a, b) if _takes_sum(a, b) else (b, a)
+    takes = a.owned or not b.owned if a.pixels == b.pixels else a.pixels == EVERY
+    into, other = (a, b) if takes else (b, a)
     if into.pixels == other.pixels:
         total = into.grad.add_(other.grad) if into.owned else into.grad + other.grad
         return Pending(total, True, into.pixels)
     total = into.grad if into.owned else into.grad.clone()
     total[:, :, :: other.pixels[0], :: other.pixels[1]].add_(other.grad)
     return Pending(total)
-
-
-def _takes_sum(a: Pending, b: Pending) -> bool:
-    """Whether `b` is added to `a` rather than the reverse."""
-    if a.pixels != b.pixels:
-        return a.pixels == EVERY
-    return a.owned or not b.owned

@@ -17,16 +17,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from .batch_norm import affine_of, parameters, pixels, running_affine
-from .conv import POINTWISE, input_grad, strided, weight_grad
+from .conv import POINTWISE, gradients, strided
 from .flow import Backward, Forward
 from .lazy import EVERY, Folded, Gram, Lazy, Pending, Pixels, Value
 from .pointwise import parts
-from .spec import Conv, StepGrads
+from .spec import StepGrads
 
-Tensor = torch.Tensor
 CENTRE_IMAGES = 4
 FEW_CHANNELS = 16  # below, oneDNN's weight gradients of 8192 pixels were up to 7 times less exact than those of ours
 
@@ -148,14 +148,19 @@ class TensorBranch(Branch):
         if centred:
             read, folded = self._centred(read)
         if coupled or self.needs.weight or self.needs.gamma:
-            product = _product(g, read, weight, conv, self.backend)
+            # of few channels oneDNN sums all pixels one after the other; there in short sums
+            short = weight.shape[1] < FEW_CHANNELS and read.dtype == torch.float32 and conv == POINTWISE
+            if short:
+                product = run("conv_weight_grad", g, read, weight, *conv.args[:3], backend=self.backend)
+            else:
+                _, product = gradients(g, read, weight, conv, self.backend, (False, True))
             found = self.parameter_grads(product, sum_g, g, folded, wide=centred)
         bias = torch.zeros_like(sum_g) if coupled else folded.bn.scale * sum_g
         self.note(found and found.weight, bias, found and found.gamma, sum_g)
         if not b.wanted[self.source]:
             return
         scaled = _scaled(weight, folded.bn.scale)
-        grad = input_grad(g, read, scaled, conv, self.backend)
+        grad, _ = gradients(g, read, scaled, conv, self.backend, (True, False))
         if coupled:
             coupling, constant = found.correction
             constant = _balance(g, sum_g, scaled, folded.gram, coupling) if centred else constant
@@ -179,13 +184,6 @@ class TensorBranch(Branch):
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """`weight` with batch norm's scale in it, rounded once to the weight's dtype."""
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-
-
-def _product(g: Tensor, a: Tensor, weight: Tensor, conv: Conv, backend: str) -> Tensor:
-    """``g' a``. Of few channels oneDNN sums all pixels one after the other; there in short sums."""
-    if weight.shape[1] < FEW_CHANNELS and a.dtype == torch.float32 and conv == POINTWISE:
-        return run("conv_weight_grad", g, a, weight, *conv.args[:3], backend=backend)
-    return weight_grad(g, a, weight, conv, backend)
 
 
 def _balance(g: Tensor, sum_g: Tensor, folded_weight: Tensor, gram: Gram, coupling: Tensor) -> Tensor:

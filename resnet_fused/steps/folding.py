@@ -8,21 +8,18 @@ gives them.
 
 from __future__ import annotations
 
-import collections
 import threading
 import weakref
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import bounds, onednn
 from . import winograd
 from .batch_norm import running_affine
 from .program import Call, Convolution
 from .spec import StepTensors
-
-Tensor = torch.Tensor
 
 
 class Part(NamedTuple):
@@ -58,7 +55,7 @@ _kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-class _Layouts:
+class _Layouts(dict):
     """Which layout oneDNN wants for a convolution, by its geometry and its input's shape: found by packing a weight.
 
     At the first sight of a shape nothing is known, and a weight packed for another shape serves: oneDNN reorders it if
@@ -67,22 +64,14 @@ class _Layouts:
 
     LIMIT = 4096  # some ten image sizes of twenty networks; about 1 KB each
 
-    def __init__(self) -> None:
-        self._seen: collections.OrderedDict[tuple, bytes | None] = collections.OrderedDict()
-
     def look(self, case: tuple) -> tuple[bool, bytes | None]:
         """Whether `case` was seen before, and its layout if that is known."""
         with _lock:
-            known = case in self._seen
-            layout = self._seen.setdefault(case, None)
-            self._seen.move_to_end(case)
-            if len(self._seen) > self.LIMIT:
-                self._seen.popitem(last=False)
-        return known, layout
-
-    def learn(self, case: tuple, layout: bytes) -> None:
-        with _lock:
-            self._seen[case] = layout
+            known = case in self
+            self[case] = self.pop(case, None)  # those used last come last
+            if len(self) > self.LIMIT:
+                del self[next(iter(self))]
+            return known, self[case]
 
 
 _layouts = _Layouts()
@@ -119,10 +108,10 @@ def packed(
     `outputs`: of a tile, where the weight is to be transformed for filtering.
     """
     dtype, case, seen, layout = call.x.dtype, None, True, b""
+    own = StepTensors(None) if part.conv is None else call.tensors[part.conv - call.program.inputs]
     if outputs is not None:
         layout = winograd.layout(outputs)
     elif part.conv is not None:
-        own: StepTensors = call.tensors[part.conv - call.program.inputs]
         node: Convolution = call.program.maker(part.conv)
         case = (dtype, own.weight.shape, node.conv, shape, torch.get_num_threads())
         seen, layout = _layouts.look(case)
@@ -136,25 +125,19 @@ def packed(
         weight, shift = fold(call, part, dtype, wide=True)
         limit = 0.0 if shift is None else bounds.of(shift)
         if outputs is not None:
-            made = _transformed(call, part, Folded(weight, shift, limit, bounds.of_weight(weight), layout), outputs)
+            scale = None
+            if part.norm is not None:
+                norm, settings = call.tensors[part.norm - call.program.inputs], call.program.maker(part.norm).norm
+                scale = running_affine(norm, settings, torch.float64).scale.to(torch.float32)
+            transformed = torch.ops.resnet_fused.winograd_weight3x3(own.weight.detach(), scale, outputs)
+            made = Folded(transformed, shift, limit, bounds.of_weight(weight), layout, scale)
         elif case is None:
             made = Folded(weight, shift, limit, bounds.of_weight(weight.unsqueeze(1)))
         else:
             weight = onednn.prepack(weight, shape, *node.conv.args)
             made = Folded(weight, shift, limit, bounds.of_weight(weight), onednn.layout_of(weight))
-            _layouts.learn(case, made.layout)
+            _layouts[case] = made.layout
     return _keep(module, key, dtype, made)
-
-
-def _transformed(call: Call, part: Part, folded: Folded, outputs: int) -> Folded:
-    """The weight of a part transformed, with the scale of its norm, as :mod:`.winograd` takes it."""
-    scale = None
-    if part.norm is not None:
-        norm, settings = call.tensors[part.norm - call.program.inputs], call.program.maker(part.norm).norm
-        scale = running_affine(norm, settings, torch.float64).scale.to(torch.float32)
-    weight = call.tensors[part.conv - call.program.inputs].weight.detach()
-    transformed = torch.ops.resnet_fused.winograd_weight3x3(weight, scale, outputs)
-    return folded._replace(weight=transformed, scale=scale)
 
 
 def _keep(module: nn.Module, key: tuple, dtype: torch.dtype, made: Folded) -> Folded:

@@ -17,13 +17,12 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import bounds, run
 from ..ops import stat_dtype
 from ..ops.contract import channels_last
 from .layout import Placed, is_transformed, worked_on
-
-Tensor = torch.Tensor
 
 
 class Link(NamedTuple):

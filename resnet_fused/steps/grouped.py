@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from ..backends.place import on_cpu
@@ -10,8 +11,6 @@ from ..library import status
 from ..ops.contract import is_channels_last
 from .layout import Moments
 from .spec import Conv
-
-Tensor = torch.Tensor
 
 #: Whether the library is there, and for the vectors that all was measured with.
 IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"

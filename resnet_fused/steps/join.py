@@ -10,30 +10,28 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from ..backends import run
 from .batch_norm import coefficients
 from .flow import Backward, Forward
 from .folded_join import TensorBranch
-from .kinds import give_source, norm_ops
+from .kinds import Kind, give_source, norm_ops
 from .lazy import Lazy, LazyGrad, Pending
 from .program import Program, Terms
 
-Tensor = torch.Tensor
 #: What ``explain`` and ``tune`` call a branch that is a Gram join or not.
 JOINS = {True: "Gram join", False: "plain join"}
 _GRAM = ("bn_stats", "gram", "gram_norm", "gram_grad")
 
 
 @dataclasses.dataclass(frozen=True)
-class Join:
+class Join(Kind):
     """The sum that makes `value`, or the norm that does and ends the block.
 
     `gram`: its branch is a Gram join; `gram_other`: so is what is added to it, a projection.
     """
 
-    value: int
     gram: bool = False
     gram_other: bool = False
     packs_mask: ClassVar[bool] = False  # whether what the ReLU let pass is kept in bits; else the output tells
@@ -92,10 +90,8 @@ class Join:
         run("conv_add_relu_", out, *product, *args, backend=f.backend)
         return out, None
 
-    def backward(self, b: Backward) -> None:
-        terms, grad = b.program.terms(self.value), b.dense(self.value)
-        if grad is None:
-            return
+    def backward(self, b: Backward, grad: Pending) -> None:
+        terms = b.program.terms(self.value)
         branch, other = self.written(b, terms)
         factor = b.sample_factor if terms.sampled else None
         options = {"emit_grad": terms.relu}

@@ -8,37 +8,38 @@ the values that they make, and says by `ops` which of our ops it runs, forward a
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from ..backends import run
 from ..ops import stat_dtype
 from . import batch_norm, stem
 from . import conv as convolutions
-from .batch_norm import Affine, Coefficients, coefficients
+from .batch_norm import Coefficients, coefficients
 from .flow import Backward, Forward
 from .lazy import EVERY, Lazy, LazyGrad, Pending
 from .program import Convolution, Normalisation, Program
-from .spec import Conv, Norm, StepGrads
-
-Tensor = torch.Tensor
+from .spec import Conv, StepGrads
 
 
-class Kind(Protocol):
-    """A step; `word`: what ``explain`` calls it."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A step; `value`: what it makes."""
 
+    word: ClassVar[str]  # what ``explain`` calls it
     value: int
-
-    @property
-    def word(self) -> str: ...
 
     def ops(self, program: Program) -> tuple[str, ...]:
         """Our ops over activations that it runs, forward and backward; some that a call may not need are counted in."""
+        raise NotImplementedError
 
-    def forward(self, f: Forward) -> None: ...
+    def forward(self, f: Forward) -> None:
+        raise NotImplementedError
 
-    def backward(self, b: Backward) -> None: ...
+    def backward(self, b: Backward, grad: Pending) -> None:
+        """Give the sources of the value their gradients, from its own."""
+        raise NotImplementedError
 
 
 def conv_backward(b: Backward, value: int, grad: Pending) -> None:
@@ -65,27 +66,20 @@ def conv_grads(
     `read`: as `conv` reads it. `into`: a tensor that is ours alone, to which that gradient is added.
     """
     own, need, wanted = b.tensors[value], b.needs[value], b.wanted[b.program.maker(value).source]
-    grad_weight = grad_read = None
-    arguments = (grad, read, own.weight, conv, b.backend)
-    if need.weight and wanted:
-        grad_weight, grad_read = convolutions.both_grads(*arguments, into, b.program.precision)
-    elif need.weight:
-        grad_weight = convolutions.weight_grad(*arguments)
-    elif wanted:
-        grad_read = convolutions.input_grad(*arguments, into, b.program.precision)
+    settings = (conv, b.backend, (wanted, bool(need.weight)), into, b.program.precision)
+    grad_read, grad_weight = convolutions.gradients(grad, read, own.weight, *settings)
     bias = grad.sum((0, 2, 3), dtype=stat_dtype(grad.dtype)) if need.bias else None
     b.grads[value] = StepGrads(grad_weight, bias)
     return grad_read
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolve:
+class Convolve(Kind):
     """The convolution that makes `value`. `keeps`: the activation written for it stays until backward.
 
     `statistics`: a norm reads it, and normalises with the batch; some kernels emit what that needs.
     """
 
-    value: int
     keeps: bool = False
     statistics: bool = False
     word: ClassVar[str] = "convolution"
@@ -104,10 +98,8 @@ class Convolve:
         if moments is not None:
             f.emitted[self.value] = moments
 
-    def backward(self, b: Backward) -> None:
-        grad = b.dense(self.value)
-        if grad is not None:
-            conv_backward(b, self.value, grad)
+    def backward(self, b: Backward, grad: Pending) -> None:
+        conv_backward(b, self.value, grad)
 
 
 def norm_ops(norm: Normalisation) -> tuple[str, ...]:
@@ -115,9 +107,9 @@ def norm_ops(norm: Normalisation) -> tuple[str, ...]:
     return ("bn_affine", "bn_coefficients") if norm.norm.batch_stats else ("running_affine",)
 
 
-def norm_grads(b: Backward, value: int, grad: LazyGrad) -> None:
+def norm_grads(b: Backward, value: int, c: Coefficients) -> None:
     """Note the gradients of a batch norm's parameters, the norm that makes `value`."""
-    need, c = b.needs[value], grad.coefficients
+    need = b.needs[value]
     b.grads[value] = StepGrads(None, None, c.grad_gamma if need.gamma else None, c.grad_beta if need.beta else None)
 
 
@@ -127,7 +119,7 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool, written
     Where the source has another reader, whose gradient is there already, both are joined in the pass that writes.
     """
     node = b.program.maker(value)
-    norm_grads(b, value, through)
+    norm_grads(b, value, through.coefficients)
     if not b.wanted[node.source]:
         return
     is_conv = isinstance(b.program.maker(node.source), Convolution)
@@ -140,13 +132,12 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool, written
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalise:
+class Normalise(Kind):
     """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside.
 
     As a value: its statistics are one read, and nothing is written.
     """
 
-    value: int
     emitted: bool = False  # whether the kernel that wrote the tensor emits its statistics; from outside it may anyway
     word: ClassVar[str] = "norm on load"
 
@@ -172,35 +163,29 @@ class Normalise:
         f.values[self.value] = lazy.materialise(f.backend) if writes else lazy
         f.note(self.value, statistics)
 
-    def backward(self, b: Backward) -> None:
-        """Where something joins or pools the value, nothing is done: it has given its source the gradient."""
-        node, lazy = b.program.maker(self.value), b.values[self.value]
-        grad = b.dense(self.value)
-        if grad is None:
-            return
-        through = _mask_and_sum(grad.grad, lazy.z, lazy.bn, node.norm, b.backend)
-        give_source(b, self.value, through, grad.owned)
-
-
-def _mask_and_sum(grad: Tensor, z: Tensor, bn: Affine, norm: Norm, backend: str) -> LazyGrad:
-    """The gradient before ``relu(bn(z))``, from the gradient behind it, as a value: two reads, no write."""
-    if norm.batch_stats:
-        arguments = (grad, z, bn.mean, bn.rstd, bn.scale, bn.shift)
-        sum_g, b, d, grad_gamma = run("norm_relu_coefficients", *arguments, backend=backend)
-        return LazyGrad(grad, z, Coefficients(bn.scale, b, d, grad_gamma, sum_g), bn, relu=True)
-    sums = run("norm_add_relu_backward", grad, z, bn.mean, bn.scale, bn.shift, emit_grad=False, backend=backend)
-    return LazyGrad(grad, z, coefficients(bn, sums[1], sums[2], z, norm, backend), bn, relu=True)
+    def backward(self, b: Backward, grad: Pending) -> None:
+        """Not called where something joins or pools the value: it has given its source the gradient."""
+        norm, (z, bn, _) = b.program.maker(self.value).norm, b.values[self.value]
+        # two reads, no write
+        if norm.batch_stats:
+            arguments = (grad.grad, z, bn.mean, bn.rstd, bn.scale, bn.shift)
+            sum_g, by_z, offset, grad_gamma = run("norm_relu_coefficients", *arguments, backend=b.backend)
+            c = Coefficients(bn.scale, by_z, offset, grad_gamma, sum_g)
+        else:
+            arguments = (grad.grad, z, bn.mean, bn.scale, bn.shift)
+            _, *sums = run("norm_add_relu_backward", *arguments, emit_grad=False, backend=b.backend)
+            c = coefficients(bn, *sums[:2], z, norm, b.backend)
+        give_source(b, self.value, LazyGrad(grad.grad, z, c, bn, relu=True), grad.owned)
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvolveAndAdd:
+class ConvolveAndAdd(Kind):
     """The addition that makes `value` and the convolution, read by it alone, that makes its branch.
 
     The sum is a pass of its own, in place: oneDNN's convolution with a binary post-op takes longer than both.
     `statistics`: of the sum too, which a norm is to read; not with a ReLU.
     """
 
-    value: int
     statistics: bool = False
 
     @property
@@ -224,10 +209,8 @@ class ConvolveAndAdd:
             out = out.add_(other).relu_() if add.relu else out.add_(other)
         f.values[self.value] = f.output = out
 
-    def backward(self, b: Backward) -> None:
-        add, grad = b.program.maker(self.value), b.dense(self.value)
-        if grad is None:
-            return
+    def backward(self, b: Backward, grad: Pending) -> None:
+        add = b.program.maker(self.value)
         if add.relu:
             mask = b.values[self.value]
             grad = Pending(run("norm_add_relu_backward", grad.grad, mask=mask, backend=b.backend)[0])
@@ -239,15 +222,27 @@ class ConvolveAndAdd:
         b.give(add.other, grad)
 
 
+def pooled_norm_grads(b: Backward, value: int, op: str, read: tuple[Tensor, ...], settings: tuple) -> tuple:
+    """Note the parameters' gradients of the norm with ReLU that makes `value`, and whose pool is `op`.
+
+    `read`: the gradient behind the pool, what else the pool's backward reads, and what the norm read. Returned: what
+    the ``apply`` of `op` takes before `settings`.
+    """
+    bn = b.values[value].bn
+    sums = run(f"{op}_backward", *read, bn.mean, bn.scale, bn.shift, *settings, backend=b.backend)
+    c = coefficients(bn, *sums, read[-1], b.program.maker(value).norm, b.backend)
+    norm_grads(b, value, c)
+    return *read, c.a, c.b, c.d, bn.scale, bn.shift
+
+
 @dataclasses.dataclass(frozen=True)
-class PooledNorm:
+class PooledNorm(Kind):
     """The end of a stem: the pool that makes `value`, of a norm with ReLU, which has a step of its own before.
 
     Batch norm, ReLU and pool are one pass; what lies between is never written. Backward the gradient reaches the stem's
     convolution from the pool's output, through nothing of the size between.
     """
 
-    value: int
     word: ClassVar[str] = "norm, ReLU and pool in one pass"
 
     def ops(self, program: Program) -> tuple[str, ...]:
@@ -260,17 +255,11 @@ class PooledNorm:
         f.values[self.value] = f.output = out
         f.winners[self.value] = winners
 
-    def backward(self, b: Backward) -> None:
-        node, grad = b.program.maker(self.value), b.dense(self.value)
-        if grad is None:
-            return
-        norm, (z, bn, _) = b.program.maker(node.source), b.values[node.source]
-        read = (grad.grad, b.winners[self.value], z)
-        sums = run("norm_relu_pool_backward", *read, bn.mean, bn.scale, bn.shift, *node.pool.args, backend=b.backend)
-        c = coefficients(bn, *sums, z, norm.norm, b.backend)
-        norm_grads(b, node.source, LazyGrad(grad.grad, z, c, bn))
+    def backward(self, b: Backward, grad: Pending) -> None:
+        node = b.program.maker(self.value)
+        norm, read = b.program.maker(node.source), (grad.grad, b.winners[self.value], b.values[node.source].z)
+        pooled = pooled_norm_grads(b, node.source, "norm_relu_pool", read, node.pool.args)
         if b.wanted[norm.source]:
-            pooled = (*read, c.a, c.b, c.d, bn.scale, bn.shift)
             if _ends_in_weight(b, norm.source):
                 conv, own = b.program.maker(norm.source), b.tensors[norm.source]
                 arguments = (pooled, b.tensor(conv.source), own.weight, conv.conv, node.pool, b.backend)

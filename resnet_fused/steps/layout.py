@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .saved import counter_of
 
-Tensor = torch.Tensor
 #: Mean and second moment of a tensor over all but its channels, ``[C]`` each, as `bn_stats` gives them.
 Moments = tuple[Tensor, Tensor]
 
@@ -55,12 +55,11 @@ def left(value: object) -> object:
     """A value in stock's layout: a :class:`Placed` one by a copy where it must be; everything else as it is."""
     if not isinstance(value, Placed):
         return value
-    return value.value if value.channels_last else contiguous(value.value, value.clamped)
-
-
-def is_channels_last(x: Tensor, weights: Iterable[Tensor]) -> bool:
-    """Whether stock's end of a chain is channels_last. `weights`: of the convolutions on its main branch."""
-    return suggests_channels_last(x) or any(map(suggests_channels_last, weights))
+    out = value.value
+    if value.channels_last:
+        return out
+    watched = value.clamped and out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return _Copied.apply(out) if watched and not out.is_contiguous() else out.contiguous()
 
 
 def behind(value: Tensor, before: Placed, weights: Iterable[Tensor], clamped: bool) -> Placed:
@@ -81,12 +80,6 @@ class _Copied(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         _ = ctx.saved_tensors  # compares versions
         return grad
-
-
-def contiguous(out: Tensor, clamped: bool) -> Tensor:
-    """The end of a chain as a contiguous tensor. `clamped`: see :class:`Placed`; where it is one, its node watches."""
-    watched = clamped and out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return _Copied.apply(out) if watched and not out.is_contiguous() else out.contiguous()
 
 
 class _Converted(torch.autograd.Function):

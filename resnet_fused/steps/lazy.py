@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from ..backends import run
 from .batch_norm import Affine, Coefficients
 
-Tensor = torch.Tensor
 Pixels = tuple[int, int]
 EVERY: Pixels = (1, 1)
 

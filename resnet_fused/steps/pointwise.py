@@ -9,13 +9,12 @@ else passes over memory.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backends import run, soundness
 from .batch_norm import Coefficients, coefficients
 from .lazy import EVERY, Lazy, LazyGrad, Pending, Pixels, Value
 from .spec import Conv, Norm
-
-Tensor = torch.Tensor
 
 
 def narrow(conv: Conv, weight: Tensor, coupled: bool = False) -> bool:

@@ -9,7 +9,7 @@ the same nodes in another order, and a value may have any number of readers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,12 @@ class Averaging(_OfOne):
 Node = Convolution | Normalisation | Addition | Pooling | Averaging | Concatenation
 
 
+def reading(node: Node, reads: Iterable[int]) -> Node:
+    """`node` with others in the place of the values that it reads."""
+    fields = ("branch", "other") if isinstance(node, Addition) else ("source",)
+    return dataclasses.replace(node, **dict(zip(fields, reads, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The nodes of a block in the order in which stock runs them.
@@ -147,6 +153,11 @@ class Program:
         node = self.maker(value)
         return isinstance(node, Normalisation) and not node.relu
 
+    def meets_batch(self, value: int) -> bool:
+        """Whether a norm that normalises with the batch reads a value."""
+        norms = [node for node in map(self.maker, self.readers(value)) if isinstance(node, Normalisation)]
+        return any(node.norm.batch_stats for node in norms)
+
     def terms(self, value: int) -> Terms | None:
         """What the join that makes `value` joins; None where that is none: neither a norm nor a sum with one.
 
@@ -187,11 +198,6 @@ class Program:
         """Whether the output is what a ReLU made."""
         node = self.nodes[-1]
         return isinstance(node, Normalisation | Addition) and node.relu
-
-    @property
-    def sampled(self) -> bool:
-        """Whether some node takes a factor for each sample."""
-        return any(isinstance(node, Normalisation | Addition) and node.sampled for node in self.nodes)
 
     @property
     def batch_stats(self) -> bool:

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..backends import dispatch, met, tape
 from ..ops import stat_dtype
 from . import dense, directions, replay, stock
 from .directions import Facts, Lowered, Needs
 from .flow import Handed
-from .layout import is_channels_last, worked_on
+from .layout import is_transformed, suggests_channels_last, worked_on
 from .program import Call
 from .replay import INPUTS
 from .saved import counter_of, layouts_of, refuses_inference_tensors, unpacked, version
 from .spec import Places, StepGrads, flatten, present, regroup, spread
 
-Tensor = torch.Tensor
 KEPT = 8  # backwards of one forward that are kept
 ALIGNED = 16  # bytes: more than this no kernel reads of an address
 
@@ -58,12 +58,6 @@ def _needs(ctx, places: Places) -> Needs:
     return Needs([StepGrads(*group[:4]) for group in regroup(flat)], needs[:2])
 
 
-def _replayed(ctx, grad_out: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """:func:`.directions.backward` by stock operations."""
-    needs = _needs(ctx, ctx.facts.places)
-    return replay.gradients(ctx, grad_out, directions.restored(ctx.facts, needs, saved))
-
-
 class FusedProgram(torch.autograd.Function):
     """Autograd node of a :class:`Lowered` program; use :func:`run_program`."""
 
@@ -84,9 +78,8 @@ class FusedProgram(torch.autograd.Function):
         inputs = (sample_factor, *entering, x, residual, *tensors)
         if torch.compiler.is_compiling():  # which cannot tell yet what wants a gradient
             everything = [StepGrads(*(t is not None for t in own[:4])) for own in regroup(spread(tensors, places))]
-            (out, _, _, *saved), ctx.facts = directions.forward(
-                lowered, places, Needs(everything, (True, True)), inputs
-            )
+            needs = Needs(everything, (True, True))
+            (out, _, _, *saved), ctx.facts = directions.forward(lowered, places, needs, inputs)
             ctx.counters, ctx.layouts, ctx.repeated = (), (), None
             ctx.save_for_backward(None, None, *saved)
             return out
@@ -112,17 +105,15 @@ class FusedProgram(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         grad_out = grad_out.resolve_neg()
         saved, nothing = unpacked(ctx.saved_tensors[2:], ctx.layouts), (None,) * INPUTS
-        if replay.is_needed(ctx, grad_out):
-            return *nothing, *_replayed(ctx, grad_out, saved)
+        if torch.is_grad_enabled() or is_transformed(grad_out) or replay.moved(ctx):
+            known = directions.restored(ctx.facts, _needs(ctx, ctx.facts.places), saved)
+            return *nothing, *replay.gradients(ctx, grad_out, known)
 
         def once(grad_out: Tensor, *saved: Tensor) -> tuple[list[Tensor | None], None]:
             return directions.backward(ctx.facts, _needs(ctx, ctx.facts.places), grad_out, saved), None
 
-        known = (
-            None
-            if ctx.repeated is None or ctx.layouts
-            else ctx.repeated.backward(grad_out, ctx.needs_input_grad, saved)
-        )
+        repeats = ctx.repeated is not None and not ctx.layouts
+        known = ctx.repeated.backward(grad_out, ctx.needs_input_grad, saved) if repeats else None
         return *nothing, *_run(once, known, (grad_out, *saved))[0]
 
 
@@ -137,10 +128,10 @@ def run_program(
     """
     if lowered.steps is None or refuses_inference_tensors(call.tensors):
         return stock.program_output(call, moves=True)
-    weights = [call.tensors[node].weight for node in lowered.program.main_convolutions]
+    deciding = call.x, *(call.tensors[node].weight for node in lowered.program.main_convolutions)
     factor = None if call.sample_factor is None else call.sample_factor.to(stat_dtype(call.x.dtype))
     inputs = call.x, call.residual, *present(flatten(call.tensors))
-    return run_flat(lowered, repeated, handed, factor, *inputs, is_channels_last(call.x, weights))
+    return run_flat(lowered, repeated, handed, factor, *inputs, any(map(suggests_channels_last, deciding)))
 
 
 def run_flat(

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from . import stock
 from .batch_norm import Affine
 from .flow import Backward
-from .layout import is_transformed
 from .lazy import Lazy
 from .program import Call, Normalisation, Program
 from .saved import unmoved, version
 from .spec import StepTensors, flatten, regroup
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 INPUTS = 6  # of the node's arguments, where x and the residual are; the tensors of its program's nodes follow
 
@@ -27,12 +26,7 @@ def counters(program: Program) -> list[int]:
     return [(i + 1) * len(StepTensors._fields) - 1 for i in frozen]
 
 
-def is_needed(ctx, grad_out: Tensor) -> bool:
-    """Whether this backward must be made of stock operations."""
-    return torch.is_grad_enabled() or is_transformed(grad_out) or _moved(ctx)
-
-
-def _moved(ctx) -> bool:
+def moved(ctx) -> bool:
     """Whether somebody trained with the program's norms since its forward in evaluation."""
     return any(version(counter) != before for counter, before in ctx.counters)
 
@@ -54,10 +48,13 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
         # Aliases of its own for each place: what x was made from, and whoever else has a parameter, is not this node's
         x, flat = _alias(x, needs[0]), [_alias(t, t is not None and t.requires_grad) for t in flat]
         kept = tensors = regroup(flat)
-        if _moved(ctx):
+        if moved(ctx):
             tensors = [_as_in_forward(b, number, own) for number, own in enumerate(kept, program.inputs)]
         read = x.contiguous() if ctx.converted else x  # as stock had it: its batched gradients depend on the layout
-        out = stock.program_output(Call(program, read, tensors, None, b.sample_factor), known=_known(b))
+        # Values that were kept and that no gradient goes through: what they were, whatever has moved since.
+        apart = {n: t for n, t in enumerate(b.values) if n >= program.inputs and not b.wanted[n]}
+        known = {number: value for number, value in apart.items() if isinstance(value, Tensor)}
+        out = stock.program_output(Call(program, read, tensors, None, b.sample_factor), known=known)
         for own, now in zip(tensors, kept, strict=True):
             if own is not now:  # not in place: autograd must not see it
                 own.running_mean.data.copy_(now.running_mean)
@@ -65,14 +62,10 @@ def gradients(ctx, grad_out: Tensor, b: Backward) -> tuple[Tensor | None, ...]:
         inputs = [x, None, *(t for t, place in zip(flat, ctx.facts.places, strict=True) if place is not None)]
         wanted = [i for i, need in enumerate(needs) if need and i != 1]
         sources = [inputs[i] for i in wanted]
-        grads = (
-            torch.autograd.grad(out, sources, grad_out, create_graph=create_graph, allow_unused=True) if sources else ()
-        )
-    result: list[Tensor | None] = [None] * len(needs)
-    for i, grad in zip(wanted, grads, strict=True):
-        result[i] = grad
-    result[1] = grad_residual if needs[1] else None
-    return tuple(result)
+        options = {"create_graph": create_graph, "allow_unused": True}
+        grads = torch.autograd.grad(out, sources, grad_out, **options) if sources else ()
+    result = dict(zip(wanted, grads, strict=True)) | {1: grad_residual if needs[1] else None}
+    return tuple(map(result.get, range(len(needs))))
 
 
 def _alias(t: Tensor | None, wanted: bool) -> Tensor | None:
@@ -89,12 +82,6 @@ def _originals(ctx, b: Backward) -> tuple[Tensor, list[Tensor | None]]:
     return x if ctx.facts.keeps_input else ctx.others[-1], flat
 
 
-def _known(b: Backward) -> dict[int, Tensor]:
-    """Values that were kept and that no gradient goes through: what they were, whatever has moved since."""
-    kept = {number: value for number, value in enumerate(b.values) if isinstance(value, Tensor)}
-    return {number: value for number, value in kept.items() if number >= b.program.inputs and not b.wanted[number]}
-
-
 def _behind_relu(ctx, b: Backward, grad_out: Tensor) -> Tensor:
     """The gradient of the residual: `grad_out` where the ReLU let the sum pass."""
     if not b.program.clamped:
@@ -104,7 +91,6 @@ def _behind_relu(ctx, b: Backward, grad_out: Tensor) -> Tensor:
         ones = torch.ones(grad_out.shape, dtype=ctx.facts.dtype, device=grad_out.device)
         ones = ones.contiguous(memory_format=torch.channels_last)
         mask = run("norm_add_relu_backward", ones, mask=b.masks[b.program.output], backend=b.backend)[0]
-    mask = mask.contiguous() if ctx.converted else mask  # see `gradients`
     if ctx.converted:  # see `gradients`
         grad_out, mask = grad_out.contiguous(), mask.contiguous()
     return aten.threshold_backward(grad_out, mask, 0)

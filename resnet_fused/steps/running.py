@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import current, run, soundness, tape
@@ -18,7 +19,6 @@ from ..ops import running_update
 from .batch_norm import silent, update_running
 from .spec import Norm, StepTensors
 
-Tensor = torch.Tensor
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 MOST = 2 * running_update.NORMS  # norms; of more, four operations on all are fewer launches than one for every four
 #: Tensors and settings of a batch norm, and what it saw: mean, variance, values per channel.
@@ -44,19 +44,14 @@ def update_running_all(items: Sequence[Update]) -> None:
     if counters:
         torch._foreach_add_(counters, 1)
     for (momentum, _), group in groups.items():
-        _move(group, momentum)
-
-
-def _move(group: list[running_update.Update], momentum: float) -> None:
-    """Statistics by one momentum and of one dtype: by one op for every four norms, or in four operations on all."""
-    if not _by_op(group):
-        running_update.move(group, momentum)
-        return
-    for i in range(0, len(group), running_update.NORMS):
-        arguments = running_update.arguments(group[i : i + running_update.NORMS], momentum)
-        run("running_update", *arguments, backend=current())
-    counters = [t for _, _, t, *_ in group if t is not None]
-    tape.noted(torch.autograd.graph.increment_version, counters)  # no kernel of ours does
+        if not _by_op(group):
+            running_update.move(group, momentum)
+            continue
+        for i in range(0, len(group), running_update.NORMS):
+            arguments = running_update.arguments(group[i : i + running_update.NORMS], momentum)
+            run("running_update", *arguments, backend=current())
+        counters = [t for _, _, t, *_ in group if t is not None]
+        tape.noted(torch.autograd.graph.increment_version, counters)  # no kernel of ours does
 
 
 def _by_op(group: list[running_update.Update]) -> bool:
@@ -94,7 +89,7 @@ def _share_buffers(items: Sequence[Update]) -> bool:
         return False
     spans = []
     for own, *_ in items:
-        if type(own.running_mean) is torch.Tensor and own.running_var is not None:
+        if type(own.running_mean) is Tensor and own.running_var is not None:
             size = own.running_mean.nbytes
             spans += (own.running_mean.data_ptr(), size), (own.running_var.data_ptr(), size)
     spans.sort()

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from ..ops.contract import is_slice
 from .program import Normalisation, Program
 from .spec import StepTensors
-
-Tensor = torch.Tensor
 
 
 class Recorder:
@@ -31,7 +30,7 @@ class Recorder:
         """None for None, which is most of it; True for a tensor."""
         if item is None:
             return None
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, Tensor):
             self.flat.append(item)
             return True
         if type(item) is list:

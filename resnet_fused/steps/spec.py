@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-
-from ..backends import run
 from .evaluation_flow import Evaluation, ForwardStep
 from .folding import Part
 from .spec import Conv
@@ -30,7 +27,4 @@ class StemPool(ForwardStep):
     def forward(self, e: Evaluation, made: None) -> None:
         pool, x, weight = e.program.maker(self.value).pool, e.values[self.source], e.own(self.main.conv).weight
         arguments = (x, weight, *e.behind(self.main), self.conv.stride, self.conv.padding, *pool.args)
-        if e.direct:
-            e.values[self.value] = torch.ops.resnet_fused.conv_norm_relu_pool.default(*arguments)
-        else:
-            e.values[self.value] = run("conv_norm_relu_pool", *arguments, backend=e.backend)
+        e.values[self.value] = e.run("conv_norm_relu_pool", *arguments)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from . import layout
 from .program import Addition, Averaging, Call, Concatenation, Convolution, Node, Normalisation
 from .spec import Norm, StepTensors
-
-Tensor = torch.Tensor
 
 
 def norm(z: Tensor, tensors: StepTensors, settings: Norm, moves: bool = False) -> Tensor:
@@ -63,13 +62,20 @@ def _node_output(
         return F.avg_pool2d(h, *node.average.args)
     if not isinstance(node, Addition):
         return F.max_pool2d(h, *node.pool.args)
-    y, other = _sampled(h, node.sampled, sample_factor), values[node.other]
-    if other is not None and node.other_first:
-        y = other + y
-    elif other is not None:
-        into = moves and (y.shape, y.dtype) == (other.shape, other.dtype)  # nobody else reads a branch
-        y = y.add_(other) if into else y + other
+    other = values[node.other]
+    alike = other is not None and (h.shape, h.dtype) == (other.shape, other.dtype)
+    y = add(node, h, other, sample_factor, inplace=moves and alike)  # nobody else reads a branch
     return F.relu(y, inplace=moves) if node.relu else y
+
+
+def add(node: Addition, branch: Tensor, other: Tensor | None, factor: Tensor | None, inplace: bool) -> Tensor:
+    """A sum without its ReLU; None is nothing. `inplace`: where the result is of another dtype or shape, it raises."""
+    branch = _sampled(branch, node.sampled, factor)
+    if other is None:
+        return branch
+    if node.other_first:
+        return other + branch
+    return branch.add_(other) if inplace else branch + other
 
 
 def _sampled(y: Tensor, sampled: bool, sample_factor: Tensor | None) -> Tensor:

@@ -7,13 +7,12 @@ it is, the op packs it on the way, a part at a time into each thread's cache, an
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from . import winograd
 from .conv import HAS_AVX512
 from .spec import Conv
 
-Tensor = torch.Tensor
 #: Whether the op's products are known to be as fast as oneDNN's. Those of 256-bit vectors were not measured.
 IS_FAST = winograd.IS_BUILT and HAS_AVX512
 

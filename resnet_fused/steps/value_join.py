@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from ..backends import run
 from . import pointwise
@@ -27,8 +27,6 @@ from .lazy import EVERY, Lazy, LazyGrad, Pending
 from .pointwise import parts
 from .program import Convolution, Program, Terms
 from .value_kinds import give_read, read_alone
-
-Tensor = torch.Tensor
 
 #: Outputs for each input from which one pass and a correction move less than two: 4C against 2K + K/8 bytes a pixel in
 #: 16 bits. At 2 they would move 2% less (Wide ResNet's layer1), with one more kernel.
@@ -69,10 +67,8 @@ class ValueJoin(Join):
         weight = branch.own.weight.contiguous()
         return run("conv1x1_join", x, weight, bn.scale, bn.shift, *applied, **options, backend=f.backend)
 
-    def backward(self, b: Backward) -> None:
-        terms, grad = b.program.terms(self.value), b.dense(self.value)
-        if grad is None:
-            return
+    def backward(self, b: Backward, grad: Pending) -> None:
+        terms = b.program.terms(self.value)
         mask, (branch, other), sums = b.masks.get(self.value), self.written(b, terms), None
         if branch is not None or other is not None:
             _, *sums = self.sums(b, terms, grad.grad, branch, other, {"mask": mask, "emit_grad": False})
@@ -121,7 +117,9 @@ class _ValueBranch(Branch):
         return any(self.needs)
 
     def backward(self) -> None:
-        b, stride, weight, other = self.flow, self.geometry.stride, self.own.weight, self._other_path()
+        b, stride, weight, other = self.flow, self.geometry.stride, self.own.weight, None
+        if self.wanted and self.previous is None and stride == EVERY:
+            other = b.take(self.source, corrected=True)  # the product adds it, and has a correction of its own
         scaled = self.grad._replace(coefficients=Coefficients(self.folded.bn.scale))
         grad, found = self._both(other) if self.one_pass else (scaled, self._parameters())
         correction = None if found is None else found.correction
@@ -133,12 +131,6 @@ class _ValueBranch(Branch):
             weight = None if self.one_pass else weight
             arguments = (grad, self.read, self.previous, weight, b.backend, stride, other, correction)
             give_read(b, self.source, pointwise.input_grad(*arguments)[0], stride)
-
-    def _other_path(self) -> Pending | None:
-        """The gradient from other readers that the product adds."""
-        if not self.wanted or self.previous is not None or self.geometry.stride != EVERY:
-            return None
-        return self.flow.take(self.source, corrected=True)  # the product has a correction of its own
 
     def _is_read_again(self) -> bool:
         """Whether a convolution whose backward is still to come reads the same tensor, and can add the correction."""

@@ -11,19 +11,18 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..backends import run
 from ..ops import stat_dtype
 from . import pointwise
 from .batch_norm import affine_of, parameters
 from .flow import Backward, Forward, as_lazy
-from .kinds import give_source
+from .kinds import Kind, give_source
 from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
 from .pointwise import parts
 from .program import Program
 from .spec import Norm, StepGrads
-
-Tensor = torch.Tensor
 
 
 def give_read(b: Backward, number: int, grad: Tensor | LazyGrad, pixels: tuple[int, int]) -> None:
@@ -44,14 +43,25 @@ def read_alone(b: Backward, number: int) -> tuple[Value, Norm | None]:
 
 def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = False) -> None:
     """Gradients of the weight of the 1x1 convolution that makes value `number`, and of what it read."""
+    node = b.program.maker(number)
+    grad_read = value_grads(b, number, grad, b.values[node.source], *read_alone(b, node.source), one_pass)
+    if grad_read is not None:
+        give_read(b, node.source, grad_read, node.conv.stride)
+
+
+def value_grads(
+    b: Backward, number: int, grad: LazyGrad, value: Value, read: Value, previous: Norm | None, one_pass: bool = False
+) -> Tensor | LazyGrad | None:
+    """As :func:`.kinds.conv_grads` of a 1x1 convolution without bias, by the 1x1 ops.
+
+    `value`: what it read, `read` and `previous`: what the gradient returned is of, see :func:`read_alone`.
+    """
     node, own, need = b.program.maker(number), b.tensors[number], b.needs[number]
-    stride, value = node.conv.stride, b.values[node.source]
-    wanted, (read, previous) = b.wanted[node.source], read_alone(b, node.source)
-    alone, other = previous is not None, None
-    if wanted and not alone and stride == EVERY:
+    stride, wanted, grad_read, other = node.conv.stride, b.wanted[node.source], None, None
+    if wanted and previous is None and stride == EVERY:
         other = b.take(node.source)
     coupled = other is not None and other.correction is not None
-    both = need.weight and wanted and (alone or not isinstance(value, Lazy))
+    both = need.weight and wanted and (previous is not None or not isinstance(value, Lazy))
     if both and one_pass and pointwise.narrow(node.conv, own.weight, coupled):
         grad_read, product, _ = pointwise.both_grads(grad, read, previous, own.weight, b.backend, other, rounded=True)
     elif wanted:
@@ -61,16 +71,14 @@ def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = Fa
         product, *_ = pointwise.weight_grad(grad, value, b.backend, stride, rounded=True)
     if need.weight:
         b.grads[number] = StepGrads(product.view(own.weight.shape))
-    if wanted:
-        give_read(b, node.source, grad_read, stride)
+    return grad_read
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvolveValue:
+class ConvolveValue(Kind):
     """The 1x1 convolution that makes `value`; `statistics`: a norm reads it, and normalises with the batch."""
 
-    value: int
-    statistics: bool
+    statistics: bool = False
     one_pass: bool = False  # both gradients at once, where it is narrow
     word: ClassVar[str] = "1x1 on values"
 
@@ -80,8 +88,9 @@ class ConvolveValue:
     def forward(self, f: Forward) -> None:
         node, own = f.program.maker(self.value), f.tensors[self.value]
         x, scale, shift = parts(f.values[node.source])
-        norm, options = self._norm(f.program), {}
-        if norm is not None:
+        readers, norm, options = f.program.readers(self.value), None, {}
+        if self.statistics and len(readers) == 1:  # what that norm makes of the statistics comes with them
+            (norm,) = readers
             options = parameters(f.tensors[norm], f.program.maker(norm).norm)
         arguments = (x, own.weight.contiguous(), scale, shift, node.conv.stride, self.statistics)
         z, *found = run("conv1x1", *arguments, **options, backend=f.backend)
@@ -91,25 +100,17 @@ class ConvolveValue:
         elif self.statistics:
             f.emitted[self.value] = found[0], found[1]
 
-    def _norm(self, program: Program) -> int | None:
-        """The batch norm that alone reads the value: what it makes of the statistics comes with them."""
-        readers = program.readers(self.value) if self.statistics else ()
-        return readers[0] if len(readers) == 1 else None
-
-    def backward(self, b: Backward) -> None:
-        grad = b.dense(self.value)
-        if grad is not None:
-            value_backward(b, self.value, as_lazy(grad), self.one_pass)
+    def backward(self, b: Backward, grad: Pending) -> None:
+        value_backward(b, self.value, as_lazy(grad), self.one_pass)
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvolveValueAdd:
+class ConvolveValueAdd(Kind):
     """The addition that makes `value` and the 1x1 convolution of stride 1, read by it alone, that makes its branch.
 
     Both are one product.
     """
 
-    value: int
     one_pass: bool = False
     word: ClassVar[str] = "1x1 on values that adds"
 
@@ -131,10 +132,8 @@ class ConvolveValueAdd:
         if add.relu:
             f.masks[self.value] = mask
 
-    def backward(self, b: Backward) -> None:
-        add, grad = b.program.maker(self.value), b.dense(self.value)
-        if grad is None:
-            return
+    def backward(self, b: Backward, grad: Pending) -> None:
+        add = b.program.maker(self.value)
         mask = b.masks.get(self.value)
         factor = b.sample_factor if add.sampled else None
         branch = as_lazy(grad._replace(mask=mask))._replace(sample_factor=factor)

@@ -96,7 +96,7 @@ def test_what_is_kept_is_bounded_and_the_same_layout_is_kept_once(monkeypatch):
 def test_layouts_are_forgotten_in_the_order_of_use():
     layouts = folding._Layouts()
     layouts.LIMIT = 2
-    layouts.learn(("a",), b"x")
+    layouts["a",] = b"x"
     assert layouts.look(("a",)) == (True, b"x")
     assert layouts.look(("b",)) == (False, None) and layouts.look(("b",)) == (True, None)
     assert layouts.look(("a",)) == (True, b"x")

@@ -99,12 +99,12 @@ def test_settled_weights_are_of_this_shape_and_number_of_threads(monkeypatch):
     layouts = folding._Layouts()
     monkeypatch.setattr(folding, "_layouts", layouts)  # as if nothing were known: it need not be asked
     model(images(10))
-    assert not layouts._seen
+    assert not layouts
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
     model(images(10))
-    asked = len(layouts._seen)
+    asked = len(layouts)
     model(images(6))
-    assert 0 < asked < len(layouts._seen)
+    assert 0 < asked < len(layouts)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from programs import CASES, F64, conv_tensors, norm_tensors
 
 from resnet_fused.plan.lower_evaluation import lower
 from resnet_fused.steps import Conv, StepTensors, unfolded, winograd
+from resnet_fused.steps.evaluation_flow import Evaluation
 from resnet_fused.steps.evaluation_kinds import UnfoldedConvolution
 from resnet_fused.steps.program import Call, Convolution, Normalisation, Program
 
@@ -19,11 +20,14 @@ S2 = Conv((2, 2), (1, 1))
 @pytest.fixture
 def seen(monkeypatch):
     """The names of the ops that steps with unfolded weights run, as they come; these run at any level of the CPU."""
-    seen, original = [], UnfoldedConvolution._run
+    seen, original = [], Evaluation.run
     monkeypatch.setattr(unfolded, "IS_FAST", True)
-    monkeypatch.setattr(
-        UnfoldedConvolution, "_run", lambda step, op, *args: seen.append(op) or original(step, op, *args)
-    )
+
+    def run(e: Evaluation, op: str, *arguments):
+        seen.extend([op] * op.startswith("conv_norm_add_relu"))
+        return original(e, op, *arguments)
+
+    monkeypatch.setattr(Evaluation, "run", run)
     return seen
 
 

@@ -102,17 +102,18 @@ def test_every_write_is_seen_at_the_next_call(write):
 
 @torch.no_grad()
 def test_a_weight_is_transformed_once_for_all_shapes_and_kept_beside_the_other_precisions(monkeypatch):
-    fused, made, original = resnet_fused.fuse(block()), [], folding._transformed
-    monkeypatch.setattr(folding, "_transformed", lambda *args: made.append(args[-1]) or original(*args))
+    fused, made, keep = resnet_fused.fuse(block()), [], folding._keep
+    monkeypatch.setattr(folding, "_keep", lambda *args: made.append(args[-1].layout) or keep(*args))
     for _ in range(2):
         for size in (14, 20, 28):
             fused(images(2, 64, size, size))
-    assert made == [2, 2]
+    two, four = [winograd.layout(2)] * 2, [winograd.layout(4)] * 2
+    assert made == two
     with resnet_fused.precision("fast"):
         for size in (28, 56):
             fused(images(2, 64, size, size))
     fused(images(2, 64, 14, 14))
-    assert made == [2, 2, 4, 4]
+    assert made == two + four
 
 
 @torch.no_grad()

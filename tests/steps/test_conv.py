@@ -54,15 +54,17 @@ def test_values_and_gradients(case, layout, large, monkeypatch):
     out, _ = conv.conv2d(x, weight, None, geometry, "auto")
     close(out, exact, "output")
     assert out.is_contiguous(memory_format=torch.channels_last)
-    grad, into = channels_last(*out.shape), channels_last(*shape)
+    grad, there = channels_last(*out.shape), channels_last(*shape)
     grad_x, grad_w = torch.autograd.grad(exact, (exact_x, exact_w), grad.double())
-    close(conv.weight_grad(grad, x, weight, geometry, "auto"), grad_w, "weight")
-    close(conv.input_grad(grad, x, weight, geometry, "auto"), grad_x, "input")
-    for add_to in (None, into):
+    close(conv.gradients(grad, x, weight, geometry, "auto", (False, True))[1], grad_w, "weight")
+    close(conv.gradients(grad, x, weight, geometry, "auto", (True, False))[0], grad_x, "input")
+    for add_to in (None, there):
         base = 0 if add_to is None else add_to.double()
-        alone = conv.input_grad(grad, x, weight, geometry, "auto", None if add_to is None else add_to.clone())
+        alone = conv.gradients(
+            grad, x, weight, geometry, "auto", (True, False), None if add_to is None else add_to.clone()
+        )[0]
         close(alone, grad_x + base, "input, added")
-        ours_w, ours_x = conv.both_grads(grad, x, weight, geometry, "auto", add_to)
+        ours_x, ours_w = conv.gradients(grad, x, weight, geometry, "auto", add_to=add_to)
         close(ours_w, grad_w, "weight, with the input's")
         close(ours_x, grad_x + base, "input, with the weight's")
         if add_to is not None:
@@ -91,7 +93,9 @@ def test_fewer_weight_gradients_are_ours_where_vectors_of_256_bits_are_slow(avx5
     monkeypatch.setattr(conv, "run", lambda op, *args, **options: seen.append(op) or run(op, *args, **options))
     weight, geometry = torch.randn(64, 64, 3, 3), Conv(padding=(1, 1))
     for pixels in (most, most + 1):
-        conv.weight_grad(channels_last(1, 64, 1, pixels), channels_last(1, 64, 1, pixels), weight, geometry, "auto")
+        conv.gradients(
+            channels_last(1, 64, 1, pixels), channels_last(1, 64, 1, pixels), weight, geometry, "auto", (False, True)
+        )[1]
     assert seen == ["conv_weight_grad"] * avx512
 
 

@@ -105,14 +105,14 @@ def test_gradients(seen, geometry, size):
     exact = F.conv2d(exact_x, exact_w, None, *geometry.args)
     grad = drawn(*exact.shape)
     wanted_x, wanted_w = torch.autograd.grad(exact, (exact_x, exact_w), grad.double())
-    both_w, both_x = conv.both_grads(grad, x, weight, geometry, "auto")
+    both_x, both_w = conv.gradients(grad, x, weight, geometry, "auto")
     assert sorted(seen) == ["grouped_conv3x3", "grouped_conv3x3_wgrad"]
-    assert torch.equal(conv.weight_grad(grad, x, weight, geometry, "auto"), both_w)
-    assert torch.equal(conv.input_grad(grad, x, weight, geometry, "auto"), both_x)
+    assert torch.equal(conv.gradients(grad, x, weight, geometry, "auto", (False, True))[1], both_w)
+    assert torch.equal(conv.gradients(grad, x, weight, geometry, "auto", (True, False))[0], both_x)
     torch.testing.assert_close(both_x.double(), wanted_x, rtol=0, atol=2e-5)
     torch.testing.assert_close(both_w.double(), wanted_w, rtol=0, atol=5e-5)
     into = drawn(*x.shape)
-    added = conv.input_grad(grad, x, weight, geometry, "auto", into.clone())
+    added = conv.gradients(grad, x, weight, geometry, "auto", (True, False), into.clone())[0]
     assert torch.equal(added, into + both_x)
 
 

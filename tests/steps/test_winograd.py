@@ -141,7 +141,7 @@ def test_gradients_of_input_and_weight_are_taken_apart(seen):
     torch.manual_seed(0)
     x, weight, grad, into = drawn(2, 32, 9, 8), torch.randn(40, 32, 3, 3) / 17, drawn(2, 40, 9, 8), drawn(2, 32, 9, 8)
     exact = torch.nn.functional.conv_transpose2d(grad.double(), weight.double(), padding=1) + into.double()
-    grad_weight, grad_x = conv.both_grads(grad, x, weight, SAME, "auto", into)
+    grad_x, grad_weight = conv.gradients(grad, x, weight, SAME, "auto", add_to=into)
     assert grad_x is into and seen == ["winograd_conv3x3"]
     torch.testing.assert_close(grad_x.double(), exact, rtol=0, atol=1e-5)
     wanted = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)

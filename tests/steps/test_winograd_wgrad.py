@@ -55,8 +55,8 @@ def test_one_gradient_and_both(geometry, layout, threads, seen):
     exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
     exact = F.conv2d(exact_x, exact_w, None, *geometry.args)
     grad_x, grad_w = torch.autograd.grad(exact, (exact_x, exact_w), grad.double())
-    alone = conv.weight_grad(grad, x, weight, geometry, "auto")
-    ours_w, ours_x = conv.both_grads(grad, x, weight, geometry, "auto")
+    alone = conv.gradients(grad, x, weight, geometry, "auto", (False, True))[1]
+    ours_x, ours_w = conv.gradients(grad, x, weight, geometry, "auto")
     assert seen.count(OP) == 2
     assert torch.equal(alone, ours_w) and ours_w.stride() == weight.stride()
     torch.testing.assert_close(ours_w.double(), grad_w, rtol=1e-5, atol=1e-5 * grad_w.abs().max().item())
@@ -122,5 +122,7 @@ def test_threads_that_would_have_nothing_to_do(number, taken, threads):
 def test_a_compiled_graph_takes_it_too(threads):
     torch.compiler.reset()
     grad, x, weight = arguments(8, 64, 64, 16, 16)
-    compiled = torch.compile(lambda *args: conv.weight_grad(*args, SAME, "auto"), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(grad, x, weight), conv.weight_grad(grad, x, weight, SAME, "auto"))
+    compiled = torch.compile(
+        lambda *args: conv.gradients(*args, SAME, "auto", (False, True))[1], backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(grad, x, weight), conv.gradients(grad, x, weight, SAME, "auto", (False, True))[1])

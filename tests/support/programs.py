@@ -185,4 +185,8 @@ def observe(out, leaves):
 
 def factor_of(program, x):
     """A per-sample factor, where the program takes one."""
-    return torch.rand(x.shape[0], dtype=x.dtype) if program.sampled else None
+    return (
+        torch.rand(x.shape[0], dtype=x.dtype)
+        if any(getattr(node, "sampled", False) for node in program.nodes)
+        else None
+    )

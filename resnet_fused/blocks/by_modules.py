@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.nn import functional as F
 
+from ..steps import stock
 from ..steps.program import Addition, Averaging, Normalisation
 from . import drop_paths, norms
 from .site import Site
@@ -45,6 +46,8 @@ def computed(
             y = add(node, h, values[node.other], factor, shape.inplace_add)
         activated = isinstance(node, Normalisation) and norms.activation_of(module) is not None
         clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
+        if isinstance(node, Normalisation) and node.act is not None and not activated:
+            y = stock.activated(y, node.act, owned=True)
         values[value] = torch.relu_(y) if clamps else y
     return values
 

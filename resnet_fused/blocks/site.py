@@ -22,6 +22,7 @@ from .layers import (
     conv_geometry,
     globally_hooked,
     hooked,
+    kind_of,
     pool_geometry,
     why_not_average,
     why_not_conv,
@@ -176,6 +177,8 @@ def module_obstacle(site: Site) -> str:
         return "global module hooks"
     if proven.functions_exchanged():
         return "a function of torch that the modules call was replaced"
+    if site.shape.program.activated and proven.activations_exchanged():
+        return "an activation function of torch was replaced"
     kept, known = site.kept, None
     if kept is not None and not torch.compiler.is_compiling():
         if kept.unchanged and kept.unchanged.holds():
@@ -200,7 +203,7 @@ def _obstacle_read(site: Site) -> str:
         if act is not None and all(act is not other for other in site.bypassed):
             return "a norm with an activation of its own"
     for (name, kind), module in zip(site.shape.bypassed, site.bypassed, strict=True):
-        if type(module).__name__ != kind:
+        if kind_of(module) != kind:
             return f"{name} {CHANGED}"
         reason = why_not_passed(module)
         if reason or hooked(module):

@@ -13,7 +13,7 @@
 :class:`StockAverage`         an average pool of a tensor
 ============================  =========================================================================================
 
-A whole stem's is in :mod:`.stem_evaluation`, those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names
+A whole stem's is in :mod:`.stem_evaluation`, those of activations but ReLU in :mod:`.activated_evaluation`, those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names
 values by their numbers in the program.
 """
 
@@ -27,24 +27,31 @@ import torch
 from torch.nn import functional as F
 
 from ..backends import bounds, onednn, run
+from ..ops import activation
 from . import stock, winograd
 from .conv import channels_last
 from .evaluation_flow import Evaluation, ForwardStep, Raw, parts
 from .folding import Folded, Part
-from .spec import Conv
+from .spec import Act, Conv
 
 Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldedConvolution(ForwardStep):
-    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`."""
+    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`.
 
-    word = "convolution"
+    `act`: an activation but ReLU behind its norm, in its epilogue too.
+    """
 
     folded: Part
     conv: Conv
     in_place: bool
+    act: Act | None = None
+
+    @property
+    def word(self) -> str:
+        return "convolution" if self.act is None else f"convolution with {self.act}"
 
     @property
     def part(self) -> Part:
@@ -61,8 +68,9 @@ class FoldedConvolution(ForwardStep):
             added = 0.0 if other is None else e.bounds[self.other]
             bound = bounds.of_sum(made.enlarges, e.bounds[self.source], made.bound, added)
             e.bounds[self.value] = bound
+            act = None if self.act is None else self.act.args
             e.values[self.value] = onednn.conv_packed(
-                x, made.weight, made.shift, self.conv, self.relu, bound, other, in_place
+                x, made.weight, made.shift, self.conv, self.relu, bound, other, in_place, act
             )
             return
         if e.bounds is not None:
@@ -72,9 +80,9 @@ class FoldedConvolution(ForwardStep):
             run("conv_add_relu_", other, x, made.weight, made.shift, *settings, backend=e.backend)
         else:
             other = run("conv_add_relu", x, made.weight, made.shift, other, *settings, backend=e.backend)
-        e.values[self.value] = other
         if e.bounds is not None:
             e.bounds[self.value] = bounds.noted(other)
+        e.values[self.value] = other if self.act is None else activation.value(other, *self.act.args, inplace=True)
 
     def _note(self, e: Evaluation, x: Tensor, other: Tensor | None, made: Folded) -> None:
         """Note the bounds of all that the op reads, so that it need not measure them."""

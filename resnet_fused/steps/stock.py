@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..ops import activation
 from . import layout
 from .program import Addition, Averaging, Call, Concatenation, Convolution, Node, Normalisation
-from .spec import Norm, StepTensors
+from .spec import Act, Norm, StepTensors
 
 Tensor = torch.Tensor
 
@@ -56,6 +57,7 @@ def _node_output(
         return F.conv2d(h, weight, own.bias, *node.conv.args)
     if isinstance(node, Normalisation):
         h = _sampled(norm(h, own, node.norm, moves), node.sampled, sample_factor)
+        h = h if node.act is None else activated(h, node.act, moves)
         return F.relu(h, inplace=moves) if node.relu else h
     if isinstance(node, Concatenation):
         return torch.cat([values[value] for value in node.reads], 1)
@@ -70,6 +72,12 @@ def _node_output(
         into = moves and (y.shape, y.dtype) == (other.shape, other.dtype)  # nobody else reads a branch
         y = y.add_(other) if into else y + other
     return F.relu(y, inplace=moves) if node.relu else y
+
+
+def activated(y: Tensor, act: Act, owned: bool) -> Tensor:
+    """An activation of `y`; in its memory if that is `owned` and autograd does not have to keep a copy of it."""
+    keeps_result = act.code in (activation.LEAKY_RELU, activation.RELU6)
+    return activation.value(y, *act.args, inplace=owned and (keeps_result or not y.requires_grad))
 
 
 def _sampled(y: Tensor, sampled: bool, sample_factor: Tensor | None) -> Tensor:

@@ -118,7 +118,7 @@ RESNET_FUSED_INLINE A activation_gradient(A g, A y, A slope) {
     const A above = y >= A(3) ? g : inside;
     return y <= A(-3) ? A(0) : above;
   }
-  return (y <= 0) | (y >= A(6)) ? A(0) : g;
+  return (y > 0) & (y < A(6)) ? g : A(0);
 }
 
 // f(std::integral_constant<Act, act>) for a code that check_act() has accepted.

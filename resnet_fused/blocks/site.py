@@ -66,6 +66,7 @@ class Site:
         self.nodes = [(node, module) for node, module in self.pairs if module is not None]
         self.convolutions = [module for node, module in self.nodes if isinstance(node, Convolution)]
         self.norms = [module for node, module in self.nodes if isinstance(node, Normalisation)]
+        self.activated = any(node.act is not None for node, _ in self.nodes if isinstance(node, Normalisation))
         self._first = next((node, module) for node, module in self.nodes if self._reads_input(node))
 
     def _reads_input(self, node: Node) -> bool:
@@ -177,7 +178,7 @@ def module_obstacle(site: Site) -> str:
         return "global module hooks"
     if proven.functions_exchanged():
         return "a function of torch that the modules call was replaced"
-    if site.shape.program.activated and proven.activations_exchanged():
+    if site.activated and proven.activations_exchanged():
         return "an activation function of torch was replaced"
     kept, known = site.kept, None
     if kept is not None and not torch.compiler.is_compiling():

@@ -212,7 +212,7 @@ class _Builder:
         return [node for node in self.graph.nodes if begins(node)]
 
     def main_first(self) -> list[fx.Node]:
-        """Convolutions, those followed by an activation first: the main branch finds its projection, not the reverse."""
+        """Convolutions, first those with an activation: the main branch finds its projection, not the reverse."""
         convs = [node for node in self.graph.nodes if isinstance(self.nodes.module(node), nn.Conv2d)]
 
         def leads_on(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""The activations behind a batch norm other than ReLU, with their derivatives: by a code, and a slope for the one that has one.
+"""The activations behind a batch norm other than ReLU, with their derivatives: by a code, and a slope for leaky ReLU.
 
 =============  ====================================================================================================
 `silu`         ``y * sigmoid(y)`` (Elfwing et al. 2017, https://arxiv.org/abs/1702.03118), also called swish
@@ -9,7 +9,8 @@
 `relu6`        ``clamp(y, 0, 6)``
 =============  ====================================================================================================
 
-NaN stays NaN, and derivatives at kinks are stock's. None is larger than its argument: a bound of that bounds it.
+NaN stays NaN, and derivatives at kinks are stock's. At NaN stock's of the last two is one thing in a vector and another
+in what is left over; here it is always the vector's: NaN, and 0. None is larger than its argument: a bound of that bounds it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def value(y: Tensor, act: int, slope: float = 0.0, inplace: bool = False) -> Ten
 
 
 def gradient(g: Tensor, y: Tensor, act: int, slope: float = 0.0) -> Tensor:
-    """``g`` times the derivative at `y`, as stock's backward has it."""
+    """`g` times the derivative at `y`, as stock's backward has it."""
     check(act)
     aten = torch.ops.aten
     if act == SILU:
@@ -54,8 +55,9 @@ def gradient(g: Tensor, y: Tensor, act: int, slope: float = 0.0) -> Tensor:
     if act == LEAKY_RELU:
         return aten.leaky_relu_backward(g, y, slope, False)
     if act == HARDSWISH:
-        return aten.hardswish_backward(g, y)
-    return aten.hardtanh_backward(g, y, 0.0, 6.0)
+        inside = torch.where(y >= 3, g, g * (y / 3 + 0.5))
+        return torch.where(y <= -3, torch.zeros_like(g), inside)
+    return torch.where((y > 0) & (y < 6), g, torch.zeros_like(g))
 
 
 def flops(act: int, derivative: bool = False) -> int:

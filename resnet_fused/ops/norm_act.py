@@ -14,7 +14,7 @@ from __future__ import annotations
 from . import activation
 from .contract import Tensor, channels_last, channels_last_like, define, nbytes, per_channel
 
-SCHEMA = "(Tensor z, Tensor scale, Tensor shift, int act, float slope=0.0) -> Tensor out"
+SCHEMA = "(Tensor z, Tensor scale, Tensor shift, int act, float slope=0.) -> Tensor out"
 FORMS = "z:~C scale,shift:C"
 
 

@@ -15,7 +15,7 @@ from . import activation
 from .contract import Tensor, channels_last, channels_last_like, define, nbytes, per_channel
 
 SCHEMA = (
-    "(Tensor g, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, int act, float slope=0.0) "
+    "(Tensor g, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, int act, float slope=0.) "
     "-> Tensor dz"
 )
 FORMS = "g,z:~C a,b,d,scale,shift:C"

@@ -19,7 +19,7 @@ from . import activation
 from .contract import Tensor, define, nbytes, per_channel, stat_dtype, two_launches
 
 SCHEMA = (
-    "(Tensor grad_out, Tensor z, Tensor mean, Tensor scale, Tensor shift, int act, float slope=0.0) "
+    "(Tensor grad_out, Tensor z, Tensor mean, Tensor scale, Tensor shift, int act, float slope=0.) "
     "-> (Tensor sum_g, Tensor sum_gz)"
 )
 FORMS = "grad_out,z:~C mean,scale,shift:C"

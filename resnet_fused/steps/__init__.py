@@ -2,9 +2,10 @@
 
 from .lazy import Lazy, LazyGrad
 from .program import Call, Program, residual_program
-from .spec import Average, Conv, Norm, Pool, StepGrads, StepTensors, flatten, regroup
+from .spec import Act, Average, Conv, Norm, Pool, StepGrads, StepTensors, flatten, regroup
 
 __all__ = [
+    "Act",
     "Average",
     "Call",
     "Conv",

@@ -19,7 +19,7 @@ from .program import Program
 
 @dataclasses.dataclass(frozen=True)
 class Activate:
-    """The batch norm and the activation that make `value`, of a raw tensor; `emitted`: as of :class:`.kinds.Normalise`."""
+    """The batch norm and the activation that make `value`, of a raw tensor; `emitted`: as of `kinds.Normalise`."""
 
     value: int
     emitted: bool = False

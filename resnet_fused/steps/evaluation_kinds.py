@@ -13,8 +13,8 @@
 :class:`StockAverage`         an average pool of a tensor
 ============================  =========================================================================================
 
-A whole stem's is in :mod:`.stem_evaluation`, those of activations but ReLU in :mod:`.activated_evaluation`, those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names
-values by their numbers in the program.
+A whole stem's is in :mod:`.stem_evaluation`, those of activations but ReLU in :mod:`.activated_evaluation`, those for
+GPUs alone in :mod:`.gpu_evaluation_kinds`. Each names values by their numbers in the program.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class Convolution(_OfOne):
 class Normalisation(_OfOne):
     """Batch norm of value `source`, and the ReLU behind it if `relu`; its :class:`StepTensors` has no weight.
 
-    `act`: another activation behind it, instead of a ReLU; its value is written. `sampled`: what batch norm makes is multiplied by a factor for each sample, before the ReLU; only of the last node.
+    `act`: another activation instead, whose value is written. `sampled`: what batch norm makes is multiplied by a
+    factor for each sample, before the ReLU; only of the last node.
     """
 
     source: int
@@ -156,7 +157,7 @@ class Program:
     def terms(self, value: int) -> Terms | None:
         """What the join that makes `value` joins; None where that is none: neither a norm nor a sum with one.
 
-        A norm's own value counts: it is written where the block ends in it. One with an activation but ReLU is no join.
+        A norm's own value counts, if it is lazy: it is written where the block ends in it.
         """
         node = self.maker(value)
         if isinstance(node, Addition):
@@ -193,11 +194,6 @@ class Program:
         """Whether the output is what a ReLU made."""
         node = self.nodes[-1]
         return isinstance(node, Normalisation | Addition) and node.relu
-
-    @property
-    def activated(self) -> bool:
-        """Whether some norm has an activation other than ReLU."""
-        return self._once("_activated", lambda: [n for n in self.nodes if isinstance(n, Normalisation) and n.act]) != []
 
     @property
     def sampled(self) -> bool:

@@ -10,7 +10,7 @@
 =============  ====================================================================================================
 
 NaN stays NaN, and derivatives at kinks are stock's. At NaN stock's of the last two is one thing in a vector and another
-in what is left over; here it is always the vector's: NaN, and 0. None is larger than its argument: a bound of that bounds it.
+in what is left over; here it is always the vector's: NaN, and 0. None is larger than its argument, whose bound holds.
 """
 
 from __future__ import annotations

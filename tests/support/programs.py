@@ -169,18 +169,9 @@ def activation_read_twice():
         Convolution(4, P1), Normalisation(5, NORM, False), Convolution(2, P1), Normalisation(7, NORM, False),
         Addition(6, 8), Convolution(9, P1), Normalisation(10, NORM, False), Addition(11, 2, True),
     )  # fmt: skip
-    tensors = [conv_tensors(6, 5, 3), norm_tensors(5)]
-    for _ in range(2):
-        tensors += [conv_tensors(5, 5), norm_tensors(5)]
-    return Program(nodes), [
-        *tensors,
-        conv_tensors(5, 5),
-        norm_tensors(5),
-        NONE,
-        conv_tensors(5, 5),
-        norm_tensors(5),
-        NONE,
-    ]
+    pairs = [(conv_tensors(5, 5), norm_tensors(5)) for _ in range(4)]
+    tensors = [conv_tensors(6, 5, 3), norm_tensors(5), *pairs[0], *pairs[1], *pairs[2], NONE, *pairs[3], NONE]
+    return Program(nodes), tensors
 
 
 ACTIVATED = {f"inverted residual, {name}": code for code, name in enumerate(activation.NAMES)}

@@ -27,6 +27,16 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? shift=None, Tensor? mask=None, Tensor? residual=None, Tensor? residual_mean=None, "
       "Tensor? sample_factor=None, bool relu=True, bool emit_grad=True) "
       "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor residual_sum_g, Tensor residual_sum_gz)");
+  m.def("norm_act(Tensor z, Tensor scale, Tensor shift, int act, float slope=0.) -> Tensor out");
+  m.def(
+      "norm_act_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor scale, Tensor shift, int act, float slope=0.) "
+      "-> (Tensor sum_g, Tensor sum_gz)");
+  m.def(
+      "norm_act_apply(Tensor g, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, int act, "
+      "float slope=0.) -> Tensor dz");
+  m.def(
+      "norm_act_apply_(Tensor(a!) g, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, int act, "
+      "float slope=0.) -> ()");
   m.def(
       "gate_add_relu(Tensor z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> Tensor out");
   m.def("gate_add_relu_(Tensor(a!) z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> ()");

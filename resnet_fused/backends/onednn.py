@@ -13,7 +13,7 @@ import struct
 import torch
 
 from ..library import status
-from ..ops import OPS
+from ..ops import OPS, activation
 from ..ops.contract import Tensor, channels_last, is_channels_last
 from ..ops.conv_add_relu import output_shape
 from . import bounds
@@ -134,13 +134,27 @@ def is_mapped(residual: Tensor | None) -> bool:
 
 
 def conv_packed(
-    x: Tensor, weight: Tensor, bias: Tensor, conv, relu: bool, bound: float, residual=None, in_place: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv,
+    relu: bool,
+    bound: float,
+    residual: Tensor | None = None,
+    in_place: bool = False,
+    activated: tuple[int, float] | None = None,
 ) -> Tensor:
     """:func:`conv_add_relu` for one who has asked all that dispatch asks: float32, channels_last, `weight` packed.
 
-    `bound`: of the result. `in_place`: the sum lands in `residual`, which is returned.
+    `bound`: of the result. `in_place`: the sum lands in `residual`, which is returned. `activated`: of a result without
+    a sum and a ReLU, by what activation,
+    a code and a slope.
     """
     act, where = relu and bound < bounds.SAFE, (conv.padding, conv.stride, conv.dilation, conv.groups)
+    if activated is not None:
+        post_op = _post_op(*activated) if bound < bounds.SAFE else ("none", [], None)
+        out = channels_last(_pointwise(x, weight, bias, *where, *post_op))
+        return out if bound < bounds.SAFE else activation.value(out, *activated, inplace=True)
     if residual is None:
         out = _pointwise(x, weight, bias, *where, "relu" if act else "none", [], None)
     elif not in_place:
@@ -150,6 +164,18 @@ def conv_packed(
         out = out if out.data_ptr() == residual.data_ptr() else residual.copy_(out)
     out = channels_last(out)
     return torch.relu_(out) if relu and not act else out
+
+
+def _post_op(act: int, slope: float) -> tuple[str, list[float], str | None]:
+    """An activation as ATen's oneDNN convolution is told it: a name, its numbers, and which way to compute it."""
+    return {
+        activation.SILU: ("swish", [], None),
+        activation.GELU: ("gelu", [], "none"),
+        activation.GELU_TANH: ("gelu", [], "tanh"),
+        activation.LEAKY_RELU: ("leaky_relu", [slope], None),
+        activation.HARDSWISH: ("hardswish", [], None),
+        activation.RELU6: ("hardtanh", [0.0, 6.0], None),
+    }[act]
 
 
 def _has_epilogue(x: Tensor, residual: Tensor | None, groups: int) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..steps import stock
 from ..steps.program import Addition, Averaging, Normalisation
 from ..steps.stock import add
 from . import drop_paths, norms
@@ -44,5 +45,7 @@ def computed(
             y = add(node, h, values[node.other], factor, shape.inplace_add)
         activated = isinstance(node, Normalisation) and norms.activation_of(module) is not None
         clamps = isinstance(node, Normalisation | Addition) and node.relu and not activated
+        if isinstance(node, Normalisation) and node.act is not None and not activated:
+            y = stock.activated(y, node.act, owned=True)
         values[value] = torch.relu_(y) if clamps else y
     return values

@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..steps import Average, Conv, Pool
+from ..ops import activation
+from ..steps import Act, Average, Conv, Pool
 from . import drop_paths, proven
 
-_PASSED = (nn.ReLU, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d)  # by their exact class, or DropPath
+_ACTS = (nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.ReLU6)
+#: By their exact class, or DropPath.
+_PASSED = (nn.ReLU, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d, *_ACTS)
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -44,6 +47,35 @@ def why_not_conv(conv: nn.Module) -> str:
         return ""
     geometry = f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
     return geometry if conv.padding_mode != "zeros" or type(conv.padding) is str else "a geometry of odd numbers"
+
+
+def act_of(module: nn.Module | None) -> Act | None:
+    """What an activation module other than ReLU computes now; None for every other module, and for odd settings."""
+    cls = type(module)
+    if cls is nn.SiLU or cls is nn.Hardswish:
+        return Act(activation.SILU if cls is nn.SiLU else activation.HARDSWISH)
+    if cls is nn.GELU:
+        return gelu(module.approximate)
+    if cls is nn.LeakyReLU:
+        return leaky_relu(module.negative_slope)
+    return Act(activation.RELU6) if cls is nn.ReLU6 and (module.min_val, module.max_val) == (0, 6) else None
+
+
+def gelu(approximate: object) -> Act | None:
+    """The GELU that PyTorch names so."""
+    code = {"none": activation.GELU, "tanh": activation.GELU_TANH}.get(approximate)
+    return None if code is None else Act(code)
+
+
+def leaky_relu(slope: object) -> Act | None:
+    """A leaky ReLU that makes nothing larger, and whose sign is that of its argument: also where it works in place."""
+    return Act(activation.LEAKY_RELU, float(slope)) if isinstance(slope, int | float) and 0 <= slope <= 1 else None
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a module that is passed over is: its class, and what of its settings a program holds."""
+    act = act_of(module)
+    return type(module).__name__ if act is None else f"{type(module).__name__}: {act}"
 
 
 def why_not_passed(module: nn.Module) -> str:

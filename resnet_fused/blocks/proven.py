@@ -53,6 +53,11 @@ _FUNCTIONS = tuple(
     )
 )  # fmt: skip
 
+#: The same of activations other than ReLU, for programs that have such.
+_ACTIVATIONS = tuple(
+    (F, name, getattr(F, name)) for name in ("silu", "gelu", "leaky_relu", "hardswish", "hardtanh", "relu6")
+)
+
 #: Modules that call them by way of this name.
 _CALLERS = tuple(
     (place, "F", F)
@@ -66,6 +71,7 @@ _CALLERS = tuple(
 )
 
 _EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _FUNCTIONS)
+_ACTIVATIONS_EXCHANGED_BEFORE = not all(_is_torchs(known) for _, _, known in _ACTIVATIONS)
 
 #: Classes elsewhere that are known by name, so that nothing is imported for them.
 FROZEN_NORMS = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
@@ -136,6 +142,11 @@ def exchanged(known: Iterable[tuple[object, str, object]]) -> bool:
 def functions_exchanged() -> bool:
     """Whether somebody replaced a function of PyTorch that the stock modules call."""
     return _EXCHANGED_BEFORE or exchanged(_CALLERS) or exchanged(_FUNCTIONS)
+
+
+def activations_exchanged() -> bool:
+    """The same of the functions that activations other than ReLU are."""
+    return _ACTIVATIONS_EXCHANGED_BEFORE or exchanged(_ACTIVATIONS)
 
 
 def _look_at(cls: type, base: type | None) -> str:

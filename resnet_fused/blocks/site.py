@@ -53,6 +53,7 @@ class Site:
         self.nodes = [(node, module) for node, module in self.pairs if module is not None]
         self.convolutions = [module for node, module in self.nodes if isinstance(node, Convolution)]
         self.norms = [module for node, module in self.nodes if isinstance(node, Normalisation)]
+        self.activated = any(node.act is not None for node, _ in self.nodes if isinstance(node, Normalisation))
         # Who reads the input, or averages of it, which have as many channels.
         program, weighs = self.shape.program, Convolution | Normalisation
         entering = {0, *(value for value in program.readers(0) if isinstance(program.maker(value), Averaging))}
@@ -164,6 +165,8 @@ def module_obstacle(site: Site) -> str:
         return "global module hooks"
     if proven.functions_exchanged():
         return "a function of torch that the modules call was replaced"
+    if site.activated and proven.activations_exchanged():
+        return "an activation function of torch was replaced"
     kept = None if torch.compiler.is_compiling() else site.kept
     if kept is not None and kept.unchanged and kept.unchanged.holds():
         return ""
@@ -187,7 +190,7 @@ def _obstacle_read(site: Site) -> str:
         if act is not None and all(act is not other for other in site.bypassed):
             return "a norm with an activation of its own"
     for (name, kind), module in zip(site.shape.bypassed, site.bypassed, strict=True):
-        if type(module).__name__ != kind:
+        if layers.kind_of(module) != kind:
             return f"{name} {CHANGED}"
         reason = layers.why_not_passed(module)
         if reason or layers.hooked(module):

@@ -23,7 +23,7 @@ from . import proven
 _CLASSES = frozenset(
     (
         nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential, nn.Dropout,
-        nn.Dropout2d,
+        nn.Dropout2d, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.ReLU6,
     )
 )  # fmt: skip
 _OWN, _INNER = operator.attrgetter("__dict__"), ("_parameters", "_buffers")

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from torch import fx, nn
 
 from ..blocks import drop_paths, norms
-from ..blocks.layers import average_geometry, conv_geometry, why_not_average, why_not_conv
+from ..blocks.layers import act_of, average_geometry, conv_geometry, kind_of, why_not_average, why_not_conv
 from ..blocks.shape import Shape
 from ..plan.lower import obstacle
-from ..steps import Average, Conv, Norm, Pool
+from ..steps import Act, Average, Conv, Norm, Pool
 from ..steps.program import Addition, Averaging, Convolution, Node, Normalisation, Pooling, Program, reading
+from . import acts
 from .dropouts import decided_by
 from .outside import called
 
@@ -45,6 +46,11 @@ class Nodes:
     def is_relu(self, node: fx.Node | None) -> bool:
         return type(self.module(node)) is nn.ReLU or (node is not None and called(node) in ("relu", "relu_"))
 
+    def act(self, node: fx.Node | None) -> Act | None:
+        """The activation other than ReLU that a node is."""
+        module = self.module(node)
+        return acts.read(node) if module is None else act_of(module)
+
     def is_drop_path(self, node: fx.Node | None) -> bool:
         """A drop path whose random call this package repeats."""
         return drop_paths.is_one(self.module(node))
@@ -67,6 +73,10 @@ class Nodes:
     def kinds(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """Modules by name, with the names of their classes."""
         return tuple((name, type(self.block.get_submodule(name)).__name__) for name in sorted(names))
+
+    def passed(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """Modules that a program passes over by name, with what each is."""
+        return tuple((name, kind_of(self.block.get_submodule(name))) for name in sorted(names))
 
 
 class NoProgram(Exception):
@@ -125,7 +135,7 @@ class Reader:
         program, names = self._program(self.value[self.end])
         if len(names) < len(self.made) or not all(map(program.readers, range(program.inputs))):
             return "a value that nobody reads"
-        kinds, inplace = self.read.kinds(self.bypassed), True in self.inplace
+        kinds, inplace = self.read.passed(self.bypassed), True in self.inplace
         return obstacle(program) or Shape(program, names, kinds, self.drop_path, inplace)
 
     def _program(self, end: fx.Node) -> tuple[Program, tuple[str, ...]]:
@@ -157,6 +167,8 @@ class Reader:
             self._addition(node, inplace)
         elif self.read.is_relu(node):
             self._relu(node)
+        elif self.read.act(node) is not None:
+            self._activation(node, self.read.act(node))
         elif called(node) == "avg_pool2d":
             self._average(node, _average_of(node))
         elif module is None and not identity:
@@ -223,20 +235,35 @@ class Reader:
     def _norm(self, node: fx.Node, module: nn.Module) -> None:
         if reason := norms.why_not(module):
             raise NoProgram(reason)
-        act = norms.activation_of(module)
-        if act is not None and type(act) not in (nn.Identity, nn.ReLU):
-            raise NoProgram(f"a norm with an activation of class {type(act).__name__}")
-        if act is not None:
+        inner = norms.activation_of(module)
+        act = act_of(inner)
+        if inner is not None and act is None and type(inner) not in (nn.Identity, nn.ReLU):
+            raise NoProgram(f"a norm with an activation of class {type(inner).__name__}")
+        if inner is not None:
             self.bypassed |= {f"{node.target}.{name}" for name, _ in module.named_children()}
-        self._make(node, Normalisation(self.value[node.args[0]], Norm(), type(act) is nn.ReLU))
+        self._make(node, Normalisation(self.value[node.args[0]], Norm(), type(inner) is nn.ReLU, act=act))
 
     def _relu(self, node: fx.Node) -> None:
         """A ReLU belongs to the norm or the addition before it, which nobody else may read; it may work in place."""
         made = self._made(node.args[0])
-        if not isinstance(made, Normalisation | Addition) or made.relu or not self._is_sole(node.args[0]):
+        bare = isinstance(made, Addition) or self._is_bare(made)
+        if not bare or made.relu or not self._is_sole(node.args[0]):
             raise NoProgram("a ReLU of something but a batch norm or an addition")
         self._pass(node)
         self.made[self.value[node]] = dataclasses.replace(made, relu=True)
+
+    def _activation(self, node: fx.Node, act: Act) -> None:
+        """Another activation belongs to the norm before it in the same way; behind an addition it is stock's."""
+        made = self._made(node.args[0])
+        if not self._is_bare(made) or not self._is_sole(node.args[0]):
+            raise NoProgram("an activation other than ReLU of something but a batch norm")
+        self._pass(node)
+        self.made[self.value[node]] = dataclasses.replace(made, act=act)
+
+    @staticmethod
+    def _is_bare(made: Node | None) -> bool:
+        """Whether that is a batch norm with nothing behind it."""
+        return isinstance(made, Normalisation) and not made.relu and made.act is None
 
     def _addition(self, node: fx.Node, inplace: bool) -> None:
         if len(node.args) != 2 or node.kwargs or not self.value.keys() >= set(node.args):
@@ -257,8 +284,7 @@ class Reader:
 
     def _is_branch(self, node: fx.Node) -> bool:
         made = self._made(node)
-        affine = isinstance(made, Normalisation) and not made.relu
-        return (affine or isinstance(made, Convolution)) and self._is_sole(node)
+        return (self._is_bare(made) or isinstance(made, Convolution)) and self._is_sole(node)
 
     def _depth(self, node: fx.Node) -> int:
         """How many nodes make a value, along what stock's operations take first."""

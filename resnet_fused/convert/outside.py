@@ -24,7 +24,7 @@ _CALLED = {
     "torch": ("relu", "relu_", "add", "cat", "flatten", "mean", "sigmoid"),
     "torch.nn.functional": (
         *("relu", "relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "sigmoid", "hardsigmoid", "pad"),
-        *("dropout", "dropout2d"),
+        *("dropout", "dropout2d", "silu", "gelu", "leaky_relu", "hardswish", "relu6"),
     ),
 }
 _FUNCTIONS = {

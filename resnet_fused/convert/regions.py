@@ -212,14 +212,15 @@ class _Builder:
         return [node for node in self.graph.nodes if begins(node)]
 
     def main_first(self) -> list[fx.Node]:
-        """Convolutions, those followed by a ReLU first: the main branch finds its projection, not the reverse."""
+        """Convolutions, first those with an activation: the main branch finds its projection, not the reverse."""
         convs = [node for node in self.graph.nodes if isinstance(self.nodes.module(node), nn.Conv2d)]
 
-        def leads_to_relu(node: fx.Node) -> bool:
+        def leads_on(node: fx.Node) -> bool:
             norm = self.nodes.only_reader(node)
-            return norm is not None and self.nodes.is_relu(self.nodes.reader_behind(norm))
+            behind = None if norm is None else self.nodes.reader_behind(norm)
+            return self.nodes.is_relu(behind) or self.nodes.act(behind) is not None
 
-        return sorted(convs, key=lambda node: not leads_to_relu(node))
+        return sorted(convs, key=lambda node: not leads_on(node))
 
 
 def _stock_call(node: fx.Node) -> StockCall:

@@ -14,7 +14,7 @@ from torch import nn
 from ..blocks import norms
 from ..blocks.shape import Shape
 from ..steps.dense import KEPT
-from ..steps.program import Addition, Averaging, Concatenation, Convolution, Pooling
+from ..steps.program import Addition, Averaging, Concatenation, Convolution, Node, Normalisation, Pooling
 from .instructions import Form, GateCall, GatedSum, ShapeCall, StockCall
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -22,7 +22,8 @@ _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
 )  # fmt: skip
 _NO_PASS = Concatenation | Convolution | Pooling | Averaging
-_FUNCTIONS = ("add", "add_", "iadd", "relu", "relu_")  # functions and methods that are passes
+#: Functions and methods that are passes.
+_FUNCTIONS = ("add", "add_", "iadd", "relu", "relu_", "silu", "gelu", "leaky_relu", "hardswish", "relu6")
 
 
 class Share(NamedTuple):
@@ -76,7 +77,7 @@ def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
     """Convolutions and passes of a module that runs `form`."""
     nodes = [node for shape in form.shapes for node in shape.program.nodes]
     convolutions = sum(isinstance(node, Convolution) for node in nodes)
-    fused = sum(1 + node.relu for node in nodes if not isinstance(node, _NO_PASS))
+    fused = sum(1 + bool(_activation(node)) for node in nodes if not isinstance(node, _NO_PASS))
     fused += sum(1 + call.relu for call in form.calls if isinstance(call, GatedSum))
     stock = [call for call in form.calls if isinstance(call, StockCall)]
     called = [call.target for call in stock if call.op == "call_module"]
@@ -84,6 +85,14 @@ def of_form(own: dict[str, nn.Module], form: Form) -> tuple[Share, Share]:
     passes += sum(passes_of(own.get(name)) for name in called)
     passes += passes_in(own, but={*called, *(name for shape in form.shapes for name in shape.modules)})
     return Share(convolutions, convolutions_in(own)), Share(fused, fused + passes)
+
+
+def _activation(node: Node) -> str:
+    """The activation in a node, in a word; empty where there is none."""
+    if isinstance(node, _NO_PASS):
+        return ""
+    act = node.act if isinstance(node, Normalisation) else None
+    return "relu" if node.relu else "" if act is None else str(act).replace(" ", "")
 
 
 def describe(form: Form) -> str:
@@ -116,12 +125,12 @@ def _describe(shape: Shape, inputs: tuple[str, ...]) -> str:
     value = program.output
     while value >= program.inputs:
         node = program.maker(value)
-        relu = not isinstance(node, _NO_PASS) and node.relu
-        own = f"-{names[value]}" + "-relu" * relu
+        act = _activation(node)
+        own = f"-{names[value]}" + (f"-{act}" if act else "")
         if isinstance(node, Addition):
             other = names[node.other] or "sum"
             if node.other >= program.inputs:
                 other = other.rpartition(".")[0] or other
-            own = f" * {shape.drop_path}" * node.sampled + f" + {other}" + " -> relu" * relu
+            own = f" * {shape.drop_path}" * node.sampled + f" + {other}" + " -> relu" * node.relu
         text, value = own + text, node.reads[0]
     return text.removeprefix("-")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from ..steps.activated_evaluation import ActPass, NormActPass
 from ..steps.evaluation_flow import ForwardStep, Lowered
 from ..steps.evaluation_kinds import (
     FoldedConvolution,
@@ -144,7 +147,7 @@ class Steps:
         measured: set[int] = set()
         for step in reversed(steps):
             is_read = step.value in measured and not isinstance(step, UnfoldedConvolution)  # which tells no bound
-            if is_read or (isinstance(step, FoldedConvolution) and step.relu):
+            if is_read or (isinstance(step, FoldedConvolution) and (step.relu or step.act is not None)):
                 measured |= set(step.reads)
         inputs = self.program.inputs
         parts = [value for step in steps if step.part is not None for value in step.part if value is not None]
@@ -194,6 +197,8 @@ class Steps:
             return []
         if self.stem(value) is not None:
             return []  # the pool's step does it
+        if node.act is not None:
+            return self._activated(value, node, part)
         if part is not None:
             return self._carry(value, part, relu=node.relu)
         if self.few or self._is_bare(value):
@@ -204,6 +209,16 @@ class Steps:
         )
         made = NormValue(value, node.source, biased=self._pair(value) is not None)
         return [made] if taken else [made, NormPass(value, value, relu=True)]
+
+    def _activated(self, value: int, node: Normalisation, part: Part | None) -> list[ForwardStep]:
+        """A norm with an activation but ReLU: in oneDNN's epilogue, in a pass with the norm, or by itself, in place."""
+        if part is None and not self.few:
+            made = NormValue(value, node.source, biased=self._pair(value) is not None)
+            return [made, NormActPass(value, value, act=node.act)]
+        made = [StockNorm(value, node.source)] if part is None else self._carry(value, part)
+        if isinstance(made[0], FoldedConvolution):
+            return [dataclasses.replace(made[0], act=node.act)]
+        return [*made, ActPass(value, value, act=node.act)]
 
     def _addition(self, value: int, node: Addition) -> list[ForwardStep]:
         part = self._folded(node.branch)

@@ -56,6 +56,7 @@ def geometry(call: Call) -> str:
     for (value, node), own in zip(program.numbered, call.tensors, strict=True):
         found.append(_node_text(program, value, node, own))
         found += ["relu"] if isinstance(node, Addition | Normalisation) and node.relu else []
+        found += [str(node.act)] if isinstance(node, Normalisation) and node.act is not None else []
     return ", ".join(found)
 
 

@@ -17,6 +17,7 @@ import torch
 from ..backends import tf32
 from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
+from ..steps.activated import Activate
 from ..steps.directions import Lowered
 from ..steps.join import Join
 from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
@@ -56,9 +57,10 @@ def _node_obstacle(program: Program, value: int, node: Node) -> str:
         return "a batch norm without ReLU that something but an addition reads"
     if isinstance(node, Normalisation) and node.sampled and value != program.output:
         return "a factor for each sample within the block"
+    if isinstance(node, Normalisation) and node.act is not None and (node.relu or node.sampled):
+        return "an activation beside a ReLU or a factor for each sample"
     if isinstance(node, Pooling):
-        before = program.maker(node.source)
-        alone = isinstance(before, Normalisation) and program.readers(node.source) == (program.output,)
+        alone = program.is_lazy(node.source) and program.readers(node.source) == (program.output,)
         return "" if alone else "a pool of something but a batch norm, or within the block"
     return ""
 
@@ -147,13 +149,15 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
         statistics = program.meets_batch(value)
         if variant.values and _on_value(call, value):
             return [ConvolveValue(value, statistics, one_pass)]
-        return [Convolve(value, variant.keep and isinstance(program.maker(node.source), Normalisation), statistics)]
+        return [Convolve(value, variant.keep and program.is_lazy(node.source), statistics)]
     if isinstance(node, Pooling):
         return [PooledNorm(value)]
     steps: list[Kind] = []
     if isinstance(node, Normalisation):
+        emitted = node.norm.batch_stats and _emits(call, variant, node.source)
+        if node.act is not None:
+            return [Activate(value, emitted)]
         if value not in gram:
-            emitted = node.norm.batch_stats and _emits(call, variant, node.source)
             steps.append(Normalise(value, emitted))
         if value != program.output:
             return steps

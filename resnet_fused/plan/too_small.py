@@ -81,14 +81,17 @@ def cache_bytes() -> int:
 
 
 def stock_bytes(call: Call, shapes: list[torch.Size]) -> int:
-    """What stock saves for backward: what convolutions and norms read, and what ReLUs made."""
+    """What stock saves for backward: what convolutions and norms read, what ReLUs made, other activations read."""
     saved = set()
     for value, node in call.program.numbered:
         if not isinstance(node, Addition):
             saved |= set(node.reads)
         if isinstance(node, Addition | Normalisation) and node.relu:
             saved.add(value)
-    return sum(shapes[value].numel() for value in saved) * call.x.element_size()
+    before = [
+        value for value, node in call.program.numbered if isinstance(node, Normalisation) and node.act is not None
+    ]
+    return sum(shapes[value].numel() for value in (*saved, *before)) * call.x.element_size()
 
 
 def _saved_by_fewer_products(call: Call, shapes: list[torch.Size]) -> float:
@@ -113,11 +116,12 @@ def _saved_in_groups(call: Call, shapes: list[torch.Size]) -> float:
 
 
 def passes_bytes(call: Call, shapes: list[torch.Size]) -> int:
-    """What stock moves beside its convolutions: a read and a write for each norm, sum and ReLU."""
+    """What stock moves beside its convolutions: a read and a write for each norm, sum and activation."""
     elements = 0
     for value, node in call.program.numbered:
         made = isinstance(node, Normalisation | Addition)
-        elements += shapes[value].numel() * (made + (made and node.relu))
+        activated = isinstance(node, Normalisation) and node.act is not None
+        elements += shapes[value].numel() * (made + activated + (made and node.relu))
     return 2 * elements * call.x.element_size()
 
 

@@ -177,7 +177,7 @@ def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Op
 def written(call: Call) -> list[int]:
     """Values that are written for ATen's convolutions where the others are on values."""
     reads = {node.source for _, node, own in call.convolutions if not serves(node.conv, own)}
-    return [value for value in reads if isinstance(call.program.maker(value), Normalisation)]
+    return [value for value in reads if call.program.is_lazy(value)]
 
 
 def _keeps(call: Call, shapes: list[torch.Size]) -> bool:

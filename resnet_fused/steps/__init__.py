@@ -1,6 +1,6 @@
 """Programs of nodes, and the steps that they are made of, each with its forward and backward."""
 
 from .program import Call, residual_program
-from .spec import Average, Conv, Norm, Pool, StepTensors
+from .spec import Act, Average, Conv, Norm, Pool, StepTensors
 
-__all__ = ["Average", "Call", "Conv", "Norm", "Pool", "StepTensors", "residual_program"]
+__all__ = ["Act", "Average", "Call", "Conv", "Norm", "Pool", "StepTensors", "residual_program"]

@@ -60,6 +60,11 @@ def _kept(program: Program, f: Forward, folded: set[int]) -> list[Value | None]:
     return kept
 
 
+def _by_number(flow: Forward | Backward) -> tuple[dict, ...]:
+    """What both directions have of some values."""
+    return flow.masks, flow.winners, flow.folded, flow.activated
+
+
 class Needs(NamedTuple):
     """What wants a gradient."""
 
@@ -74,7 +79,7 @@ class Facts(NamedTuple):
     places: Places  # see :func:`present`
     dtype: torch.dtype
     saved: object  # see :class:`Recorder`
-    numbers: tuple[tuple[int, ...], ...]  # the values of masks, winners and folded norms
+    numbers: tuple[tuple[int, ...], ...]  # the values of :func:`_by_number`
     dtypes: list[torch.dtype | None]  # of four tensors of each node
     shapes: list[torch.Size | None] | None  # of values
     aliased: list[int]  # of ``flatten(tensors)``: what is used and not saved, of which an alias is kept
@@ -105,7 +110,7 @@ def forward(
     folded = {program.maker(norm).source for norm in f.folded if f.wanted[norm]}
     own, aliased = held(program, tensors, wanted, folded)
     kept, out = _kept(program, f, folded), f.output
-    by_number = (f.masks, f.winners, f.folded)
+    by_number = _by_number(f)
     recorder = Recorder([sample_factor, own, kept, *(list(found.values()) for found in by_number)])
     facts = Facts(
         lowered=lowered,
@@ -129,7 +134,7 @@ def restored(facts: Facts, needs: Needs, saved: Sequence[Tensor]) -> Backward:
     sample_factor, tensors, values, *more = Recorder.rebuild(facts.saved, iter(saved))
     b = Backward(facts.lowered.program, values, tensors, sample_factor, *needs, facts.shapes)
     b.in_place = facts.lowered.in_place
-    for into, found, names in zip((b.masks, b.winners, b.folded), more, facts.numbers, strict=True):
+    for into, found, names in zip(_by_number(b), more, facts.numbers, strict=True):
         into.update(zip(names, found, strict=True))
     return b
 

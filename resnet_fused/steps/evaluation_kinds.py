@@ -13,8 +13,8 @@
 :class:`StockAverage`         an average pool of a tensor
 ============================  =========================================================================================
 
-A whole stem's is in :mod:`.stem_evaluation`, those for GPUs alone are in :mod:`.gpu_evaluation_kinds`. Each names
-values by their numbers in the program.
+A whole stem's is in :mod:`.stem_evaluation`, those of activations but ReLU in :mod:`.activated_evaluation`, those for
+GPUs alone in :mod:`.gpu_evaluation_kinds`. Each names values by their numbers in the program.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import bounds, onednn, run
+from ..ops import activation
 from . import stock, winograd
 from .conv import channels_last
 from .evaluation_flow import Evaluation, ForwardStep, Raw, parts
 from .folding import Folded, Part
-from .spec import Conv
+from .spec import Act, Conv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,17 @@ class _OfFolded(ForwardStep):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldedConvolution(_OfFolded):
-    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`."""
+    """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`.
 
-    word = "convolution"
+    `act`: an activation but ReLU behind its norm, in its epilogue too.
+    """
 
     in_place: bool
+    act: Act | None = None
+
+    @property
+    def word(self) -> str:
+        return "convolution" if self.act is None else f"convolution with {self.act}"
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]
@@ -65,7 +72,8 @@ class FoldedConvolution(_OfFolded):
         if e.direct and (other is None or in_place or not onednn.is_mapped(other)):
             e.bound(self, made.enlarges, made.bound)
             settings = self.conv, self.relu, e.bounds[self.value], other, in_place
-            e.values[self.value] = onednn.conv_packed(x, made.weight, made.shift, *settings)
+            act = None if self.act is None else self.act.args
+            e.values[self.value] = onednn.conv_packed(x, made.weight, made.shift, *settings, act)
             return
         if e.bounds is not None:
             self._note(e, x, other, made)
@@ -74,9 +82,9 @@ class FoldedConvolution(_OfFolded):
             run("conv_add_relu_", other, x, made.weight, made.shift, *settings, backend=e.backend)
         else:
             other = run("conv_add_relu", x, made.weight, made.shift, other, *settings, backend=e.backend)
-        e.values[self.value] = other
         if e.bounds is not None:
             e.bounds[self.value] = bounds.noted(other)
+        e.values[self.value] = other if self.act is None else activation.value(other, *self.act.args, inplace=True)
 
     def _note(self, e: Evaluation, x: Tensor, other: Tensor | None, made: Folded) -> None:
         """Note the bounds of all that the op reads, so that it need not measure them."""

@@ -85,8 +85,7 @@ class Convolve(Kind):
     word: ClassVar[str] = "convolution"
 
     def ops(self, program: Program) -> tuple[str, ...]:
-        reads = program.maker(program.maker(self.value).source)
-        return ("norm_add_relu",) if isinstance(reads, Normalisation) else ()
+        return ("norm_add_relu",) if program.is_lazy(program.maker(self.value).source) else ()
 
     def forward(self, f: Forward) -> None:
         node, own = f.program.maker(self.value), f.tensors[self.value]
@@ -131,6 +130,20 @@ def give_source(b: Backward, value: int, through: LazyGrad, owned: bool, written
     b.give(node.source, Pending(total))
 
 
+def normalised(f: Forward, value: int) -> Lazy:
+    """The batch norm that makes `value` as a value, from statistics that are known or from a read of what it reads."""
+    node, own = f.program.maker(value), f.tensors[value]
+    z, emitted = f.tensor(node.source), f.emitted.get(node.source)
+    if value in f.affine:
+        bn, statistics = f.affine.pop(value)
+    elif emitted is not None and node.norm.batch_stats:
+        bn, statistics = batch_norm.batch_affine(*emitted, own, node.norm, z, f.backend)
+    else:
+        bn, statistics = batch_norm.normalise(z, own, node.norm, f.backend)
+    f.note(value, statistics)
+    return Lazy(z, bn)
+
+
 @dataclasses.dataclass(frozen=True)
 class Normalise(Kind):
     """The batch norm that makes `value`, of a raw tensor: a convolution's output, or what came from outside.
@@ -149,19 +162,10 @@ class Normalise(Kind):
         return (*reads, *norm_ops(node), *passes)
 
     def forward(self, f: Forward) -> None:
-        node, own = f.program.maker(self.value), f.tensors[self.value]
-        z, emitted = f.tensor(node.source), f.emitted.get(node.source)
-        if self.value in f.affine:
-            bn, statistics = f.affine.pop(self.value)
-        elif emitted is not None and node.norm.batch_stats:
-            bn, statistics = batch_norm.batch_affine(*emitted, own, node.norm, z, f.backend)
-        else:
-            bn, statistics = batch_norm.normalise(z, own, node.norm, f.backend)
-        lazy = Lazy(z, bn)
+        node, lazy = f.program.maker(self.value), normalised(f, self.value)
         # Without a gradient to take, stock keeps what it wrote, and not what it read, which others may write to.
         writes = node.relu and not f.wanted[self.value] and self.value != f.program.output
         f.values[self.value] = lazy.materialise(f.backend) if writes else lazy
-        f.note(self.value, statistics)
 
     def backward(self, b: Backward, grad: Pending) -> None:
         """Not called where something joins or pools the value: it has given its source the gradient."""

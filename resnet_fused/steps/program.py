@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.conv_add_relu import output_shape
-from .spec import Average, Conv, Norm, Pool, StepGrads, StepTensors
+from .spec import Act, Average, Conv, Norm, Pool, StepGrads, StepTensors
 
 Tensor = torch.Tensor
 
@@ -40,13 +40,15 @@ class Convolution(_OfOne):
 class Normalisation(_OfOne):
     """Batch norm of value `source`, and the ReLU behind it if `relu`; its :class:`StepTensors` has no weight.
 
-    `sampled`: what batch norm makes is multiplied by a factor for each sample, before the ReLU; only of the last node.
+    `act`: another activation instead, whose value is written. `sampled`: what batch norm makes is multiplied by a
+    factor for each sample, before the ReLU; only of the last node.
     """
 
     source: int
     norm: Norm
     relu: bool = True
     sampled: bool = False
+    act: Act | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +151,14 @@ class Program:
         return None if value < self.inputs else self.nodes[value - self.inputs]
 
     def is_affine(self, value: int) -> bool:
-        """Whether a value is a batch norm without ReLU, which an addition applies as it reads."""
+        """Whether a value is a batch norm with nothing behind it, which an addition applies as it reads."""
         node = self.maker(value)
-        return isinstance(node, Normalisation) and not node.relu
+        return isinstance(node, Normalisation) and not node.relu and node.act is None
+
+    def is_lazy(self, value: int) -> bool:
+        """Whether a value is a batch norm that readers may apply as they read: not one with an activation but ReLU."""
+        node = self.maker(value)
+        return isinstance(node, Normalisation) and node.act is None
 
     def meets_batch(self, value: int) -> bool:
         """Whether a norm that normalises with the batch reads a value."""
@@ -161,13 +168,13 @@ class Program:
     def terms(self, value: int) -> Terms | None:
         """What the join that makes `value` joins; None where that is none: neither a norm nor a sum with one.
 
-        A norm's own value counts: it is written where the block ends in it.
+        A norm's own value counts, if it is lazy: it is written where the block ends in it.
         """
         node = self.maker(value)
         if isinstance(node, Addition):
             terms = Terms(node.branch, node.other, self.is_affine(node.other), node.relu, node.sampled)
             return terms if self.is_affine(node.branch) else None
-        return Terms(value, None, False, node.relu, node.sampled) if isinstance(node, Normalisation) else None
+        return Terms(value, None, False, node.relu, node.sampled) if self.is_lazy(value) else None
 
     def wanted(self, needs: list[StepGrads], needs_inputs: tuple[bool, ...]) -> list[bool]:
         """Of each value, whether it, or anything that it is made of, wants a gradient; `needs`: of each node's own."""

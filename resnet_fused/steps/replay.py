@@ -101,7 +101,7 @@ def _as_in_forward(b: Backward, number: int, own: StepTensors) -> StepTensors:
     node = b.program.maker(number)
     if not isinstance(node, Normalisation) or node.norm.batch_stats or own.running_mean is None:
         return own
-    value = b.values[number]
+    value = b.activated.get(number, b.values[number])
     bn: Affine | None = b.folded[number].bn if number in b.folded else value.bn if isinstance(value, Lazy) else None
     if bn is None:  # no gradient passes: they were copied, for those who may be moved
         mean, var = b.tensors[number][4:6]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import activation
+
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
@@ -80,6 +82,22 @@ class Average:
             return False
         down = dataclasses.replace(self, ceil_mode=False)
         return not self.ceil_mode or self.sizes(shape) == down.sizes(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Act:
+    """An activation other than ReLU, see `ops.activation`: its code, and the slope of a leaky ReLU."""
+
+    code: int
+    slope: float = 0.0
+
+    @property
+    def args(self) -> tuple[int, float]:
+        return self.code, self.slope
+
+    def __str__(self) -> str:
+        name = activation.NAMES[self.code]
+        return f"{name} {self.slope:g}" if self.code == activation.LEAKY_RELU else name
 
 
 class StepTensors(NamedTuple):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops import activation
 from . import layout
 from .program import Addition, Averaging, Call, Concatenation, Convolution, Node, Normalisation
-from .spec import Norm, StepTensors
+from .spec import Act, Norm, StepTensors
 
 
 def norm(z: Tensor, tensors: StepTensors, settings: Norm, moves: bool = False) -> Tensor:
@@ -55,6 +56,7 @@ def _node_output(
         return F.conv2d(h, weight, own.bias, *node.conv.args)
     if isinstance(node, Normalisation):
         h = _sampled(norm(h, own, node.norm, moves), node.sampled, sample_factor)
+        h = h if node.act is None else activated(h, node.act, moves)
         return F.relu(h, inplace=moves) if node.relu else h
     if isinstance(node, Concatenation):
         return torch.cat([values[value] for value in node.reads], 1)
@@ -76,6 +78,12 @@ def add(node: Addition, branch: Tensor, other: Tensor | None, factor: Tensor | N
     if node.other_first:
         return other + branch
     return branch.add_(other) if inplace else branch + other
+
+
+def activated(y: Tensor, act: Act, owned: bool) -> Tensor:
+    """An activation of `y`; in its memory if that is `owned` and autograd does not have to keep a copy of it."""
+    keeps_result = act.code in (activation.LEAKY_RELU, activation.RELU6)
+    return activation.value(y, *act.args, inplace=owned and (keeps_result or not y.requires_grad))
 
 
 def _sampled(y: Tensor, sampled: bool, sample_factor: Tensor | None) -> Tensor:

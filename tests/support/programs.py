@@ -1,8 +1,11 @@
 """Programs of nodes with tensors of their own: pre-activation blocks and whatever else has values with many readers."""
 
+import functools
+
 import torch
 
-from resnet_fused.steps import Average, Conv, Norm, StepTensors
+from resnet_fused.ops import activation
+from resnet_fused.steps import Act, Average, Conv, Norm, StepTensors
 from resnet_fused.steps.program import Addition, Averaging, Convolution, Normalisation, Program
 
 F64 = torch.float64
@@ -140,7 +143,44 @@ def averaged_end(average):
     return Program(nodes), [conv_tensors(6, 4, 3), norm_tensors(4), NONE]
 
 
+def inverted_residual(code, groups=1):
+    """MobileNet's block: a norm with an activation before a 3x3 and before the last 1x1, a bare norm before the sum."""
+    act = Act(code, 0.1)
+    nodes = (
+        Convolution(0, P1), Normalisation(1, NORM, False, act=act), Convolution(2, Conv(padding=(1, 1), groups=groups)),
+        Normalisation(3, NORM, False, act=act), Convolution(4, P1), Normalisation(5, NORM, False), Addition(6, 0),
+    )  # fmt: skip
+    tensors = [conv_tensors(6, 8), norm_tensors(8), conv_tensors(8 // groups, 8, 3), norm_tensors(8)]
+    return Program(nodes), [*tensors, conv_tensors(8, 6), norm_tensors(6), NONE]
+
+
+def activated_end(code):
+    """A block that ends in an activation, and reads its input through one."""
+    act = Act(code, 0.1)
+    nodes = (Normalisation(0, NORM, False, act=act), Convolution(1, P3), Normalisation(2, NORM, False, act=act))
+    return Program(nodes), [norm_tensors(6), conv_tensors(6, 5, 3, bias=True), norm_tensors(5)]
+
+
+def activation_read_twice():
+    """A value behind an activation that two convolutions and a sum read."""
+    act = Act(activation.SILU)
+    nodes = (
+        Convolution(0, P3), Normalisation(1, NORM, False, act=act), Convolution(2, P1), Normalisation(3, NORM),
+        Convolution(4, P1), Normalisation(5, NORM, False), Convolution(2, P1), Normalisation(7, NORM, False),
+        Addition(6, 8), Convolution(9, P1), Normalisation(10, NORM, False), Addition(11, 2, True),
+    )  # fmt: skip
+    pairs = [(conv_tensors(5, 5), norm_tensors(5)) for _ in range(4)]
+    tensors = [conv_tensors(6, 5, 3), norm_tensors(5), *pairs[0], *pairs[1], *pairs[2], NONE, *pairs[3], NONE]
+    return Program(nodes), tensors
+
+
+ACTIVATED = {f"inverted residual, {name}": code for code, name in enumerate(activation.NAMES)}
+
 CASES = {
+    **{name: functools.partial(inverted_residual, code) for name, code in ACTIVATED.items()},
+    "inverted residual, depthwise": lambda: inverted_residual(activation.SILU, 8),
+    "activation at both ends": lambda: activated_end(activation.HARDSWISH),
+    "activation read twice": activation_read_twice,
     "transition": transition,
     "transition, bias, 3x3 averages": lambda: transition(Average((3, 3), (1, 1)), bias=True),
     "transition, a 3x3 convolution": lambda: transition(conv=P3, kernel=3),

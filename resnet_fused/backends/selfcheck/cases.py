@@ -12,7 +12,7 @@ import torch
 
 from ...ops import OPS, winograd_weight3x3
 from ...ops.contract import pack_mask
-from . import average_cases, dense_cases, gate_cases, lazy_cases
+from . import act_cases, average_cases, dense_cases, gate_cases, lazy_cases
 from .draws import ODD, TAIL, Case, Draw
 
 Tensor = torch.Tensor
@@ -230,6 +230,7 @@ _CASES = {
     "norm_relu_pool_backward": lazy_cases.norm_relu_pool_backward,
     "norm_relu_pool_apply": lazy_cases.norm_relu_pool_apply,
     **dense_cases.CASES,
+    **act_cases.CASES,
     "norm_relu_avg_pool": average_cases.norm_relu_avg_pool,
     "norm_relu_avg_pool_backward": average_cases.norm_relu_avg_pool_backward,
     "norm_relu_avg_pool_apply": average_cases.norm_relu_avg_pool_apply,

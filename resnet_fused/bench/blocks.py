@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+#: Where blocks say how often they are dropped, which is what alone linear decay makes different in them.
+DROPPING = re.compile(r"((?:StochasticDepth\(p=|DropPath\(drop_prob=))0\.\d+")
 
 
 @dataclasses.dataclass
@@ -43,7 +47,7 @@ def _recorder(kinds: dict[tuple, Block], name: str):
     def record(module: nn.Module, args: tuple) -> None:
         if len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dim() != 4:
             return
-        kind = repr(module), args[0].shape
+        kind = DROPPING.sub(r"\1...", repr(module)), args[0].shape
         if kind in kinds:
             kinds[kind].alike += 1
         else:

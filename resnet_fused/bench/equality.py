@@ -32,6 +32,8 @@ FLIP_ALLOWANCE = 0.1
 #: blocks that normalise up to so many values for each of their input; a dense block normalises up to seventy.
 BLOCK_ELEMENTS, NORMALISED = 150_000, 2.0
 BLOCK_TRIALS = 5
+#: A bias's gradient that is so small beside its weight's, in float64, is zero but for rounding.
+ZERO = 1e-9
 
 Observed = dict[str, torch.Tensor]
 
@@ -124,7 +126,8 @@ def compare(
         exact = observe(copy.deepcopy(stock).double(), x.double(), None)
         theirs, ours = observe(copy.deepcopy(stock), x, autocast), observe(copy.deepcopy(fused), x, autocast)
         for name, expected in exact.items():
-            pair = error(theirs.get(name), expected), error(ours.get(name), expected)
+            scale = scale_of(name, exact)
+            pair = error(theirs.get(name), expected, scale), error(ours.get(name), expected, scale)
             errors.setdefault(name, []).append(pair)
     floor = rounding_floor(autocast or trials[0][2].dtype)
     found = []
@@ -157,12 +160,24 @@ def observe(model: nn.Module, x: torch.Tensor, autocast: torch.dtype | None) -> 
     return {name: tensor.detach() for name, tensor in seen.items() if tensor is not None}
 
 
-def error(tensor: torch.Tensor | None, exact: torch.Tensor) -> float:
-    """Relative distance; absolute where `exact` is zero; infinite where the tensor is missing or has another shape."""
+def error(tensor: torch.Tensor | None, exact: torch.Tensor, scale: float = 0.0) -> float:
+    """Distance by `scale`, or else relative; absolute where `exact` is zero; infinite where shapes differ."""
     if tensor is None or tensor.shape != exact.shape:
         return float("inf")
-    scale = exact.double().norm().item()
+    scale = scale or exact.double().norm().item()
     return (tensor.double() - exact.double()).norm().item() / (scale or 1.0)
+
+
+def scale_of(name: str, exact: Observed) -> float:
+    """By what the error of a tensor is measured: its own norm.
+
+    Behind a bias a batch norm subtracts it, so that the bias's exact gradient is zero and what is computed nothing but
+    rounding: of the terms that make up the weight's gradient, by which it is measured then.
+    """
+    own = exact[name].double().norm().item()
+    weight = exact.get(f"{name.removesuffix('bias')}weight") if name.startswith("gradient") else None
+    beside = 0.0 if weight is None or not name.endswith("bias") else weight.double().norm().item()
+    return beside if own < ZERO * beside else own
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -135,10 +136,12 @@ class Bench:
     def step(self, model: nn.Module, x: torch.Tensor) -> Callable:
         """Forward and backward of a classification, as :func:`interleave` calls it."""
         labels = torch.arange(len(x), device=self.device) % 10  # any classes will do
+        seeds = itertools.count()  # stochastic depth drops the same of every peer
 
         def run(lap: Callable[[str], None]) -> None:
             for parameter in model.parameters():
                 parameter.grad = None
+            torch.manual_seed(next(seeds))
             with self.autocast():
                 loss = nn.functional.cross_entropy(model(x), labels)
             lap("forward")
@@ -203,9 +206,12 @@ class Bench:
         grad = torch.randn(out.shape).to(out, memory_format=torch.channels_last)
 
         def runner(module: nn.Module) -> Callable:
+            seeds = itertools.count()
+
             def run(lap: Callable[[str], None]) -> None:
                 for tensor in (x, *module.parameters()):
                     tensor.grad = None
+                torch.manual_seed(next(seeds))
                 with self.autocast():
                     out = module(x)
                 lap("forward")

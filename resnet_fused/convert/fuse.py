@@ -19,7 +19,7 @@ from .regions import build
 from .report import BUILT_FUSED, Report, complaint, is_fused_here, outermost, survey
 from .stage import fuse_stage
 from .stem import fuse_stem
-from .trace import Untraceable, fingerprint, names_read, state_of, trace
+from .trace import Untraceable, fingerprint, names_read, opens, state_of, trace
 
 PREFERENCES = {"speed": KEPT, "memory": RECOMPUTED}
 FilterFn = Callable[[str, nn.Module], bool]
@@ -35,8 +35,13 @@ def _is_candidate(module: nn.Module) -> bool:
     if is_fused_here(module):
         return not isinstance(module, BUILT_FUSED)
     return _is_dense(module) or any(
-        isinstance(child, nn.Conv2d) or not norms.why_not(child) for child in module.children()
+        isinstance(child, nn.Conv2d) or not norms.why_not(child) or _is_chain(child) for child in module.children()
     )
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether a block's graph has what `module`, of somebody's class, calls in its place."""
+    return not isinstance(module, nn.Sequential) and opens(module)
 
 
 def fuse(

@@ -27,6 +27,7 @@ from ..steps.layout import Placed, arrived, left
 from . import as_stock, gates, swap
 from .dropouts import TRAINING, are_quiet
 from .instructions import OUTDATED, Form, GateCall, GatedSum, Ref, ShapeCall, StockCall, resolve
+from .opened import obstacle
 from .order import module_effect
 from .outside import Outside, globals_reader
 from .swap import STATE
@@ -90,6 +91,9 @@ def _form_obstacle(block: nn.Module, form: Form, sites: list[Site] | None) -> st
             return f"{name} {CHANGED}"
         if hooked(container):
             return f"hooks on {name}"
+    for opened in form.opened:
+        if reason := obstacle(find(block, opened.name), opened):
+            return reason
     for name, kind, effect in form.between:
         module = find(block, name)
         if type(module).__name__ != kind or module_effect(module) != effect:

@@ -9,7 +9,6 @@ forward is bypassed, which each call must find unchanged; where not, it is calle
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,29 +20,11 @@ from ..ops import stat_dtype
 from ..plan import choose, gates
 from ..steps.gate import Gated, gate, squeeze
 from ..steps.layout import Placed, arrived, left
-from .instructions import Form, GateCall, GatedSum, StockCall, plain
-from .outside import called, globals_reader, read_by
-from .swap import is_subclassed, stock_class
-from .trace import Untraceable, fingerprint, names_read, state_of, trace, value_of
-
-
-class _Class(NamedTuple):
-    """What was read of a class whose forward is a gate's."""
-
-    methods: tuple[tuple[str, object], ...]
-    code: str
-    reader: Callable[[], tuple | None]
-
-
-_read: dict[type, _Class] = {}
-
-
-def _look(cls: type) -> _Class | None:
-    """What there is of `cls`, as it was at the first look; none is taken in a graph."""
-    if cls not in _read and not torch.compiler.is_compiling():
-        methods = tuple((name, getattr(cls, name)) for name in ("forward", *proven.CALL))
-        _read[cls] = _Class(methods, fingerprint(cls.forward), globals_reader(cls.forward))
-    return _read.get(cls)
+from . import opened
+from .instructions import Form, GateCall, GatedSum, Opened, StockCall, plain
+from .outside import called
+from .swap import stock_class
+from .trace import Untraceable, trace
 
 
 def _is_mean(module: nn.Module, node: fx.Node) -> bool:
@@ -102,19 +83,16 @@ def read(module: nn.Module, node: fx.Node, summed: bool) -> GateCall:
     Raises:
         Untraceable: it is none that is known for sure, with the reason.
     """
-    cls = stock_class(module)
-    if is_subclassed(module) or any(getattr(cls, m) is not getattr(nn.Module, m) for m in proven.CALL):
-        raise Untraceable("it is called in its own way")
-    traced = state_of(module, names_read(module, cls))
-    mean, factor, inner = _parts(module, trace(module, cls, whole=True))
+    read = opened.read(node.target, module)
+    mean, factor, inner = _parts(module, trace(module, stock_class(module), whole=True))
     keeps = mean.op == "call_module" or called(mean) == "adaptive_avg_pool2d"
     keeps = keeps or dict(zip(("dim", "keepdim"), mean.args[1:], strict=False)).get("keepdim", False)
     return GateCall(
         stock=StockCall(node.op, node.target, plain(node.args), (), node.name),
-        kind=cls.__name__,
-        code=_look(cls).code,
-        traced=traced,
-        outside=read_by(cls.forward),
+        kind=read.kind,
+        code=read.code,
+        traced=read.traced,
+        outside=read.outside,
         pool=mean.target if mean.op == "call_module" else "",
         source=next(iter(mean.graph.nodes)).name,
         mean=mean.name,
@@ -130,19 +108,9 @@ def read(module: nn.Module, node: fx.Node, summed: bool) -> GateCall:
 def obstacle(block: nn.Module, call: GateCall) -> str:
     """Why the module of a gate must be called as a whole; empty if its forward may be bypassed."""
     module = block.get_submodule(call.stock.target)
-    cls, own = stock_class(module), module.__dict__
-    read = cls.__name__ == call.kind and not is_subclassed(module)
-    if not read or (known := _look(cls)) is None or known.code != call.code:
-        return f"{call.stock.target} is another module than was read by fuse()"
-    if hooked(module):
-        return f"hooks on {call.stock.target}"
-    for method, function in known.methods:
-        if getattr(cls, method) is not function or method in own:
-            return f"{method} of {call.stock.target} was replaced"
-    if own.get("_compiled_call_impl") is not None or not call.outside.is_kept(known.reader):
-        return f"{call.stock.target} runs other code than was read by fuse()"
-    if any(value_of(module, name) != value for name, value in call.traced):
-        return f"what the forward of {call.stock.target} reads was changed after fuse()"
+    read = Opened(call.stock.target, call.kind, call.code, call.traced, call.outside)
+    if reason := opened.obstacle(module, read):
+        return reason
     if call.pool and not _pools(module._modules.get(call.pool)):
         return f"the mean in {call.stock.target} was changed after fuse(), or has hooks"
     return ""

@@ -82,6 +82,17 @@ class GatedSum:
 
 
 @dataclasses.dataclass(frozen=True)
+class Opened:
+    """A module of somebody's class whose children are called in its place, and what shows that they still may be."""
+
+    name: str
+    kind: str  # its class
+    code: str  # of its forward, see trace.fingerprint
+    traced: tuple  # what that reads of the module, see trace.state_of
+    outside: Outside  # and outside of it
+
+
+@dataclasses.dataclass(frozen=True)
 class Ref:
     """A value of the program, by name."""
 
@@ -99,6 +110,7 @@ class Form:
     #: Modules called before a program that they stood in: name, class and effect.
     between: tuple[tuple[str, str, Effect], ...]
     modules: tuple[str, ...]  # names of all that are called or stood in for
+    opened: tuple[Opened, ...] = ()
     quiet: tuple[str, ...] = ()  # dropouts that are left out, see dropouts.decided_by: none of them may draw
     shapes: tuple[Shape, ...] = dataclasses.field(init=False)  # the programs among the calls
     first: int | None = dataclasses.field(init=False)  # which of these reads the input, if one does
@@ -127,7 +139,8 @@ class Form:
     @property
     def stood_in(self) -> set[str]:
         """The names of all modules that programs stand in for, and of what holds them."""
-        return {name for shape in self.shapes for name in shape.modules} | {name for name, _ in self.containers}
+        holders = {name for name, _ in self.containers} | {module.name for module in self.opened}
+        return {name for shape in self.shapes for name in shape.modules} | holders
 
 
 def _read_by(call: ShapeCall | StockCall | GateCall | GatedSum) -> list[str]:

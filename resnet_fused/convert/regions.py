@@ -22,6 +22,7 @@ from ..blocks.shape import Shape
 from . import gates
 from .instructions import Form, GateCall, GatedSum, ShapeCall, StockCall, plain
 from .nodes import Nodes, NoProgram, Reader
+from .opened import read
 from .order import Order, module_effect
 from .trace import Untraceable
 
@@ -155,16 +156,18 @@ class _Builder:
         result = next(node.args[0] for node in graph.nodes if node.op == "output")
         targets = {node.target for node in graph.nodes if node.op == "call_module"}
         empty = {n.target for n in graph.nodes if type(m := self.nodes.module(n)) is nn.Sequential and not len(m)}
-        holders = sorted(({target.rpartition(".")[0] for target in targets} | empty) - {""})
+        holders = sorted(set(empty).union(*map(_holders, targets)))
+        opened = [name for name in holders if type(block.get_submodule(name)) is not nn.Sequential]
         taken = {name for call in calls if isinstance(call, ShapeCall) for name in call.shape.modules}
         between = self.nodes.kinds(set(self.between) - taken)
         return Form(
             tuple(calls),
             source,
             plain(result),
-            tuple((name, len(block.get_submodule(name))) for name in holders),
+            tuple((name, len(block.get_submodule(name))) for name in holders if name not in opened),
             tuple((name, kind, module_effect(block.get_submodule(name))) for name, kind in between),
             tuple(sorted(taken | targets)),
+            tuple(read(name, block.get_submodule(name)) for name in opened),
             tuple(sorted(set(self.nodes.quiet.values()))),
         )
 
@@ -225,6 +228,12 @@ class _Builder:
 
 def _stock_call(node: fx.Node) -> StockCall:
     return StockCall(node.op, node.target, plain(node.args), tuple(plain(node.kwargs).items()), node.name)
+
+
+def _holders(target: str) -> set[str]:
+    """The names of what holds the module of that name within a block."""
+    atoms = target.split(".")
+    return {".".join(atoms[:i]) for i in range(1, len(atoms))}
 
 
 def _listed(names: list[str]) -> str:

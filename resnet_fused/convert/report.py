@@ -24,6 +24,7 @@ from .instructions import GatedSum, StockCall
 from .shares import Share, convolutions_in, counted, describe, join, of_form, passes_in
 from .stem import FusedStem, stem_site
 from .swap import STATE, is_fused, stock_class
+from .trace import Untraceable, trace
 
 BUILT_FUSED = (FusedConvBNReLU, FusedDenseBlock, FusedResidualBlock)  # fused without fuse()
 #: How many names stand for a group of modules; how many reasons a warning gives, and the length of each.
@@ -215,6 +216,15 @@ def _dropped_of_all(running: Running) -> list[str]:
     return names
 
 
+def _why_not_read(module: nn.Module) -> str:
+    """Why nothing but stems of `module` is fused."""
+    try:
+        trace(module, stock_class(module))
+    except Untraceable as error:
+        return str(error)
+    return "its forward was read for stems alone; call fuse() again"
+
+
 def _read_stems(module: FusedStem, convolutions: int, passes: int) -> _Read:
     state = module.__dict__[STATE]
     fused: dict[int, int] = {}  # convolution -> passes behind it: one stem may be called by several methods
@@ -233,4 +243,6 @@ def _read_stems(module: FusedStem, convolutions: int, passes: int) -> _Read:
             what.append(text)
             fused |= {id(conv): 2 for conv in site.convolutions}
     shares = Share(len(fused), convolutions), Share(sum(fused.values()), passes)
+    if what and any(share.fused < share.total for share in shares):
+        reasons.append(_why_not_read(module))
     return ", ".join(what), "; ".join(dict.fromkeys(reasons)), *shares

@@ -14,11 +14,14 @@ import hashlib
 import inspect
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 from torch import fx, nn
 
+from ..blocks import proven
+from ..blocks.layers import hooked
 from . import dropouts, outside
+from .swap import is_subclassed, stock_class
 
 #: Instructions that leave something behind, or run code that nobody looked at.
 _REFUSED = (
@@ -50,14 +53,11 @@ for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshi
 
 
 class _ShallowTracer(fx.Tracer):
-    """Traces `forward`; every module is a leaf but the block itself and plain Sequentials with own convolutions.
+    """Traces `forward`; every module is a leaf but the block itself and those in `opened`."""
 
-    `whole`: these are leaves too.
-    """
-
-    def __init__(self, forward: types.FunctionType, whole: bool) -> None:
+    def __init__(self, forward: types.FunctionType, opened: Collection[nn.Module]) -> None:
         super().__init__()
-        self.forward, self.whole = forward, whole
+        self.forward, self.opened = forward, opened
 
     def create_args_for_root(self, root_fn: Callable, *args, **kwargs):
         return super().create_args_for_root(self.forward, *args, **kwargs)
@@ -66,7 +66,43 @@ class _ShallowTracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.whole or type(m) is not nn.Sequential or not any(isinstance(child, nn.Conv2d) for child in m)
+        return m not in self.opened
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
+        """Of a module that is opened, the stock forward, also where it is fused."""
+        return super().call_module(m, functools.partial(stock_class(m).forward, m), args, kwargs)
+
+
+def opens(module: nn.Module) -> bool:
+    """Whether a block's graph has what `module` calls in its place.
+
+    That is so of a plain Sequential with convolutions, its own or those of what opens in it, and of a module with one
+    convolution whose forward is a chain, its children one after the other and nothing else: timm's ``ConvNormAct``.
+    """
+    convolutions = sum(isinstance(child, nn.Conv2d) for child in module.children())
+    if type(module) is nn.Sequential:
+        return convolutions > 0 or any(map(opens, module))
+    cls = stock_class(module)
+    if convolutions != 1 or cls.__module__.startswith("torch.nn.") or hooked(module) or is_subclassed(module):
+        return False
+    if any(getattr(cls, name) is not getattr(nn.Module, name) or name in module.__dict__ for name in proven.CALL):
+        return False
+    try:
+        before, *calls = trace(module, cls).nodes
+    except Untraceable:
+        return False
+    for node in calls:
+        if node.args != (before,) or node.kwargs or node.op not in ("call_module", "output"):
+            return False
+        before = node
+    return any(isinstance(module.get_submodule(node.target), nn.Conv2d) for node in calls[:-1])
+
+
+def _opened(block: nn.Module) -> Iterator[nn.Module]:
+    """What opens in `block` and in what opens there."""
+    for child in filter(opens, block.children()):
+        yield child
+        yield from _opened(child)
 
 
 def names_read(block: nn.Module, cls: type) -> list[str]:
@@ -75,6 +111,8 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
     Raises:
         Untraceable: the forward's code does what tracing could bake in or leave out.
     """
+    if cls.forward is nn.Module.forward:
+        raise Untraceable("it has no forward; whoever holds it calls its modules")
     code = getattr(cls.forward, "__code__", None)
     if not isinstance(code, types.CodeType) or "forward" in block.__dict__:
         raise Untraceable("its forward is not a method of its class")
@@ -87,9 +125,8 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
     found: dict[str, None] = {}
     unknown: set[str] = set()
     owner = ""  # what the last instruction left on the stack: "self", "child", or nothing that is known
-    for step in dis.get_instructions(code):
-        if step.opname in ("CACHE", "PUSH_NULL", "EXTENDED_ARG"):
-            continue
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PUSH_NULL", "EXTENDED_ARG")]
+    for index, step in enumerate(steps):
         for prefix, what in _REFUSED:
             if step.opname.startswith(prefix):
                 raise Untraceable(f"its forward {what}")
@@ -98,14 +135,18 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
             last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
             owner = "self" if last == code.co_varnames[0] else ""
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if not outside.path_of(cls.forward.__globals__.get(step.argval)):
+            value = outside.global_of(cls.forward, step.argval)
+            name = _asked_for(steps[index + 1 : index + 4], code.co_varnames[0]) if value is getattr else ""
+            readable = value_of(block, name) != _OTHER if name else value is not getattr
+            if not outside.path_of(value) or not readable:
                 unknown.add(step.argval)
+            found |= {name: None} if name else {}
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if before == "child":
                 raise Untraceable(f"its forward reads {step.argval} of a child")
             if before != "self":
                 unknown |= set() if outside.is_known(step.argval) else {step.argval}
-            elif step.argval != "training" and value_of(block, step.argval) == _OTHER:
+            elif step.argval != "training" and value_of(block, step.argval) in (_OTHER, _MISSING):
                 unknown.add(step.argval)  # not a module, None or constant: a method, say, whose code nobody looked at
             else:
                 found[step.argval] = None
@@ -115,11 +156,21 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
     return list(found)
 
 
-_OTHER = ("something else", "")
+def _asked_for(steps: list[dis.Instruction], receiver: str) -> str:
+    """The name in ``getattr(self, "name", default)`` by what is loaded for it; empty where it is anything else."""
+    loads = [step.opname.startswith("LOAD_FAST") for step in steps] == [True, False, False]
+    if not loads or steps[0].argval != receiver or any(not step.opname.startswith("LOAD_") for step in steps):
+        return ""
+    name = steps[1].argval if steps[1].opname.startswith("LOAD_CONST") else ""
+    constant = steps[2].opname.startswith(("LOAD_CONST", "LOAD_SMALL_INT"))
+    return name if constant and isinstance(name, str) and name != "training" else ""
+
+
+_OTHER, _MISSING = ("something else", ""), ("nothing", "")
 
 
 def value_of(block: nn.Module, name: str) -> tuple[str, object]:
-    """What a forward finds in ``self.name``: a constant, that there is a child or None; all other things are alike."""
+    """What a forward finds in ``self.name``: a constant, that there is a child, None or nothing; all else is alike."""
     if name in block.__dict__:
         value = block.__dict__[name]
     elif hasattr(type(block), name):
@@ -128,7 +179,7 @@ def value_of(block: nn.Module, name: str) -> tuple[str, object]:
         value = block._modules[name]
         return ("none", None) if value is None else ("child", "")
     else:
-        return _OTHER
+        return _OTHER if name in block._parameters or name in block._buffers else _MISSING
     if value is None:
         return "none", None
     return (type(value).__name__, value) if isinstance(value, bool | int | float | str) else _OTHER
@@ -157,11 +208,12 @@ def trace(block: nn.Module, cls: type, whole: bool = False) -> fx.Graph:
         Untraceable: with the reason.
     """
     names_read(block, cls)
+    opened = set() if whole else set(_opened(block))
     was_training, graphs = block.training, []
     try:
         for mode in (True, False):
             block.training = mode  # of the block alone; its children are leaves
-            graphs.append(_ShallowTracer(cls.forward, whole).trace(block))
+            graphs.append(_ShallowTracer(cls.forward, opened).trace(block))
     except Exception as error:  # any Python can be in a forward; whatever it raises means "not traced"
         raise Untraceable(f"its forward could not be traced ({type(error).__name__})") from error
     finally:
@@ -176,7 +228,7 @@ def trace(block: nn.Module, cls: type, whole: bool = False) -> fx.Graph:
         raise Untraceable("its forward uses parameters or constants of its own")
     for node in graph.nodes:
         atoms = node.target.split(".") if node.op == "call_module" else []
-        holders = (block.get_submodule(".".join(atoms[:i])) for i in range(1, len(atoms)))
-        if any(type(holder) is not nn.Sequential for holder in holders):
+        holders = [block.get_submodule(".".join(atoms[:i])) for i in range(1, len(atoms))]
+        if not opened.issuperset(holders):
             raise Untraceable("its forward runs a method of a child")
     return graph

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .resnet import BasicBlock, Bottleneck
 from .stages import NormLayer, Stages, conv3x3, initialise
+from .stochastic_depth import HALF
 
 SHORTCUTS = ("A", "B")
 
@@ -132,6 +133,14 @@ def resnet56(**options) -> CifarResNet:
 def resnet110(**options) -> CifarResNet:
     """ResNet-110 for CIFAR (He et al. 2015), 1.7 M parameters. `options` are those of :class:`CifarResNet`."""
     return CifarResNet(BasicBlock, (18, 18, 18), **options)
+
+
+def resnet110_stochastic_depth(**options) -> CifarResNet:
+    """ResNet-110 for CIFAR with stochastic depth, linear decay to a survival probability of 0.5 (Huang et al. 2016).
+
+    A draw drops a block for the whole batch, as in the paper. `options` are those of :class:`CifarResNet`.
+    """
+    return CifarResNet(BasicBlock, (18, 18, 18), **HALF | options)
 
 
 def resnet1202(**options) -> CifarResNet:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .stages import NormLayer, Stages, ThreeConvolutions, TwoConvolutions, initialise
+from .stochastic_depth import HALF
 
 
 class BasicBlock(TwoConvolutions):
@@ -139,6 +140,14 @@ def resnet34(**options) -> ResNet:
 def resnet50(**options) -> ResNet:
     """ResNet-50 (He et al. 2015), 25.6 M parameters. `options` are those of :class:`ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **options)
+
+
+def resnet50_stochastic_depth(**options) -> ResNet:
+    """ResNet-50 whose last block drops out of every second batch, earlier ones less (Huang et al. 2016).
+
+    That is linear decay to a survival probability of 0.5, as the paper has it. `options` are those of :class:`ResNet`.
+    """
+    return ResNet(Bottleneck, (3, 4, 6, 3), **HALF | options)
 
 
 def resnet101(**options) -> ResNet:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 MODES = ("row", "batch")
+#: The paper's setting, as options of a network: linear decay to a survival probability of 0.5, a draw for a batch.
+HALF = {"stochastic_depth_rate": 0.5, "stochastic_depth_mode": "batch"}
 
 
 class StochasticDepth(nn.Module):

@@ -141,3 +141,34 @@ def test_blocks_that_normalise_more_are_compared_on_less():
     assert equality.normalised(block, x) == pytest.approx(8)
     small, usual = equality.pieces(x, 512)[0], equality.pieces(x)[0]
     assert small.numel() == 512 and usual.numel() == x.numel()
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, by):
+        ctx.by = by
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.by, None
+
+
+class BiasGradient(nn.Conv2d):
+    """A convolution whose bias gets so many times its gradient."""
+
+    by = 1.0
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, Scaled.apply(self.bias, self.by))
+
+
+@pytest.mark.parametrize(("by", "normalised", "agrees"), [(4, True, True), (1e6, True, False), (1.01, False, False)])
+def test_a_bias_before_a_norm_has_no_gradient_but_rounding(by, normalised, agrees):
+    torch.manual_seed(0)
+    convolution, x = BiasGradient(3, 8, 3), torch.randn(4, 3, 8, 8)
+    stock = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU()) if normalised else nn.Sequential(convolution)
+    other = copy.deepcopy(stock)
+    other[0].by = by
+    found = equality.compare([(stock, other, x)], None, 0.0)
+    assert [d.tensor for d in found if not d.agrees] == ([] if agrees else ["gradient of 0.bias"])

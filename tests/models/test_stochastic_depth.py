@@ -97,3 +97,14 @@ def test_other_words_and_other_blocks():
     with pytest.raises(ValueError, match="Other has no drop_path"):
         ResNet(Other, (1, 1, 1, 1), stochastic_depth_rate=0.1)
     assert isinstance(ResNet(BasicBlock, (1, 1, 1, 1)), ResNet)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet110_stochastic_depth", 54), ("resnet50_stochastic_depth", 16)])
+def test_the_papers_setting(name, blocks):
+    model = meta(models.BUILDERS[name])
+    torch.testing.assert_close(rates(model), [0.5 * (i + 1) / blocks for i in range(blocks)])
+    assert {m.mode for m in model.modules() if isinstance(m, StochasticDepth)} == {"batch"}
+    assert rates(meta(models.BUILDERS[name], stochastic_depth_rate=0)) == [None] * blocks
+    for rate in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"survival probabilities are, got {rate}"):
+            models.BUILDERS[name](stochastic_depth_rate=rate)

@@ -1,0 +1,113 @@
+"""`benchmarks/all_models.py` on a short model of each file of timm's, and what it says of others."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fused.testing.vision import import_torchvision
+
+try:
+    import_torchvision()
+    import timm  # noqa: F401
+except ImportError as error:
+    pytest.skip(f"timm or torchvision is not installed: {error}", allow_module_level=True)
+
+ONE = {"layers": (1, 1, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "all_models.py"
+    spec = importlib.util.spec_from_file_location("all_models", path)
+    module = sys.modules["all_models"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["all_models"]
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "name", "options", "fused"),
+    [
+        ("timm", "resnet", "resnet50d", ONE, "19 of 19"),
+        ("timm", "resnetv2", "resnetv2_18d", ONE, "12 of 14"),
+        ("timm", "resnetv2", "resnetv2_50t", ONE, "18 of 19"),
+        ("timm", "densenet", "densenetblur121d", {"block_config": (2, 2, 2, 2)}, "22 of 22"),
+        ("timm", "resnest", "resnest14d", {}, "19 of 27"),
+        ("timm", "res2net", "res2net50_48w_2s", ONE, "9 of 17"),
+        ("timm", "sknet", "skresnet18", ONE, "20 of 24"),
+        ("timm", "sknet", "skresnet50", ONE, "21 of 25"),
+        ("timm", "regnet", "regnetx_002", {}, "44 of 44"),
+        ("timm", "regnet", "regnety_002", {}, "44 of 70"),
+        ("torchvision", "densenet", "densenet121", {"block_config": (2, 2, 2, 2)}, "20 of 20"),
+        ("torchvision", "regnet", "regnet_y_400mf", {}, "53 of 85"),
+    ],
+)
+def test_a_sample_agrees(script, family, module, name, options, fused):
+    model = script.Model(family, module, name)
+    assert model in list(script.models_of(family))
+    verdict = script.check(model.build(**options), 64)
+    assert verdict.verdict == script.AGREES, verdict
+    assert verdict.text.startswith(f"{fused} convolutions"), verdict.text
+    assert "at the call" not in verdict.text
+
+
+class Net(nn.Sequential):
+    """A convolution, a norm, a ReLU, and a classifier."""
+
+    def __init__(self, norm=nn.BatchNorm2d):
+        features = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU())
+        super().__init__(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.fixture
+def known(script, monkeypatch):
+    """Three models in the place of the family's: one that agrees, one left stock, one that cannot be built."""
+    makers = {
+        "good": Net,
+        "stock": lambda: Net(lambda c: nn.GroupNorm(2, c)),
+        "other": lambda: nn.Sequential(Net(), nn.Conv2d(3, 3, 1)),
+    }
+    models = [script.Model("own", "net", name) for name in makers]
+    monkeypatch.setattr(script, "models_of", lambda family: models if family == "own" else [])
+    monkeypatch.setattr(script.Model, "build", lambda self: makers[self.name]())
+    return models
+
+
+def test_verdicts_and_exit_status(script, known, tmp_path, capsys):
+    done = tmp_path / "checked.jsonl"
+    options = ["--family", "own", "--size", "16", "--resume", str(done)]
+    assert script.main([*options, "--only", "good"]) == 0
+    assert script.main([*options, "--only", "[gs]*"]) == 0
+    text = capsys.readouterr().out
+    assert "own:good: agrees; 0 M; 1 of 1 convolutions" in text
+    assert "own:stock: agrees, as nothing is fused" in text and "GroupNorm is not batch norm" in text
+    assert "own's net: 1 agrees, 1 agrees, as nothing is fused" in text
+    assert len(done.read_text().splitlines()) == 2  # the first was not judged again
+    assert script.main(options) == 1
+    text = capsys.readouterr().out
+    assert "own:other: FAILED" in text and "1 FAILED, 1 agrees" in text
+
+
+def test_what_disagrees_is_told(script, known, monkeypatch, capsys):
+    fuse = script.resnet_fused.fuse
+
+    def fuse_wrongly(model):
+        with torch.no_grad():
+            model[0][0].weight[0].mul_(-1)
+        return fuse(model)
+
+    monkeypatch.setattr(script.resnet_fused, "fuse", fuse_wrongly)
+    assert script.main(["--family", "own", "--size", "16", "--only", "good"]) == 1
+    text = capsys.readouterr().out
+    assert "own:good: DISAGREES" in text and "    output in training: fused error" in text
+
+
+def test_left_out_by_size_and_file(script, known, capsys):
+    assert script.main(["--family", "own", "--max-parameters", "0.0001", "--only", "good"]) == 0
+    assert script.main(["--family", "own", "--module", "elsewhere"]) == 0
+    text = capsys.readouterr().out
+    assert "own:good: left out, 0 M parameters" in text and "agrees" not in text

@@ -10,9 +10,12 @@ checked if need be, and the answer is a constant of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..ops import OPS
+from .declaration import Backend, Kernel
 from .dispatch import backends, objection
 from .selfcheck import judge
 
@@ -25,19 +28,24 @@ def forget() -> None:
 
 
 @torch.compiler.assume_constant_result
-def lacking(ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | None, checks: bool) -> str:
+def lacking(
+    ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | None, checks: bool, name: str = "auto"
+) -> str:
     """The first of `ops` without a sound kernel for activations of `dtype`; empty: all have one.
 
     Args:
         device: where; None: a GPU that need not be there, on which Triton's kernels are taken to be sound.
         checks: check kernels that were not yet; else, for fake tensors, those without a verdict count as sound.
+        name: of the only backend that counts.
     """
-    question = (ops, dtype, device, checks)
+    question = (ops, dtype, device, checks, name)
     if _sound.get(question) == judge.count_of_changes():
         return ""
     checks = checks and (device is None or device.type != "cuda" or torch.cuda.is_available())
     for op in ops:
-        if not _served(op, torch.float32 if OPS[op].vectors else dtype, device, checks):
+        # a backend without a kernel for a small op leaves it to the others
+        own = "auto" if OPS[op].small else name
+        if not _served(op, torch.float32 if OPS[op].vectors else dtype, device, checks, own):
             return op
     _sound[question] = judge.count_of_changes()
     return ""
@@ -53,18 +61,37 @@ def takes(op: str, outputs: int, inputs: int, coupled: bool = False) -> bool:
     return any(kernel is not None and not kernel.widths(outputs, inputs, coupled) for kernel in declared)
 
 
-def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bool) -> bool:
+def too_wide(op: str, outputs: int, inputs: int, device: torch.device | None, name: str = "auto") -> list[str]:
+    """What the kernels of `op` there, else as :func:`lacking`, have against a weight of these sizes; empty: one has none."""
+    found: list[str] = []
+    for _, kernel in _there(op, device, name):
+        reasons = kernel.widths(outputs, inputs)
+        if not reasons:
+            return []
+        found += reasons
+    return found
+
+
+def _there(op: str, device: torch.device | None, name: str) -> Iterator[tuple[Backend, Kernel]]:
+    """The kernels of `op` that run on `device`; of the backend `name` alone, unless that is "auto"."""
     for backend in backends().values():
         kernel = backend.kernels.get(op)
-        if backend.name == "reference" or kernel is None or dtype not in kernel.dtypes:
+        if backend.name == "reference" or kernel is None or name not in ("auto", backend.name):
             continue
-        if device is None:
-            if backend.name == "triton":
-                return True
-        elif not backend.unavailable and device.type in backend.devices:
-            if not kernel.needs_selfcheck:
-                return True
-            question = (backend.name, op, dtype, device)
-            if not (objection(*question) if checks else judge.remembered(*question)):
-                return True
+        runs = (
+            backend.name == "triton" if device is None else not backend.unavailable and device.type in backend.devices
+        )
+        if runs:
+            yield backend, kernel
+
+
+def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bool, name: str) -> bool:
+    for backend, kernel in _there(op, device, name):
+        if dtype not in kernel.dtypes:
+            continue
+        if device is None or not kernel.needs_selfcheck:
+            return True
+        question = (backend.name, op, dtype, device)
+        if not (objection(*question) if checks else judge.remembered(*question)):
+            return True
     return False

@@ -151,6 +151,13 @@ def is_slice(x: Tensor) -> bool:
     return (c == 1 or x.stride(1) == 1) and len(pitches) <= 1 and all(pitch >= c for pitch in pitches)
 
 
+def pitch(x: Tensor) -> int:
+    """Elements from a pixel of a slice (:func:`is_slice`) to the next; of a single one, its channels."""
+    n, c, h, w = x.shape
+    steps = ((w, x.stride(3)), (h, x.stride(2) // max(w, 1)), (n, x.stride(0) // max(h * w, 1)))
+    return next((step for size, step in steps if size > 1), c)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x` with exact channels_last strides, also where a dimension of size 1 allows others; differentiable."""
     x = x.contiguous(memory_format=torch.channels_last)

@@ -34,7 +34,6 @@ from .contract import (
     per_channel,
     stat_dtype,
     takes_arguments_of,
-    two_launches,
 )
 
 SCHEMA = (
@@ -73,14 +72,19 @@ def fake(t):
 
 @takes_arguments_of(reference)
 def bytes(t):
-    """One read of `grad`, `y`, `z` and `weight`, one write of `g` and `grad_weight`."""
-    return nbytes(t.grad, t.y, t.z, t.z, t.weight, t.weight)
+    """For either gradient a read of `grad`, `y` and `z`; one of `weight`, one write of `g` and `grad_weight`."""
+    return 2 * nbytes(t.grad, t.y, t.z) + nbytes(t.z, t.weight, t.weight)
 
 
 @takes_arguments_of(reference)
 def flops(t):
     """Those of the direct sums of both gradients, two per multiply-add."""
     return 2 * 2 * t.grad.numel() * 9 * t.z.shape[1]
+
+
+def launches(results: list[Tensor]) -> int:
+    """A product for either gradient, and what adds the partial sums of both."""
+    return 3
 
 
 OP = define(
@@ -91,7 +95,7 @@ OP = define(
     bytes=bytes,
     flops=flops,
     compiled=True,
-    launches=two_launches,
+    launches=launches,
     sums_of_rounded=True,
     ulps=4,
 )

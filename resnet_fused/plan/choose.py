@@ -95,9 +95,9 @@ def place_of(x: Tensor) -> torch.device | None:
     return x.device if _settings.target is None else None
 
 
-def lacking(ops: tuple[str, ...], x: Tensor) -> str:
-    """The first of `ops` that has no sound kernel where `x` is, or is planned for; empty if all have."""
-    return soundness.lacking(ops, x.dtype, place_of(x), not isinstance(x, FakeTensor))
+def lacking(ops: tuple[str, ...], x: Tensor, backend: str = "auto") -> str:
+    """The first of `ops` that has no sound kernel of `backend` where `x` is, or is planned for; empty if all have."""
+    return soundness.lacking(ops, x.dtype, place_of(x), not isinstance(x, FakeTensor), backend)
 
 
 def value_device(backend: str, x: Tensor) -> Device | None:

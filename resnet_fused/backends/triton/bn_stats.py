@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ...ops import bn_stats as op
-from ...ops.contract import Tensor
+from ...ops.contract import Tensor, pitch
 from . import checks, common
 from .bn_affine import Outputs, outputs, store_statistics
 from .common import first_row, rows_in, widen
@@ -26,11 +26,11 @@ TILE, CAP, MIN_TILES = 1024, 64, 4
 MERGE_CHUNKS, MERGE_CHANNELS = 128, 8  # a tile of stage 2; 8 floats are one 32-byte sector
 
 
-@triton.jit(do_not_specialize=["chunks", "M", "UNITS", "TILES"])
+@triton.jit(do_not_specialize=["chunks", "UNITS_PITCH", "M", "UNITS", "TILES"])
 def bn_stats_kernel(
-    z_ptr,  # [M, C]
+    z_ptr, out_ptr,  # [M, C]; C channels of M pixels, to be filled with z, or None
     partial_ptr,  # [3, chunks, C]: shift, s, q
-    chunks, M, UNITS, TILES,
+    chunks, UNITS_PITCH, M, UNITS, TILES,
     DIV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C = UNITS * DIV
@@ -48,7 +48,12 @@ def bn_stats_kernel(
     for i in tl.range(0, TILES, loop_unroll_factor=2):
         row = first_row(chunk, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        z = widen(tl.load(z_ptr + row * C + offsets, mask=in_rows[:, None] & in_cols[None, :], other=0.0))
+        read = tl.load(z_ptr + row * C + offsets, mask=in_rows[:, None] & in_cols[None, :], other=0.0)
+        if out_ptr is not None:
+            PITCH = UNITS_PITCH * DIV
+            where = tl.arange(0, BLOCK_M)[:, None] * PITCH + cols[None, :]
+            tl.store(out_ptr + row * PITCH + where, read, mask=in_rows[:, None] & in_cols[None, :])
+        z = widen(read)
         centred = tl.where(in_rows[:, None], z - shift[None, :], 0.0)
         s += centred
         q = tl.fma(centred, centred, q)
@@ -111,6 +116,18 @@ def merge(partial: Tensor, rows: int, chunk_rows: int, outputs: Outputs, block: 
     common.start(bn_stats_merge_kernel, programs, partial, *outputs.arguments, **sizes, **meta, warps=warps)
 
 
+def start(z: Tensor, out: Tensor | None, found: Outputs) -> None:
+    """Launch both stages. `out`: a slice to be filled with `z` on the way, or None."""
+    c = z.shape[1]
+    plan = common.tiling(z, TILE, CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
+    beside = c if out is None else pitch(out)
+    div = min(plan.meta["DIV"], beside & -beside)
+    sizes = plan.meta | {"chunks": plan.chunks, "UNITS_PITCH": beside // div, "UNITS": c // div, "DIV": div}
+    partial = z.new_empty((3, plan.chunks, c), dtype=torch.float32)
+    common.start(bn_stats_kernel, plan.programs, z, out, partial, **sizes)
+    merge(partial, sizes["M"], sizes["TILES"] * sizes["BLOCK_M"], found, MERGE_CHUNKS, common.NUM_WARPS)
+
+
 def run(
     z: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float | None = None
 ) -> tuple[Tensor, ...]:
@@ -120,10 +137,7 @@ def run(
     found = outputs("bn_stats", z, c, gamma, beta, eps)
     if z.numel() == 0:
         return found.of_nothing(z)
-    plan = common.tiling(z, TILE, CAP, common.REDUCTION_PROGRAMS, MIN_TILES)
-    partial = z.new_empty((3, plan.chunks, c), dtype=torch.float32)
-    common.launch(bn_stats_kernel, plan, z, partial, plan.chunks)
-    merge(partial, plan.meta["M"], plan.meta["TILES"] * plan.meta["BLOCK_M"], found, MERGE_CHUNKS, common.NUM_WARPS)
+    start(z, None, found)
     return found.results
 
 

@@ -18,13 +18,15 @@ tiles = 4 and 0.6%; at a batch of 64, tiles = 1 and 2.3%. Not measured on hardwa
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from ...ops import conv1x1 as op
 from ...ops import lazy
-from ...ops.contract import Tensor, channels_last_strides
+from ...ops.contract import Tensor, channels_last_strides, pitch
 from .. import cards
 from . import bn_affine, bn_stats, checks, common, gemm
 from .common import first_row, narrow, rows_in, widen
@@ -39,15 +41,18 @@ WIDE = 64  # columns; a program of a narrower tile takes more row tiles, so that
 MERGE_CHUNKS = 512  # of a tile of the merge, where there are many
 
 
-@triton.jit(do_not_specialize=["chunks", "M", "UNITS_IN", "UNITS_OUT", "TILES", "W_OUT", "HW_OUT", "H", "W"])
+@triton.jit(
+    do_not_specialize=["chunks", "M", "UNITS_IN", "UNITS_PITCH", "UNITS_OUT", "TILES", "W_OUT", "HW_OUT", "H", "W"]
+)
 def conv1x1_kernel(
-    x_ptr, weight_ptr, scale_ptr, shift_ptr,  # [N*H*W, C], [K, C], [C] and [C], both or None
+    x_ptr, weight_ptr, scale_ptr, shift_ptr,  # C of the channels of N*H*W pixels, [K, C], [C] and [C], both or None
     z_ptr, partial_ptr,  # [M, K], [3, chunks, K] or None: shift, s, q
-    chunks, M, UNITS_IN, UNITS_OUT, TILES, W_OUT, HW_OUT, H, W,
+    chunks, M, UNITS_IN, UNITS_PITCH, UNITS_OUT, TILES, W_OUT, HW_OUT, H, W,
     DIV_IN: tl.constexpr, DIV_OUT: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     C = UNITS_IN * DIV_IN
+    PITCH = UNITS_PITCH * DIV_IN
     K = UNITS_OUT * DIV_OUT
     tl.assume(C > 0)  # every row tile has a step: without it the loops cannot become one
     chunk, column_tile = tile_of(tl.program_id(0), tl.cdiv(K, BLOCK_N))
@@ -63,7 +68,7 @@ def conv1x1_kernel(
     for i in tl.range(0, TILES, flatten=True):
         row = first_row(chunk, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        acc = multiply(x_ptr, row, in_rows, weight_ptr, in_cols, scale_ptr, shift_ptr, C, W_OUT, HW_OUT, H, W,
+        acc = multiply(x_ptr, row, in_rows, weight_ptr, in_cols, scale_ptr, shift_ptr, C, PITCH, W_OUT, HW_OUT, H, W,
                        STRIDE_H, STRIDE_W, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         z = narrow(acc, z_ptr.dtype.element_ty)
         tl.store(z_ptr + row * K + offsets, z, mask=in_cols[:, None] & in_rows[None, :])
@@ -107,6 +112,30 @@ def check(x: Tensor, weight: Tensor, x_scale: Tensor | None, x_shift: Tensor | N
     checks.stride(NAME, "stride", stride)
 
 
+def start(
+    x: Tensor, weight: Tensor, affine: tuple, z: Tensor, stride=(1, 1), found: bn_affine.Outputs | None = None
+) -> None:
+    """Launch the product and, for the statistics, the merge. `x`: also some channels of a tensor, at a stride of 1."""
+    (n, k, h, w), c = z.shape, x.shape[1]
+    rows = n * h * w
+    config = gemm.configuration(NAME, x, k, c)
+    column_tiles, row_tiles = common.cdiv(k, config.block_n), common.cdiv(rows, config.block_m)
+    tiles = tiles_per_program(row_tiles, column_tiles, config, c, k, x.element_size(), cards.of(x.device))
+    chunks = common.cdiv(row_tiles, tiles)
+    partial = x.new_empty((3, chunks, k), dtype=torch.float32) if found is not None else None
+    beside = pitch(x)
+    (_, div_in), (units_out, div_out) = gemm.split(math.gcd(c, beside)), gemm.split(k)
+    sizes = (chunks, rows, c // div_in, beside // div_in, units_out, tiles, w, h * w, *x.shape[2:])
+    meta = {"DIV_IN": div_in, "DIV_OUT": div_out, "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
+    meta |= {"PRECISION": gemm.precision(x.dtype)}
+    meta |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    programs = chunks * column_tiles
+    gemm.launch(conv1x1_kernel, programs, config, x, weight, *affine, z, partial, *sizes, **meta)
+    if found is not None:  # few programs walk over many chunks: a tall tile keeps them short
+        block = MERGE_CHUNKS if chunks > bn_stats.MERGE_CHUNKS else bn_stats.MERGE_CHUNKS
+        bn_stats.merge(partial, rows, tiles * config.block_m, found, block, block // 32)
+
+
 def run(
     x: Tensor,
     weight: Tensor,
@@ -120,27 +149,12 @@ def run(
 ) -> tuple[Tensor, ...]:
     """See :mod:`resnet_fused.ops.conv1x1`. Raises RuntimeError on wrong shapes, dtypes, devices, layouts."""
     check(x, weight, x_scale, x_shift, stride)
-    n, k, h, w = shape = lazy.strided_shape(x, weight.shape[0], stride)
-    c, rows = x.shape[1], n * h * w
+    _, k, _, _ = shape = lazy.strided_shape(x, weight.shape[0], stride)
     z = x.new_empty_strided(shape, channels_last_strides(shape))
     found = bn_affine.outputs(NAME, x, k if emit_stats else 0, gamma, beta, eps)
-    if z.numel() == 0 or c == 0:
+    if z.numel() == 0 or x.shape[1] == 0:
         return z.zero_(), *found.of_nothing(z)
-    config = gemm.configuration(NAME, x, k, c)
-    column_tiles, row_tiles = common.cdiv(k, config.block_n), common.cdiv(rows, config.block_m)
-    tiles = tiles_per_program(row_tiles, column_tiles, config, c, k, x.element_size(), cards.of(x.device))
-    chunks = common.cdiv(row_tiles, tiles)
-    partial = x.new_empty((3, chunks, k), dtype=torch.float32) if emit_stats else None
-    (units_in, div_in), (units_out, div_out) = gemm.split(c), gemm.split(k)
-    sizes = (chunks, rows, units_in, units_out, tiles, w, h * w, *x.shape[2:])
-    meta = {"DIV_IN": div_in, "DIV_OUT": div_out, "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-    meta |= {"PRECISION": gemm.precision(x.dtype)}
-    meta |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    programs = chunks * column_tiles
-    gemm.launch(conv1x1_kernel, programs, config, x, weight, x_scale, x_shift, z, partial, *sizes, **meta)
-    if emit_stats:  # few programs walk over many chunks: a tall tile keeps them short
-        block = MERGE_CHUNKS if chunks > bn_stats.MERGE_CHUNKS else bn_stats.MERGE_CHUNKS
-        bn_stats.merge(partial, rows, tiles * config.block_m, found, block, block // 32)
+    start(x, weight, (x_scale, x_shift), z, stride, found if emit_stats else None)
     return z, *found.results
 
 

@@ -57,7 +57,7 @@ def conv1x1_join_kernel(
     in_rows = rows_in(row, M, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     y = multiply(x_ptr, row, in_rows, weight_ptr + column.to(tl.int64) * C, in_cols, x_scale_ptr, x_shift_ptr,
-                 C, W_OUT, HW_OUT, H2, W2, 1, 1, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+                 C, C, W_OUT, HW_OUT, H2, W2, 1, 1, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     y = affine(y, scale_ptr, shift_ptr, cols, in_cols)
     if factor_ptr is not None:
         y = y * load_factor(factor_ptr, row, in_rows, HW_OUT, BLOCK_M)
@@ -71,7 +71,7 @@ def conv1x1_join_kernel(
     if x2_ptr is not None:
         C2 = UNITS2 * DIV2
         acc = multiply(x2_ptr, row, in_rows, weight2_ptr + column.to(tl.int64) * C2, in_cols, None, None,
-                       C2, W_OUT, HW_OUT, H2, W2, STRIDE_H, STRIDE_W, False,
+                       C2, C2, W_OUT, HW_OUT, H2, W2, STRIDE_H, STRIDE_W, False,
                        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         y = y + affine(acc, scale2_ptr, shift2_ptr, cols, in_cols)
     if RELU:

@@ -103,7 +103,7 @@ def multiply(
     x_ptr, row, in_rows,  # pixels of C channels; first output row of the tile, and which of its rows exist
     weight_ptr, in_cols,  # [K, C] from the tile's first output channel on, and which of its channels exist
     scale_ptr, shift_ptr,  # [C], both or None
-    C, W_OUT, HW_OUT, H, W,  # the sizes of pixels matter only where a stride is not 1
+    C, PITCH, W_OUT, HW_OUT, H, W,  # from a pixel of x to the next; its sizes matter only where a stride is not 1
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, CHANNELS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def multiply(
     many of their rows, so that per-channel vectors take few registers and sums over rows few shuffles.
     """
     if STRIDE_H == 1 and STRIDE_W == 1:
-        x_ptr += row * C
+        x_ptr += row * PITCH
         x_rows = tl.arange(0, BLOCK_M)
     else:
         x_rows = read_rows(row, W_OUT, HW_OUT, H, W, STRIDE_H, STRIDE_W, BLOCK_M)
@@ -126,7 +126,7 @@ def multiply(
         depth = k + tl.arange(0, BLOCK_K)
         in_depth = depth < C
         inside = in_rows[:, None] & in_depth[None, :]
-        x = tl.load(x_ptr + (x_rows[:, None] * C + depth[None, :]), mask=inside, other=0.0)
+        x = tl.load(x_ptr + (x_rows[:, None] * PITCH + depth[None, :]), mask=inside, other=0.0)
         inside = in_cols[:, None] & in_depth[None, :]
         weight = tl.load(weight_ptr + (weight_rows[:, None] * C + depth[None, :]), mask=inside, other=0.0)
         if scale_ptr is not None:

@@ -6,11 +6,14 @@ So that where Triton is missing a plan for a GPU that is not there is the one th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 
 from ...ops import DATA_DTYPES, Op, conv1x1_backward, running_update
+from ...ops.contract import is_channels_last
+from .. import dense
 from ..declaration import no_reasons
 from . import checks
 
@@ -20,6 +23,9 @@ Tensor = torch.Tensor
 MOST_OUTPUTS = 256  # a program has all of them: so many channels fit into the registers, with the product they make
 NARROW = 128  # on one side at least: where both are wider, arithmetic takes longer than a second read
 MOST_COUPLED = 64, 128  # inputs, which a program then has to have all too, and outputs
+
+# Of dense_conv1x1_backward:
+MOST_BETWEEN = 256  # outputs, of which a program has all too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,24 @@ def both_gradients(*args, **kwargs) -> list[str]:
     return reasons + checks.unsupported(*args, **kwargs)
 
 
+def middle(outputs: int, inputs: int, coupled: bool = False) -> list[str]:
+    """Reasons against a weight of these sizes in `dense_conv1x1_backward`."""
+    return [f"takes up to {MOST_BETWEEN} output channels, not {outputs}"] if outputs > MOST_BETWEEN else []
+
+
+def of_slices(op: str, widths: Callable, *args, **kwargs) -> list[str]:
+    """Reasons against a call of an op of dense blocks."""
+    parts = dense.parts(op, *args, **kwargs)
+    reasons = dense.layout_reasons(parts)
+    taps_fit = all(weight.is_contiguous() or is_channels_last(weight) for weight in parts.weights)
+    if not taps_fit or not all(t.is_contiguous() for t in parts.vectors):
+        reasons.append("takes dense weights and contiguous vectors only")
+    data, vectors = (*parts.slices, *parts.dense, *parts.weights), parts.vectors
+    if any(t.dtype != data[0].dtype for t in data) or any(t.dtype != torch.float32 for t in vectors):
+        reasons.append("takes tensors and weights of one dtype and float32 vectors only")
+    return reasons + [reason for weight in parts.weights for reason in widths(*weight.shape[:2])]
+
+
 def plain_buffers(*args, **kwargs) -> list[str]:
     """Reasons against a call of `running_update`."""
     for update in running_update.split(args, kwargs)[0]:
@@ -66,10 +90,14 @@ def plain_buffers(*args, **kwargs) -> list[str]:
     return []
 
 
+_WIDTHS = {"dense_conv1x1_backward": middle}
 _OTHERS = {
     # of float32, registers would hold half
     "conv1x1_backward": Limits((torch.bfloat16, torch.float16), both_gradients, narrow_weight),
     "running_update": Limits((torch.float32,), plain_buffers),
+} | {
+    op: Limits(unsupported=functools.partial(of_slices, op, widths), widths=widths)
+    for op, widths in ((op, _WIDTHS.get(op, no_reasons)) for op in dense.PARTS)
 }
 
 

@@ -1,10 +1,10 @@
 // A cache of large buffers, as PyTorch has one for GPUs (torch.cuda.empty_cache): the rules are
 //
 // - a request takes the smallest free buffer that is large enough and not more than a quarter larger; else one is
-// mapped,
-//   aligned to huge pages, with advice to use them;
-// - before one is mapped, the oldest free buffers go back to the system until all buffers together are no more than
-//   `kSlack` times what tensors had at once during the last `kWindow` to twice as many requests;
+//   mapped, aligned to huge pages, with advice to use them;
+// - all buffers together are to be no more than `kSlack` times what tensors had at once during the last `kWindow` to
+//   twice as many requests. Where they would be with one more, but are not yet, the smallest free one that is large
+//   enough is taken, however large; else the oldest free ones go back to the system before one is mapped;
 // - a buffer that nobody took during the last `kWindow` requests goes back;
 // - the system may take the pages of free buffers when it is short of memory (MADV_FREE); where it refuses to map one,
 //   all free buffers go back, and it is asked once more;
@@ -63,8 +63,18 @@ void* map(size_t bytes) {
 
 struct Buffer {
   void* data = nullptr;
-  size_t bytes = 0;
+  size_t bytes = 0, used = 0;  // in whole pages; `used`: by the tensor that has it
 };
+
+// Both sizes of a buffer as what torch keeps for a deleter, counted in pages.
+constexpr uintptr_t kSizeBits = sizeof(uintptr_t) * 4;
+void* sizes_of(const Buffer& buffer) {
+  return reinterpret_cast<void*>(((buffer.bytes / kPage) << kSizeBits) | (buffer.used / kPage));
+}
+Buffer with_sizes(void* data, void* sizes) {
+  const auto both = reinterpret_cast<uintptr_t>(sizes);
+  return {data, (both >> kSizeBits) * kPage, (both & ((uintptr_t(1) << kSizeBits) - 1)) * kPage};
+}
 
 class Cache {
  public:
@@ -80,21 +90,26 @@ class Cache {
   Buffer take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     begin_request();
-    Buffer found = find(bytes);
+    Buffer found = find(bytes, bytes + bytes / 4);
+    const size_t all = live_ + kept_, most = allowed(bytes);
+    if (found.data == nullptr && all + bytes > most && all <= most) found = find(bytes, all);
     if (found.data == nullptr) {
-      make_room(bytes);
+      make_room(all + bytes > most ? all + bytes - most : 0);
       found = {map(bytes), bytes};
       if (found.data == nullptr && release([](const Free&) { return true; }) > 0) found.data = map(bytes);
       if (found.data == nullptr) return found;
     }
+    found.used = bytes;
     live_ += found.bytes;
-    peak_ = std::max(peak_, live_);
+    used_ += bytes;
+    peak_ = std::max(peak_, used_);
     return found;
   }
 
   void give(const Buffer& buffer) noexcept {
     const std::lock_guard<std::mutex> guard(mutex_);
     live_ -= buffer.bytes;
+    used_ -= buffer.used;
     try {
       free_.push_back({buffer, requests_});
       kept_ += buffer.bytes;
@@ -126,15 +141,16 @@ class Cache {
   }
 
   void begin_request() {
-    if (++requests_ % kWindow == 0) last_peak_ = std::exchange(peak_, live_);
+    if (++requests_ % kWindow == 0) last_peak_ = std::exchange(peak_, used_);
     release([&](const Free& one) { return requests_ - one.since > kWindow; });
   }
 
-  Buffer find(size_t bytes) {
+  // The smallest free buffer of `bytes` to `most`, which is free no more; without data where there is none.
+  Buffer find(size_t bytes, size_t most) {
     auto best = free_.end();
     for (auto one = free_.begin(); one != free_.end(); ++one) {
       const size_t size = one->buffer.bytes;
-      if (size < bytes || size > bytes + bytes / 4) continue;
+      if (size < bytes || size > most) continue;
       if (best == free_.end() || size < best->buffer.bytes) best = one;
     }
     if (best == free_.end()) return {};
@@ -144,10 +160,13 @@ class Cache {
     return found;
   }
 
-  // Release the oldest free buffers, which are the first, as far as `bytes` more would be too many.
-  void make_room(size_t bytes) {
-    const auto most = static_cast<size_t>(kSlack * std::max({peak_, last_peak_, live_ + bytes}));
-    size_t excess = live_ + kept_ + bytes > most ? live_ + kept_ + bytes - most : 0;
+  // How much all buffers may be together where a tensor asks for `bytes` more.
+  size_t allowed(size_t bytes) const {
+    return static_cast<size_t>(kSlack * static_cast<double>(std::max({peak_, last_peak_, used_ + bytes})));
+  }
+
+  // Release the oldest free buffers, which are the first, until they are `excess` less.
+  void make_room(size_t excess) {
     release([&](const Free& one) {
       if (excess == 0) return false;
       excess -= std::min(excess, one.buffer.bytes);
@@ -172,7 +191,8 @@ class Cache {
   std::mutex mutex_;
   std::vector<Free> free_;  // the oldest first
   uint64_t requests_ = 0;
-  size_t live_ = 0, kept_ = 0;       // bytes that tensors have, and that are free
+  size_t live_ = 0, kept_ = 0;       // bytes of the buffers that tensors have, and of those that are free
+  size_t used_ = 0;                  // bytes of tensors
   size_t peak_ = 0, last_peak_ = 0;  // the most that tensors had at once, in this window and in the one before
   FromBlob from_blob_ = nullptr;
 };
@@ -198,12 +218,10 @@ bool kept_tensor([[maybe_unused]] const std::array<int64_t, 4>& sizes,
   if (from_blob == nullptr) return false;
   const Buffer buffer = cache.take(rounded(bytes, kPage));
   if (buffer.data == nullptr) return false;
-  const auto give_back = [](void* data, void* size) {
-    Cache::instance().give({data, reinterpret_cast<uintptr_t>(size)});
-  };
+  const auto give_back = [](void* data, void* sizes) { Cache::instance().give(with_sizes(data, sizes)); };
   const AOTITorchError error =
       from_blob(buffer.data, 4, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), kNoIndex, out,
-                aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(buffer.bytes));
+                aoti_torch_layout_strided(), nullptr, 0, give_back, sizes_of(buffer));
   if (error == AOTI_TORCH_SUCCESS) return true;
   // Nobody says whether torch has taken the buffer: it is left alone.
 #endif

@@ -10,10 +10,11 @@ from .. import library
 def empty_cache() -> int:
     """Give the memory that fused operations keep on the CPU, and that no tensor has, back to the system.
 
-    Outputs of 2 MiB and more come from buffers that are kept when their last tensor dies, so that a training step does
-    not fault its activations in anew. All buffers together are at most 1.25 times what tensors had at once lately; the
-    system may take the pages of free ones when it is short of memory, but a limit on address space (``ulimit -v``)
-    counts them. A tensor on such a buffer cannot be resized beyond it (``resize_``, ``out=`` of a larger result,
+    Outputs of 2 MiB and more come from pages that are kept when their last tensor dies, so that a training step does
+    not fault its activations in anew. All pages together are at most 1.25 times those that held tensors at once lately;
+    the system may take free ones when it is short of memory. Addresses for all of the machine's memory are reserved at
+    the first such output, or a quarter of a limit on them (``ulimit -v``; below 4 GiB nothing is kept). A tensor on
+    such pages cannot be resized beyond what it has (``resize_``, ``out=`` of a larger result,
     ``untyped_storage().resize_``): PyTorch raises a RuntimeError. The environment variable
     ``RESNET_FUSED_KEEP_MEMORY=0`` turns all of this off; with torch 2.10, which has no tensors with a deleter in its
     stable ABI, nothing is kept. The name is that of :func:`torch.cuda.empty_cache`.

@@ -35,13 +35,13 @@ void multiply_shared(const T* a, const T* b, float* sum, bool waits) {
   for (int i = threadIdx.x; i < 2 * 32 * kChunks; i += kWarpThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const T* from = (row < 32 ? a : b) + row % 32 * (kRowBytes / sizeof(T)) + chunk * kChunkElements<T>;
-    copy_async(shared + chunk_offset(row, chunk), from, true);
+    copy_async(shared_address(shared) + chunk_offset(row, chunk), from, true);
   }
   commit_copies();
   if (waits) wait_for_copies<0>();
   __syncthreads();
   WarpSums<32, 32> sums{};
-  multiply_rows<T>(sums, shared, shared + 32 * kRowBytes);
+  multiply_rows<T>(sums, shared_address(shared), shared_address(shared) + 32 * kRowBytes);
   wait_for_copies<0>();
   const int lane = threadIdx.x;
   for (int i = 0; i < 2; ++i) {

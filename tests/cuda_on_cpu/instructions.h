@@ -12,6 +12,9 @@ inline unsigned multiprocessors() { return on_cpu::multiprocessors; }
 template <class Kernel>
 void allow_shared(Kernel, int) {}
 
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* p) { return static_cast<unsigned char*>(p); }
+
 inline void make_copy(const on_cpu::Copy& copy) {
   copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
 }
@@ -23,11 +26,16 @@ inline void check_shared(const void* p) {
   if ((at - begin) % 16 != 0) on_cpu::stop("an address in shared memory is not a multiple of 16 bytes");
 }
 
-inline void copy_async(void* to, const void* from, bool there) {
+inline void copy_async(SharedAddress to, const void* from, bool there) {
   check_shared(to);
   if (there && reinterpret_cast<uintptr_t>(from) % 16 != 0) on_cpu::stop("copies from an address that is not aligned");
   const on_cpu::Copy copy{to, there ? from : nullptr, on_cpu::current->group};
   on_cpu::copies_wait ? on_cpu::current->copies.push_back(copy) : make_copy(copy);
+}
+
+inline void store_chunk(SharedAddress to, uint4 chunk) {
+  check_shared(to);
+  std::memcpy(to, &chunk, 16);
 }
 
 inline void commit_copies() { ++on_cpu::current->group; }
@@ -44,7 +52,7 @@ void wait_for_copies() {
 
 // Four 8x8 matrices of 16-bit values. Lane i names row i % 8 of matrix i / 8, and receives of every matrix two
 // neighbours of row i / 4: those of columns 2 * (i % 4) and the next.
-inline void load_matrices(uint32_t (&to)[4], const void* row) {
+inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   struct Lane {
     uint32_t* to;
     const void* row;

@@ -7,8 +7,8 @@ import ctypes
 import on_cpu
 import pytest
 import torch
+from guarded import DTYPES, pointer
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 pytestmark = on_cpu.needed
 
 
@@ -17,10 +17,6 @@ def parts(tmp_path_factory):
     loaded = ctypes.CDLL(str(on_cpu.compiled("instructions.cpp", tmp_path_factory.mktemp("cuda_on_cpu"))))
     loaded.rounded_to_tf32.restype = ctypes.c_uint32
     return loaded
-
-
-def pointer(t):
-    return ctypes.c_void_p(t.data_ptr())
 
 
 def drawn(rows, width, dtype, seed):

@@ -5,6 +5,13 @@
 
 #include "tile.cuh"
 
+// Whether what is compiled now has these instructions: a build may ask for sm_75 too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define RESNET_FUSED_HAS_TENSOR_CORES 0
+#else
+#define RESNET_FUSED_HAS_TENSOR_CORES 1
+#endif
+
 #if defined(__CUDACC__)  // else the including file has defined them, see tests/cuda_on_cpu/instructions.h
 
 namespace resnet_fused::cuda {
@@ -24,12 +31,22 @@ void allow_shared(Kernel kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+// In shared memory, in half the bits of a pointer.
+using SharedAddress = unsigned;
+__device__ inline SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
+}
 
 // 16 bytes to shared memory, past L1, or zeros if they are not `there`.
-__device__ inline void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
-               "r"(there ? 16 : 0)
+__device__ inline void copy_async(SharedAddress to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+
+// 16 bytes that are in registers.
+__device__ inline void store_chunk(SharedAddress to, uint4 chunk) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(chunk.x), "r"(chunk.y), "r"(chunk.z),
+               "r"(chunk.w)
                : "memory");
 }
 
@@ -42,10 +59,10 @@ __device__ inline void wait_for_copies() {
 }
 
 // Four 8x8 matrices of 16-bit values, or 8x4 of 32-bit ones. Lane i names row i % 8 of matrix i / 8.
-__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 

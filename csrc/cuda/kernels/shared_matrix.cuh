@@ -33,28 +33,30 @@ __device__ inline void round_fragment(uint32_t (&words)[kWords]) {
 // sums += a[kRows][128 bytes] * b[kCols][128 bytes]^T. `a` and `b`: in shared memory, where the warp's rows begin, a
 // multiple of 8 rows from where the matrix does.
 template <class T, int kRows, int kCols>
-__device__ inline void multiply_rows(WarpSums<kRows, kCols>& sums, const unsigned char* a, const unsigned char* b) {
+__device__ inline void multiply_rows(WarpSums<kRows, kCols>& sums, SharedAddress a, SharedAddress b) {
   static_assert(kRows % 16 == 0 && kCols % 16 == 0);
-  const int lane = threadIdx.x % kWarpThreads;
+  // Which row of which chunk this lane names. Of b: columns 0-7, their second half, columns 8-15, theirs. All rows are
+  // alike but for multiples of 8, and so is where their chunks lie.
+  const int lane = threadIdx.x % kWarpThreads, turn = lane % 8;
+  a += lane % 16 * kRowBytes;
+  b += (lane % 8 + lane / 16 * 8) * kRowBytes;
 #pragma unroll
   for (int step = 0; step < kChunks / 2; ++step) {
-    uint32_t left[kRows / 16][4], right[kCols / 16][4];
+    uint32_t right[kCols / 16][4];
 #pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
-      load_matrices(left[i], a + chunk_offset(16 * i + lane % 16, 2 * step + lane / 16));
-      round_fragment<T>(left[i]);
-    }
-#pragma unroll
-    for (int j = 0; j < kCols / 16; ++j) {  // matrices: columns 0-7, their second half, columns 8-15, theirs
-      load_matrices(right[j], b + chunk_offset(16 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    for (int j = 0; j < kCols / 16; ++j) {
+      load_matrices(right[j], b + 16 * j * kRowBytes + ((2 * step + lane / 8 % 2) ^ turn) * kChunkBytes);
       round_fragment<T>(right[j]);
     }
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i) {
+      uint32_t left[4];
+      load_matrices(left, a + 16 * i * kRowBytes + ((2 * step + lane / 16) ^ turn) * kChunkBytes);
+      round_fragment<T>(left);
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j) {
         const uint32_t pair[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
-        multiply<T>(sums.v[i][j], left[i], pair);
+        multiply<T>(sums.v[i][j], left, pair);
       }
     }
   }

@@ -4,6 +4,7 @@
 // show: speed, coalescing, bank conflicts, memory ordering between blocks.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -51,8 +52,27 @@ struct Copy {
   int64_t group;
 };
 
-struct Fiber {
+// Where a thread, or the scheduler, goes on. ucontext begins a stack; each later switch by it would be two system
+// calls, so that jumps do those, but under AddressSanitizer, which follows ucontext alone.
+struct Place {
   ucontext_t context;
+  jmp_buf jump;
+  bool begun = false;
+};
+
+inline void go(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.context, &to.context);
+#else
+  from.begun = true;
+  if (_setjmp(from.jump) != 0) return;
+  if (to.begun) _longjmp(to.jump, 1);
+  to.begun = true;
+  setcontext(&to.context);
+#endif
+}
+
+struct Fiber : Place {
   std::vector<char> stack = std::vector<char>(1 << 16);
   bool done = false;
   const int64_t* gate = nullptr;  // waits until *gate is no longer `closed`
@@ -77,7 +97,7 @@ inline int launches = 0;              // since it was last set to 0
 inline bool copies_wait = true;       // whether copies are made when they are waited for, or when they are started
 inline unsigned multiprocessors = 3;  // few, so that blocks take several tiles each
 inline std::vector<unsigned char> shared;
-inline ucontext_t scheduler;
+inline Place scheduler;
 inline Fiber* current = nullptr;
 inline std::vector<Warp> warps;
 inline Meeting block_meeting;
@@ -94,7 +114,7 @@ inline bool is_last_to(Meeting& meeting, unsigned threads) {
   if (++meeting.arrived == threads) return true;
   current->gate = &meeting.generation;
   current->closed = meeting.generation;
-  swapcontext(&current->context, &scheduler);
+  go(*current, scheduler);
   return false;
 }
 
@@ -156,13 +176,15 @@ inline void fiber_main() {
   (*kernel_body)();
   if (!current->copies.empty()) stop("ended before its copies to shared memory had");
   current->done = true;
+  for (;;) go(*current, scheduler);
 }
 
 inline void start(Fiber& fiber) {
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.data();
   fiber.context.uc_stack.ss_size = fiber.stack.size();
-  fiber.context.uc_link = &scheduler;
+  fiber.context.uc_link = nullptr;
+  fiber.begun = false;
   fiber.done = false;
   fiber.gate = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
@@ -182,7 +204,7 @@ inline void run_block(std::vector<Fiber>& fibers) {
       fiber.gate = nullptr;
       moved = true;
       threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-      swapcontext(&scheduler, &fiber.context);
+      go(scheduler, fiber);
       left -= fiber.done;
     }
     if (left != 0 && !moved) {

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import OPS
+from ..ops import DATA_DTYPES, OPS
+from . import cuda
 from .dispatch import backends, objection
 from .selfcheck import judge
 
@@ -29,7 +30,8 @@ def lacking(ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | Non
     """The first of `ops` without a sound kernel for activations of `dtype`; empty: all have one.
 
     Args:
-        device: where; None: a GPU that need not be there, on which Triton's kernels are taken to be sound.
+        device: where; None: a GPU that need not be there, on which Triton's kernels, and the compiled ones that there
+            would be (:data:`.cuda.ASSUMED`), are taken to be sound.
         checks: check kernels that were not yet; else, for fake tensors, those without a verdict count as sound.
     """
     question = (ops, dtype, device, checks)
@@ -54,6 +56,8 @@ def takes(op: str, outputs: int, inputs: int, coupled: bool = False) -> bool:
 
 
 def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bool) -> bool:
+    if device is None and op in cuda.ASSUMED and dtype in DATA_DTYPES:
+        return True
     for backend in backends().values():
         kernel = backend.kernels.get(op)
         if backend.name == "reference" or kernel is None or dtype not in kernel.dtypes:

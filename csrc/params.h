@@ -43,4 +43,30 @@ struct NormAddReluBackwardParams {
   float* sums[4];              // [C] each: sum_g, sum_gz, residual_sum_g, residual_sum_gz; null where absent
 };
 
+// A convolution [n, h, w, c] -> [n, p, q, k] without groups. All tensors, and x with its padding, have less than 2^31
+// elements, a padded image less than 2^15 pixels to a side.
+struct ConvGeometry {
+  int n, h, w, c;
+  int k, r, s;
+  int p, q;
+  int stride_h, stride_w;
+  int padding_h, padding_w;
+  int dilation_h, dilation_w;
+};
+
+struct ConvNormAddReluParams {
+  ConvGeometry geometry;
+  const void* x;         // [n, h, w, c]
+  const void* weight;    // [k, r, s, c]
+  const float* bias;     // [k] or null
+  const float* mean;     // [k] or null: no batch norm
+  const float* var;      // [k], null without mean
+  const float* gamma;    // [k] or null
+  const float* beta;     // [k] or null
+  float eps;             //
+  const void* residual;  // [n, p, q, k] or null; may be `out`
+  void* out;             // [n, p, q, k]
+  bool relu;
+};
+
 }  // namespace resnet_fused

@@ -13,7 +13,8 @@ import build_support
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("80", "90", "100")
 #: Registers per thread. A block has 256 threads: at 80 three fit an SM of 65536 registers, at 128 two.
-REGISTERS = {"norm_add_relu": 80, "norm_add_relu_backward": 128}
+REGISTERS = {"norm_add_relu": 80, "norm_add_relu_backward": 128, "conv_norm_add_relu": 128}
+KERNELS = {"norm_add_relu": 3 * 2 * 3, "norm_add_relu_backward": 3 * 2 * 4 + 2, "conv_norm_add_relu": 2 * 4 + 3}
 TYPES = ("float", "__half", "__nv_bfloat16")
 
 
@@ -60,13 +61,43 @@ def test_registers_and_spills(op, tmp_path):
     _, log = compile_kernels(op, tmp_path, "-Xptxas=-v", "-c", *gencode)
     used = resources(log)
     assert {architecture for _, architecture in used} == set(ARCHITECTURES)
-    expected = {"norm_add_relu": 3 * 2 * 3, "norm_add_relu_backward": 3 * 2 * 4 + 2}[op]
-    assert len(used) == expected * len(ARCHITECTURES), sorted(used)
+    assert len(used) == KERNELS[op] * len(ARCHITECTURES), sorted(used)
     print(f"{op}: at most {max(r for r, _ in used.values())} registers")
     assert {k: v for k, v in used.items() if v[0] > REGISTERS[op] or v[1]} == {}
+    assert "warning" not in log
 
 
-@pytest.mark.parametrize("op", REGISTERS)
+def test_smallest_tiles_leave_room_for_a_third_block(tmp_path):
+    """Of the convolution: 64x64 outputs a block, for layers of few pixels; and its shared memory."""
+    _, log = compile_kernels("conv_norm_add_relu", tmp_path, "-Xptxas=-v", "-c", "-arch=sm_90")
+    used = {kernel: registers for (kernel, _), (registers, _) in resources(log).items() if "Li64ELi64E" in kernel}
+    assert len(used) == 3 and max(used.values()) <= 80
+    source = tmp_path / "bytes.cu"
+    lines = [
+        f"static_assert(conv_shared_bytes<TileShape<{rows}, {cols}>>() <= {kilobytes} * 1024);"
+        for rows, cols, kilobytes in ((128, 128, 99), (128, 64, 81), (64, 64, 53))  # one, two and three of 164 KB
+    ]
+    text = ['#include "csrc/cuda/kernels/conv_norm_add_relu.cuh"', "namespace resnet_fused::cuda {", *lines, "}"]
+    source.write_text("\n".join(text))
+    command = [nvcc(), "-std=c++20", f"-I{ROOT}", "-c", "-arch=sm_80", str(source), "-o", str(tmp_path / "bytes.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_convolution_runs_on_tensor_cores(tmp_path):
+    """Each kernel has its dtype's products, fragments by ldmatrix, and copies past registers. sm_75 builds."""
+    ptx, _ = compile_kernels("conv_norm_add_relu", tmp_path, "-ptx", "-arch=sm_80")
+    kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
+    assert len(kernels) == KERNELS["conv_norm_add_relu"]
+    products = {"f": "m16n8k8.*tf32.tf32", "6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
+    for kernel in kernels:
+        dtype, vectors = re.match(r"\w*conv_norm_add_relu_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
+        assert re.search(f"mma.sync.aligned.{products[dtype]}", kernel) and "ldmatrix" in kernel
+        assert ("cp.async.cg" in kernel) == (vectors == "1")
+    compile_kernels("conv_norm_add_relu", tmp_path, "-ptx", "-arch=sm_75")
+
+
+@pytest.mark.parametrize("op", [op for op in REGISTERS if op.startswith("norm")])
 def test_vector_kernels_access_sixteen_bytes(op, tmp_path):
     ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_90")
     kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]

@@ -8,12 +8,15 @@
 
 namespace resnet_fused {
 
-// Of the convolution itself.
+// Of the convolution itself. `rounds`: whether the kernel takes 16-bit data too.
 inline void check_conv_norm_add_relu(const char* op, const Tensor& x, const Tensor& weight,
                                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                     const std::vector<int64_t>& dilation) {
+                                     const std::vector<int64_t>& dilation, bool rounds = false) {
   check_data(op, "x", x);
-  if (x.scalar_type() != stat_dtype(x.scalar_type()) || weight.scalar_type() != x.scalar_type()) {
+  if (rounds && weight.scalar_type() != x.scalar_type()) {
+    fail(op, ": got ", x.scalar_type(), " x and ", weight.scalar_type(), " weight; pass one dtype for both");
+  }
+  if (!rounds && (x.scalar_type() != stat_dtype(x.scalar_type()) || weight.scalar_type() != x.scalar_type())) {
     fail(op, ": got ", x.scalar_type(), " x and ", weight.scalar_type(), " weight; pass Float or Double for both");
   }
   check_device(op, "weight", weight, x);

@@ -45,17 +45,17 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// f(T{}) with the element type of `dtype`, which check_data() has admitted; then the launch error, if there was one.
+// f(T{}) with the element type of `x`, which check_data() has admitted; then the launch error, if there was one.
 template <class F>
-void launch_as(const char* op, ScalarType dtype, const F& f) {
-  switch (dtype) {
+void launch_as(const char* op, const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
     case ScalarType::Float: f(float{}); break;
     case ScalarType::Half: f(__half{}); break;
     default: f(__nv_bfloat16{}); break;
   }
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return;
-  fail(op, ": CUDA launch failed: ", cudaGetErrorString(error),
+  fail(op, ": CUDA launch failed on activations of shape ", shape_of(x), ": ", cudaGetErrorString(error),
        error == cudaErrorNoKernelImageForDevice
            ? "; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST, or use another backend"
            : "");

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> norm_add_relu(const Tensor& z, const Tensor& scale, c
                                  output<uint8_t>(mask),
                                  relu};
   const cudaStream_t stream = current_stream(z);
-  launch_as("norm_add_relu", z.scalar_type(), [&](auto t) { launch_norm_add_relu<decltype(t)>(params, stream); });
+  launch_as("norm_add_relu", z, [&](auto t) { launch_norm_add_relu<decltype(t)>(params, stream); });
   return {out, mask};
 }
 

@@ -44,7 +44,7 @@ Results norm_add_relu_backward(const Tensor& grad_out, const OptionalTensor& z, 
       output<float>(scratch),
       {output<float>(sum_g), output<float>(sum_gz), output<float>(residual_sum_g), output<float>(residual_sum_gz)}};
   const cudaStream_t stream = current_stream(grad_out);
-  launch_as("norm_add_relu_backward", grad_out.scalar_type(),
+  launch_as("norm_add_relu_backward", grad_out,
             [&](auto t) { launch_norm_add_relu_backward<decltype(t)>(params, stream); });
   return {g, sum_g, sum_gz, residual_sum_g, residual_sum_gz};
 }

@@ -7,6 +7,7 @@ import torch
 from .. import library
 from ..ops import DATA_DTYPES, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
+from . import cuda_conv
 from .declaration import Backend, Kernel, check_complete
 
 
@@ -28,12 +29,26 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
     if "norm_add_relu_backward" in runs:  # the pass over memory, and PyTorch's operations on a few hundred channels
         two = runs["norm_add_relu_backward"], bn_coefficients.reference
         runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
-    return {
+    made = {
         name: Kernel(run, DATA_DTYPES, layout_reasons, needs_selfcheck=True, build=build) for name, run in runs.items()
     }
+    for name in CONVOLUTIONS if "conv_norm_add_relu" in runs else ():
+        run, reasons = runs.get(name) or getattr(cuda_conv, name), _CONVOLUTION_REASONS[name]
+        made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
+    return made
 
 
+_CONVOLUTION_REASONS = {
+    "conv_norm_add_relu": cuda_conv.conv_norm_reasons,
+    "conv_norm_add_relu_": cuda_conv.conv_norm_reasons_,
+    "conv_add_relu": cuda_conv.conv_reasons,
+    "conv_add_relu_": cuda_conv.conv_reasons_,
+}
+CONVOLUTIONS = tuple(_CONVOLUTION_REASONS)
 _status = library.status()
+#: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this
+#: PyTorch could load them and they are not there.
+ASSUMED = frozenset(CONVOLUTIONS if _status.cuda.loaded or torch.version.cuda is None else ())
 BACKEND = check_complete(
     Backend(
         name="cuda",

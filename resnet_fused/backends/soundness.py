@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..ops import OPS
+from ..ops import DATA_DTYPES, OPS
+from . import cuda
 from .declaration import Backend, Kernel
 from .dispatch import backends, objection
 from .selfcheck import judge
@@ -34,7 +35,8 @@ def lacking(
     """The first of `ops` without a sound kernel for activations of `dtype`; empty: all have one.
 
     Args:
-        device: where; None: a GPU that need not be there, on which Triton's kernels are taken to be sound.
+        device: where; None: a GPU that need not be there, on which Triton's kernels, and the compiled ones that there
+            would be (:data:`.cuda.ASSUMED`), are taken to be sound.
         checks: check kernels that were not yet; else, for fake tensors, those without a verdict count as sound.
         name: of the only backend that counts.
     """
@@ -62,7 +64,7 @@ def takes(op: str, outputs: int, inputs: int, coupled: bool = False) -> bool:
 
 
 def too_wide(op: str, outputs: int, inputs: int, device: torch.device | None, name: str = "auto") -> list[str]:
-    """What the kernels of `op` there, else as :func:`lacking`, have against a weight of these sizes; empty: one has none."""
+    """What the kernels of `op` there, else as :func:`lacking`, have against a weight of this size; empty: one has none."""
     found: list[str] = []
     for _, kernel in _there(op, device, name):
         reasons = kernel.widths(outputs, inputs)
@@ -86,6 +88,8 @@ def _there(op: str, device: torch.device | None, name: str) -> Iterator[tuple[Ba
 
 
 def _served(op: str, dtype: torch.dtype, device: torch.device | None, checks: bool, name: str) -> bool:
+    if device is None and name in ("auto", "cuda") and op in cuda.ASSUMED and dtype in DATA_DTYPES:
+        return True
     for backend, kernel in _there(op, device, name):
         if dtype not in kernel.dtypes:
             continue

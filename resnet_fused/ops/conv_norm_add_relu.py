@@ -7,11 +7,13 @@ Formula, absent terms being 0::
     out = y < 0 ? 0 : y  if relu else y                          (NaN passes, as in stock)
 
 `x`: ``[N, C, H, W]``, `residual` and `out`: ``[N, K, H', W']``, channels_last; `weight`: ``[K, C, R, S]``, contiguous
-or channels_last, without groups; `bias`, `mean`, `var`, `gamma`, `beta`: ``[K]``. One dtype, float32 or float64, in
-which everything is computed; `mean` and `var`, the running statistics, come together.
+or channels_last, without groups; `bias`, `mean`, `var`, `gamma`, `beta`: ``[K]``, float32 where data are of 16 bits.
+Everything is computed in that dtype, on GPUs but for the products of float32, which are of TF32 there; `mean` and
+`var`, the running statistics, come together.
 
-The weight is read once, as it lies in memory, and taps that meet no pixel are not (of a channels_last weight). Nothing
-is made of it that could be kept, so it is seen as it is at every call.
+The weight is read once, as it lies in memory, and taps that meet no pixel are not (of a channels_last weight, on CPUs;
+GPUs copy one of several taps that is not channels_last). Nothing is made of it that could be kept, so it is seen as it
+is at every call.
 
 `conv_norm_add_relu_` writes `out`, a tensor of the result's shape in channels_last that shares no memory with what is
 read; with `adds`, `out` itself is the residual.

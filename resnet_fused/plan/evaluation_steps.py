@@ -19,7 +19,7 @@ from ..steps.evaluation_kinds import (
     WinogradConvolution,
 )
 from ..steps.folding import Part
-from ..steps.gpu_evaluation_kinds import Add, ConvolveRaw, Product
+from ..steps.gpu_evaluation_kinds import Add, CompiledConvolution, ConvolveRaw, Product
 from ..steps.program import Addition, Averaging, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.stem_evaluation import StemPool
 
@@ -42,8 +42,8 @@ class Steps:
     """The steps of a program. `pointwise`: on a GPU, its 1x1 convolutions, and what launch makes the shift of each that
     has no norm; None: on a CPU. `few`: all with the weights as they are, since pixels are few. `filtered`: the
     convolutions that run by minimal filtering, and how many outputs to a side their tiles have. `unfolded`: those that
-    take the weight as it is. `stems`: those of few channels that can take norm, ReLU and pool with them. `whole`: the
-    averages of whole windows.
+    take the weight as it is; on a GPU they alone have an epilogue. `stems`: those of few channels that can take norm,
+    ReLU and pool with them. `whole`: the averages of whole windows.
 
     `carriers`: the convolutions with an epilogue; `projections`: those that another's kernel computes as well; `lazy`:
     the norms that their readers apply on load.
@@ -64,7 +64,9 @@ class Steps:
         self.projections: set[int] = set()
         self.lazy: set[int] = set()
         self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
-        if pointwise is not None:
+        if self.gpu and unfolded:
+            self.carriers = {value for value in unfolded if self._norm_behind(value) or carries_sum(program, value)}
+        elif pointwise is not None:
             self.carriers = {value for value in pointwise if self._has_epilogue(value)}
             self.projections = self._projections(pointwise)
             self.carriers = {value for value in self.carriers - self.projections if self._pays(value, pointwise)}
@@ -160,7 +162,8 @@ class Steps:
         in_place = other is not None and other >= self.program.inputs and len(self.program.readers(other)) == 1
         if self.few or part.conv in self.unfolded:
             more = {"main": part, "conv": node.conv, "few": self.few, "in_place": in_place}
-            return [UnfoldedConvolution(value, node.source, other, relu, **more)]
+            kind = CompiledConvolution if self.gpu else UnfoldedConvolution
+            return [kind(value, node.source, other, relu, **more)]
         if part.conv in self.filtered:
             more = {"folded": part, "conv": node.conv, "outputs": self.filtered[part.conv]}
             return [WinogradConvolution(value, node.source, other, relu, **more)]

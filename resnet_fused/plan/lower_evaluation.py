@@ -17,6 +17,8 @@ On a GPU, nothing is folded into weights and nothing is kept between calls: scal
 from the running statistics at every call, by one small kernel, so a write through ``.data`` or between two replays of a
 CUDA graph is seen. A program becomes:
 
+* Convolutions without groups, where the compiled library is: `conv_norm_add_relu`, one launch for each with bias, batch
+  norm, sum and ReLU in it, if that moves no more than what follows does.
 * 1x1 convolutions of stride 1: `conv1x1_join`, whose epilogue scales, shifts, adds and clamps the float32 accumulator;
   with a 1x1 projection in the same kernel. A norm before them is applied on load.
 * Other convolutions: ATen's, written raw. `norm_add_relu` normalises in one pass, with the sum behind it, or
@@ -35,10 +37,12 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends import backends, onednn, soundness
+from ..backends import backends, onednn, soundness, tf32
 from ..ops import stat_dtype
 from ..steps import stem, unfolded, winograd
 from ..steps.evaluation_flow import Lowered
+from ..steps.evaluation_kinds import NormValue
+from ..steps.gpu_evaluation_kinds import CompiledConvolution, Product
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import averages, choose, too_small, words
 from .evaluation_steps import Steps, carries_sum
@@ -157,7 +161,7 @@ def _obstacle(call: Call) -> str:
 
 def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
     """The best steps whose kernels are all sound here; where a backend is forced, the best that it has."""
-    program = call.program
+    program, whole, place = call.program, averages.whole(call), choose.place_of(call.x)
     pointwise = {
         value: "zeros" if own.bias is None else "cast" if own.bias.dtype != stat_dtype(call.x.dtype) else ""
         for (value, node), own in zip(program.numbered, call.tensors, strict=True)
@@ -165,14 +169,46 @@ def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
     }
     if program.backend != "auto" and "conv1x1_join" not in backends()[program.backend].kernels:
         pointwise = {}
-    whole = averages.whole(call)
     lowered = Steps(program, pointwise, whole=whole).lowered()
-    missing = found = _lacking(call, lowered, choose.place_of(call.x))
+    compiled = _compiled(call, whole)
+    if compiled is not None and _cost(call, compiled) <= _cost(call, lowered) and not _lacking(call, compiled, place):
+        return compiled, words.of_evaluation(compiled)
+    missing = found = _lacking(call, lowered, place)
     if missing == "conv1x1_join":
         lowered = Steps(program, {}, whole=whole).lowered()
-        found = _lacking(call, lowered, choose.place_of(call.x))
+        found = _lacking(call, lowered, place)
+    if found and compiled is not None and not _lacking(call, compiled, place):
+        return compiled, words.of_evaluation(compiled)
     lacks = f" (no sound kernel of {missing})" if missing else ""
     return (None, f"stock{lacks}") if found else (lowered, f"{words.of_evaluation(lowered)}{lacks}")
+
+
+def _compiled(call: Call, whole: frozenset[int]) -> Lowered | None:
+    """The steps with the compiled convolution for all that it takes; None where it takes none."""
+    program, x = call.program, call.x
+    if program.backend != "auto" and "conv_norm_add_relu" not in backends()[program.backend].kernels:
+        return None
+    if x.dtype == torch.float32 and not tf32.allowed():
+        return None
+    taken = set()
+    for value, node, own in call.convolutions:
+        norms = [call.tensors[reader - program.inputs] for reader in program.readers(value)]
+        vectors = [own.bias, *(t for norm in norms for t in norm[1:6])]
+        fits = all(t is None or t.dtype == stat_dtype(x.dtype) for t in vectors)
+        if node.conv.groups == 1 and own.weight.dtype == x.dtype and fits:
+            taken.add(value)
+    return Steps(program, {}, unfolded=frozenset(taken), whole=whole).lowered() if taken else None
+
+
+def _cost(call: Call, lowered: Lowered) -> tuple[int, int]:
+    """Elements of activations that steps read and write, and how many launches they are."""
+    sizes = [shape.numel() for shape in call.shapes()]
+    moved = launches = 0
+    for step in lowered.steps:
+        value = isinstance(step, NormValue)  # is of vectors alone
+        moved += 0 if value else sizes[step.value] + sum(sizes[read] for read in step.reads)
+        launches += 1 + (isinstance(step, Product) and sum(p is not None and p.norm is not None for p in step.parts))
+    return moved, launches
 
 
 def _lacking(call: Call, lowered: Lowered, place: torch.device | None) -> str:
@@ -181,8 +217,9 @@ def _lacking(call: Call, lowered: Lowered, place: torch.device | None) -> str:
     if program.backend != "auto":
         return ""
     if choose.on_gpu(call.x):
-        for node, own in zip(program.nodes, call.tensors, strict=True):
-            norm = isinstance(node, Normalisation)
+        behind = {step.main.norm for step in lowered.steps if isinstance(step, CompiledConvolution)}
+        for (value, node), own in zip(program.numbered, call.tensors, strict=True):
+            norm = isinstance(node, Normalisation) and value not in behind
             if norm and soundness.lacking(("running_affine",), own.running_mean.dtype, place, checks):
                 return "running_affine"
     ops = sorted({op for step in lowered.steps for op in step.ops})

@@ -10,6 +10,7 @@ import torch
 from ..backends import run
 from .conv import channels_last
 from .evaluation_flow import Evaluation, ForwardStep, parts
+from .evaluation_kinds import UnfoldedConvolution
 from .folding import Part
 
 Tensor = torch.Tensor
@@ -30,6 +31,11 @@ class Product(ForwardStep):
     main: Part
     projection: Part | None = None
     projected: int | None = None
+
+    @property
+    def parts(self) -> tuple[Part | None, ...]:
+        """The convolutions, and the norms whose scale and shift a launch before makes."""
+        return self.main, self.projection
 
     @property
     def normed(self) -> bool:
@@ -66,6 +72,12 @@ def _epilogue(e: Evaluation, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         return weight, *e.affine(part.norm, own.bias)
     one = e.filled(1.0, weight)
     return weight, one, e.filled(0.0, weight) if own.bias is None else own.bias.to(one.dtype)
+
+
+class CompiledConvolution(UnfoldedConvolution):
+    """The convolution of the compiled library, on tensor cores: with norm, sum and ReLU one launch."""
+
+    word = "compiled convolution"
 
 
 @dataclasses.dataclass(frozen=True)

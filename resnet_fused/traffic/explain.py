@@ -152,8 +152,9 @@ def explain(
             of the model's input is not counted, that of a block's is; a model with no fused blocks in it is taken for
             one.
         device: plan for and predict the time on a GPU, one of "a100", "h100", "h200", "b200", "rtx4090", or a
-            :class:`~resnet_fused.plan.devices.Device` that describes another, where Triton and all of its kernels are
-            taken to be sound; None plans for where the model is and, in 16-bit, adds a prediction for each of them.
+            :class:`~resnet_fused.plan.devices.Device` that describes another, where Triton and all of its kernels, and
+            the compiled convolution, are taken to be sound; None plans for where the model is and, in 16-bit, adds a
+            prediction for each of them.
 
     Raises:
         ValueError: `input_size` does not have four positive entries, or `device` is unknown.

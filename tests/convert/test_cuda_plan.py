@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
-from resnet_fused.backends import backends, dispatch, opaque
+from resnet_fused.backends import Backend, backends, dispatch, opaque
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck import judge
 from resnet_fused.models import resnet18, resnet50
@@ -71,8 +71,8 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     devices._gpus.clear()
-    declared = room.declare()
-    monkeypatch.setattr(dispatch, "_backends", backends() | {"triton": declared})
+    declared, nothing = room.declare(), Backend("cuda", ("cuda",), {}, "built or not, here Triton serves")
+    monkeypatch.setattr(dispatch, "_backends", backends() | {"triton": declared, "cuda": nothing})
     monkeypatch.setattr(choose, "_HAS_TRITON", not declared.unavailable)
     launched = []
     common = importlib.import_module(f"{room.__name__}.common")

@@ -1,10 +1,13 @@
 // Runs the kernels of csrc/cuda/kernels on the CPU, from the very source that nvcc compiles: every CUDA thread is a
-// fiber that runs up to its next __syncthreads, the blocks of a grid run one after another. A missing barrier shows as
-// a wrong value, always the same one. What this cannot show: warps, coalescing, memory ordering between blocks.
+// fiber that runs up to its next barrier, the blocks of a grid run one after another. A missing barrier shows as a
+// wrong value, always the same one. Tensor cores and copies to shared memory are in instructions.h. What this cannot
+// show: speed, coalescing, bank conflicts, memory ordering between blocks.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -19,6 +22,9 @@
 #define __launch_bounds__(...)
 #define RESNET_FUSED_LAUNCH(kernel, grid, block, stream, ...) \
   cuda_on_cpu::launch([&] { (kernel)(__VA_ARGS__); }, grid, block)
+#define RESNET_FUSED_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  cuda_on_cpu::launch([&] { (kernel)(__VA_ARGS__); }, grid, block, bytes)
+#define RESNET_FUSED_SHARED(name) unsigned char* const name = cuda_on_cpu::shared.data()
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -37,20 +43,110 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  bool done = false;
+constexpr unsigned kWarp = 32;
+
+// A copy to shared memory that was started and perhaps not made.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  int64_t group;
 };
 
-inline int launches = 0;  // since it was last set to 0
-inline ucontext_t scheduler;
+// Where a thread, or the scheduler, goes on. ucontext begins a stack; each later switch by it would be two system
+// calls, so that jumps do those, but under AddressSanitizer, which follows ucontext alone.
+struct Place {
+  ucontext_t context;
+  jmp_buf jump;
+  bool begun = false;
+};
+
+inline void go(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.context, &to.context);
+#else
+  from.begun = true;
+  if (_setjmp(from.jump) != 0) return;
+  if (to.begun) _longjmp(to.jump, 1);
+  to.begun = true;
+  setcontext(&to.context);
+#endif
+}
+
+struct Fiber : Place {
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  bool done = false;
+  const int64_t* gate = nullptr;  // waits until *gate is no longer `closed`
+  int64_t closed = 0;
+  std::vector<Copy> copies;
+  int64_t group = 0;  // groups of copies committed
+};
+
+// Where threads meet: the last to come finds all the others waiting.
+struct Meeting {
+  unsigned arrived = 0;
+  int64_t generation = 0;
+};
+
+// A warp's, with what its lanes brought.
+struct Warp : Meeting {
+  const char* kind = nullptr;
+  void* brought[kWarp];
+};
+
+inline int launches = 0;              // since it was last set to 0
+inline bool copies_wait = true;       // whether copies are made when they are waited for, or when they are started
+inline unsigned multiprocessors = 3;  // few, so that blocks take several tiles each
+inline std::vector<unsigned char> shared;
+inline Place scheduler;
 inline Fiber* current = nullptr;
+inline std::vector<Warp> warps;
+inline Meeting block_meeting;
 inline const std::function<void()>* kernel_body = nullptr;
+
+[[noreturn]] inline void stop(const char* text) {
+  std::fprintf(stderr, "thread (%u, %u) of block (%u, %u): %s\n", threadIdx.x, threadIdx.y, blockIdx.x, blockIdx.y,
+               text);
+  std::abort();
+}
+
+// Wait for `threads` to come; whether this one is the last, and then all others still wait until release().
+inline bool is_last_to(Meeting& meeting, unsigned threads) {
+  if (++meeting.arrived == threads) return true;
+  current->gate = &meeting.generation;
+  current->closed = meeting.generation;
+  go(*current, scheduler);
+  return false;
+}
+
+inline void release(Meeting& meeting) {
+  meeting.arrived = 0;
+  ++meeting.generation;
+}
+
+// f(lanes) once for a warp, `lanes` being the arguments of its 32 threads.
+template <class Lane, class F>
+void together(const char* kind, Lane& mine, const F& f) {
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  Warp& warp = warps[thread / kWarp];
+  if (warp.arrived != 0 && std::strcmp(warp.kind, kind) != 0) stop("the lanes of a warp run different instructions");
+  warp.kind = kind;
+  warp.brought[thread % kWarp] = &mine;
+  if (!is_last_to(warp, kWarp)) return;
+  f(reinterpret_cast<Lane* const*>(warp.brought));
+  release(warp);
+}
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { swapcontext(&cuda_on_cpu::current->context, &cuda_on_cpu::scheduler); }
+inline void __syncthreads() {
+  using namespace cuda_on_cpu;
+  if (is_last_to(block_meeting, blockDim.x * blockDim.y * blockDim.z)) release(block_meeting);
+}
+
+inline void __syncwarp() {
+  char nothing = 0;
+  cuda_on_cpu::together("__syncwarp", nothing, [](char* const*) {});
+}
 
 struct __half {
   _Float16 value;
@@ -78,38 +174,51 @@ namespace cuda_on_cpu {
 
 inline void fiber_main() {
   (*kernel_body)();
+  if (!current->copies.empty()) stop("ended before its copies to shared memory had");
   current->done = true;
+  for (;;) go(*current, scheduler);
+}
+
+inline void start(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_link = nullptr;
+  fiber.begun = false;
+  fiber.done = false;
+  fiber.gate = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
 }
 
 inline void run_block(std::vector<Fiber>& fibers) {
-  for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    fiber.done = false;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
+  std::fill(shared.begin(), shared.end(), 0xFF);  // NaN in every dtype
+  warps.assign((fibers.size() + kWarp - 1) / kWarp, Warp());
+  block_meeting = Meeting();
+  for (Fiber& fiber : fibers) start(fiber);
   for (size_t left = fibers.size(); left > 0;) {
-    const size_t before = left;
+    bool moved = false;
     for (size_t i = 0; i < fibers.size(); ++i) {
-      if (fibers[i].done) continue;
-      current = &fibers[i];
+      Fiber& fiber = fibers[i];
+      if (fiber.done || (fiber.gate && *fiber.gate == fiber.closed)) continue;
+      current = &fiber;
+      fiber.gate = nullptr;
+      moved = true;
       threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-      swapcontext(&scheduler, &current->context);
-      left -= current->done;
+      go(scheduler, fiber);
+      left -= fiber.done;
     }
-    if (left != 0 && left != before) {
-      std::fprintf(stderr, "%zu threads wait in __syncthreads for others that have ended\n", left);
+    if (left != 0 && !moved) {
+      std::fprintf(stderr, "%zu threads wait at a barrier for others that have ended or wait elsewhere\n", left);
       std::abort();
     }
   }
 }
 
-inline void launch(const std::function<void()>& body, dim3 grid, dim3 block) {
+inline void launch(const std::function<void()>& body, dim3 grid, dim3 block, size_t bytes = 0) {
   static std::vector<Fiber> fibers;
   ++launches;
   fibers.resize(block.x * block.y * block.z);
+  std::vector<unsigned char>(bytes).swap(shared);  // of just that size: a sanitizer sees what is beyond
   kernel_body = &body;
   blockDim = block;
   gridDim = grid;
@@ -120,3 +229,5 @@ inline void launch(const std::function<void()>& body, dim3 grid, dim3 block) {
 }
 
 }  // namespace cuda_on_cpu
+
+#include "instructions.h"

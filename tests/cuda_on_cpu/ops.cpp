@@ -26,9 +26,15 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
 }
 
+namespace resnet_fused::cuda {}
+namespace resnet_fused_cuda_on_cpu::cuda {
+using namespace ::resnet_fused::cuda;  // instructions.h
+}
+
 // From here on, in our own sources only:
 #define CUDA CPU
 #define resnet_fused resnet_fused_cuda_on_cpu
 
+#include "../../csrc/cuda/conv_norm_add_relu.cu"
 #include "../../csrc/cuda/norm_add_relu.cu"
 #include "../../csrc/cuda/norm_add_relu_backward.cu"

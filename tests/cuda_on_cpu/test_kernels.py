@@ -7,11 +7,11 @@ import ctypes
 import on_cpu
 import pytest
 import torch
+from guarded import DTYPES, Guarded, activation, pointer
 
 from resnet_fused.ops import norm_add_relu, norm_add_relu_backward
 from resnet_fused.ops.contract import mask_shape, pack_mask
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 pytestmark = on_cpu.needed
 
 # N, C, H, W: vector path; ragged groups; one channel; several tiles of channels; more rows than one visit of the grid
@@ -23,42 +23,6 @@ def kernels(tmp_path_factory):
     loaded = ctypes.CDLL(str(on_cpu.compiled("kernels.cpp", tmp_path_factory.mktemp("cuda_on_cpu"))))
     loaded.partial_floats.restype = ctypes.c_int64
     return loaded
-
-
-class Guarded:
-    """An output of `shape` in channels_last order between guard values, filled with NaN or ones so that gaps show."""
-
-    PAD = 64
-
-    def __init__(self, shape, dtype):
-        self.shape, count = shape, torch.Size(shape).numel()
-        self.sentinel = 171 if dtype == torch.uint8 else -12345.0
-        self.store = torch.full((count + 2 * self.PAD,), self.sentinel, dtype=dtype)
-        self.inner = self.store[self.PAD : self.PAD + count]
-        self.inner.fill_(255 if dtype == torch.uint8 else float("nan"))
-
-    def pointer(self):
-        return ctypes.c_void_p(self.inner.data_ptr())
-
-    def value(self) -> torch.Tensor:
-        guard = torch.full((self.PAD,), self.sentinel, dtype=self.store.dtype)
-        assert torch.equal(self.store[: self.PAD], guard), "wrote before the buffer"
-        assert torch.equal(self.store[-self.PAD :], guard), "wrote behind the buffer"
-        if len(self.shape) != 4:
-            return self.inner.view(self.shape)
-        n, c, h, w = self.shape
-        return self.inner.view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def activation(shape, dtype, generator, offset: int = 0) -> torch.Tensor:
-    """Random channels_last data; `offset` elements off alignment, which forbids 16-byte loads."""
-    n, c, h, w = shape
-    flat = torch.randn(n * h * w * c + offset, generator=generator).to(dtype)
-    return flat[offset:].view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def pointer(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
 def geometry(x):

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 import resnet_fused
 from resnet_fused import cli
+from resnet_fused.backends import cuda, soundness
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck.cases import cases
 from resnet_fused.backends.selfcheck.draws import place
@@ -65,18 +66,35 @@ def test_resnet50_on_gpus(name):
     assert max(b.fused.launches for b in explained.blocks) <= 50
 
 
-@pytest.mark.parametrize(("kind", "share", "launches"), [(resnet50, 0.31, 105), (resnet18, 0.52, 59)])
-def test_evaluation_on_a_gpu(kind, share, launches):
+WITH, WITHOUT = True, False  # the compiled convolution
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiled", "share", "launches"),
+    [
+        (resnet50, WITH, 0.313, 68),
+        (resnet50, WITHOUT, 0.31, 105),
+        (resnet18, WITH, 0.389, 23),
+        (resnet18, WITHOUT, 0.52, 59),
+    ],
+)
+def test_evaluation_on_a_gpu(monkeypatch, kind, compiled, share, launches):
     """What the programs would run there: never a launch or byte more than stock in any block; no folded weights."""
+    if not compiled:
+        monkeypatch.setattr(cuda, "ASSUMED", frozenset())
+    soundness.forget()
     options = {"dtype": torch.bfloat16, "training": False, "device": "h100"}
     explained = resnet_fused.explain(kind(), (256, 3, 224, 224), **options)
     model = explained.model
+    soundness.forget()
     assert model.fused.bytes <= share * model.stock.bytes
+    assert model.fused.bytes <= 62e6 * 256 and (model.fused.launches <= 70 or not compiled)
     assert model.fused.launches == launches
     for row in (*explained.blocks, model):
         assert row.fused.bytes <= row.stock.bytes and row.fused.launches <= row.stock.launches
     names = {operation.name for operation in model.fused.operations}
-    assert "norm_relu_pool" in names and "conv_add_relu" not in names
+    assert "conv_add_relu" not in names and ("conv_norm_add_relu" in names) == compiled
+    assert ("norm_relu_pool" in names) != compiled
     assert not names & {"aten::relu_", "aten::add_"} and not any("batch_norm" in name for name in names)
     assert all(row.plan.startswith("evaluation: ") for row in explained.blocks)
     (row,) = explained.predictions

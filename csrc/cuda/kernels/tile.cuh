@@ -11,7 +11,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define RESNET_FUSED_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
-#endif  // otherwise the including file has defined CUDA's names and RESNET_FUSED_LAUNCH, see tests/cuda_on_cpu
+#define RESNET_FUSED_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
+#define RESNET_FUSED_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif  // otherwise the including file has defined CUDA's names and these macros, see tests/cuda_on_cpu
 
 #include "../../params.h"
 

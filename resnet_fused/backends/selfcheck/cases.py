@@ -12,7 +12,7 @@ import torch
 
 from ...ops import OPS, winograd_weight3x3
 from ...ops.contract import pack_mask
-from . import act_cases, average_cases, dense_cases, gate_cases, lazy_cases
+from . import act_cases, average_cases, conv_cases, dense_cases, gate_cases, lazy_cases
 from .draws import ODD, TAIL, Case, Draw
 
 Tensor = torch.Tensor
@@ -88,6 +88,7 @@ def _conv_norm_add_relu(dtype: torch.dtype) -> Iterator[Case]:
     norm = (draw.vector(9), draw.vector(9).abs() + 1, draw.vector(9), draw.vector(9), 1e-5)
     weight, same = draw.data((9, 40, 3, 3)) / 4, ([1, 1], [1, 1], [1, 1], True)
     yield Case("3x3, all behind it", (draw.data(), weight, draw.vector(9), *norm, draw.data((1, 9, 2, 2)), *same), {})
+    yield from conv_cases.tiles()
 
 
 def _conv_norm_add_relu_inplace(dtype: torch.dtype) -> Iterator[Case]:

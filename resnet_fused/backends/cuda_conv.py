@@ -1,0 +1,131 @@
+"""What the compiled convolutions for GPUs take: :mod:`.cuda` declares them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .. import library
+from ..ops import conv_norm_add_relu
+from ..ops.contract import is_channels_last, takes_arguments_of
+from ..ops.conv_add_relu import output_shape
+from . import cards, tf32
+
+Tensor = torch.Tensor
+
+#: Elements of a tensor, and padded pixels to a side, from which on the kernel's counters do not suffice.
+MOST_ELEMENTS, MOST_PIXELS = 1 << 31, 1 << 15
+FULL_FLOAT32 = (
+    "takes float32 as TF32 alone, which torch.backends.cudnn.conv.fp32_precision does not allow; "
+    "set it to 'tf32', or pass bfloat16 or float16"
+)
+
+
+def mode(dtype: torch.dtype) -> str:
+    """What a setting of PyTorch's makes of float32 products; nothing for other dtypes."""
+    return "tf32" if dtype == torch.float32 and tf32.allowed() else ""
+
+
+def unbuilt(arch: int, built: str) -> str:
+    """Why a library that was built for the architectures `built` has no code for `arch`; empty if it has.
+
+    Binaries run on later minor versions of their major one, PTX on everything later.
+    """
+    if arch < 80:
+        return "needs tensor cores of compute capability 8.0 or later"
+    for entry in built.split():
+        number = int(entry.partition("+")[0].rstrip("af").replace(".", ""))
+        if number <= arch and (number // 10 == arch // 10 or entry.endswith("+PTX")):
+            return ""
+    has = f"is built for {built or 'no GPU'}, not for {arch // 10}.{arch % 10}"
+    return f"{has}; add that to TORCH_CUDA_ARCH_LIST and {library.REBUILD}"
+
+
+@functools.cache
+def _unbuilt(arch: int) -> str:
+    return unbuilt(arch, library.status().build_info.get("cuda_architectures", ""))
+
+
+def _limits(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[str]:
+    """Reasons against sizes."""
+    if weight.shape[1] != x.shape[1]:
+        return ["takes no groups"]
+    out = torch.Size(output_shape(x.shape, weight.shape, stride, padding, dilation))
+    padded = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
+    reasons = []
+    if max(*padded, *stride, *dilation) >= MOST_PIXELS:
+        reasons.append(f"takes images, strides and dilations of less than {MOST_PIXELS} pixels to a side, padded")
+    sizes = out.numel(), torch.Size((*x.shape[:2], *padded)).numel(), weight.numel()
+    if max(sizes) >= MOST_ELEMENTS:
+        reasons.append("takes less than 2^31 elements a tensor; pass a smaller batch")
+    return reasons
+
+
+def _reasons(x, weight, vectors, residual, stride, padding, dilation) -> list[str]:
+    lacks = _unbuilt(cards.of(x.device).arch)
+    found = [lacks] if lacks else []
+    if x.dtype == torch.float32 and not tf32.allowed():
+        found.append(FULL_FLOAT32)
+    if not all(is_channels_last(t) for t in (x, residual) if t is not None):
+        found.append("takes channels_last tensors only")
+    if weight.dtype != x.dtype:
+        found.append(f"takes weight and x of one dtype, not {weight.dtype} and {x.dtype}")
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors if t is not None):
+        found.append("takes contiguous float32 vectors only")
+    return found + _limits(x, weight, stride, padding, dilation)
+
+
+@takes_arguments_of(conv_norm_add_relu.reference)
+def conv_norm_reasons(a) -> list[str]:
+    """Reasons against `conv_norm_add_relu`."""
+    vectors = a.bias, a.mean, a.var, a.gamma, a.beta
+    found = _reasons(a.x, a.weight, vectors, a.residual, a.stride, a.padding, a.dilation)
+    return found if _is_dense(a.weight) else [*found, "takes a dense weight only"]
+
+
+def conv_norm_reasons_(out, *args, adds=False, **kwargs) -> list[str]:
+    """Reasons against `conv_norm_add_relu_`."""
+    *args, _ = args if len(args) == 13 else (*args, adds)
+    found, x = conv_norm_reasons(*args, **kwargs), args[0]
+    fits = is_channels_last(out) and out.dtype == x.dtype
+    return found if fits else [*found, "takes a channels_last tensor of x's dtype for the result only"]
+
+
+def conv_reasons(
+    x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+) -> list[str]:
+    """Reasons against `conv_add_relu`."""
+    if groups != 1:
+        return [f"takes no groups, not {groups}"]
+    return _reasons(x, weight, (shift,), residual, stride, padding, dilation)
+
+
+def conv_reasons_(residual, x, weight, shift=None, *args, **kwargs) -> list[str]:
+    """Reasons against `conv_add_relu_`."""
+    return conv_reasons(x, weight, shift, residual, *args, **kwargs)
+
+
+def _is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or is_channels_last(weight)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """`weight`, or a copy of one that is neither contiguous nor channels_last."""
+    return weight if _is_dense(weight) else weight.contiguous(memory_format=torch.channels_last)
+
+
+def conv_add_relu(
+    x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+) -> Tensor:
+    """See ``ops.conv_add_relu``: the convolution that has a batch norm too, without one."""
+    op = torch.ops.resnet_fused.conv_norm_add_relu.default
+    return op(x, _dense(weight), shift, *[None] * 4, 1.0, residual, stride, padding, dilation, relu)
+
+
+def conv_add_relu_(
+    residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
+) -> None:
+    """See ``ops.conv_add_relu``: the sum lands in `residual`."""
+    op = torch.ops.resnet_fused.conv_norm_add_relu_.default
+    op(residual, x, _dense(weight), shift, *[None] * 4, 1.0, None, stride, padding, dilation, relu, True)

@@ -1,0 +1,40 @@
+"""Cases of the compiled convolution for GPUs: each of its tiles, several steps of the reduction, ragged ends.
+
+Which tile a call gets depends on how many there would be for each multiprocessor: the largest known GPU has 188.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .draws import Case, Draw
+
+_MANY = (2, 8, 112, 109)  # more pixels than 190 tiles of 128 have, and no multiple of them
+
+
+def _behind(draw: Draw, outputs: int) -> tuple:
+    """Bias, batch norm and eps."""
+    vectors = (draw.vector(outputs), draw.vector(outputs), draw.vector(outputs).abs() + 1)
+    return *vectors, draw.vector(outputs), draw.vector(outputs), 1e-5
+
+
+def _case(name: str, shape: tuple, kernel: tuple, stride: int, padding: int, **more) -> Case:
+    draw = Draw(shape)
+    size = [(n + 2 * padding - kernel[2]) // stride + 1 for n in shape[2:]]
+    where = {"stride": [stride] * 2, "padding": [padding] * 2, "relu": True, **more}
+    where["residual"] = draw.data((shape[0], kernel[0], *size))
+    return Case(name, (draw.data(), draw.data(kernel) / 4, *_behind(draw, kernel[0])), where)
+
+
+def tiles() -> Iterator[Case]:
+    """By what decides the tile: outputs, pixels, whether channels fill 16 bytes."""
+    yield _case("largest tiles, two steps", _MANY, (136, 8, 3, 3), 1, 1)
+    yield _case("narrow tiles, two steps", _MANY, (56, 8, 3, 3), 1, 1)
+    yield _case("small tiles, several steps, stride 2", (3, 72, 9, 7), (136, 72, 3, 3), 2, 1)
+    yield _case("7x7 on three channels", (2, 3, 21, 19), (64, 3, 7, 7), 2, 3)
+    draw = Draw((2, 40, 9, 7))
+    not_finite = draw.data()
+    not_finite[0, 3, 4, 4] = torch.nan
+    yield Case("NaN, 1x1, nothing behind", (not_finite, draw.data((24, 40, 1, 1)) / 4, *[None] * 5, 1.0), {})

@@ -1,0 +1,114 @@
+"""What the compiled convolution declares: reasons in words, by the arguments alone."""
+
+import pytest
+import torch
+
+from resnet_fused.backends import cuda, cuda_conv
+from resnet_fused.backends.cards import Card, assuming
+from resnet_fused.backends.selfcheck import conv_cases
+from resnet_fused.ops import OPS
+
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch):
+    """A library for an H100."""
+    monkeypatch.setattr(cuda_conv, "_unbuilt", lambda arch: cuda_conv.unbuilt(arch, "9.0"))
+
+
+def data(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=LAST)
+
+
+def asked(**changed):
+    """What stands against a convolution that is taken, but for what is changed."""
+    given = {"x": data(2, 8, 5, 5), "weight": data(16, 8, 3, 3), **dict.fromkeys(("bias", "mean", "var", "gamma"))}
+    given |= {"beta": None, "eps": 1e-5, "residual": None, "padding": (1, 1), "relu": True} | changed
+    return cuda_conv.conv_norm_reasons(**given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"x": data(2, 8, 5, 5).contiguous()}, "takes channels_last tensors only"),
+        ({"weight": data(16, 8, 3, 3).contiguous()}, ""),
+        ({"weight": data(8, 16, 3, 3).transpose(0, 1)}, "takes a dense weight only"),
+        ({"weight": data(16, 8, 3, 3).half()}, "takes weight and x of one dtype"),
+        ({"weight": data(16, 4, 3, 3)}, "takes no groups"),
+        ({"bias": torch.empty(16, device="meta")}, ""),
+        ({"bias": torch.empty(16, device="meta").half()}, "takes contiguous float32 vectors only"),
+        ({"padding": (1 << 14, 1)}, "of less than 32768 pixels to a side"),
+        ({"x": data(1 << 16, 8, 64, 64)}, "takes less than 2^31 elements a tensor; pass a smaller batch"),
+    ],
+)
+def test_reasons(changed, reason):
+    found = asked(**changed)
+    assert any(reason in one for one in found) if reason else found == []
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_needs_tf32(monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    found = asked(x=data(2, 8, 5, 5, dtype=torch.float32), weight=data(16, 8, 3, 3, dtype=torch.float32))
+    assert found == ([] if allowed else [cuda_conv.FULL_FLOAT32])
+    assert cuda_conv.mode(torch.float32) == ("tf32" if allowed else "") and cuda_conv.mode(torch.bfloat16) == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "built", "reason"),
+    [
+        (90, "8.0 9.0", ""),
+        (86, "8.0", ""),  # a later minor version
+        (80, "8.6", "is built for 8.6, not for 8.0; add that to TORCH_CUDA_ARCH_LIST and run `pip install"),
+        (120, "8.0 9.0+PTX", ""),
+        (100, "9.0a", "is built for 9.0a, not for 10.0"),
+        (90, "", "is built for no GPU"),
+        (75, "7.5 8.0", "needs tensor cores of compute capability 8.0 or later"),
+    ],
+)
+def test_the_architectures_of_the_build(arch, built, reason):
+    found = cuda_conv.unbuilt(arch, built)
+    assert reason in found and bool(reason) == bool(found)
+
+
+def test_the_gpu_is_asked_for():
+    with assuming(Card(arch=100)):
+        assert asked() == [cuda_conv.unbuilt(100, "9.0")]
+
+
+def test_results_are_written_in_the_layout_of_x():
+    x, weight, none = data(2, 8, 5, 5), data(16, 8, 1, 1), [None] * 5
+    for out, fits in ((data(2, 16, 5, 5), True), (data(2, 16, 5, 5).contiguous(), False)):
+        assert (cuda_conv.conv_norm_reasons_(out, x, weight, *none, 1.0, adds=True) == []) == fits
+
+
+def test_a_convolution_without_batch_norm_is_the_one_with_it():
+    """By the CPU's kernel of that op: values, and the memory that is written. Groups are refused."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 8, 5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, residual = x.contiguous(memory_format=LAST), residual.contiguous(memory_format=LAST)
+    weight, shift = torch.randn(8, 8, 1, 1, dtype=torch.float64).transpose(0, 1), torch.randn(8, dtype=torch.float64)
+    arguments = ([1, 1], [0, 0], [1, 1], 1, True)
+    want = OPS["conv_add_relu"].reference(x, weight, shift, residual, *arguments)
+    got = cuda_conv.conv_add_relu(x, weight, shift, residual, *arguments)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    cuda_conv.conv_add_relu_(residual, x, weight, shift, *arguments)
+    torch.testing.assert_close(residual, want, rtol=1e-12, atol=1e-12)
+    assert cuda_conv.conv_reasons(data(2, 8, 5, 5), data(8, 4, 3, 3), groups=2) == ["takes no groups, not 2"]
+
+
+def test_the_self_check_meets_every_tile():
+    """On the GPU with the most multiprocessors that is known: 128x128, 128x64, 64x64, and element by element."""
+    met = set()
+    for case in conv_cases.tiles():
+        x, weight, where = case.args[0], case.args[1], case.kwargs
+        n, _, h, w = x.shape if not where else where["residual"].shape
+        pixels, outputs = n * h * w, weight.shape[0]
+        tiles = [-(-pixels // rows) * -(-outputs // cols) for rows, cols in ((128, 128), (128, 64))]
+        if x.shape[1] % 8:
+            met.add("elements")
+        else:
+            met.add("large" if outputs > 64 and tiles[0] >= 188 else "narrow" if tiles[1] >= 188 else "small")
+    assert met == {"elements", "large", "narrow", "small"}
+    assert cuda.CONVOLUTIONS == ("conv_norm_add_relu", "conv_norm_add_relu_", "conv_add_relu", "conv_add_relu_")

@@ -1,0 +1,99 @@
+"""Evaluation as on a GPU with the compiled convolution, by the reference on the CPU: values, choices, counts."""
+
+import pytest
+import torch
+from evaluated import MODELS, counted, faked, images, on_gpu, trained
+from torch import nn
+
+import resnet_fused
+from resnet_fused.backends import cuda, soundness
+from resnet_fused.convert import stock_forward
+from resnet_fused.models import resnet18, resnet50
+from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.plan import choose, lower_evaluation
+from resnet_fused.plan.devices import DEVICES
+
+WORD = "compiled convolution"
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """Nothing but the compiled convolutions is sound."""
+    monkeypatch.setattr(
+        soundness, "lacking", lambda ops, *where: next((op for op in ops if op not in cuda.CONVOLUTIONS), "")
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values(monkeypatch, name):
+    monkeypatch.setattr(lower_evaluation, "_cost", lambda *args: 0)  # also where another way moves less
+    model, x = resnet_fused.fuse(trained(nn.Sequential(MODELS[name][0]()))), images()
+    for value in (x[0, 0, 0, 0].item(), torch.nan):
+        x[0, 0, 0, 0] = value
+        with torch.no_grad(), stock_forward():
+            want = model(x)
+        got, (note,) = on_gpu(model, x)
+        assert WORD in note and "norm on load" not in note
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [16, 56])
+@pytest.mark.parametrize("name", MODELS)
+def test_never_more_than_stock(without_triton, name, size):
+    model = resnet_fused.fuse(trained(nn.Sequential(MODELS[name][0]())))
+    mode, x = faked(model, size)
+    with mode:
+        with stock_forward():
+            stock = counted(model, x)
+        with choose.planning_for(DEVICES["h100"]):
+            ours = counted(model, x)
+    assert ours.bytes <= stock.bytes and ours.launches <= stock.launches
+    if "bias" not in name:  # of 16 bits, which the kernel does not take
+        assert ours.launches < stock.launches
+        assert {operation.name for operation in ours.operations} <= {"conv_norm_add_relu", "conv_norm_add_relu_"}
+
+
+@pytest.mark.parametrize(("kind", "megabytes", "launches"), [(resnet50, 57, 56), (resnet18, 14.2, 23)])
+def test_whole_models_without_triton(without_triton, kind, megabytes, launches):
+    """Each convolution a launch with all that follows it, and the two pools and the last layer by ATen."""
+    options = {"dtype": torch.bfloat16, "training": False, "device": "h100"}
+    explained = resnet_fused.explain(kind(), (256, 3, 224, 224), **options)
+    assert explained.model.fused.bytes <= megabytes * 1e6 * 256
+    assert explained.model.fused.launches == launches
+    assert all(row.plan.count(WORD) == row.fused.launches for row in explained.blocks)
+
+
+def plan_of(block, dtype=torch.bfloat16, norms=torch.float32, size=56):
+    mode, x = faked(resnet_fused.fuse(trained(block.float(), torch.float32)), size, dtype, norms)
+    with mode, torch.no_grad(), choose.planning_for(DEVICES["h100"]), choose.observing() as notes:
+        block(x)
+    return notes[0]
+
+
+def test_the_plan_takes_what_moves_less():
+    """A projection within Triton's kernel of the join is never written; else the compiled one is fewer launches."""
+    strided = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    assert WORD in plan_of(nn.Sequential(Bottleneck(8, 2)))
+    assert WORD in plan_of(nn.Sequential(BasicBlock(8, 8)))
+    assert WORD not in plan_of(nn.Sequential(Bottleneck(8, 4, 2, strided)))
+
+
+def test_what_the_kernel_does_not_take_goes_another_way():
+    assert WORD not in plan_of(nn.Sequential(Bottleneck(8, 2)), norms=torch.bfloat16)  # statistics of 16 bits
+    grouped = Bottleneck(8, 2)
+    grouped.conv2 = nn.Conv2d(2, 2, 3, padding=1, groups=2, bias=False)
+    note = plan_of(nn.Sequential(grouped))
+    assert "evaluation: " in note and note.count(WORD) < 3
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_is_taken_where_tf32_is_allowed(monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert (WORD in plan_of(nn.Sequential(Bottleneck(8, 2)), torch.float32)) == allowed
+
+
+def test_a_cuda_build_of_torch_without_the_library_is_planned_for_without_it(monkeypatch):
+    monkeypatch.setattr(cuda, "ASSUMED", frozenset())
+    soundness.forget()
+    assert WORD not in plan_of(nn.Sequential(Bottleneck(8, 2)))
+    soundness.forget()

@@ -1,0 +1,93 @@
+// The convolution on tensor cores behind a C function that test_conv.py calls; as a program, under a sanitizer.
+// dtype: 0 float, 1 half, 2 bfloat16.
+
+#include "cuda_on_cpu.h"
+
+#include "../../csrc/cuda/kernels/conv_norm_add_relu.cuh"
+
+using namespace resnet_fused;
+
+namespace {
+
+// tile: 0 as the op chooses, 1 128x128 (of 16 bits), 2 128x64, 3 64x64, 4 128x64 element by element.
+template <class T>
+void run_as(const ConvNormAddReluParams& p, int tile) {
+  if (tile == 0) cuda::launch_conv_norm_add_relu<T>(p, nullptr);
+  if constexpr (sizeof(T) == 2) {
+    if (tile == 1) cuda::conv_norm_add_relu_as<T, cuda::TileShape<128, 128>, true>(p, nullptr);
+  }
+  if (tile == 2) cuda::conv_norm_add_relu_as<T, cuda::TileShape<128, 64>, true>(p, nullptr);
+  if (tile == 3) cuda::conv_norm_add_relu_as<T, cuda::TileShape<64, 64>, true>(p, nullptr);
+  if (tile == 4) cuda::conv_norm_add_relu_as<T, cuda::TileShape<128, 64>, false>(p, nullptr);
+}
+
+}  // namespace
+
+extern "C" int conv_norm_add_relu(int dtype, int tile, bool copies_wait, const int* geometry, const void* x,
+                                  const void* weight, const float* bias, const float* mean, const float* var,
+                                  const float* gamma, const float* beta, float eps, const void* residual, void* out,
+                                  bool relu) {
+  ConvNormAddReluParams p{{}, x, weight, bias, mean, var, gamma, beta, eps, residual, out, relu};
+  std::memcpy(&p.geometry, geometry, sizeof p.geometry);
+  cuda_on_cpu::copies_wait = copies_wait;
+  cuda_on_cpu::launches = 0;
+  if (dtype == 0) run_as<float>(p, tile);
+  if (dtype == 1) run_as<__half>(p, tile);
+  if (dtype == 2) run_as<__nv_bfloat16>(p, tile);
+  return cuda_on_cpu::launches;
+}
+
+#ifdef RESNET_FUSED_SANITIZED
+
+namespace {
+
+// A convolution of whole numbers, whose every tensor ends where its memory does, against a plain loop.
+bool is_right(const ConvGeometry& g, int tile) {
+  unsigned state = 1;
+  const auto drawn = [&state](size_t count) {
+    std::vector<__nv_bfloat16> values(count);
+    for (auto& v : values) v = __float2bfloat16_rn(static_cast<float>((state = state * 1103515245 + 12345) >> 29) - 4);
+    return values;
+  };
+  const auto x = drawn(size_t(g.n) * g.h * g.w * g.c), weight = drawn(size_t(g.k) * g.r * g.s * g.c);
+  const auto residual = drawn(size_t(g.n) * g.p * g.q * g.k);
+  std::vector<__nv_bfloat16> out(residual.size());
+  const std::vector<float> bias(g.k, 2.f);
+  const ConvNormAddReluParams p{g,       x.data(), weight.data(), bias.data(),     nullptr,    nullptr,
+                                nullptr, nullptr,  0.f,           residual.data(), out.data(), true};
+  run_as<__nv_bfloat16>(p, tile);
+  size_t at = 0;
+  for (int n = 0; n < g.n; ++n) {
+    for (int i = 0; i < g.p * g.q; ++i) {
+      for (int k = 0; k < g.k; ++k, ++at) {
+        float sum = 2.f + __bfloat162float(residual[at]);
+        for (int tap = 0; tap < g.r * g.s; ++tap) {
+          const int h = i / g.q * g.stride_h - g.padding_h + tap / g.s * g.dilation_h;
+          const int w = i % g.q * g.stride_w - g.padding_w + tap % g.s * g.dilation_w;
+          if (h < 0 || h >= g.h || w < 0 || w >= g.w) continue;
+          for (int c = 0; c < g.c; ++c) {
+            sum += __bfloat162float(x[((n * g.h + h) * g.w + w) * g.c + c]) *
+                   __bfloat162float(weight[(k * g.r * g.s + tap) * g.c + c]);
+          }
+        }
+        if (__bfloat162float(out[at]) != __bfloat162float(__float2bfloat16_rn(sum < 0.f ? 0.f : sum))) return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const ConvGeometry same{2, 5, 7, 16, 24, 3, 3, 5, 7, 1, 1, 1, 1, 1, 1};
+  const ConvGeometry stem{1, 9, 11, 3, 5, 7, 7, 5, 6, 2, 2, 3, 3, 1, 1};
+  const ConvGeometry apart{1, 6, 6, 65, 8, 3, 3, 6, 6, 1, 1, 2, 2, 2, 2};
+  const ConvGeometry pointwise{3, 5, 5, 72, 136, 1, 1, 3, 3, 2, 2, 0, 0, 1, 1};
+  const bool right = is_right(same, 1) && is_right(same, 2) && is_right(same, 3) && is_right(same, 4) &&
+                     is_right(stem, 0) && is_right(apart, 0) && is_right(pointwise, 1) && is_right(pointwise, 0);
+  std::puts(right ? "right" : "wrong");
+  return right ? 0 : 1;
+}
+
+#endif

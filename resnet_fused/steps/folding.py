@@ -120,7 +120,7 @@ def packed(
     """
     dtype, case, seen, layout = call.x.dtype, None, True, b""
     if outputs is not None:
-        layout = winograd.layout(outputs)
+        layout = winograd.layout(outputs, call.program.maker(part.conv).conv)
     elif part.conv is not None:
         own: StepTensors = call.tensors[part.conv - call.program.inputs]
         node: Convolution = call.program.maker(part.conv)
@@ -153,7 +153,8 @@ def _transformed(call: Call, part: Part, folded: Folded, outputs: int) -> Folded
         norm, settings = call.tensors[part.norm - call.program.inputs], call.program.maker(part.norm).norm
         scale = running_affine(norm, settings, torch.float64).scale.to(torch.float32)
     weight = call.tensors[part.conv - call.program.inputs].weight.detach()
-    transformed = torch.ops.resnet_fused.winograd_weight3x3(weight, scale, outputs)
+    stride = call.program.maker(part.conv).conv.stride[0]
+    transformed = torch.ops.resnet_fused.winograd_weight3x3(weight, scale, outputs, stride)
     return folded._replace(weight=transformed, scale=scale)
 
 

@@ -61,10 +61,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "grouped_conv3x3(Tensor x, Tensor weight, int stride=1, bool transposed=False, bool statistics=False, "
       "int[2] output_padding=0) -> (Tensor z, Tensor mean, Tensor m2)");
   m.def("grouped_conv3x3_wgrad(Tensor grad, Tensor x, Tensor weight, int stride=1) -> Tensor grad_w");
-  m.def("winograd_weight3x3(Tensor weight, Tensor? scale=None, int outputs=2) -> Tensor packed");
+  m.def("winograd_weight3x3(Tensor weight, Tensor? scale=None, int outputs=2, int stride=1) -> Tensor packed");
   m.def(
       "winograd_conv3x3_add_relu(Tensor x, Tensor weight, Tensor packed, Tensor? scale=None, Tensor? shift=None, "
-      "Tensor? residual=None, int padding=1, bool relu=False) -> Tensor out");
+      "Tensor? residual=None, int padding=1, bool relu=False, int stride=1) -> Tensor out");
   m.def(
       "conv_norm_add_relu(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, "
       "Tensor? beta, float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "

@@ -1,5 +1,5 @@
-// A 3x3 convolution of stride 1 by Winograd's filtering with a transformed weight that is kept, and shift, sum and ReLU
-// in the output's transform.
+// A 3x3 convolution of stride 1 or 2 by Winograd's filtering with a transformed weight that is kept, and shift, sum and
+// ReLU in the output's transform.
 //
 // Tiles come in blocks, whose transformed input stays in the second-level cache while all panels of the weight pass by;
 // or, where the weight is larger than the input, a panel of it passes the whole. No result depends on the number of
@@ -19,6 +19,7 @@
 #include "rows.h"
 #include "winograd_outputs.h"
 #include "winograd_stages.h"
+#include "winograd_strided.h"
 #include "winograd_work.h"
 
 namespace resnet_fused::cpu {
@@ -31,35 +32,46 @@ struct Stages {
   bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Epilogue&);
 };
 
-template <class L, int64_t M>
+template <class L, class F>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET, M)                                                                  \
+#define RESNET_FUSED_STAGES(LEVEL, TARGET, TRANSFORM, ...)                                                     \
   template <>                                                                                                  \
-  struct At<LEVEL, M> {                                                                                        \
+  struct At<LEVEL, __VA_ARGS__> {                                                                              \
     TARGET static void inputs(const Problem& p, int64_t block, float* v, const float* zeros) {                 \
-      transform_inputs<LEVEL, Filtering<M>>(p, block, v, zeros);                                               \
+      TRANSFORM(p, block, v, zeros);                                                                           \
     }                                                                                                          \
     TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, \
                                float* m, const Epilogue& epilogue) {                                           \
-      return write_outputs<LEVEL, Filtering<M>>(p, block, panel, v, u, m, Sums{}, epilogue);                   \
+      return write_outputs<LEVEL, __VA_ARGS__>(p, block, panel, v, u, m, Sums{}, epilogue);                    \
     }                                                                                                          \
     static constexpr Stages stages{LEVEL::panel, inputs, outputs};                                             \
   };
+#define RESNET_FUSED_LEVEL(LEVEL, TARGET)                                                   \
+  RESNET_FUSED_STAGES(LEVEL, TARGET, (transform_inputs<LEVEL, Filtering<2>>), Filtering<2>) \
+  RESNET_FUSED_STAGES(LEVEL, TARGET, (transform_inputs<LEVEL, Filtering<4>>), Filtering<4>) \
+  RESNET_FUSED_STAGES(LEVEL, TARGET, transform_strided_inputs<LEVEL>, Strided)
 
-RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 2)
-RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256, 2)
-RESNET_FUSED_STAGES(Level128, , 2)
-RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 4)
-RESNET_FUSED_STAGES(Level256, RESNET_FUSED_TARGET_256, 4)
-RESNET_FUSED_STAGES(Level128, , 4)
+RESNET_FUSED_LEVEL(Level512, RESNET_FUSED_TARGET_512)
+RESNET_FUSED_LEVEL(Level256, RESNET_FUSED_TARGET_256)
+RESNET_FUSED_LEVEL(Level128, )
+#undef RESNET_FUSED_LEVEL
 #undef RESNET_FUSED_STAGES
 
-template <int64_t M>
+template <class F>
 const Stages& stages_of() {
   static const std::string_view level = cpu_level();
-  if (level == "avx512") return At<Level512, M>::stages;
-  return level == "avx2" ? At<Level256, M>::stages : At<Level128, M>::stages;
+  if (level == "avx512") return At<Level512, F>::stages;
+  return level == "avx2" ? At<Level256, F>::stages : At<Level128, F>::stages;
+}
+
+// By how many values a transformed weight has.
+const Stages& stages_of(const Tensor& packed) {
+  switch (packed.size(1)) {
+    case 16: return stages_of<Filtering<2>>();
+    case 36: return stages_of<Filtering<4>>();
+    default: return stages_of<Strided>();
+  }
 }
 
 // Whether panel by panel of the weight passes the whole input, see above.
@@ -71,16 +83,18 @@ bool is_small(const Problem& p) { return p.tiles < p.K; }
 int64_t tiles_of_a_block(const Problem& p) {
   constexpr int64_t kFloats = int64_t(172) << 10, kMost = 84, kLeast = 28, kGroup = Level512::rows, kBlocks = 16;
   if (is_small(p)) return kMost;
-  const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, kMost);
+  const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, p.stride == 2 ? kMost / 2 : kMost);
   return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
 }
 
-Problem problem_of(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t padding, int64_t panel) {
+Problem problem_of(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t padding, int64_t stride,
+                   int64_t panel) {
   Problem p{};
+  p.stride = stride;
   p.x = data<float>(x), p.z = data<float>(out), p.padding = padding;
   p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
   p.K = out.size(1), p.P = out.size(2), p.Q = out.size(3);
-  p.cut(packed.size(1) == 16 ? 2 : 4, panel);
+  p.cut(packed.size(1) == 36 ? 4 : 2, panel);
   p.u_pitch = kPackedColumns;
   const int64_t most = tiles_of_a_block(p);
   p.blocks = (p.tiles + most - 1) / most;
@@ -132,8 +146,8 @@ bool by_block(const Problem& p, const Stages& at, const float* packed, const Epi
 // The same of ATen's convolution. The transforms may overflow where a direct sum does not, and which of inf and NaN a
 // sum becomes depends on its order: where a sum is not finite, all of them are taken from there.
 void direct(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const Epilogue& epilogue,
-            int64_t padding, const Tensor& out) {
-  Tensor result = out, sums = aten_convolution(x, weight, padding);
+            int64_t padding, int64_t stride, const Tensor& out) {
+  Tensor result = out, sums = aten_convolution(x, weight, padding, stride);
   torch::stable::copy_(result, sums);
   const int64_t K = out.size(1), rows = out.numel() / K;
   const float* factors = scale ? data<float>(*scale) : nullptr;
@@ -152,9 +166,10 @@ void direct(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, 
 
 Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Tensor& packed,
                                  const OptionalTensor& scale, const OptionalTensor& shift,
-                                 const OptionalTensor& residual, int64_t padding, bool relu) {
-  check_winograd_conv3x3_add_relu(x, weight, packed, scale, shift, padding);
-  const int64_t K = weight.size(0), P = x.size(2) + 2 * padding - 2, Q = x.size(3) + 2 * padding - 2;
+                                 const OptionalTensor& residual, int64_t padding, bool relu, int64_t stride) {
+  check_winograd_conv3x3_add_relu(x, weight, packed, scale, shift, padding, stride);
+  const auto outputs = [&](int64_t pixels) { return (pixels + 2 * padding - 3) / stride + 1; };
+  const int64_t K = weight.size(0), P = outputs(x.size(2)), Q = outputs(x.size(3));
   Tensor out = empty_images(x.size(0), K, P, Q, ScalarType::Float);
   if (residual) check_like("winograd_conv3x3_add_relu", "residual", *residual, "the result", out);
   if (out.numel() == 0) return out;
@@ -162,11 +177,11 @@ Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Te
   if (shift) std::copy_n(data<float>(*shift), K, shifts.data());
   const Epilogue epilogue{shifts.data(), residual ? data<float>(*residual) : nullptr, data<float>(out), relu,
                           kAhead * 2 * K};
-  const Stages& at = packed.size(1) == 16 ? stages_of<2>() : stages_of<4>();
-  const Problem p = problem_of(x, packed, out, padding, at.panel);
+  const Stages& at = stages_of(packed);
+  const Problem p = problem_of(x, packed, out, padding, stride, at.panel);
   const float* u = data<float>(packed);
   const bool finite = is_small(p) ? by_panel(p, at, u, epilogue) : by_block(p, at, u, epilogue);
-  if (!finite) direct(x, weight, scale, epilogue, padding, out);
+  if (!finite) direct(x, weight, scale, epilogue, padding, stride, out);
   return out;
 }
 

@@ -66,9 +66,9 @@ RESNET_FUSED_INLINE void write_tile(const Problem& p, const E& epilogue, const T
     for (int64_t i = 0; i < F::outputs; ++i) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < F::outputs; ++j) {
+        if (i >= rows || j >= columns) continue;  // of which not all sums were made
         bad += y[i][j] * 0.0f;
         if constexpr (E::kept) store_vector<L>(m + (i * F::outputs + j) * plane + c, y[i][j]);
-        if (i >= rows || j >= columns) continue;
         float* target = first + (i * p.Q + j) * p.K + c;
         __builtin_prefetch(target + kAhead * 2 * p.K, 1);
         epilogue.template apply<L>(y[i][j], k + c, target, channels - c);
@@ -136,6 +136,23 @@ RESNET_FUSED_INLINE void sum_vector(const Problem& p, int64_t first, int64_t cou
   store_vector<L>(square, total);
 }
 
+// m[sum][tile][panel] = the products of a block's values with a panel of the weight. What the last row, or column, of
+// values makes goes to the second outputs alone: it is left out of tiles that have none.
+template <class L, class F>
+RESNET_FUSED_INLINE void multiply_block(const Problem& p, int64_t block, const float* v, const float* u, float* m) {
+  constexpr int64_t last = F::sums - 1;
+  const int64_t count = p.size(block);
+  for (int64_t i = 0; i < F::sums; ++i) {
+    for (int64_t j = 0; j < F::sums; ++j, m += count * p.m_pitch()) {
+      const Problem::Range tiles = p.with(i == last, j == last, block);
+      const int64_t depth = F::depth(i) * F::depth(j) * p.C, pitch = F::stride == 1 ? p.v_pitch() : depth + p.kGap;
+      multiply_rows<L>(tiles.end - tiles.begin, v + tiles.begin * pitch, pitch, u, p.u_pitch, depth,
+                       m + tiles.begin * p.m_pitch(), p.m_pitch());
+      v += count * pitch, u += F::depth(i) * F::depth(j) * p.u_plane();
+    }
+  }
+}
+
 // The outputs of a block in a panel, from the transformed input and weight; `m` is room for m_size values. Returns
 // whether all are finite before the epilogue.
 template <class L, class F, class E>
@@ -143,10 +160,7 @@ RESNET_FUSED_INLINE bool write_outputs(const Problem& p, int64_t block, int64_t 
                                        float* m, const Sums& sums, const E& epilogue) {
   const int64_t first = p.first_tile(block), count = p.size(block), k = panel * L::panel;
   const int64_t plane = count * p.m_pitch();
-  for (int64_t i = 0; i < F::values; ++i) {
-    multiply_rows<L>(count, v + i * count * p.v_pitch(), p.v_pitch(), u + i * p.u_plane(), p.u_pitch, p.C,
-                     m + i * plane, p.m_pitch());
-  }
+  multiply_block<L, F>(p, block, v, u, m);
   typename L::Vector bad = {};
   Tile<F::outputs> tile(p, first);
   for (int64_t t = 0; t < count; ++t, tile.advance(p)) {

@@ -35,29 +35,28 @@ RESNET_FUSED_INLINE void transform_row(const Problem& p, int64_t row, int64_t be
   }
 }
 
-#define RESNET_FUSED_TRANSFORM(NAME, LEVEL, TARGET, TILE)                                                     \
+#define RESNET_FUSED_TRANSFORM(NAME, LEVEL, TARGET, F)                                                        \
   TARGET void NAME(const Problem& p, int64_t row, int64_t begin, int64_t end, const float* scale, float* u) { \
-    transform_row<LEVEL, Filtering<TILE>>(p, row, begin, end, scale, u);                                      \
+    transform_row<LEVEL, F>(p, row, begin, end, scale, u);                                                    \
   }
-RESNET_FUSED_TRANSFORM(two_512, Level512, RESNET_FUSED_TARGET_512, 2)
-RESNET_FUSED_TRANSFORM(two_256, Level256, RESNET_FUSED_TARGET_256, 2)
-RESNET_FUSED_TRANSFORM(two_128, Level128, , 2)
-RESNET_FUSED_TRANSFORM(four_512, Level512, RESNET_FUSED_TARGET_512, 4)
-RESNET_FUSED_TRANSFORM(four_256, Level256, RESNET_FUSED_TARGET_256, 4)
-RESNET_FUSED_TRANSFORM(four_128, Level128, , 4)
+#define RESNET_FUSED_LEVELS(NAME, F)                                                   \
+  RESNET_FUSED_TRANSFORM(NAME##_512, Level512, RESNET_FUSED_TARGET_512, F)             \
+  RESNET_FUSED_TRANSFORM(NAME##_256, Level256, RESNET_FUSED_TARGET_256, F)             \
+  RESNET_FUSED_TRANSFORM(NAME##_128, Level128, , F)                                    \
+  Transform* NAME() {                                                                  \
+    static const std::string_view level = cpu_level();                                 \
+    return level == "avx512" ? NAME##_512 : level == "avx2" ? NAME##_256 : NAME##_128; \
+  }
+RESNET_FUSED_LEVELS(two, Filtering<2>)
+RESNET_FUSED_LEVELS(four, Filtering<4>)
+RESNET_FUSED_LEVELS(strided, Strided)
+#undef RESNET_FUSED_LEVELS
 #undef RESNET_FUSED_TRANSFORM
 
-Transform* transform(int64_t outputs) {
-  static const std::string_view level = cpu_level();
-  if (level == "avx512") return outputs == 2 ? two_512 : four_512;
-  if (level == "avx2") return outputs == 2 ? two_256 : four_256;
-  return outputs == 2 ? two_128 : four_128;
-}
-
-Tensor winograd_weight3x3(const Tensor& weight, const OptionalTensor& scale, int64_t outputs) {
-  check_winograd_weight3x3(weight, scale, outputs);
+Tensor winograd_weight3x3(const Tensor& weight, const OptionalTensor& scale, int64_t outputs, int64_t stride) {
+  check_winograd_weight3x3(weight, scale, outputs, stride);
   Problem p{};
-  p.K = weight.size(0), p.C = weight.size(1), p.outputs = outputs;
+  p.K = weight.size(0), p.C = weight.size(1), p.outputs = outputs, p.stride = stride;
   p.stride_k = weight.stride(0), p.stride_c = weight.stride(1);
   p.stride_r = weight.stride(2), p.stride_s = weight.stride(3);
   p.u_pitch = kPackedColumns;
@@ -69,7 +68,7 @@ Tensor winograd_weight3x3(const Tensor& weight, const OptionalTensor& scale, int
   const float* factors = scale ? data<float>(*scale) : nullptr;
   constexpr int64_t kChannels = 64;  // a unit of work
   const int64_t parts = (p.C + kChannels - 1) / kChannels;
-  Transform* run = transform(outputs);
+  Transform* run = stride == 2 ? strided() : outputs == 2 ? two() : four();
   share(rows * parts, [&] {
     return [&](int64_t unit) {
       const int64_t row = unit / parts, begin = unit % parts * kChannels, end = std::min(p.C, begin + kChannels);

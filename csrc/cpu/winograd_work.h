@@ -23,11 +23,11 @@ void share(int64_t units, const Make& make) {
 
 inline StableIValue ints(std::vector<int64_t> values) { return torch::stable::detail::from(values); }
 
-// conv2d(x, weight, padding=padding)
-inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, int64_t padding) {
+// conv2d(x, weight, padding=padding, stride=stride)
+inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, int64_t padding, int64_t stride = 1) {
   using torch::stable::detail::from;
   std::array<StableIValue, 9> stack{
-      from(x),      from(weight), from(std::nullopt), ints({1, 1}),    ints({padding, padding}),
+      from(x),      from(weight), from(std::nullopt), ints({stride, stride}), ints({padding, padding}),
       ints({1, 1}), from(false),  ints({0, 0}),       from(int64_t(1))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

@@ -74,10 +74,14 @@ def winograd_weight_reasons(weight, scale=None, *args, **kwargs) -> list[str]:
 
 
 def winograd_packed_reasons(
-    x, weight, packed, scale=None, shift=None, residual=None, padding=1, relu=False
+    x, weight, packed, scale=None, shift=None, residual=None, padding=1, relu=False, stride=1
 ) -> list[str]:
     """As :func:`winograd_reasons`; the transformed weight is dense, and so are vectors."""
     reasons = winograd_reasons(x, weight, padding) + (loop_reasons(residual) if residual is not None else [])
+    if stride not in (1, 2):
+        reasons.append(f"takes a stride of 1 or 2, not {stride}")
+    if stride == 2 and x.shape[1] % 16:
+        reasons.append("takes a multiple of 16 channels with a stride of 2")
     vectors = [t for t in (scale, shift) if t is not None]
     if not all(t.is_contiguous() and t.dtype == x.dtype for t in (packed, *vectors)):
         reasons.append("takes a contiguous transformed weight and vectors of the activations' dtype only")

@@ -109,12 +109,12 @@ class WinogradConvolution(_OfFolded):
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         other = None if self.other is None else e.values[self.other]
-        weight, transformed = e.own(self.folded.conv).weight, made.weight
-        if made.layout != winograd.layout(self.outputs):  # nothing is kept: folded for this call alone
+        weight, transformed, stride = e.own(self.folded.conv).weight, made.weight, self.conv.stride[0]
+        if made.layout != winograd.layout(self.outputs, self.conv):  # nothing is kept: folded for this call alone
             weight = made.weight
-            transformed = run("winograd_weight3x3", weight, None, self.outputs, backend=e.backend)
-        vectors = made.scale, made.shift
-        arguments = (e.values[self.source], weight, transformed, *vectors, other, self.conv.padding[0], self.relu)
+            transformed = run("winograd_weight3x3", weight, None, self.outputs, stride, backend=e.backend)
+        settings = self.conv.padding[0], self.relu, stride
+        arguments = (e.values[self.source], weight, transformed, made.scale, made.shift, other, *settings)
         e.values[self.value] = e.run("winograd_conv3x3_add_relu", *arguments)
         e.bound(self, made.enlarges, made.bound)
 

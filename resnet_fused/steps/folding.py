@@ -110,7 +110,7 @@ def packed(
     dtype, case, seen, layout = call.x.dtype, None, True, b""
     own = StepTensors(None) if part.conv is None else call.tensors[part.conv - call.program.inputs]
     if outputs is not None:
-        layout = winograd.layout(outputs)
+        layout = winograd.layout(outputs, call.program.maker(part.conv).conv)
     elif part.conv is not None:
         node: Convolution = call.program.maker(part.conv)
         case = (dtype, own.weight.shape, node.conv, shape, torch.get_num_threads())
@@ -129,7 +129,8 @@ def packed(
             if part.norm is not None:
                 norm, settings = call.tensors[part.norm - call.program.inputs], call.program.maker(part.norm).norm
                 scale = running_affine(norm, settings, torch.float64).scale.to(torch.float32)
-            transformed = torch.ops.resnet_fused.winograd_weight3x3(own.weight.detach(), scale, outputs)
+            stride = call.program.maker(part.conv).conv.stride[0]
+            transformed = torch.ops.resnet_fused.winograd_weight3x3(own.weight.detach(), scale, outputs, stride)
             made = Folded(transformed, shift, limit, bounds.of_weight(weight), layout, scale)
         elif case is None:
             made = Folded(weight, shift, limit, bounds.of_weight(weight.unsqueeze(1)))

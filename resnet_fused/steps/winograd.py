@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 1 and their input's gradient by minimal filtering, and where that is faster on a CPU."""
+"""3x3 convolutions and their input's gradient by minimal filtering, and where that is faster on a CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Tensor = torch.Tensor
 #: Whether the library is there, and for vectors like oneDNN's: what is built without them was not measured.
 IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] != "baseline"
 _GEOMETRIES = (Conv(), Conv(padding=(1, 1)))
+_STRIDED = (Conv(stride=(2, 2)), Conv(stride=(2, 2), padding=(1, 1)))  # in evaluation
 _TILE, _LEAST_TILES = 2, 8  # outputs to a side; tiles
 _TRANSFORM = {2: 200, 4: 1000}  # by outputs to a side, products that take as long as the transforms of one value's tile
+_TRANSFORM_STRIDED = 300  # the same with a stride of 2
+_STRIDED_CHANNELS = 16  # input channels are so many, or some times as many
 _SIZES = {"default": (2,), "fast": (2, 4)}  # outputs to a side, by how exact they are to be
 _IN_DOUBLE = 600  # products that take as long as a weight's element is transformed in double
 _WEIGHT = 16  # products that take as long as a weight's element takes from memory
@@ -92,9 +95,9 @@ def saved_products(shape: torch.Size, weight: Tensor, conv: Conv, transposed: bo
     return direct - ours if tiles >= _LEAST_TILES and 10 * direct >= 11 * ours else 0
 
 
-def layout(outputs: int) -> bytes:
+def layout(outputs: int, conv: Conv) -> bytes:
     """The layout of a weight that is transformed for tiles of so many outputs to a side."""
-    return b"winograd %d" % outputs
+    return b"winograd %d, stride %d" % (outputs, conv.stride[0])
 
 
 def is_layout(layout: bytes) -> bool:
@@ -109,23 +112,36 @@ def folded(shape: torch.Size, weight: Tensor, conv: Conv, precision: str, thread
     the products of a core; their weights are read from memory at every call, by all threads at its one rate, and a
     transformed one is larger. `shape`: of what the convolution reads.
     """
-    if not IS_BUILT or conv not in _GEOMETRIES or tuple(weight.shape[2:]) != (3, 3):
+    if not IS_BUILT or conv not in _GEOMETRIES + _STRIDED or tuple(weight.shape[2:]) != (3, 3):
         return 0, 0.0
     k, c = weight.shape[:2]
-    n, _, h, w = shape
-    shrinks = 2 - 2 * conv.padding[0]
-    p, q = h - shrinks, w - shrinks
+    stride, n = conv.stride[0], shape[0]
+    if stride == 2 and c % _STRIDED_CHANNELS:
+        return 0, 0.0
+    p, q = ((size + 2 * conv.padding[0] - 3) // stride + 1 for size in shape[2:])
     direct = (9 * n * p * q + _WEIGHT * 9 * threads) * c * k
     best, least = 0, 10 / 11 * direct
-    for outputs in _SIZES[precision]:
-        tiles, values, columns = n * -(-p // outputs) * -(-q // outputs), (outputs + 2) ** 2, -(-k // _PANEL) * _PANEL
+    for outputs in _SIZES[precision] if stride == 1 else (_TILE,):
+        tiles, columns = n * -(-p // outputs) * -(-q // outputs), -(-k // _PANEL) * _PANEL
         if tiles < _LEAST_TILES and outputs == _TILE:
             continue
-        products = tiles * (values * c * columns + _TRANSFORM[outputs] * (c + k)) / _share(tiles, values, c, k, threads)
+        values, transform = (outputs + 2) ** 2, _TRANSFORM[outputs]
+        if stride == 2:
+            values, transform = 25, _TRANSFORM_STRIDED
+        rows = _values(p, outputs, stride) * _values(q, outputs, stride)
+        products = n * rows * c * columns + tiles * transform * (c + k)
+        products /= _share(tiles, values, c, k, threads)
         products += _WEIGHT * values * threads * c * columns
         if products < least:
             best, least = outputs, products
     return best, direct - least if best else 0.0
+
+
+def _values(size: int, outputs: int, stride: int) -> int:
+    """How many values the tiles along a side have: where a tile of two has one output, fewer are multiplied."""
+    if outputs != _TILE:
+        return -(-size // outputs) * (outputs + 2)
+    return size // 2 * (outputs + 1 + stride) + size % 2 * 3
 
 
 def _share(tiles: int, values: int, c: int, k: int, threads: int) -> float:
@@ -133,7 +149,8 @@ def _share(tiles: int, values: int, c: int, k: int, threads: int) -> float:
     if tiles < k:
         pieces = -(-k // _PANEL)
     else:
-        fit = min(max(_VALUES // (values * c), _LEAST_BLOCK), _LARGEST_BLOCK)
+        largest = _LARGEST_BLOCK // 2 if values == 25 else _LARGEST_BLOCK
+        fit = min(max(_VALUES // (values * c), _LEAST_BLOCK), largest)
         pieces = -(-tiles // (max(min(fit, tiles // _BLOCKS) // 14, 1) * 14))
     return pieces / (-(-pieces // threads) * threads)
 

@@ -135,7 +135,9 @@ class Backward(_Flow):
     def take_to_add(self, number: int) -> Tensor | None:
         """The gradient of a value, if it may be written to and nothing is to be done to it; else it stays pending."""
         known = self._pending.get(number)
-        if known is None or not known.owned or not known.is_plain:
+        if known is None or not known.owned or known.pixels != EVERY or isinstance(known.grad, LazyGrad):
+            return None
+        if known.mask is not None or known.correction is not None:
             return None
         return self._pending.pop(number).grad
 

@@ -137,7 +137,8 @@ def packed(
         else:
             weight = onednn.prepack(weight, shape, *node.conv.args)
             made = Folded(weight, shift, limit, bounds.of_weight(weight), onednn.layout_of(weight))
-            _layouts[case] = made.layout
+            with _lock:
+                _layouts[case] = made.layout
     return _keep(module, key, dtype, made)
 
 

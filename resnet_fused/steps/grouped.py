@@ -24,13 +24,18 @@ _WIDE = 64  # from so many on, oneDNN's gradient of the weight takes longer for 
 _LEAST_COLUMNS = 14  # what is written, where the weights of a group are many
 
 
+def _is_made_for(weight: Tensor, conv: Conv) -> bool:
+    """Whether the kernels are there, and have a convolution of this geometry."""
+    plain = conv.padding == conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2))
+    width = weight.shape[1]
+    return IS_BUILT and conv.groups > 1 and plain and tuple(weight.shape) == (width * conv.groups, width, 3, 3)
+
+
 def _serves(like: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
-    """Whether the kernels have a convolution of this geometry, on this device and in this dtype."""
-    if conv.groups == 1 or tuple(weight.shape[2:]) != (3, 3) or not on_cpu(like) or backend not in ("auto", "cpu"):
+    """And on this device and in this dtype."""
+    if not _is_made_for(weight, conv) or not on_cpu(like) or backend not in ("auto", "cpu"):
         return False
-    width, plain = weight.shape[1], conv.padding == conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2))
-    fits = plain and IS_BUILT and weight.shape[0] == width * conv.groups
-    return fits and like.dtype == weight.dtype == torch.float32 and is_channels_last(like)
+    return like.dtype == weight.dtype == torch.float32 and is_channels_last(like)
 
 
 def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, int] | None = None) -> bool:
@@ -90,10 +95,9 @@ def saved_products(shape: torch.Size, weight: Tensor, conv: Conv) -> float:
 
     `shape`: of what it makes. Tensors are in float32 and on a CPU.
     """
-    width, plain = weight.shape[1], conv.padding == conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2))
-    if not IS_BUILT or conv.groups == 1 or not plain or tuple(weight.shape) != (width * conv.groups, width, 3, 3):
+    if not _is_made_for(weight, conv):
         return 0.0
-    return 3 * shape[0] * shape[2] * shape[3] * weight.numel() * _PART.get(width, 0.0) / _PEAK
+    return 3 * shape[0] * shape[2] * shape[3] * weight.numel() * _PART.get(weight.shape[1], 0.0) / _PEAK
 
 
 def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:

@@ -88,9 +88,3 @@ class Pending(NamedTuple):
     pixels: Pixels = EVERY  # the stride of those that it is of; all others' is 0
     mask: Tensor | None = None  # bits by which it is still to be masked
     correction: tuple[Tensor, Tensor] | None = None  # of a Gram join, still to be added: coupling and constant
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a tensor of all pixels, with nothing still to be done."""
-        lacks = self.mask is not None or self.correction is not None or isinstance(self.grad, LazyGrad)
-        return self.pixels == EVERY and not lacks

@@ -154,15 +154,11 @@ def run_flat(
     if x is not given and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         counter = counter_of(given)
     residual = None if residual is None else worked_on(residual, in_channels_last)
-    if lowered.program.dense != dense.CHECKPOINTED or not torch.is_grad_enabled():
-        return _apply(repeated)(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
-    handed = handed or Handed()
-    out = _apply(repeated)(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
-    if not out.requires_grad or handed.leaving is None:
+    moves_again = lowered.program.dense == dense.CHECKPOINTED and torch.is_grad_enabled()
+    handed = Handed() if moves_again and handed is None else handed
+    # where a call is plain, without a look at each argument for transforms of functorch's
+    apply = FusedProgram.apply if repeated is None else super(torch.autograd.Function, FusedProgram).apply
+    out = apply(lowered, places, handed, repeated, counter, factor, x, residual, *tensors)
+    if not moves_again or not out.requires_grad or handed.leaving is None:
         return out
     return dense.moving_again(out, lowered.program, regroup(spread(tensors, places)), x, handed.leaving)
-
-
-def _apply(repeated: RepeatedProgram | None) -> Callable[..., Tensor]:
-    """How the node is called: where a call is plain, without a look at each argument for transforms of functorch's."""
-    return FusedProgram.apply if repeated is None else super(torch.autograd.Function, FusedProgram).apply

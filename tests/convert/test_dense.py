@@ -165,7 +165,7 @@ def test_explain_counts_a_block():
 
 def test_preferences():
     block = dense_block()
-    with pytest.raises(ValueError, match="'speed' or 'memory'"):
+    with pytest.raises(ValueError, match="'speed', 'memory'"):
         resnet_fused.fuse(block, prefer="both")
     resnet_fused.fuse(block, prefer="memory")
     assert "again" in str(resnet_fused.report(resnet_fused.fuse(block)))

@@ -14,7 +14,7 @@ from resnet_fused.models import resnet18, resnet50
 from resnet_fused.models.resnet import Bottleneck
 from resnet_fused.plan import choose
 from resnet_fused.steps import unfolded, winograd
-from resnet_fused.steps.evaluation_kinds import UnfoldedConvolution
+from resnet_fused.steps.evaluation_flow import Evaluation
 
 needs_levels = pytest.mark.skipif(not winograd.IS_BUILT, reason="no compiled library for AVX2 or AVX-512")
 
@@ -192,20 +192,20 @@ def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_
     stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(3)]).eval().to(memory_format=memory_format)
     fused = resnet_fused.fuse(copy.deepcopy(stock))
     monkeypatch.setattr(unfolded, "IS_FAST", unfolds)
-    over, packed, run = [], onednn.conv_packed, UnfoldedConvolution._run
+    over, packed, run = [], onednn.conv_packed, Evaluation.run
 
     def watched(x, weight, bias, conv, relu, bound, residual=None, in_place=False):
         if residual is not None:
             over.append(in_place)
         return packed(x, weight, bias, conv, relu, bound, residual, in_place)
 
-    def watched_as_it_is(step, op, *args):
-        if step.other is not None:
+    def watched_as_it_is(e, op, *args):
+        if op == "conv_norm_add_relu_" or (op == "conv_norm_add_relu" and args[8] is not None):
             over.append(op == "conv_norm_add_relu_")
-        return run(step, op, *args)
+        return run(e, op, *args)
 
     monkeypatch.setattr(onednn, "conv_packed", watched)
-    monkeypatch.setattr(UnfoldedConvolution, "_run", watched_as_it_is)
+    monkeypatch.setattr(Evaluation, "run", watched_as_it_is)
     x = torch.randn(4, 64, 28, 28).contiguous(memory_format=memory_format)
     before = x.clone()
     with torch.no_grad(), choose.fusing_all():
@@ -232,14 +232,14 @@ def test_pieces_write_their_images_into_the_whole(monkeypatch, memory_format):
     monkeypatch.setattr(stage, "NEAR", (1 << 18, 1 << 30, 1 << 18))
     torch.manual_seed(0)
     stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(2)]).eval().to(memory_format=memory_format)
-    fused, written, run = resnet_fused.fuse(copy.deepcopy(stock)), [], UnfoldedConvolution._run
+    fused, written, run = resnet_fused.fuse(copy.deepcopy(stock)), [], Evaluation.run
 
-    def watched(step, op, e, *args):
+    def watched(e, op, *args):
         if e.into is not None and op == "conv_norm_add_relu_" and args[0] is e.into:
             written.append(e.into)
-        return run(step, op, e, *args)
+        return run(e, op, *args)
 
-    monkeypatch.setattr(UnfoldedConvolution, "_run", watched)
+    monkeypatch.setattr(Evaluation, "run", watched)
     x = torch.randn(4, 64, 28, 28).contiguous(memory_format=memory_format)
     before = x.clone()
     with torch.no_grad(), choose.fusing_all():

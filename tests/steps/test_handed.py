@@ -8,7 +8,7 @@ from programs import CASES, leaves_of, preact_bottleneck
 
 from resnet_fused import library
 from resnet_fused.backends import backends
-from resnet_fused.plan import choose, words
+from resnet_fused.plan import choose, cpu_values, words
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.lower import lower, steps_of
 from resnet_fused.plan.variants import Variant
@@ -148,7 +148,7 @@ def test_which_sums_emit_statistics():
 def test_without_the_library_nothing_emits(monkeypatch):
     now = library.status()
     missing = dataclasses.replace(now, cpu=dataclasses.replace(now.cpu, reason="not built"))
-    monkeypatch.setattr(library, "status", lambda: missing)
+    monkeypatch.setattr(cpu_values, "status", lambda: missing)
     assert not sums(*preact_bottleneck())[1][0].statistics
 
 

@@ -41,7 +41,7 @@ Tensor = torch.Tensor
 class FoldedConvolution(ForwardStep):
     """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`.
 
-    `act`: an activation but ReLU behind its norm, in its epilogue too.
+    `act`: an activation but ReLU behind its norm, in its epilogue too where that is exact.
     """
 
     folded: Part
@@ -60,6 +60,11 @@ class FoldedConvolution(ForwardStep):
     @property
     def normed(self) -> bool:
         return self.folded.norm is not None
+
+    @property
+    def asks_bound(self) -> bool:
+        """Whether its epilogue depends on a bound of what it reads."""
+        return self.relu or (self.act is not None and onednn.needs_bound(self.act.code))
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]

@@ -167,7 +167,7 @@ def conv_packed(
     return torch.relu_(out) if relu and not act else out
 
 
-#: Activations that oneDNN's epilogue computes as exactly as ATen, NaN and infinity included. Not GELU, whose error is 2.5
+#: Activations that oneDNN's epilogue has as exactly as ATen, NaN and infinity included. Not GELU, whose error is 2.5
 #: times ATen's and which makes NaN of infinity.
 _CARRIED = (activation.SILU, activation.GELU_TANH, activation.LEAKY_RELU, activation.HARDSWISH)
 

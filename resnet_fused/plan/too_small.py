@@ -28,7 +28,7 @@ from ..backends import onednn
 from ..steps import grouped, winograd
 from ..steps.batch_norm import pixels
 from ..steps.conv import HAS_AVX512, SLOW_PRODUCTS, is_product
-from ..steps.program import Addition, Call, Convolution, Normalisation
+from ..steps.program import Addition, Call, Convolution, Node, Normalisation
 from . import averages
 from .keys import threads
 
@@ -84,16 +84,14 @@ def cache_bytes() -> int:
 
 
 def stock_bytes(call: Call, shapes: list[torch.Size]) -> int:
-    """What stock saves for backward: what convolutions and norms read, what ReLUs made, other activations read."""
+    """What stock saves for backward: what convolutions and norms read, what activations made, some what they read."""
     saved = set()
     for value, node in call.program.numbered:
         if not isinstance(node, Addition):
             saved |= set(node.reads)
-        if isinstance(node, Addition | Normalisation) and node.relu:
+        if isinstance(node, Addition | Normalisation) and (node.relu or _acts(node)):
             saved.add(value)
-    before = [
-        value for value, node in call.program.numbered if isinstance(node, Normalisation) and node.act is not None
-    ]
+    before = [value for value, node in call.program.numbered if _acts(node)]
     return sum(shapes[value].numel() for value in (*saved, *before)) * call.x.element_size()
 
 
@@ -123,8 +121,7 @@ def passes_bytes(call: Call, shapes: list[torch.Size]) -> int:
     elements = 0
     for value, node in call.program.numbered:
         made = isinstance(node, Normalisation | Addition)
-        activated = isinstance(node, Normalisation) and node.act is not None
-        elements += shapes[value].numel() * (made + activated + (made and node.relu))
+        elements += shapes[value].numel() * (made + _acts(node) + (made and node.relu))
     return 2 * elements * call.x.element_size()
 
 
@@ -144,14 +141,14 @@ def is_small_in_evaluation(call: Call, shapes: list[torch.Size], few: bool) -> b
                 filtered += winograd.folded(shapes[node.source], own.weight, node.conv, *setting)[1]
     if few:
         return saved < _FEW_OVERHEAD
-    passes = _CACHED_PASSES if _activated(call) and _is_cached(call, shapes) else _PASSES
+    passes = _CACHED_PASSES if any(map(_acts, call.program.nodes)) and _is_cached(call, shapes) else _PASSES
     beside = (_PACKED * flops + 2 * filtered) / rate(call.x.dtype) + passes_bytes(call, shapes) / passes
     return saved + beside / threads() < _PACKED_OVERHEAD
 
 
-def _activated(call: Call) -> bool:
-    """Whether some norm has an activation other than ReLU."""
-    return any(isinstance(node, Normalisation) and node.act is not None for node in call.program.nodes)
+def _acts(node: Node) -> bool:
+    """Whether that is a norm with an activation other than ReLU."""
+    return isinstance(node, Normalisation) and node.act is not None
 
 
 def _is_cached(call: Call, shapes: list[torch.Size]) -> bool:

@@ -7,6 +7,7 @@ program of a block has the old ones in it, so every call compares.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import types
 from collections.abc import Callable
@@ -40,13 +41,22 @@ _METHODS = tuple(
         "unsqueeze transpose"
     ).split()
 )
-_KNOWN = {**_NAMESPACES, **{path: function for path, (_, _, function) in _FUNCTIONS.items()}}
+_KNOWN = {
+    **_NAMESPACES,
+    **{path: function for path, (_, _, function) in _FUNCTIONS.items()},
+    "builtins.getattr": getattr,
+}
 _NAMES = {"nn", "functional", "Tensor", "shape", *(name for _, name, _ in (*_FUNCTIONS.values(), *_METHODS))}
 
 
 def path_of(value: object) -> str:
     """The name of a namespace or function of PyTorch that a traceable forward may use; empty for all else."""
     return next((path for path, known in _KNOWN.items() if known is value), "")
+
+
+def global_of(function: types.FunctionType, name: str) -> object:
+    """What a function finds under the name of a global: its module's, or Python's own."""
+    return function.__globals__.get(name, getattr(builtins, name, None))
 
 
 def is_known(name: str) -> bool:
@@ -84,7 +94,7 @@ def read_by(function: types.FunctionType) -> Outside:
     """What `function`, a forward that may be traced, reads outside of its block."""
     names = set(function.__code__.co_names)
     return Outside(
-        tuple(path_of(function.__globals__[name]) for name in _globals_of(function)),
+        tuple(path_of(global_of(function, name)) for name in _globals_of(function)),
         tuple(path for path, (_, name, _) in _FUNCTIONS.items() if name in names),
     )
 

@@ -84,12 +84,12 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
         raise Untraceable("its forward uses super() or an inner function")
     if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         raise Untraceable("its forward takes *args or yields")
-    found: dict[str, None] = {}
+    found: dict[str, tuple | None] = {}
+    unsure = {_OTHER, _ABSENT}
     unknown: set[str] = set()
     owner = ""  # what the last instruction left on the stack: "self", "child", or nothing that is known
-    for step in dis.get_instructions(code):
-        if step.opname in ("CACHE", "PUSH_NULL", "EXTENDED_ARG"):
-            continue
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "PUSH_NULL", "EXTENDED_ARG")]
+    for place, step in enumerate(steps):
         for prefix, what in _REFUSED:
             if step.opname.startswith(prefix):
                 raise Untraceable(f"its forward {what}")
@@ -98,14 +98,18 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
             last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
             owner = "self" if last == code.co_varnames[0] else ""
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if not outside.path_of(cls.forward.__globals__.get(step.argval)):
+            value = outside.global_of(cls.forward, step.argval)
+            name = _got(code, steps[place + 1 : place + 3]) if value is getattr else ""
+            if name and value_of(block, name) != _OTHER:
+                found[name] = _ABSENT  # where it is: the code behind asks first
+            elif value is getattr or not outside.path_of(value):
                 unknown.add(step.argval)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if before == "child":
                 raise Untraceable(f"its forward reads {step.argval} of a child")
             if before != "self":
                 unknown |= set() if outside.is_known(step.argval) else {step.argval}
-            elif step.argval != "training" and value_of(block, step.argval) == _OTHER:
+            elif step.argval != "training" and value_of(block, step.argval) in unsure - {found.get(step.argval)}:
                 unknown.add(step.argval)  # not a module, None or constant: a method, say, whose code nobody looked at
             else:
                 found[step.argval] = None
@@ -115,7 +119,15 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
     return list(found)
 
 
-_OTHER = ("something else", "")
+def _got(code: types.CodeType, behind: list[dis.Instruction]) -> str:
+    """The attribute of the block that a call of ``getattr`` asks for by a constant name; empty for all other calls."""
+    if [step.opname[:9] for step in behind] != ["LOAD_FAST", "LOAD_CONS"]:
+        return ""
+    owner, name = (step.argval for step in behind)
+    return name if owner == code.co_varnames[0] and isinstance(name, str) and name != "training" else ""
+
+
+_OTHER, _ABSENT = ("something else", ""), ("absent", "")
 
 
 def value_of(block: nn.Module, name: str) -> tuple[str, object]:
@@ -128,7 +140,7 @@ def value_of(block: nn.Module, name: str) -> tuple[str, object]:
         value = block._modules[name]
         return ("none", None) if value is None else ("child", "")
     else:
-        return _OTHER
+        return _OTHER if name in block._parameters or name in block._buffers else _ABSENT
     if value is None:
         return "none", None
     return (type(value).__name__, value) if isinstance(value, bool | int | float | str) else _OTHER

@@ -229,6 +229,48 @@ def test_an_exchanged_function_of_a_forward_is_called(monkeypatch):
     assert_same(fused, stock, image())
 
 
+class Optional(nn.Module):
+    """A forward that asks for a child that there may be, as timm's ConvNormAct does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.LeakyReLU(0.1)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        aa = getattr(self, "aa", None)
+        if aa is not None:
+            x = self.aa(x)
+        return x
+
+
+@pytest.mark.parametrize("later", [None, nn.Tanh(), torch.tanh])
+def test_a_child_that_there_may_be(later):
+    fused, stock = pair(Optional())
+    assert_same(fused, stock, image(), runs=1)
+    for model in (fused, stock):
+        model.aa = later
+    for _ in range(2):
+        assert_same(fused, stock, image())
+
+
+class Asking(Optional):
+    """One that asks for what is no child, constant or nothing."""
+
+    def helper(self, x):
+        return x * 2
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        return getattr(self, "helper")(x)  # noqa: B009
+
+
+def test_a_method_that_is_asked_for_is_not_traced():
+    fused, stock = pair(Asking())
+    assert "fused: conv" not in str(resnet_fused.report(fused))
+    assert_same(fused, stock, image(), runs=0)
+
+
 def test_frozen_norms_and_frozen_parameters():
     fused, stock = pair(Inverted(nn.SiLU, 1))
     for model in (fused, stock):

@@ -327,3 +327,14 @@ def test_timms_models(name, layers):
     before = fused_programs()
     assert_same(fused, stock, x)
     assert fused_programs() > before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(training):
+    fused, stock = pair(Inverted(nn.SiLU, 1))
+    fused.train(training), stock.train(training)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = image()
+    torch.testing.assert_close(compiled(x), stock(x), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), stock(x), rtol=1e-9, atol=1e-9)

@@ -74,8 +74,15 @@ def leaky_relu(slope: object) -> Act | None:
 
 def kind_of(module: nn.Module) -> str:
     """What a module that is passed over is: its class, and what of its settings a program holds."""
-    act = act_of(module)
-    return type(module).__name__ if act is None else f"{type(module).__name__}: {act}"
+    cls = type(module)
+    settings = ""
+    if cls is nn.LeakyReLU:
+        settings = f" {module.negative_slope}"
+    elif cls is nn.GELU:
+        settings = f" {module.approximate}"
+    elif cls is nn.ReLU6:
+        settings = f" {module.min_val} {module.max_val}"
+    return cls.__name__ + settings
 
 
 def why_not_passed(module: nn.Module) -> str:

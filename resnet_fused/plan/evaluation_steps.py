@@ -149,7 +149,7 @@ class Steps:
         measured: set[int] = set()
         for step in reversed(steps):
             is_read = step.value in measured and not isinstance(step, UnfoldedConvolution)  # which tells no bound
-            if is_read or (isinstance(step, FoldedConvolution) and (step.relu or step.act is not None)):
+            if is_read or (isinstance(step, FoldedConvolution) and step.asks_bound):
                 measured |= set(step.reads)
         inputs = self.program.inputs
         parts = [value for step in steps if step.part is not None for value in step.part if value is not None]

@@ -12,18 +12,18 @@ from typing import ClassVar
 from ..backends import run
 from .batch_norm import coefficients
 from .flow import Backward, Forward
-from .kinds import norm_grads, norm_ops, normalised
-from .lazy import LazyGrad, Pending
+from .kinds import Kind, norm_grads, norm_ops, normalised
+from .lazy import Pending
 from .program import Program
 
 
 @dataclasses.dataclass(frozen=True)
-class Activate:
+class Activate(Kind):
     """The batch norm and the activation that make `value`, of a raw tensor; `emitted`: as of `kinds.Normalise`."""
 
-    value: int
-    emitted: bool = False
     word: ClassVar[str] = "norm and activation in one pass"
+
+    emitted: bool = False
 
     def ops(self, program: Program) -> tuple[str, ...]:
         node = program.maker(self.value)
@@ -39,15 +39,12 @@ class Activate:
         if self.value == f.program.output:
             f.output = out
 
-    def backward(self, b: Backward) -> None:
-        grad = b.dense(self.value)
-        if grad is None:
-            return
+    def backward(self, b: Backward, grad: Pending) -> None:
         node, (z, bn, _) = b.program.maker(self.value), b.activated[self.value]
         read = grad.grad, z, bn.mean, bn.scale, bn.shift
         sums = run("norm_act_backward", *read, *node.act.args, backend=b.backend)
         c = coefficients(bn, *sums, z, node.norm, b.backend)
-        norm_grads(b, self.value, LazyGrad(grad.grad, z, c, bn))
+        norm_grads(b, self.value, c)
         if not b.wanted[node.source]:
             return
         arguments = grad.grad, z, c.a, c.b, c.d, bn.scale, bn.shift, *node.act.args

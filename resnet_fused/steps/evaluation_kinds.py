@@ -56,7 +56,7 @@ class _OfFolded(ForwardStep):
 class FoldedConvolution(_OfFolded):
     """The convolution `folded`, by oneDNN; `in_place`: the sum is made in the memory of `other`.
 
-    `act`: an activation but ReLU behind its norm, in its epilogue too.
+    `act`: an activation but ReLU behind its norm, in its epilogue too where that is exact.
     """
 
     in_place: bool
@@ -65,6 +65,11 @@ class FoldedConvolution(_OfFolded):
     @property
     def word(self) -> str:
         return "convolution" if self.act is None else f"convolution with {self.act}"
+
+    @property
+    def asks_bound(self) -> bool:
+        """Whether its epilogue depends on a bound of what it reads."""
+        return self.relu or (self.act is not None and onednn.needs_bound(self.act.code))
 
     def forward(self, e: Evaluation, made: Folded) -> None:
         x, other = e.values[self.source], None if self.other is None else e.values[self.other]

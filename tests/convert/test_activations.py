@@ -1,6 +1,7 @@
-"""Batch norms with activations other than ReLU behind them through ``fuse``: as modules, as functions, inside a norm."""
+"""Batch norms with activations other than ReLU behind them through ``fuse``: modules, functions, inside a norm."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -228,6 +229,48 @@ def test_an_exchanged_function_of_a_forward_is_called(monkeypatch):
     assert_same(fused, stock, image())
 
 
+class Optional(nn.Module):
+    """A forward that asks for a child that there may be, as timm's ConvNormAct does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.LeakyReLU(0.1)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        aa = getattr(self, "aa", None)
+        if aa is not None:
+            x = self.aa(x)
+        return x
+
+
+@pytest.mark.parametrize("later", [None, nn.Tanh(), torch.tanh])
+def test_a_child_that_there_may_be(later):
+    fused, stock = pair(Optional())
+    assert_same(fused, stock, image(), runs=1)
+    for model in (fused, stock):
+        model.aa = later
+    for _ in range(2):
+        assert_same(fused, stock, image())
+
+
+class Asking(Optional):
+    """One that asks for what is no child, constant or nothing."""
+
+    def helper(self, x):
+        return x * 2
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        return getattr(self, "helper")(x)  # noqa: B009
+
+
+def test_a_method_that_is_asked_for_is_not_traced():
+    fused, stock = pair(Asking())
+    assert "fused: conv" not in str(resnet_fused.report(fused))
+    assert_same(fused, stock, image(), runs=0)
+
+
 def test_frozen_norms_and_frozen_parameters():
     fused, stock = pair(Inverted(nn.SiLU, 1))
     for model in (fused, stock):
@@ -245,22 +288,27 @@ def test_frozen_norms_and_frozen_parameters():
             torch.testing.assert_close(found[0][name], want, rtol=1e-9, atol=1e-9)
 
 
+def kept(found, t):
+    found.append(t)
+    return t
+
+
 def test_less_is_saved_than_stock_saves():
     fused, stock = pair(nn.Sequential(nn.Conv2d(6, 32, 1), nn.BatchNorm2d(32), nn.SiLU(), nn.Conv2d(32, 4, 1)))
     saved = []
     for model in (fused, stock):
-        found = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.update({t.data_ptr(): t}) or t, lambda t: t):
-            with resnet_fused.use("cpu"):
-                model(image())
-        saved.append(sum(t.numel() for t in found.values() if t.dim() == 4 and t.shape[2] > 1))
+        found = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(kept, found), lambda t: t)
+        with hooks, resnet_fused.use("cpu"):
+            model(image())
+        large = {t.data_ptr(): t.numel() for t in found if t.dim() == 4 and t.shape[2] > 1}
+        saved.append(sum(large.values()))
     assert saved[1] - saved[0] == 3 * 32 * 9 * 7  # the norm's output
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
 def test_torchvisions_models(name):
-    vision = pytest.importorskip("torchvision") if False else import_torchvision()
-    fused, stock = pair(getattr(vision.models, name)().features[:5])
+    fused, stock = pair(getattr(import_torchvision().models, name)().features[:5])
     x = torch.randn(2, 3, 33, 31, dtype=F64).contiguous(memory_format=torch.channels_last)
     assert_same(fused, stock, x)
 
@@ -279,3 +327,14 @@ def test_timms_models(name, layers):
     before = fused_programs()
     assert_same(fused, stock, x)
     assert fused_programs() > before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(training):
+    fused, stock = pair(Inverted(nn.SiLU, 1))
+    fused.train(training), stock.train(training)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = image()
+    torch.testing.assert_close(compiled(x), stock(x), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), stock(x), rtol=1e-9, atol=1e-9)

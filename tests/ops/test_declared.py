@@ -14,7 +14,7 @@ from resnet_fused.ops import OPS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, CSRC = ROOT / "resnet_fused", ROOT / "csrc"
-SHARED = {"__init__", "contract", "lazy"}
+SHARED = {"__init__", "activation", "contract", "lazy"}
 COMPILED = {name for name, op in OPS.items() if op.compiled}
 
 pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="not in the source tree")

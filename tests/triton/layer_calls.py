@@ -10,6 +10,7 @@ import itertools
 import torch
 
 from resnet_fused.backends import triton as room
+from resnet_fused.ops import activation
 from resnet_fused.ops.contract import channels_last_strides
 
 
@@ -177,6 +178,17 @@ def gate_calls(at):
     yield "gate_add_relu_backward", "output", (z, at.data(k), at.data(k)), {}
 
 
+def act_calls(at):
+    """Batch norm and the activations other than ReLU."""
+    c = at.narrow
+    for code, name in enumerate(activation.NAMES):
+        z, g, act = at.data(c), at.data(c), (code, 0.125)
+        a, b, d, scale, shift = (at.vector(c) for _ in range(5))
+        yield "norm_act", name, (z, scale, shift, *act), {}
+        yield "norm_act_backward", name, (g, z, a, scale, shift, *act), {}
+        yield "norm_act_apply", name, (g, z, a, b, d, scale, shift, *act), {}
+
+
 def pixelwise_calls(at):
     """The ops that move tensors of one shape, and make products of none."""
     k = at.wide
@@ -199,6 +211,7 @@ def pixelwise_calls(at):
     options = affine | at.factor() | {"residual": at.data(k)}
     yield "lazy_grad_apply", "affine, sign, factor, residual", (z, at.data(k), v), options
     yield from gate_calls(at)
+    yield from act_calls(at)
 
 
 def pool_calls(at):

@@ -21,6 +21,7 @@ import torch
 import triton
 from layer_calls import (
     Layer,
+    act_calls,
     average_calls,
     backward_calls,
     calls,
@@ -76,7 +77,7 @@ def launches(dtype, channels=256, samples=64):
     yield "affine, sign, factor, residual", 2, lambda: apply(z, r, v, v, v, v, v, f, z)
 
 
-MAKERS = (pool_calls, average_calls, gate_calls, forward_calls, backward_calls, narrow_calls, small_calls)
+MAKERS = (pool_calls, average_calls, gate_calls, act_calls, forward_calls, backward_calls, narrow_calls, small_calls)
 
 
 def products(at, *makers, richest=False):
@@ -107,6 +108,10 @@ RICHEST = {
     ("gram", "stride 2"),
     ("gate_add_relu", "residual"),
     ("gate_add_relu_backward", "output"),
+    ("norm_act", "gelu"),
+    ("norm_act", "silu"),
+    ("norm_act_backward", "gelu"),
+    ("norm_act_apply", "gelu"),
     ("norm_relu_pool", ""),
     ("norm_relu_pool_backward", ""),
     ("norm_relu_pool_apply", "affine"),

@@ -99,8 +99,9 @@ def models_of(family: str) -> Iterator[Model]:
             yield Model(family, builder.__module__.rpartition(".")[2], name)
     elif family == "torchvision":
         library = import_torchvision().models
-        for module in MODULES[family]:
-            for name in library.list_models(module=getattr(library, module)):
+        for name in library.list_models(module=library):
+            module = library.get_model_builder(name).__module__.rpartition(".")[2]
+            if module in MODULES[family]:
                 yield Model(family, module, name)
     else:
         for module in MODULES[family]:

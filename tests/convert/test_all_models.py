@@ -54,6 +54,18 @@ def test_a_sample_agrees(script, family, module, name, options, fused):
     assert "at the call" not in verdict.text
 
 
+@pytest.mark.parametrize(
+    ("family", "module", "name", "millions"),
+    [
+        ("own", "resnet", "resnet18", 11.2),
+        ("torchvision", "regnet", "regnet_y_400mf", 4.3),
+        ("timm", "regnet", "regnety_2560", 1270),
+    ],
+)
+def test_sizes_are_known_before_anything_is_built(script, family, module, name, millions):
+    assert script.Model(family, module, name).millions() == pytest.approx(millions, rel=0.02)
+
+
 class Net(nn.Sequential):
     """A convolution, a norm, a ReLU, and a classifier."""
 

@@ -70,7 +70,9 @@ class Model:
         return import_timm().create_model(self.name, num_classes=10, **options)
 
     def millions(self) -> float:
-        """Its parameters, which are not made."""
+        """Its parameters, which are not made; of torchvision's those of a thousand classes, as it lists them."""
+        if self.family == "torchvision":
+            return import_torchvision().models.get_model_weights(self.name).DEFAULT.meta["num_params"] / 1e6
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build().parameters()) / 1e6
 
@@ -99,8 +101,9 @@ def models_of(family: str) -> Iterator[Model]:
             yield Model(family, builder.__module__.rpartition(".")[2], name)
     elif family == "torchvision":
         library = import_torchvision().models
-        for module in MODULES[family]:
-            for name in library.list_models(module=getattr(library, module)):
+        for name in library.list_models(module=library):
+            module = library.get_model_builder(name).__module__.rpartition(".")[2]
+            if module in MODULES[family]:
                 yield Model(family, module, name)
     else:
         for module in MODULES[family]:

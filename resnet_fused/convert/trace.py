@@ -98,6 +98,11 @@ def opens(module: nn.Module) -> bool:
     return any(isinstance(module.get_submodule(node.target), nn.Conv2d) for node in calls[:-1])
 
 
+def _is_called_by_torch(module: nn.Module) -> bool:
+    """Whether calling `module` is PyTorch's: what another ``__call__`` does beside, a graph has beside its node."""
+    return getattr(type(module).__call__, "__module__", "").startswith("torch.")
+
+
 def _opened(block: nn.Module) -> Iterator[nn.Module]:
     """What opens in `block` and in what opens there."""
     for child in filter(opens, block.children()):
@@ -231,4 +236,6 @@ def trace(block: nn.Module, cls: type, whole: bool = False) -> fx.Graph:
         holders = [block.get_submodule(".".join(atoms[:i])) for i in range(1, len(atoms))]
         if not opened.issuperset(holders):
             raise Untraceable("its forward runs a method of a child")
+        if atoms and not _is_called_by_torch(block.get_submodule(node.target)):
+            raise Untraceable(f"{node.target} has a __call__ of its own")
     return graph

@@ -172,3 +172,10 @@ def test_a_bias_before_a_norm_has_no_gradient_but_rounding(by, normalised, agree
     other[0].by = by
     found = equality.compare([(stock, other, x)], None, 0.0)
     assert [d.tensor for d in found if not d.agrees] == ([] if agrees else ["gradient of 0.bias"])
+
+
+def test_blocks_that_differ_in_how_often_they_are_dropped_are_one_kind():
+    model = models.resnet20(stochastic_depth_rate=0.5)
+    names = [f"layer{stage}.{i}" for stage in (1, 2) for i in range(3)]
+    found = distinct_blocks(model, names, torch.randn(1, 3, 8, 8))
+    assert [(block.name, block.alike) for block in found] == [("layer1.0", 3), ("layer2.0", 1), ("layer2.1", 2)]

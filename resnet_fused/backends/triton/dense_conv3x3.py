@@ -53,7 +53,7 @@ def dense_conv3x3_kernel(
     for i in tl.range(0, TILES):
         row = first_row(chunk, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
+        _sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, steps * _TAPS):
             tap = step // steps

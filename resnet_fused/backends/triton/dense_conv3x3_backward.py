@@ -77,7 +77,7 @@ def dense_conv3x3_dgrad_kernel(
     for i in tl.range(0, TILES):
         row = first_row(chunk, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
+        _sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, steps * _TAPS):
             tap = step // steps
@@ -125,7 +125,7 @@ def dense_conv3x3_wgrad_kernel(
     for i in tl.range(0, TILES):
         row = first_row(split, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
+        _sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
         z = apply_activation(load_tile(z_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_N), scale, shift, dtype)
         z = tl.trans(tl.where(in_rows[:, None], z, 0.0))  # relu(shift) of a row that does not exist may be infinite
         dy = load_gradient(grad_ptr, y_ptr, b_ptr, d_ptr, row, outs, h, w, in_rows, down, 1, G,

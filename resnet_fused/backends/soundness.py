@@ -64,7 +64,7 @@ def takes(op: str, outputs: int, inputs: int, coupled: bool = False) -> bool:
 
 
 def too_wide(op: str, outputs: int, inputs: int, device: torch.device | None, name: str = "auto") -> list[str]:
-    """What the kernels of `op` there, else as :func:`lacking`, have against a weight of this size; empty: one has none."""
+    """What kernels of `op` have against a weight of these sizes; empty: one has nothing. Else as :func:`lacking`."""
     found: list[str] = []
     for _, kernel in _there(op, device, name):
         reasons = kernel.widths(outputs, inputs)

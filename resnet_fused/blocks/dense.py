@@ -242,8 +242,8 @@ class FusedDenseBlock(densenet.DenseBlock):
     `growth_rate`, `drop_rate`, `memory_efficient` (compute again in backward what lies between the convolutions of a
     layer). x: ``[N, num_input_features, H, W]``, result ``[N, num_input_features + num_layers * growth_rate, H, W]``
     in the layout of x. Fused in float32 on a CPU with AVX-512 or AVX2, and on GPUs with Triton in float32, bfloat16 and
-    float16; stock elsewhere and, in training, with a `drop_rate`. The result is kept for backward: where it was written to, backward raises. Paper:
-    Huang et al., 2017, https://arxiv.org/abs/1608.06993.
+    float16; stock elsewhere and, in training, with a `drop_rate`. The result is kept for backward: where it was written
+    to, backward raises. Paper: Huang et al., 2017, https://arxiv.org/abs/1608.06993.
     """
 
     def forward(self, x: Tensor) -> Tensor:

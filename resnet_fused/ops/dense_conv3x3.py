@@ -26,6 +26,7 @@ SCHEMA = (
     "(Tensor z, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) out, bool statistics=True) "
     "-> (Tensor mean, Tensor m2)"
 )
+FORMS = "z:~K weight:GxKx3 scale,shift:K out:~G"
 
 
 def reference(
@@ -61,6 +62,7 @@ OP = define(
     bytes=bytes,
     flops=flops,
     compiled=True,
+    forms=FORMS,
     launches=two_launches,
     sums_of_rounded=True,
     ulps=4,

@@ -40,6 +40,7 @@ SCHEMA = (
     "(Tensor grad, Tensor y, Tensor b, Tensor d, Tensor z, Tensor weight, Tensor scale, Tensor shift, Tensor mean) "
     "-> (Tensor g, Tensor sum_g, Tensor sum_gz, Tensor grad_weight)"
 )
+FORMS = "grad,y:~G b,d:G z:~K weight:GxKx3 scale,shift,mean:K"
 
 
 def reference(
@@ -95,6 +96,7 @@ OP = define(
     bytes=bytes,
     flops=flops,
     compiled=True,
+    forms=FORMS,
     launches=launches,
     sums_of_rounded=True,
     ulps=4,

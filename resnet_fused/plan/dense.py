@@ -9,9 +9,9 @@ from ..steps.directions import Lowered
 from ..steps.program import Call
 from . import choose
 
-#: Values per channel below which, on a CPU, Python and the packing of weights take longer than what fusion saves: on a 2-core
-#: EPYC with AVX-512, blocks of 6 to 24 layers ran at 0.6 to 0.8 of stock's speed with 16 of them, at 1.06 to 1.3 with
-#: 98, in training and in evaluation (not recorded).
+#: Values per channel below which, on a CPU, Python and the packing of weights take longer than what fusion saves: on a
+#: 2-core EPYC with AVX-512, blocks of 6 to 24 layers ran at 0.6 to 0.8 of stock's speed with 16 of them, at 1.06 to 1.3
+#: with 98, in training and in evaluation (not recorded).
 FEW = 64
 
 

@@ -159,8 +159,21 @@ def test_explain_counts_a_block():
     assert rows.model.fused_saved < 0.45 * rows.model.stock_saved
     saving = resnet_fused.explain(resnet_fused.fuse(block, prefer="memory"), (4, 64, 28, 28))
     assert saving.model.fused_saved < 0.6 * rows.model.fused_saved
-    gpu = resnet_fused.explain(block, (4, 64, 28, 28), dtype=torch.bfloat16, device="h100")
-    assert "stock (no kernels of dense blocks but the CPU's)" in str(gpu)
+
+
+def test_explain_counts_a_block_on_a_gpu():
+    """Of which Triton's kernels are taken to be sound; widths that they do not take stay stock."""
+    block = densenet.DenseBlock(6, 64, 4, 32, 0.0)
+    gpu = resnet_fused.explain(block, (256, 64, 56, 56), dtype=torch.bfloat16, device="h100")
+    assert gpu.model.plan == "dense layers on one buffer"
+    assert gpu.model.fused.bytes < 0.31 * gpu.model.stock.bytes
+    assert gpu.model.fused_saved < 0.32 * gpu.model.stock_saved
+    assert gpu.model.fused.launches < gpu.model.stock.launches
+    wide = resnet_fused.explain(densenet.DenseBlock(2, 8, 10, 32, 0.0), (4, 8, 6, 6), device="h100")
+    assert "stock (dense_conv1x1_backward takes up to 256 output channels, not 320)" in str(wide)
+    with use("cpu"):
+        named = resnet_fused.explain(block, (4, 64, 8, 8), device="h100")
+    assert "stock (no sound kernel of dense_enter)" in str(named)
 
 
 def test_preferences():

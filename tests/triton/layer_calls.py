@@ -234,9 +234,26 @@ def average_calls(at):
     yield "norm_relu_avg_pool_apply", "affine", (*pooled, at.vector(c), at.vector(c), at.vector(c), *vectors), {}
 
 
+def dense_calls(at):
+    """A layer of a dense block. The odd layer's 3x3 weight is contiguous, the others' are channels_last."""
+    c, k = at.wide, min(at.narrow, 128)
+    g = k // 4 | k % 2
+    weight = torch.ones((g, k, 3, 3), dtype=at.dtype, device=at.device)
+    weight = weight if k % 2 else weight.contiguous(memory_format=torch.channels_last)
+    yield "dense_enter", "", (at.data(k), at.data(k)), {}
+    yield "dense_leave", "", (at.data(k), at.data(k), at.vector(k), at.vector(k)), {}
+    prefix = (at.data(c), at.weight(k, c), at.vector(c), at.vector(c))
+    yield "dense_conv1x1", "statistics", prefix, {}
+    yield "dense_conv3x3", "statistics", (at.data(k), weight, at.vector(k), at.vector(k), at.data(g)), {}
+    gathered = (at.data(g), at.data(g), at.vector(g), at.vector(g))
+    yield "dense_conv3x3_backward", "", (*gathered, at.data(k), weight, *(at.vector(k) for _ in range(3))), {}
+    through = (at.data(k), at.data(k), *(at.vector(k) for _ in range(3)))
+    yield "dense_conv1x1_backward", "", (at.data(c), at.data(c), *through, *prefix, at.vector(c)), {}
+
+
 MAKERS = (
     *(pixelwise_calls, pool_calls, average_calls),
-    *(forward_calls, backward_calls, narrow_calls, small_calls),
+    *(forward_calls, backward_calls, narrow_calls, small_calls, dense_calls),
 )
 
 

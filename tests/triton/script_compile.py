@@ -25,6 +25,7 @@ from layer_calls import (
     average_calls,
     backward_calls,
     calls,
+    dense_calls,
     forward_calls,
     gate_calls,
     narrow_calls,
@@ -200,7 +201,7 @@ def compile_one(launch, arch):
 
 def chosen():
     """What to compile: (options, dtype, channels, architecture, launch)."""
-    for options, dtype, channels, arch, call in (*chosen_pixelwise(), *chosen_products()):
+    for options, dtype, channels, arch, call in (*chosen_pixelwise(), *chosen_products(), *chosen_dense()):
         yield from ((options, dtype, channels, arch, launch) for launch in record(call, arch))
 
 
@@ -241,6 +242,17 @@ def chosen_products():
     for sizes, arch in ((wide, 90), (wide, 120), (odd, 90)):
         for options, call in products(Layer(*sizes, torch.float32), richest=True):
             yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
+
+
+def chosen_dense():
+    """Layers of dense blocks: bfloat16 everywhere, other dtypes and an odd layer on sm_90."""
+    wide, odd = (64, 14, 128, 512), (64, 14, 33, 65)
+    layers = [(Layer(*wide), arch) for arch in ARCHS] + [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
+    for at, arch in (*layers, (Layer(*odd), 90)):
+        for options, call in products(at, dense_calls):
+            yield options, at.dtype, at.narrow, arch, call
+    for options, call in products(Layer(*wide, torch.float32), dense_calls):
+        yield f"{options}, full float32", torch.float32, 128, 90, functools.partial(in_full, call)
 
 
 def in_full(call):

@@ -53,6 +53,8 @@ def again(kernel, sizes, names):
         "norm_relu_avg_pool_apply_kernel",
     ):  # each window's, by its pixels
         return {"grad_ptr": sizes["KERNEL_H"] * sizes["KERNEL_W"]}
+    if kernel.startswith("dense_conv"):
+        return again_in_dense_layers(kernel, sizes)
     if kernel == "gram_kernel":  # a tile of columns meets every other and, once for both sides, itself
         return {"a_ptr": sizes["column_tiles"]}
     if kernel == "gram_merge_kernel":  # the diagonal is its own mirror image
@@ -78,6 +80,22 @@ def again(kernel, sizes, names):
     # x is an operand of the coupling, and where it is lazy tells its own sign
     asked = (columns if "coupling_ptr" in names else 0) + ("x_scale_ptr" in names)
     return matrices | lazy | {"x_ptr": asked}
+
+
+def again_in_dense_layers(kernel, sizes):
+    """As :func:`again`. A pixel is asked for by its neighbours, which are fewer at the border of an image."""
+    rows = ceil(sizes["M"], sizes["BLOCK_M"])
+    if kernel == "dense_conv1x1_backward_kernel":
+        columns = ceil(channels(sizes, "C"), sizes["BLOCK_C"])
+        return {"g_ptr": columns, "z_ptr": columns, "weight_ptr": rows}
+    pairs = (3 * sizes["H"] - 2) * (3 * sizes["W"] - 2) / (sizes["H"] * sizes["W"])
+    if kernel == "dense_conv3x3_kernel":
+        return {"z_ptr": pairs * ceil(channels(sizes, "G"), sizes["BLOCK_N"]), "weight_ptr": rows}
+    columns = pairs * ceil(channels(sizes, "K"), sizes["BLOCK_N"])
+    gradient = {"grad_ptr": columns, "y_ptr": columns}
+    if kernel == "dense_conv3x3_dgrad_kernel":
+        return gradient | {"weight_ptr": rows}
+    return gradient | {"z_ptr": 3 * ceil(channels(sizes, "G"), sizes["BLOCK_K"])}
 
 
 @pytest.fixture(scope="module")

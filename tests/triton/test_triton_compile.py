@@ -29,6 +29,8 @@ REGISTERS = {
     "norm_relu_avg_pool_kernel": 128,
     "norm_relu_avg_pool_backward_kernel": 128,
     "norm_relu_avg_pool_apply_kernel": 128,
+    "dense_leave_kernel": 128,
+    "dense_merge_kernel": 64,
     "bn_affine_kernel": 64,
     "bn_coefficients_kernel": 64,
     "running_affine_kernel": 64,
@@ -37,6 +39,8 @@ REGISTERS = {
 PIXELWISE = ["bn_stats_kernel", "norm_add_relu_kernel", "norm_add_relu_backward_kernel", "lazy_grad_apply_kernel"]
 NARROW = ["conv1x1_backward_kernel"]  # in 16 bits alone
 PRODUCTS = [f"conv1x1{name}_kernel" for name in ("", "_join", "_dgrad", "_wgrad")] + ["gram_kernel", *NARROW]
+PRODUCTS += [f"dense_conv3x3{name}_kernel" for name in ("", "_dgrad", "_wgrad")] + ["dense_conv1x1_backward_kernel"]
+SPLIT = ("conv1x1_wgrad_kernel", "conv3x3_wgrad_kernel", "conv1x1_backward_kernel", "gram_kernel")  # and sums of theirs
 SMALL_PRODUCTS = ["gram_norm_kernel", "gram_grad_kernel"]  # float32, once a layer
 SMALL_PRODUCTS += ["gram_grad_rows_kernel", "gram_grad_coupling_kernel"]
 ARCHS = (80, 90, 100, 120)
@@ -85,7 +89,7 @@ def test_no_spills_and_bounded_registers_and_shared_memory(rows):
 def test_as_many_programs_are_resident_as_splits_count_on(rows):
     """`splits.resident` promises no more than registers and shared memory leave room for."""
     for row in rows:
-        if row["kernel"] in ("conv1x1_wgrad_kernel", "conv1x1_backward_kernel", "gram_kernel"):
+        if row["kernel"].removeprefix("dense_") in SPLIT:
             registers = -(-row["REG"] * 32 // 256) * 256 * row["warps"]  # a warp's come in parts of 256
             fit = min(65536 // registers, SHARED_BYTES_OF[row["arch"]] // row["shared"])
             assert fit >= splits.resident(Config(0, 0, 0, row["warps"], 0)), f"{label(row)}: {fit} are resident"

@@ -5,10 +5,10 @@ together; a :class:`Problem` is a call in these terms, from which arguments of o
 device to see what they would start, or with values on a coarse grid (:mod:`.draws`).
 
 The language of ``forms``: names of tensors and their form. With letters for numbers of channels: ``C`` a vector,
-``KxC`` the weight of a 1x1 convolution, ``K*C`` a matrix, ``~C`` activations on the op's pixels, ``!C`` their packed
-bits (or activations that stand for them), ``^C`` what a pool leaves of them. ``<stride``: of more pixels, read at the
-stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a sample, of which
-``N*C`` is a matrix; ``1``: a count. What only lends its pixels has a letter of its own.
+``KxC`` the weight of a 1x1 convolution, ``KxCx3`` of a 3x3 one, ``K*C`` a matrix, ``~C`` activations on the op's
+pixels, ``!C`` their packed bits (or activations that stand for them), ``^C`` what a pool leaves of them. ``<stride``:
+of more pixels, read at the stride of that name; ``>stride``: of those pixels that a stride leaves. ``N``: one number a
+sample, of which ``N*C`` is a matrix; ``1``: a count. What only lends its pixels has a letter of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import math
 import torch
 
 from ...ops import OPS
-from ...ops.contract import channels_last_strides, pack_mask
+from ...ops.contract import channels_last_strides, is_channels_last, pack_mask, pitch
 from ..cards import aligned
-from .draws import Case, Draw
+from .draws import Case, Draw, span
 from .lazy_cases import GramJoin, PoolDraw
 
 Tensor = torch.Tensor
@@ -35,6 +35,7 @@ class Form:
 
     kind: str  # "vector", "samples", "count", "weight", "matrix", "~", "!" or "^"
     letters: str
+    taps: int = 1  # of a weight, in a row
     direction: str = ""  # "<" or ">"
     stride: str = ""  # name of the argument
 
@@ -48,10 +49,10 @@ def forms(op: str) -> dict[str, Form]:
         if text in ("N", "1"):
             form = Form("samples" if text == "N" else "count", "")
         elif "x" in text[1:2] or "*" in text:
-            form = Form("weight" if "x" in text else "matrix", text[0] + text[2])
+            form = Form("weight" if "x" in text else "matrix", text[0] + text[2], int(text[4:] or 1))
         elif text[0] in "~!^":
             direction = text[2:3]
-            form = Form(text[0], text[1], direction, text[3:])
+            form = Form(text[0], text[1], 1, direction, text[3:])
         else:
             form = Form("vector", text)
         found |= dict.fromkeys(names.split(","), form)
@@ -71,6 +72,15 @@ class Like:
 
     dtype: torch.dtype
     aligned: bool
+    beside: int = 0  # of activations: channels between those of one pixel and the next
+    taps_last: bool = False  # of a weight of several taps: contiguous, not channels_last
+
+    @classmethod
+    def of(cls, value: Tensor, form: Form) -> Like:
+        """What the tensor of a call keeps."""
+        beside = pitch(value) - value.shape[1] if form.kind == "~" and value.numel() else 0
+        taps_last = form.taps > 1 and not is_channels_last(value)
+        return cls(value.dtype, aligned(value), beside, taps_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +112,7 @@ class Problem:
         if form.kind in ("vector", "matrix", "count"):
             return sizes
         if form.kind == "weight":
-            return (*sizes, 1, 1)
+            return (*sizes, form.taps, form.taps)
         n, h, w = self.pixels(form)
         if form.kind == "^":
             window = self.given["kernel"], self.given["stride"], self.given.get("padding", (0, 0))
@@ -117,7 +127,8 @@ class Problem:
     def case(self, name: str, card=None) -> Case:
         """Arguments with values, in float64 where they are floating, and what :func:`.draws.place` needs."""
         tensors = self._tensors()
-        args, kwargs = self._call(_values(self, set(tensors)))
+        values = _values(self, set(tensors))
+        args, kwargs = self._call({name: self._laid_out(name, value) for name, value in values.items()})
         first = next(iter(self.given))
         likes = {0 if key == first else key: (like.dtype, like.aligned) for key, like in tensors.items()}
         return Case(name, args, kwargs, likes, card)
@@ -129,17 +140,34 @@ class Problem:
         (_, first), *rest = ((name, tensors.get(name, value)) for name, value in self.given.items())
         return (first,), dict(rest)
 
+    def _strides(self, form: Form, like: Like) -> tuple[int, ...]:
+        """Of a tensor of this form, unless it is of bits."""
+        shape = self.shape(form)
+        if form.kind in "~!^":
+            return channels_last_strides((shape[0], shape[1] + like.beside, *shape[2:]))
+        if form.taps > 1 and not like.taps_last:
+            return channels_last_strides(shape)
+        return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
+
+    def _laid_out(self, name: str, value: Tensor) -> Tensor:
+        """`value` as it lies in a call like this one, where that is not as it was drawn."""
+        form, like = forms(self.op)[name], self.given[name]
+        if not like.beside and form.taps == 1:
+            return value
+        strides = self._strides(form, like)
+        flat = value.new_zeros(span(torch.empty_strided(value.shape, strides, device="meta")))
+        return flat.as_strided(value.shape, strides).copy_(value)
+
     def _empty(self, name: str, like: Like) -> Tensor:
         form = forms(self.op)[name]
         shape = self.shape(form)
         if form.kind == "!" and like.dtype == torch.uint8:
             shape, strides = (shape[0] * shape[2] * shape[3], -(-shape[1] // 8)), (-(-shape[1] // 8), 1)
-        elif form.kind in "~!^":
-            strides = channels_last_strides(shape)
         else:
-            strides = tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
+            strides = self._strides(form, like)
         skip = 0 if like.aligned else 1
-        flat = torch.empty(math.prod(shape) + skip, dtype=like.dtype, device="meta")
+        room = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        flat = torch.empty(max(0, room) + skip, dtype=like.dtype, device="meta")
         return flat.as_strided(shape, strides, skip)
 
 
@@ -164,7 +192,7 @@ def problem(op: str, args: tuple, kwargs: dict) -> Problem:
             n, _, h, w = value.shape
             steps = given[form.stride] if form.stride else (1, 1)
             grid = grid or (n, -(-h // steps[0]), -(-w // steps[1]))
-        given[name] = Like(value.dtype, aligned(value))
+        given[name] = Like.of(value, form)
     return Problem(op, grid or (1, 1, 1), channels, given)  # of vectors alone there are no pixels
 
 

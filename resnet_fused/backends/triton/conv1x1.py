@@ -89,16 +89,24 @@ def conv1x1_kernel(
 
 
 def tiles_per_program(
-    row_tiles: int, column_tiles: int, config: Config, c: int, k: int, size: int, card: cards.Card = cards.H100
+    row_tiles: int,
+    column_tiles: int,
+    config: Config,
+    c: int,
+    k: int,
+    size: int,
+    card: cards.Card = cards.H100,
+    wide: int = WIDE,
 ) -> int:
     """Row tiles of a program: a function of shapes alone, so that sums have the same bits in every run.
 
     Args:
         size: bytes of an element of x and z.
         card: the same for all but a self-check's.
+        wide: columns of a tile that is enough for a program; of narrower ones it takes several.
     """
     total = row_tiles * column_tiles
-    narrow = WIDE // min(WIDE, config.block_n)
+    narrow = wide // min(wide, config.block_n)
     small_partials = common.cdiv(PARTIAL_SHARE * 12 * k, size * (c + k) * config.block_m)
     most, least = card.programs(PROGRAMS), card.programs(MIN_PROGRAMS)
     return max(narrow, common.cdiv(total, most), min(small_partials, total // least))

@@ -53,7 +53,7 @@ def dense_conv3x3_kernel(
     for i in tl.range(0, TILES):
         row = first_row(chunk, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
+        _sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, steps * _TAPS):
             tap = step // steps
@@ -88,8 +88,8 @@ def start(z: Tensor, weight: Tensor, affine: tuple, out: Tensor, channels_last: 
     rows = n * h * w
     config = gemm.configuration(NAME, z, g, k)
     column_tiles, row_tiles = common.cdiv(g, config.block_n), common.cdiv(rows, config.block_m)
-    size = z.element_size()
-    tiles = conv1x1.tiles_per_program(row_tiles, column_tiles, config, k, g, size, cards.of(z.device))
+    sizes = (row_tiles, column_tiles, config, k, g, z.element_size(), cards.of(z.device))
+    tiles = conv1x1.tiles_per_program(*sizes, wide=1)  # nine taps are enough to do
     chunks = common.cdiv(row_tiles, tiles)
     partial = z.new_empty((3, chunks, g), dtype=torch.float32) if found is not None else None
     (units_k, div_k), (div_g, (units_g, units_out)) = gemm.split(k), units(g, out)

@@ -77,7 +77,7 @@ def dense_conv3x3_dgrad_kernel(
     for i in tl.range(0, TILES):
         row = first_row(chunk, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
+        _sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, steps * _TAPS):
             tap = step // steps
@@ -125,18 +125,21 @@ def dense_conv3x3_wgrad_kernel(
     for i in tl.range(0, TILES):
         row = first_row(split, TILES, i, BLOCK_M)
         in_rows = rows_in(row, M, BLOCK_M)
-        sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
+        _sample, h, w = pixels_from(row, W, H * W, BLOCK_M)
         z = apply_activation(load_tile(z_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_N), scale, shift, dtype)
-        z = tl.trans(tl.where(in_rows[:, None], z, 0.0))  # relu(shift) of a row that does not exist may be infinite
+        # What has no neighbour there, or is none, may be infinite, and times zero that is NaN.
         dy = load_gradient(grad_ptr, y_ptr, b_ptr, d_ptr, row, outs, h, w, in_rows, down, 1, G,
                            UNITS_GRAD * DIV_G, UNITS_Y * DIV_G, H, W, dtype, BLOCK_M, BLOCK_K)  # fmt: skip
-        left = dot(z, dy, left, PRECISION)
+        there = neighbours(h, w, in_rows, down, 1, H, W)
+        left = dot(tl.trans(tl.where(there[:, None], z, 0.0)), dy, left, PRECISION)
         dy = load_gradient(grad_ptr, y_ptr, b_ptr, d_ptr, row, outs, h, w, in_rows, down, 0, G,
                            UNITS_GRAD * DIV_G, UNITS_Y * DIV_G, H, W, dtype, BLOCK_M, BLOCK_K)  # fmt: skip
-        middle = dot(z, dy, middle, PRECISION)
+        there = neighbours(h, w, in_rows, down, 0, H, W)
+        middle = dot(tl.trans(tl.where(there[:, None], z, 0.0)), dy, middle, PRECISION)
         dy = load_gradient(grad_ptr, y_ptr, b_ptr, d_ptr, row, outs, h, w, in_rows, down, -1, G,
                            UNITS_GRAD * DIV_G, UNITS_Y * DIV_G, H, W, dtype, BLOCK_M, BLOCK_K)  # fmt: skip
-        right = dot(z, dy, right, PRECISION)
+        there = neighbours(h, w, in_rows, down, -1, H, W)
+        right = dot(tl.trans(tl.where(there[:, None], z, 0.0)), dy, right, PRECISION)
     ks, gs = column + tl.arange(0, BLOCK_N), outs + tl.arange(0, BLOCK_K)
     base = grad_weight_ptr + split.to(tl.int64) * (K * G * _TAPS)
     inside = (ks < K)[:, None] & (gs < G)[None, :]

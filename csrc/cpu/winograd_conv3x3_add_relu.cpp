@@ -128,27 +128,30 @@ const float* weight_of(const Problem& p, const float* packed, int64_t panel) {
 // them. Whether all is finite.
 bool by_sum(const Problem& p, const Stages& at, const float* packed, const Epilogue& epilogue) {
   std::atomic<bool> finite{true};
-  const auto v = aligned_array<float>(p.v_size(p.most_tiles())), m = aligned_array<float>(p.m_size());
+  // Several MiB each, on kept memory.
+  const Tensor values = empty_images(1, p.v_size(p.most_tiles()), 1, 1, ScalarType::Float);
+  const Tensor sums = empty_images(1, p.m_size(), 1, 1, ScalarType::Float);
+  float *v = data<float>(values), *m = data<float>(sums);
   const std::vector<float> zeros(p.C);
   const int64_t panels = kSumColumns / p.panel, groups = (p.panels + panels - 1) / panels;
   for (int64_t block = 0; block < p.blocks && finite; ++block) {
     const int64_t count = p.size(block), parts = (count + kPart - 1) / kPart;
     const auto tiles = [&](int64_t part) { return Problem::Range{part * kPart, std::min(count, (part + 1) * kPart)}; };
-    share(parts, [&] { return [&](int64_t part) { at.inputs(p, block, tiles(part), v.get(), zeros.data()); }; });
+    share(parts, [&] { return [&](int64_t part) { at.inputs(p, block, tiles(part), v, zeros.data()); }; });
     share(p.sums() * groups, [&] {
       return [&](int64_t unit) {
         const int64_t first = unit % groups * panels, end = std::min(p.panels, first + panels);
         for (int64_t panel = first; panel < end; ++panel) {
           const float* next = panel + 1 < p.panels ? weight_of(p, packed, panel + 1) : nullptr;
           const float* weight = weight_of(p, packed, panel);
-          at.products(p, block, unit / groups, v.get(), weight, m.get() + panel * p.panel, next);
+          at.products(p, block, unit / groups, v, weight, m + panel * p.panel, next);
         }
       };
     });
     share(parts, [&] {
       return [&](int64_t part) {
         for (int64_t panel = 0; panel < p.panels; ++panel) {
-          if (!at.write(p, block, panel, tiles(part), m.get() + panel * p.panel, epilogue)) finite = false;
+          if (!at.write(p, block, panel, tiles(part), m + panel * p.panel, epilogue)) finite = false;
         }
       };
     });

@@ -14,7 +14,7 @@
 namespace resnet_fused::cpu {
 
 // Of all: how many outputs and pixels there are to a side, and how many sums over channels become outputs; sum i is of
-// depth(i) values. place: where a value lies among all, those of one sum side by side.
+// depth(i) values from first(i) on. place: where a value lies among all, those of one sum side by side.
 template <int64_t M>
 struct Filtering;
 
@@ -22,6 +22,7 @@ template <>
 struct Filtering<2> {
   static constexpr int64_t outputs = 2, inputs = 4, values = inputs * inputs, sums = inputs, stride = 1;
   static constexpr int64_t depth(int64_t) { return 1; }
+  static constexpr int64_t first(int64_t sum) { return sum; }
   static constexpr int64_t place(int64_t i, int64_t j) { return i * inputs + j; }
 
   template <class V>
@@ -51,6 +52,7 @@ template <>
 struct Filtering<4> {
   static constexpr int64_t outputs = 4, inputs = 6, values = inputs * inputs, sums = inputs, stride = 1;
   static constexpr int64_t depth(int64_t) { return 1; }
+  static constexpr int64_t first(int64_t sum) { return sum; }
   static constexpr int64_t place(int64_t i, int64_t j) { return i * inputs + j; }
   // The points, and what of their powers is used; all but those of `weight` are exact in float.
   static constexpr double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;

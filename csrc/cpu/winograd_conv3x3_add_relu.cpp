@@ -2,9 +2,9 @@
 // ReLU in the output's transform.
 //
 // Tiles come in blocks, whose transformed input stays in the second-level cache while all panels of the weight pass by;
-// or, where the weight is larger than the input, a panel of it passes the whole. No result depends on the number of
-// threads: an output is a sum over channels in their order.
-// Bytes: x, residual, packed and out once; FLOPs counted as the direct sum's, 2*M*K*C*9.
+// or, where the weight is larger than the input, tiles meet what of it makes one sum after the other. No result depends
+// on the number of threads: an output is a sum over channels in their order. Bytes: x, residual, packed and out once;
+// FLOPs counted as the direct sum's, 2*M*K*C*9.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -28,24 +28,35 @@ namespace {
 // The stages at one level of the machine, of a size of tiles.
 struct Stages {
   int64_t panel;
-  void (*inputs)(const Problem&, int64_t, float*, const float*);
+  void (*inputs)(const Problem&, int64_t, Problem::Range, float*, const float*);
+  void (*products)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const float*);
+  bool (*write)(const Problem&, int64_t, int64_t, Problem::Range, float*, const Epilogue&);
   bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Epilogue&);
 };
 
 template <class L, class F>
 struct At;
 
-#define RESNET_FUSED_STAGES(LEVEL, TARGET, TRANSFORM, ...)                                                     \
-  template <>                                                                                                  \
-  struct At<LEVEL, __VA_ARGS__> {                                                                              \
-    TARGET static void inputs(const Problem& p, int64_t block, float* v, const float* zeros) {                 \
-      TRANSFORM(p, block, v, zeros);                                                                           \
-    }                                                                                                          \
-    TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, \
-                               float* m, const Epilogue& epilogue) {                                           \
-      return write_outputs<LEVEL, __VA_ARGS__>(p, block, panel, v, u, m, Sums{}, epilogue);                    \
-    }                                                                                                          \
-    static constexpr Stages stages{LEVEL::panel, inputs, outputs};                                             \
+#define RESNET_FUSED_STAGES(LEVEL, TARGET, TRANSFORM, ...)                                                           \
+  template <>                                                                                                        \
+  struct At<LEVEL, __VA_ARGS__> {                                                                                    \
+    using F = __VA_ARGS__;                                                                                           \
+    TARGET static void inputs(const Problem& p, int64_t block, Problem::Range tiles, float* v, const float* zeros) { \
+      TRANSFORM(p, block, tiles, v, zeros);                                                                          \
+    }                                                                                                                \
+    TARGET static void products(const Problem& p, int64_t block, int64_t sum, const float* v, const float* u,        \
+                                float* m, const float* next) {                                                       \
+      multiply_sum<LEVEL, F>(p, block, sum / F::sums, sum % F::sums, v, u, m, next);                                 \
+    }                                                                                                                \
+    TARGET static bool write(const Problem& p, int64_t block, int64_t panel, Problem::Range tiles, float* m,         \
+                             const Epilogue& epilogue) {                                                             \
+      return write_tiles<LEVEL, F>(p, block, panel, tiles, m, epilogue);                                             \
+    }                                                                                                                \
+    TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,       \
+                               float* m, const Epilogue& epilogue) {                                                 \
+      return write_outputs<LEVEL, F>(p, block, panel, v, u, m, Sums{}, epilogue);                                    \
+    }                                                                                                                \
+    static constexpr Stages stages{LEVEL::panel, inputs, products, write, outputs};                                  \
   };
 #define RESNET_FUSED_LEVEL(LEVEL, TARGET)                                                   \
   RESNET_FUSED_STAGES(LEVEL, TARGET, (transform_inputs<LEVEL, Filtering<2>>), Filtering<2>) \
@@ -74,15 +85,20 @@ const Stages& stages_of(const Tensor& packed) {
   }
 }
 
-// Whether panel by panel of the weight passes the whole input, see above.
+// Where sums are made one after the other, tiles of a block, output channels at a time, and tiles that are transformed
+// at a time.
+constexpr int64_t kSumTiles = 12 * Level512::rows, kSumColumns = 128, kPart = 4;
+
+// Whether so many tiles meet each sum's weight at a time, see above.
 bool is_small(const Problem& p) { return p.tiles < p.K; }
 
-// Tiles of a block, in whole groups of product.h's rows. Where panels pass, many, for each block reads all of them.
-// Else so many that what is transformed fits the second-level cache beside a panel and its products, and no more than
-// leave every thread of a common machine several blocks. `folded_outputs` in steps/winograd.py counts on this.
+// Tiles of a block, in whole groups of product.h's rows. Where sums are made one after the other, many, for each block
+// reads the whole weight. Else so many that what is transformed fits the second-level cache beside a panel and its
+// products, and no more than leave every thread of a common machine several blocks. `folded_outputs` in
+// steps/winograd.py counts on this.
 int64_t tiles_of_a_block(const Problem& p) {
   constexpr int64_t kFloats = int64_t(172) << 10, kMost = 84, kLeast = 28, kGroup = Level512::rows, kBlocks = 16;
-  if (is_small(p)) return kMost;
+  if (is_small(p)) return kSumTiles;
   const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, p.stride == 2 ? kMost / 2 : kMost);
   return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
 }
@@ -96,6 +112,7 @@ Problem problem_of(const Tensor& x, const Tensor& packed, const Tensor& out, int
   p.K = out.size(1), p.P = out.size(2), p.Q = out.size(3);
   p.cut(packed.size(1) == 36 ? 4 : 2, panel);
   p.u_pitch = kPackedColumns;
+  if (is_small(p)) p.m_columns = p.panels * p.panel;
   const int64_t most = tiles_of_a_block(p);
   p.blocks = (p.tiles + most - 1) / most;
   return p;
@@ -107,21 +124,38 @@ const float* weight_of(const Problem& p, const float* packed, int64_t panel) {
   return packed + column / kPackedColumns * p.u_size() + column % kPackedColumns;
 }
 
-// Panel by panel of the weight, past the whole input. Whether all is finite.
-bool by_panel(const Problem& p, const Stages& at, const float* packed, const Epilogue& epilogue) {
+// Sum by sum, of many tiles at a time: what meets of a weight that is larger than the input is read once for all of
+// them. Whether all is finite.
+bool by_sum(const Problem& p, const Stages& at, const float* packed, const Epilogue& epilogue) {
   std::atomic<bool> finite{true};
-  const auto v = aligned_array<float>(p.v_size(p.tiles));
+  // Several MiB each, on kept memory.
+  const Tensor values = empty_images(1, p.v_size(p.most_tiles()), 1, 1, ScalarType::Float);
+  const Tensor sums = empty_images(1, p.m_size(), 1, 1, ScalarType::Float);
+  float *v = data<float>(values), *m = data<float>(sums);
   const std::vector<float> zeros(p.C);
-  const auto input_of = [&](int64_t block) { return v.get() + p.v_size(p.first_tile(block)); };
-  share(p.blocks, [&] { return [&](int64_t block) { at.inputs(p, block, input_of(block), zeros.data()); }; });
-  share(p.panels, [&] {
-    return [&, m = aligned_array<float>(p.m_size())](int64_t panel) {
-      for (int64_t block = 0; block < p.blocks && finite; ++block) {
-        const float* weight = weight_of(p, packed, panel);
-        if (!at.outputs(p, block, panel, input_of(block), weight, m.get(), epilogue)) finite = false;
-      }
-    };
-  });
+  const int64_t panels = kSumColumns / p.panel, groups = (p.panels + panels - 1) / panels;
+  for (int64_t block = 0; block < p.blocks && finite; ++block) {
+    const int64_t count = p.size(block), parts = (count + kPart - 1) / kPart;
+    const auto tiles = [&](int64_t part) { return Problem::Range{part * kPart, std::min(count, (part + 1) * kPart)}; };
+    share(parts, [&] { return [&](int64_t part) { at.inputs(p, block, tiles(part), v, zeros.data()); }; });
+    share(p.sums() * groups, [&] {
+      return [&](int64_t unit) {
+        const int64_t first = unit % groups * panels, end = std::min(p.panels, first + panels);
+        for (int64_t panel = first; panel < end; ++panel) {
+          const float* next = panel + 1 < p.panels ? weight_of(p, packed, panel + 1) : nullptr;
+          const float* weight = weight_of(p, packed, panel);
+          at.products(p, block, unit / groups, v, weight, m + panel * p.panel, next);
+        }
+      };
+    });
+    share(parts, [&] {
+      return [&](int64_t part) {
+        for (int64_t panel = 0; panel < p.panels; ++panel) {
+          if (!at.write(p, block, panel, tiles(part), m + panel * p.panel, epilogue)) finite = false;
+        }
+      };
+    });
+  }
   return finite;
 }
 
@@ -133,7 +167,7 @@ bool by_block(const Problem& p, const Stages& at, const float* packed, const Epi
     return
         [&, v = aligned_array<float>(p.v_size(p.most_tiles())), m = aligned_array<float>(p.m_size())](int64_t block) {
           if (!finite) return;
-          at.inputs(p, block, v.get(), zeros.data());
+          at.inputs(p, block, {0, p.size(block)}, v.get(), zeros.data());
           for (int64_t panel = 0; panel < p.panels; ++panel) {
             const float* weight = weight_of(p, packed, panel);
             if (!at.outputs(p, block, panel, v.get(), weight, m.get(), epilogue)) finite = false;
@@ -180,7 +214,7 @@ Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Te
   const Stages& at = stages_of(packed);
   const Problem p = problem_of(x, packed, out, padding, stride, at.panel);
   const float* u = data<float>(packed);
-  const bool finite = is_small(p) ? by_panel(p, at, u, epilogue) : by_block(p, at, u, epilogue);
+  const bool finite = is_small(p) ? by_sum(p, at, u, epilogue) : by_block(p, at, u, epilogue);
   if (!finite) direct(x, weight, scale, epilogue, padding, stride, out);
   return out;
 }

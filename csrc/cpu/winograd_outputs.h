@@ -136,21 +136,51 @@ RESNET_FUSED_INLINE void sum_vector(const Problem& p, int64_t first, int64_t cou
   store_vector<L>(square, total);
 }
 
-// m[sum][tile][panel] = the products of a block's values with a panel of the weight. What the last row, or column, of
-// values makes goes to the second outputs alone: it is left out of tiles that have none.
-template <class L, class F>
-RESNET_FUSED_INLINE void multiply_block(const Problem& p, int64_t block, const float* v, const float* u, float* m) {
-  constexpr int64_t last = F::sums - 1;
-  const int64_t count = p.size(block);
-  for (int64_t i = 0; i < F::sums; ++i) {
-    for (int64_t j = 0; j < F::sums; ++j, m += count * p.m_pitch()) {
-      const Problem::Range tiles = p.with(i == last, j == last, block);
-      const int64_t depth = F::depth(i) * F::depth(j) * p.C, pitch = F::stride == 1 ? p.v_pitch() : depth + p.kGap;
-      multiply_rows<L>(tiles.end - tiles.begin, v + tiles.begin * pitch, pitch, u, p.u_pitch, depth,
-                       m + tiles.begin * p.m_pitch(), p.m_pitch());
-      v += count * pitch, u += F::depth(i) * F::depth(j) * p.u_plane();
-    }
+// Fetches a line of what is multiplied by next at every so many steps of a product.
+struct FetchNext {
+  const float* next;
+  int64_t every, wait = 1;
+
+  RESNET_FUSED_INLINE void operator()() {
+    if (--wait) return;
+    __builtin_prefetch(next, 0, 2);
+    next += 16, wait = every;
   }
+};
+
+// m[sum][tile] of sum i in the one and j in the other direction = the products of a block's values with a panel of the
+// weight. What the last makes goes to the second outputs alone: it is left out of tiles that have none. `next`: where
+// the panel lies that comes next, which is fetched meanwhile; or null.
+template <class L, class F>
+RESNET_FUSED_INLINE void multiply_sum(const Problem& p, int64_t block, int64_t i, int64_t j, const float* v,
+                                      const float* u, float* m, const float* next = nullptr) {
+  constexpr int64_t last = F::sums - 1;
+  const int64_t count = p.size(block), sum = i * F::sums + j, first = F::place(F::first(i), F::first(j));
+  const Problem::Range tiles = p.with(i == last, j == last, block);
+  const int64_t depth = F::depth(i) * F::depth(j) * p.C, pitch = F::stride == 1 ? p.v_pitch() : depth + p.kGap;
+  v += count * (F::stride == 1 ? sum * pitch : first * p.C + sum * p.kGap) + tiles.begin * pitch;
+  m += (sum * count + tiles.begin) * p.m_pitch();
+  u += first * p.u_plane();
+  const int64_t wanted = tiles.end - tiles.begin;
+  if (!next) return multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch());
+  const int64_t steps = (wanted + L::rows - 1) / L::rows * depth, lines = depth * p.u_pitch / 16;
+  multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch(), Nothing{},
+                   FetchNext{next + first * p.u_plane(), std::max<int64_t>(1, steps / lines)});
+}
+
+// The tiles `tiles` of a block, in a panel, from the sums. Returns whether all are finite before the epilogue.
+template <class L, class F, class E>
+RESNET_FUSED_INLINE bool write_tiles(const Problem& p, int64_t block, int64_t panel, Problem::Range tiles, float* m,
+                                     const E& epilogue) {
+  const int64_t plane = p.size(block) * p.m_pitch();
+  typename L::Vector bad = {};
+  Tile<F::outputs> tile(p, p.first_tile(block) + tiles.begin);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t, tile.advance(p)) {
+    write_tile<L, F>(p, epilogue, tile, panel * L::panel, m + t * p.m_pitch(), plane, bad);
+  }
+  float lanes[L::lanes];
+  store_vector<L>(lanes, bad);
+  return std::all_of(lanes, lanes + L::lanes, [](float lane) { return lane == 0; });
 }
 
 // The outputs of a block in a panel, from the transformed input and weight; `m` is room for m_size values. Returns
@@ -160,20 +190,16 @@ RESNET_FUSED_INLINE bool write_outputs(const Problem& p, int64_t block, int64_t 
                                        float* m, const Sums& sums, const E& epilogue) {
   const int64_t first = p.first_tile(block), count = p.size(block), k = panel * L::panel;
   const int64_t plane = count * p.m_pitch();
-  multiply_block<L, F>(p, block, v, u, m);
-  typename L::Vector bad = {};
-  Tile<F::outputs> tile(p, first);
-  for (int64_t t = 0; t < count; ++t, tile.advance(p)) {
-    write_tile<L, F>(p, epilogue, tile, k, m + t * p.m_pitch(), plane, bad);
+  for (int64_t i = 0; i < F::sums; ++i) {
+    for (int64_t j = 0; j < F::sums; ++j) multiply_sum<L, F>(p, block, i, j, v, u, m);
   }
+  const bool finite = write_tiles<L, F>(p, block, panel, {0, count}, m, epilogue);
   if (sums.pivot) {
     for (int64_t c = 0; c < L::panel; c += L::lanes) {
       sum_vector<L, F>(p, first, count, m + c, plane, sums.pivot + k + c, sums.sum + k + c, sums.square + k + c);
     }
   }
-  float lanes[L::lanes];
-  store_vector<L>(lanes, bad);
-  return std::all_of(lanes, lanes + L::lanes, [](float lane) { return lane == 0; });
+  return finite;
 }
 
 }  // namespace resnet_fused::cpu

@@ -19,6 +19,7 @@ struct Problem {
   int64_t stride = 1;  // of the convolution, or 2 with tiles of 2 x 2 outputs
   int64_t panel = 0, panels = 0, tile_rows = 0, tile_columns = 0, tiles = 0, blocks = 0;
   int64_t odd_rows = 0, odd_columns = 0;  // of tiles with one output, where a tile has two: 0 or 1, the last
+  int64_t m_columns = 0;                  // of sums that are kept at a time: those of a panel, or of all
   int64_t u_pitch = 0;                    // between rows of the transformed weight, which may hold several panels
   int64_t u_gap = 0;                      // behind its planes
 
@@ -28,7 +29,7 @@ struct Problem {
   int64_t values() const { return stride == 2 ? 25 : (outputs + 2) * (outputs + 2); }
   int64_t sums() const { return stride == 2 ? 9 : values(); }
   int64_t v_pitch() const { return (C + 15) / 16 * 16 + kGap; }
-  int64_t m_pitch() const { return panel + kGap; }
+  int64_t m_pitch() const { return m_columns + kGap; }
   int64_t first_tile(int64_t block) const { return tiles * block / blocks; }
   int64_t size(int64_t block) const { return first_tile(block + 1) - first_tile(block); }
   int64_t most_tiles() const { return (tiles + blocks - 1) / blocks; }
@@ -39,7 +40,7 @@ struct Problem {
 
   // With a size of panels and of tiles.
   void cut(int64_t tile, int64_t panel_width) {
-    outputs = tile, panel = panel_width, panels = (K + panel - 1) / panel;
+    outputs = tile, panel = m_columns = panel_width, panels = (K + panel - 1) / panel;
     tile_rows = (P + outputs - 1) / outputs, tile_columns = (Q + outputs - 1) / outputs;
     tiles = N * tile_rows * tile_columns;
     odd_rows = outputs == 2 ? P % 2 : 0, odd_columns = outputs == 2 ? Q % 2 : 0;

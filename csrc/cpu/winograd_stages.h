@@ -9,12 +9,13 @@
 
 namespace resnet_fused::cpu {
 
-// v: [values][tiles of the block][v_pitch]. `zeros`: a pixel of the padding.
+// v: [values][tiles of the block][v_pitch], of the tiles `tiles` of a block. `zeros`: a pixel of the padding.
 template <class L, class F>
-RESNET_FUSED_INLINE void transform_inputs(const Problem& p, int64_t block, float* v, const float* zeros) {
-  const int64_t first = p.first_tile(block), count = p.size(block), plane = count * p.v_pitch();
-  Tile<F::outputs> tile(p, first);
-  for (int64_t t = 0; t < count; ++t, tile.advance(p)) {
+RESNET_FUSED_INLINE void transform_inputs(const Problem& p, int64_t block, Problem::Range tiles, float* v,
+                                          const float* zeros) {
+  const int64_t plane = p.size(block) * p.v_pitch();
+  Tile<F::outputs> tile(p, p.first_tile(block) + tiles.begin);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t, tile.advance(p)) {
     const int64_t top = tile.row - p.padding, left = tile.column - p.padding;
     const float* pixels[F::inputs][F::inputs];
     for (int64_t i = 0; i < F::inputs; ++i) {
@@ -27,6 +28,11 @@ RESNET_FUSED_INLINE void transform_inputs(const Problem& p, int64_t block, float
     }
     transform_input<L, F>(v + t * p.v_pitch(), plane, pixels, p.C, kAhead * 2 * p.C);
   }
+}
+
+template <class L, class F>
+RESNET_FUSED_INLINE void transform_inputs(const Problem& p, int64_t block, float* v, const float* zeros) {
+  transform_inputs<L, F>(p, block, {0, p.size(block)}, v, zeros);
 }
 
 // taps[i][tap][k] = the weight's taps for the channels [c, c + channels) and the outputs [k, k + outputs), read in the

@@ -53,12 +53,12 @@ RESNET_FUSED_INLINE void transform_strided(float* v, const StridedPlace& place, 
   }
 }
 
-// v: as StridedPlace says. `zeros`: a pixel of the padding.
+// v: as StridedPlace says, of the tiles `tiles` of a block. `zeros`: a pixel of the padding.
 template <class L>
-RESNET_FUSED_INLINE void transform_strided_inputs(const Problem& p, int64_t block, float* v, const float* zeros) {
-  const int64_t first = p.first_tile(block), count = p.size(block);
-  Tile<2> tile(p, first);
-  for (int64_t t = 0; t < count; ++t, tile.advance(p)) {
+RESNET_FUSED_INLINE void transform_strided_inputs(const Problem& p, int64_t block, Problem::Range tiles, float* v,
+                                                  const float* zeros) {
+  Tile<2> tile(p, p.first_tile(block) + tiles.begin);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t, tile.advance(p)) {
     const int64_t top = 2 * tile.row - p.padding, left = 2 * tile.column - p.padding;
     const float* pixels[5][5];
     for (int64_t i = 0; i < 5; ++i) {
@@ -69,7 +69,7 @@ RESNET_FUSED_INLINE void transform_strided_inputs(const Problem& p, int64_t bloc
         pixels[i][j] = inside ? line + j * p.C : zeros;
       }
     }
-    transform_strided<L>(v, {p.C, count, t}, pixels, p.C, kAhead * 4 * p.C);
+    transform_strided<L>(v, {p.C, p.size(block), t}, pixels, p.C, kAhead * 4 * p.C);
   }
 }
 

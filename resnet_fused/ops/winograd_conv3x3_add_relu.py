@@ -6,9 +6,10 @@ Formula::
     out = y < 0 ? 0 : y  if relu else y
 
 `packed` is what :mod:`.winograd_weight3x3` makes of `weight`, `scale` and `stride`, and what the sums are made of:
-F(2x2, 3x3) or F(4x4, 3x3), by its shape, or F(2x2, 3x3) of a stride of 2. `weight` and `scale` are read where a sum is not finite: then all are ATen's, so that NaN and
-infinities reach what they reach there. F(2x2) keeps zeros, and its rounding error is at most stock's, see
-`winograd_conv3x3`; with a stride of 2 there are 36/25 fewer multiplications, and the same holds. F(4x4) has 16/9 fewer multiplications; the inputs of a tile of 4x4 outputs meet in all of them, and
+F(2x2, 3x3) or F(4x4, 3x3), by its shape, or F(2x2, 3x3) of a stride of 2. `weight` and `scale` are read where a sum is
+not finite: then all are ATen's, so that NaN and infinities reach what they reach there. F(2x2) keeps zeros, and its
+rounding error is at most stock's, see `winograd_conv3x3`; with a stride of 2, where 25 products stand for 36, it is 0.9
+to 1.5 of stock's. F(4x4) has 16/9 fewer multiplications; the inputs of a tile of 4x4 outputs meet in all of them, and
 cancel up to rounding: its error is relative to the largest values in a tile, and what would be 0 need not be.
 
 `x`: ``[N, C, H, W]``, `residual`, `out`: ``[N, K, (H+2p-3)//s+1, (W+2p-3)//s+1]``, channels_last; `weight`:

@@ -20,6 +20,7 @@ def winograd_weight3x3(dtype: torch.dtype) -> Iterator[Case]:
         weight = draw.weight(k, c)
         yield Case(f"{k}x{c}, {outputs} outputs", (weight, None, outputs), {})
         yield Case(f"{k}x{c}, {outputs} outputs, scaled", (weight.contiguous(), draw.data((1, k, 1, 1)).flatten()), {})
+    yield Case("40x16, stride 2, scaled", (draw.weight(40, 16), draw.data((1, 40, 1, 1)).flatten()), {"stride": 2})
     exchanged = draw.weight(24, 40).transpose(0, 1)
     yield Case("channels exchanged", (exchanged,), {"outputs": 4})
 
@@ -42,6 +43,11 @@ def winograd_conv3x3_add_relu(dtype: torch.dtype) -> Iterator[Case]:
         more = {"shift": shift, "residual": draw.data(made), "padding": padding, "relu": True}
         yield Case(f"{name}, padding {padding}, all behind it", args, more)
         yield Case(f"{name}, padding {padding}", plain, {"padding": padding})
+    draw = NormalDraw((2, 32, 11, 9))
+    for padding, size in ((0, (5, 4)), (1, (6, 5))):
+        weight, scale, shift = draw.weight(24, 32), *(draw.data((1, 24, 1, 1)).flatten() + 2 for _ in range(2))
+        args = draw.data(), weight, weights.reference(weight, scale, stride=2), scale, shift, draw.data((2, 24, *size))
+        yield Case(f"stride 2, padding {padding}", args, {"padding": padding, "relu": True, "stride": 2})
     draw = NormalDraw((2, 20, 11, 9))
     for name, values in _values(draw):
         residual = draw.data((2, 24, 11, 9))

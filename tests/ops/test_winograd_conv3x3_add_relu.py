@@ -11,6 +11,7 @@ from resnet_fused.ops.contract import channels_last
 
 pytestmark = pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}")
 NAME = "winograd_conv3x3_add_relu"
+STRIDED = {"blocks": (2, 64, 29, 31), "sums": (3, 96, 7, 8), "a vector": (2, 16, 12, 13)}
 SHAPES = {"blocks": (2, 64, 29, 31), "panels": (3, 96, 7, 7), "rest of a vector": (2, 37, 12, 13)}
 #: By outputs of a tile and kind of input, the most of stock's root mean square error, and of its largest.
 MOST = {
@@ -19,20 +20,22 @@ MOST = {
 }
 
 
-def packed(weight, outputs, scale=None):
-    return torch.ops.resnet_fused.winograd_weight3x3(weight, scale, outputs)
+def packed(weight, outputs, scale=None, stride=1):
+    return torch.ops.resnet_fused.winograd_weight3x3(weight, scale, outputs, stride)
 
 
 def convolve(x, weight, outputs=2, scale=None, **more):
-    return torch.ops.resnet_fused.winograd_conv3x3_add_relu(x, weight, packed(weight, outputs, scale), scale, **more)
+    transformed = packed(weight, outputs, scale, more.get("stride", 1))
+    return torch.ops.resnet_fused.winograd_conv3x3_add_relu(x, weight, transformed, scale, **more)
 
 
-def drawn(shape, outputs=64, padding=1):
+def drawn(shape, outputs=64, padding=1, stride=1):
     """x, weight, scale, shift and residual."""
     torch.manual_seed(0)
     n, c, h, w = shape
     weight = channels_last(torch.randn(outputs, c, 3, 3) / (9 * c) ** 0.5)
-    residual = channels_last(torch.randn(n, outputs, h + 2 * padding - 2, w + 2 * padding - 2))
+    p, q = ((size + 2 * padding - 3) // stride + 1 for size in (h, w))
+    residual = channels_last(torch.randn(n, outputs, p, q))
     return channels_last(torch.randn(shape)), weight, torch.rand(outputs) + 0.5, torch.randn(outputs), residual
 
 
@@ -46,8 +49,8 @@ def values(kind, t):
     }[kind]()
 
 
-def stock(x, weight, scale, shift, residual, padding=1, relu=True):
-    return OPS[NAME].reference(x, weight, None, scale, shift, residual, padding, relu)
+def stock(x, weight, scale, shift, residual, padding=1, relu=True, stride=1):
+    return OPS[NAME].reference(x, weight, None, scale, shift, residual, padding, relu, stride)
 
 
 def rms(error):
@@ -160,9 +163,76 @@ def test_bytes_count_what_is_read_and_written_once():
     assert OPS[NAME].flops(x, weight, transformed) == 2 * 2 * 48 * 33 * 40 * 9
 
 
+@pytest.mark.parametrize("kind", MOST[2])
+@pytest.mark.parametrize("shape", STRIDED.values(), ids=STRIDED)
+def test_error_of_a_stride_beside_stocks(shape, kind):
+    x, weight, *_ = drawn(shape)
+    x = channels_last(values(kind, x))
+    exact = F.conv2d(x.double(), weight.double(), padding=1, stride=2)
+    made = convolve(x, weight, stride=2), F.conv2d(x, weight, padding=1, stride=2)
+    ours, theirs = (y.double() - exact for y in made)
+    assert rms(ours) <= 1.75 * rms(theirs)
+    assert ours.abs().max() <= 2 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "k"),
+    [((2, 16, 5, 7), 40), ((1, 48, 9, 4), 65), ((3, 16, 3, 3), 1), ((1, 16, 1, 1), 3), ((2, 32, 15, 14), 7)],
+    ids=str,
+)
+def test_what_is_behind_a_convolution_with_a_stride(shape, k, relu, padding):
+    if min(shape[2:]) + 2 * padding < 3:
+        pytest.skip("smaller than the kernel")
+    x, weight, *behind = drawn(shape, k, padding, stride=2)
+    more = {"shift": behind[1], "residual": behind[2], "padding": padding, "relu": relu, "stride": 2}
+    got = convolve(x, weight, 2, behind[0], **more).double()
+    exact = stock(x.double(), weight.double(), *(t.double() for t in behind), padding, relu, stride=2)
+    torch.testing.assert_close(got, exact, rtol=0, atol=4e-6)
+
+
+def test_patches_of_zeros_give_zeros_with_a_stride():
+    x, weight, *_ = drawn((2, 32, 15, 17), 48)
+    x[:, :, 3:10, 2:9] = 0
+    zero = F.conv2d(x, weight, padding=1, stride=2) == 0
+    assert zero.any()
+    assert torch.equal(convolve(x, weight, stride=2) == 0, zero)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("where", ["x", "weight", "scale", "shift", "residual"])
+@pytest.mark.parametrize("shape", [(2, 48, 9, 10), (2, 16, 24, 23)], ids=["sums", "blocks"])
+def test_what_is_not_finite_reaches_what_it_reaches_in_stock_with_a_stride(shape, where, value):
+    tensors = dict(zip(("x", "weight", "scale", "shift", "residual"), drawn(shape, 24, stride=2), strict=True))
+    changed = tensors[where]
+    if where in ("scale", "shift"):
+        changed[3] = value
+    else:
+        changed[0, 3, 0, 0] = changed[1, 7, 2, 1] = value
+    x, weight, scale, shift, residual = tensors.values()
+    got = convolve(x, weight, 2, scale, shift=shift, residual=residual, relu=True, stride=2)
+    assert all(map(torch.equal, kinds(got), kinds(stock(*tensors.values(), stride=2))))
+
+
+@pytest.mark.parametrize(("shape", "k"), [((5, 48, 29, 31), 64), ((2, 64, 14, 14), 160), ((1, 16, 3, 3), 16)], ids=str)
+def test_bits_of_a_stride_do_not_depend_on_the_thread_count(shape, k):
+    x, weight, scale, shift, residual = drawn(shape, k, stride=2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(convolve(x, weight, 2, scale, shift=shift, residual=residual, relu=True, stride=2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (lambda a: a | {"stride": 3}, "stride is 3; pass 1 or 2"),
+        (lambda a: a | {"stride": 2}, "x has 8 channels with a stride of 2; pass a multiple of 16"),
         (lambda a: a | {"x": a["x"].contiguous()}, r"x of shape \[2, 8, 4, 5\] is not channels_last"),
         (lambda a: a | {"x": a["x"].double()}, "got Double x and Float weight; pass Float"),
         (lambda a: a | {"padding": 2}, "padding is 2; pass 0 or 1"),
@@ -188,6 +258,8 @@ def test_argument_errors(change, text):
     [
         ((torch.randn(4, 4, 3, 1),), r"weight has shape \[4, 4, 3, 1\]; pass \[K, C, 3, 3\]"),
         ((torch.randn(4, 4, 3, 3), None, 3), "outputs is 3; pass 2 or 4"),
+        ((torch.randn(4, 4, 3, 3), None, 2, 3), "stride is 3; pass 1 or 2"),
+        ((torch.randn(4, 4, 3, 3), None, 4, 2), "outputs is 4 with a stride of 2; pass 2"),
         ((torch.randn(4, 4, 3, 3).double(),), "got Double weight; pass Float"),
     ],
 )
@@ -207,5 +279,8 @@ def test_reasons_of_the_backend():
     assert reasons(x.contiguous(), weight, transformed) == ["takes channels_last tensors only"]
     assert reasons(x, weight, transformed, None, torch.ones(12)[::2]) == [
         "takes a contiguous transformed weight and vectors of the activations' dtype only"
+    ]
+    assert reasons(x, weight, transformed, None, None, None, 1, False, 2) == [
+        "takes a multiple of 16 channels with a stride of 2"
     ]
     assert cpu.reasons("winograd_weight3x3", (weight[..., :1],), {}) == ["takes 3x3 weights, not 3x1"]

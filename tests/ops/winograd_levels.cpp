@@ -3,6 +3,7 @@
 #include "../../csrc/cpu/winograd_stages.h"
 
 #include "../../csrc/cpu/winograd_outputs.h"
+#include "../../csrc/cpu/winograd_strided.h"
 
 #include <cmath>
 #include <cstdio>
@@ -13,37 +14,58 @@ using namespace resnet_fused::cpu;
 
 namespace {
 
+using Tiles2 = Filtering<2>;
+using Tiles4 = Filtering<4>;
+
 struct Shape {
   int64_t C, K, H, W, padding, block;
   bool transposed;
   int64_t columns;  // of the transformed weight's rows; 0: a panel's
 };
 
-#define LEVEL(NAME, TARGET, L, M)                                                                                     \
-  TARGET void inputs_##NAME##_##M(const Problem& p, int64_t block, float* v, const float* zeros) {                    \
-    transform_inputs<L, Filtering<M>>(p, block, v, zeros);                                                            \
+template <class F, class L>
+RESNET_FUSED_INLINE void transform(const Problem& p, int64_t block, float* v, const float* zeros) {
+  const int64_t middle = p.size(block) / 2;
+  for (const auto& tiles : {Problem::Range{0, middle}, Problem::Range{middle, p.size(block)}}) {
+    if constexpr (F::stride == 2) {
+      transform_strided_inputs<L>(p, block, tiles, v, zeros);
+    } else {
+      transform_inputs<L, F>(p, block, tiles, v, zeros);
+    }
+  }
+}
+
+#define LEVEL(NAME, TARGET, L, F)                                                                                     \
+  TARGET void inputs_##NAME##_##F(const Problem& p, int64_t block, float* v, const float* zeros) {                    \
+    transform<F, L>(p, block, v, zeros);                                                                              \
   }                                                                                                                   \
-  TARGET void weights_##NAME##_##M(const Problem& p, int64_t panel, const float* scale, float* u) {                   \
-    transform_weights<L, Filtering<M>, float>(p, panel, 0, p.C / 2, scale, u);                                        \
-    transform_weights<L, Filtering<M>, double>(p, panel, p.C / 2, p.C, scale, u);                                     \
+  TARGET void weights_##NAME##_##F(const Problem& p, int64_t panel, const float* scale, float* u) {                   \
+    transform_weights<L, F, float>(p, panel, 0, p.C / 2, scale, u);                                                   \
+    transform_weights<L, F, double>(p, panel, p.C / 2, p.C, scale, u);                                                \
   }                                                                                                                   \
-  TARGET bool plain_##NAME##_##M(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,      \
+  TARGET bool plain_##NAME##_##F(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,      \
                                  float* m, const Sums& sums) {                                                        \
-    return write_outputs<L, Filtering<M>>(p, block, panel, v, u, m, sums, Plain{});                                   \
+    return write_outputs<L, F>(p, block, panel, v, u, m, sums, Plain{});                                              \
   }                                                                                                                   \
-  TARGET bool behind_##NAME##_##M(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,     \
+  TARGET bool behind_##NAME##_##F(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,     \
                                   float* m, const Epilogue& epilogue) {                                               \
-    return write_outputs<L, Filtering<M>>(p, block, panel, v, u, m, Sums{}, epilogue);                                \
+    if (p.m_columns == L::panel) return write_outputs<L, F>(p, block, panel, v, u, m, Sums{}, epilogue);              \
+    m += panel * L::panel;                                                                                            \
+    for (int64_t i = 0; i < F::sums * F::sums; ++i)                                                                   \
+      multiply_sum<L, F>(p, block, i / F::sums, i % F::sums, v, u, m, u);                                             \
+    const int64_t middle = p.size(block) / 2;                                                                         \
+    const bool first = write_tiles<L, F>(p, block, panel, {0, middle}, m, epilogue);                                  \
+    return write_tiles<L, F>(p, block, panel, {middle, p.size(block)}, m, epilogue) && first;                         \
   }                                                                                                                   \
-  int64_t wrong_##NAME##_##M(const Shape& s) {                                                                        \
-    return wrong(s, M, L::panel, inputs_##NAME##_##M, weights_##NAME##_##M, plain_##NAME##_##M, behind_##NAME##_##M); \
+  int64_t wrong_##NAME##_##F(const Shape& s) {                                                                        \
+    return wrong<F>(s, L::panel, inputs_##NAME##_##F, weights_##NAME##_##F, plain_##NAME##_##F, behind_##NAME##_##F); \
   }
 
 float direct(const Problem& p, int64_t n, int64_t i, int64_t j, int64_t k) {
   float sum = 0;
   for (int64_t r = 0; r < 3; ++r) {
     for (int64_t s = 0; s < 3; ++s) {
-      const int64_t h = i + r - p.padding, w = j + s - p.padding;
+      const int64_t h = p.stride * i + r - p.padding, w = p.stride * j + s - p.padding;
       if (h < 0 || h >= p.H || w < 0 || w >= p.W) continue;
       for (int64_t c = 0; c < p.C; ++c) {
         const float weight = p.weight[k * p.stride_k + c * p.stride_c + r * p.stride_r + s * p.stride_s];
@@ -63,13 +85,15 @@ float behind(float sum, int64_t k, float residual) {
 float scale_of(int64_t k) { return k % 2 ? 2.0f : 0.5f; }
 
 // How many results differ from the direct sum.
-template <class Inputs, class Weights, class Outputs, class Behind>
-int64_t wrong(const Shape& s, int64_t tile, int64_t panel, Inputs inputs, Weights weights, Outputs outputs,
-              Behind with_epilogue) {
+template <class F, class Inputs, class Weights, class Outputs, class Behind>
+int64_t wrong(const Shape& s, int64_t panel, Inputs inputs, Weights weights, Outputs outputs, Behind with_epilogue) {
+  if (F::stride == 2 && (s.C % 16 || s.transposed)) return 0;  // which are not asked for
   Problem p{};
+  p.stride = F::stride;
   p.N = 2, p.C = s.C, p.K = s.K, p.H = s.H, p.W = s.W, p.padding = s.padding;
-  p.P = s.H + 2 * s.padding - 2, p.Q = s.W + 2 * s.padding - 2;
-  if (p.P < 1 || p.Q < 1) return 0;
+  const int64_t lost = 3 - 2 * s.padding;
+  if (s.H < lost || s.W < lost) return 0;
+  p.P = (s.H - lost) / p.stride + 1, p.Q = (s.W - lost) / p.stride + 1;
   std::vector<float> x(p.N * p.H * p.W * p.C), weight(9 * p.C * p.K), z(p.N * p.P * p.Q * p.K), zeros(p.C);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 31 % 17) - 8;
   for (size_t i = 0; i < weight.size(); ++i) weight[i] = (static_cast<float>(i * 13 % 11) - 5) / 8;
@@ -79,7 +103,8 @@ int64_t wrong(const Shape& s, int64_t tile, int64_t panel, Inputs inputs, Weight
   } else {
     p.stride_k = 9 * p.C, p.stride_c = 1, p.stride_r = 3 * p.C, p.stride_s = p.C;
   }
-  p.cut(tile, panel);
+  p.cut(F::outputs, panel);
+  if (s.columns && s.block > 3) p.m_columns = p.panels * panel;  // the sums of all panels are kept
   p.u_pitch = s.columns ? s.columns : panel, p.u_gap = s.columns ? 0 : Problem::kGap;
   p.blocks = (p.tiles + s.block - 1) / s.block;
   std::vector<float> scale, shift(p.panels * panel), residual(z.size());
@@ -102,7 +127,7 @@ int64_t wrong(const Shape& s, int64_t tile, int64_t panel, Inputs inputs, Weight
       }
     }
   }
-  const float error = tile == 2 ? 0 : 2e-3f;
+  const float error = F::outputs == 2 ? 0 : 2e-3f;
   for (int64_t i = 0; i < p.N * p.P * p.Q * p.K; ++i) {
     const int64_t pixel = i / p.K, n = pixel / (p.P * p.Q), k = i % p.K;
     const float plain = direct(p, n, pixel / p.Q % p.P, pixel % p.Q, k);
@@ -112,12 +137,15 @@ int64_t wrong(const Shape& s, int64_t tile, int64_t panel, Inputs inputs, Weight
   return found;
 }
 
-LEVEL(512, RESNET_FUSED_TARGET_512, Level512, 2)
-LEVEL(256, RESNET_FUSED_TARGET_256, Level256, 2)
-LEVEL(128, , Level128, 2)
-LEVEL(512, RESNET_FUSED_TARGET_512, Level512, 4)
-LEVEL(256, RESNET_FUSED_TARGET_256, Level256, 4)
-LEVEL(128, , Level128, 4)
+LEVEL(512, RESNET_FUSED_TARGET_512, Level512, Tiles2)
+LEVEL(256, RESNET_FUSED_TARGET_256, Level256, Tiles2)
+LEVEL(128, , Level128, Tiles2)
+LEVEL(512, RESNET_FUSED_TARGET_512, Level512, Tiles4)
+LEVEL(256, RESNET_FUSED_TARGET_256, Level256, Tiles4)
+LEVEL(128, , Level128, Tiles4)
+LEVEL(512, RESNET_FUSED_TARGET_512, Level512, Strided)
+LEVEL(256, RESNET_FUSED_TARGET_256, Level256, Strided)
+LEVEL(128, , Level128, Strided)
 
 }  // namespace
 
@@ -131,9 +159,9 @@ int main() {
           for (bool transposed : {false, true}) {
             for (int64_t block : {3, 14}) {
               const Shape s{C, K, H, W, padding, block, transposed, transposed ? 0 : 32};
-              found += wrong_128_2(s) + wrong_128_4(s);
-              if (level != "baseline") found += wrong_256_2(s) + wrong_256_4(s);
-              if (level == "avx512") found += wrong_512_2(s) + wrong_512_4(s);
+              found += wrong_128_Tiles2(s) + wrong_128_Tiles4(s) + wrong_128_Strided(s);
+              if (level != "baseline") found += wrong_256_Tiles2(s) + wrong_256_Tiles4(s) + wrong_256_Strided(s);
+              if (level == "avx512") found += wrong_512_Tiles2(s) + wrong_512_Tiles4(s) + wrong_512_Strided(s);
               ++shapes;
             }
           }

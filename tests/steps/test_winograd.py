@@ -206,3 +206,20 @@ def test_tiles_in_training():
         assert winograd.tiles_of(torch.Size((8, 64, 56, 56)), weight, *where, "fast")[0] == 4
         assert winograd.tiles_of(torch.Size((1, 512, 7, 7)), small, *where, "fast")[0] == 2
         assert winograd.tiles_of(torch.Size((1, 64, 2, 2)), weight, *where, "fast") == (0, 0)
+
+
+@pytest.mark.skipif(not winograd.IS_BUILT, reason="no library with vectors")
+def test_a_stride_of_two_is_filtered_where_products_are_what_takes_time():
+    strided = Conv(stride=(2, 2), padding=(1, 1))
+
+    def taken(shape, outputs, conv=strided, precision="default"):
+        return winograd.folded(torch.Size(shape), torch.empty(outputs, shape[1], 3, 3), conv, precision, 2)[0]
+
+    assert [taken((8, c, size, size), 2 * c) for c, size in ((64, 56), (128, 28), (256, 14))] == [2, 2, 2]
+    assert taken((8, 64, 56, 56), 128, precision="fast") == 2
+    assert taken((1, 256, 14, 14), 512) == 0  # whose weight takes longer to read
+    assert taken((8, 72, 56, 56), 128) == 0  # channels beyond whole vectors
+    assert taken((8, 64, 56, 56), 128, Conv(stride=(2, 1), padding=(1, 1))) == 0
+    assert not winograd.takes(
+        torch.empty(8, 64, 56, 56).to(memory_format=torch.channels_last), torch.empty(128, 64, 3, 3), strided, "auto"
+    )

@@ -178,6 +178,7 @@ def _winograd_weight3x3(dtype: torch.dtype) -> Iterator[Case]:
     weight, scale = draw.data((40, 24, 3, 3)), draw.vector(40)
     yield Case("2 outputs, scaled", (weight, scale), {})
     yield Case("4 outputs, contiguous", (weight.contiguous(), None, 4), {})
+    yield Case("stride 2", (weight, scale), {"stride": 2})
 
 
 def _winograd_conv3x3_add_relu(dtype: torch.dtype) -> Iterator[Case]:
@@ -187,6 +188,9 @@ def _winograd_conv3x3_add_relu(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("all behind it", (*args, draw.data((3, 24, 9, 7))), {"relu": True})
     args = (draw.data(), weight, winograd_weight3x3.reference(weight, None, 4))
     yield Case("4 outputs, no padding", args, {"padding": 0})
+    x, weight = draw.data((3, 32, 9, 7)), draw.data((24, 32, 3, 3)) / 4
+    args = (x, weight, winograd_weight3x3.reference(weight, scale, stride=2), scale, shift)
+    yield Case("stride 2", (*args, draw.data((3, 24, 5, 4))), {"relu": True, "stride": 2})
 
 
 _CASES = {

@@ -152,7 +152,13 @@ def norm_add_relu_backward(dtype: torch.dtype) -> Iterator[Case]:
     for (name, draw), keep in itertools.product(_shapes(), keeps[1:]):
         options = _about_mean(draw, "z", "residual") | {"sample_factor": _factor(draw)} | _keep(draw, keep)
         yield Case(f"{name}, keep {keep}", (draw.data(),), options)
+    for name, draw in _shapes():
+        yield Case(f"{name}, sums alone", (draw.data(),), _keep(draw, "recompute") | {"emit_grad": False})
     draw = NormalDraw((2, 24, 3, 5))
+    z = _specials(draw)
+    options = {"z": z, "scale": torch.ones(24).double(), "shift": torch.zeros(24).double(), "emit_grad": False}
+    grad_out = torch.where(z <= 0, torch.nan, draw.data())
+    yield Case("NaN, and where masked, sums alone", (grad_out,), options | {"mean": draw.vector()})
     output = _specials(draw).clamp_min(0)
     yield Case("NaN output", (draw.data(),), _about_mean(draw, "z") | {"mask": output})
     grad_out = torch.where(output <= 0, torch.nan, draw.data())

@@ -184,3 +184,27 @@ def test_the_environment_turns_it_off(word, kept):
     environment = {**os.environ, "RESNET_FUSED_KEEP_MEMORY": word}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == kept
+
+
+LIMITED = """
+import os, resource, sys, torch, resnet_fused
+z = torch.ones(2, 64, 128, 64).contiguous(memory_format=torch.channels_last)
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]) << 20, -1))
+out, _ = torch.ops.resnet_fused.norm_add_relu(z, torch.ones(64), torch.ones(64))
+child = os.fork()
+if child == 0:
+    again, _ = torch.ops.resnet_fused.norm_add_relu(z, torch.ones(64), torch.ones(64))
+    os._exit(0 if torch.equal(again, out) else 1)
+assert os.waitpid(child, 0)[1] == 0
+del out
+print(resnet_fused.empty_cache())
+"""
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(4000, 0), (16000, BYTES)])
+def test_a_limit_on_addresses_leaves_most_of_them_to_others(limit, kept):
+    """`limit` in MiB: of 4 GiB and more a quarter at most is reserved, of less nothing. A child process goes on."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # no threads that a fork would lose
+    command = [sys.executable, "-c", LIMITED, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) == kept

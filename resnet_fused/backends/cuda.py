@@ -33,18 +33,18 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
         name: Kernel(run, DATA_DTYPES, layout_reasons, needs_selfcheck=True, build=build) for name, run in runs.items()
     }
     for name in CONVOLUTIONS if "conv_norm_add_relu" in runs else ():
-        run, reasons = runs.get(name) or getattr(cuda_conv, name), _CONVOLUTION_REASONS[name]
+        run, reasons = runs.get(name) or getattr(cuda_conv, name), CONVOLUTION_REASONS[name]
         made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
     return made
 
 
-_CONVOLUTION_REASONS = {
+CONVOLUTION_REASONS = {
     "conv_norm_add_relu": cuda_conv.conv_norm_reasons,
     "conv_norm_add_relu_": cuda_conv.conv_norm_reasons_,
     "conv_add_relu": cuda_conv.conv_reasons,
     "conv_add_relu_": cuda_conv.conv_reasons_,
 }
-CONVOLUTIONS = tuple(_CONVOLUTION_REASONS)
+CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this
 #: PyTorch could load them and they are not there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -115,17 +116,22 @@ def _dense(weight: Tensor) -> Tensor:
     return weight if _is_dense(weight) else weight.contiguous(memory_format=torch.channels_last)
 
 
+def _op(name: str) -> Callable:
+    return getattr(torch.ops.resnet_fused, name).default
+
+
 def conv_add_relu(
     x, weight, shift=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ) -> Tensor:
     """See ``ops.conv_add_relu``: the convolution that has a batch norm too, without one."""
-    op = torch.ops.resnet_fused.conv_norm_add_relu.default
-    return op(x, _dense(weight), shift, *[None] * 4, 1.0, residual, stride, padding, dilation, relu)
+    return _op("conv_norm_add_relu")(
+        x, _dense(weight), shift, *[None] * 4, 1.0, residual, stride, padding, dilation, relu
+    )
 
 
 def conv_add_relu_(
     residual, x, weight, shift=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False
 ) -> None:
     """See ``ops.conv_add_relu``: the sum lands in `residual`."""
-    op = torch.ops.resnet_fused.conv_norm_add_relu_.default
-    op(residual, x, _dense(weight), shift, *[None] * 4, 1.0, None, stride, padding, dilation, relu, True)
+    arguments = residual, x, _dense(weight), shift, *[None] * 4, 1.0, None, stride, padding, dilation, relu, True
+    _op("conv_norm_add_relu_")(*arguments)

@@ -61,6 +61,7 @@ class Steps:
     ) -> None:
         self.program, self.gpu, self.few, self.filtered = program, pointwise is not None, few, filtered or {}
         self.unfolded, self.stems, self.whole = unfolded, stems, whole
+        self.written = not self.gpu or bool(unfolded)  # what a carrier adds: only Triton's kernels take norms as values
         self.projections: set[int] = set()
         self.lazy: set[int] = set()
         self.carriers = {value for value, node in program.numbered if isinstance(node, Convolution)}
@@ -192,7 +193,7 @@ class Steps:
         _, add = _sole_reader(self.program, norm)
         if not self.program.is_affine(norm) or not isinstance(add, Addition):
             return self.program.is_affine(norm)
-        return not self.gpu and norm != add.branch and self._folded(add.branch) is not None
+        return self.written and norm != add.branch and self._folded(add.branch) is not None
 
     def _norm(self, value: int, node: Normalisation) -> list[ForwardStep]:
         part = self._folded(value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from injected import CPU, F32, a_bit_off
 
-from resnet_fused.backends import backends, dispatch, soundness
+from resnet_fused.backends import backends, cuda, dispatch, soundness
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck import judge
 
@@ -91,7 +91,17 @@ def test_ops_on_vectors_are_asked_for_in_float32(only):
 def test_a_gpu_that_need_not_be_there():
     assert lacking(*room.OPS, dtype=torch.bfloat16, device=None) == ""
     assert lacking("conv1x1", dtype=torch.float64, device=None) == "conv1x1"
-    assert lacking("conv_add_relu", dtype=torch.bfloat16, device=None) == "conv_add_relu"
+    assert lacking("winograd_conv3x3", dtype=torch.bfloat16, device=None) == "winograd_conv3x3"
+
+
+@pytest.mark.parametrize("assumed", [True, False])
+def test_compiled_kernels_that_need_not_be_there(monkeypatch, assumed):
+    """They are taken to be built where this PyTorch could not load them anyway."""
+    monkeypatch.setattr(cuda, "ASSUMED", frozenset(cuda.CONVOLUTIONS if assumed else ()))
+    soundness.forget()
+    assert lacking("conv_norm_add_relu", dtype=torch.bfloat16, device=None) == ("" if assumed else "conv_norm_add_relu")
+    assert lacking("conv_norm_add_relu", dtype=torch.float64, device=None) == "conv_norm_add_relu"
+    soundness.forget()
 
 
 def narrow(outputs, inputs, coupled):

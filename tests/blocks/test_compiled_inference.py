@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from evaluated import MODELS, counted, faked, images, on_gpu, trained
+from gpu_evaluated import MODELS, counted, faked, images, on_gpu, trained
 from torch import nn
 
 import resnet_fused

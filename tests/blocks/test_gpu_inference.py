@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from evaluated import MODELS, PASSES, PRODUCTS, counted, faked, images, on_gpu, trained
+from gpu_evaluated import MODELS, PASSES, PRODUCTS, counted, faked, images, on_gpu, trained
 from torch import nn
 from tuned import unsound
 

@@ -245,8 +245,8 @@ def chosen_dense():  # bfloat16 everywhere, other dtypes and an odd layer on sm_
     for at, arch in (*layers, (Layer(64, 14, 33, 65), 90)):
         for options, call in products(at, dense_calls):
             yield options, at.dtype, at.narrow, arch, call
-    for options, call in products(Layer(*wide, DTYPES[2]), dense_calls):
-        yield f"{options}, full float32", DTYPES[2], 128, 90, functools.partial(in_full, call)
+            if at.dtype == torch.float32:
+                yield f"{options}, full float32", at.dtype, at.narrow, arch, functools.partial(in_full, call)
 
 
 def in_full(call):
@@ -271,9 +271,8 @@ def different():
 
 
 def main():
-    """In a process for each core, as the compiler holds Python's lock half of the time; forked, as launches cannot be
-    pickled. Each takes the next one when it is done with its own: of the largest kernels, which take longest, first.
-    """
+    """In a process for each core, as the compiler holds Python's lock half of the time; forked: launches do not pickle.
+    Each takes the next one when it is done with its own: of the largest kernels, which take longest, first."""
     work = sorted(different(), key=lambda what: -len(what[-1].values))
     fork = multiprocessing.get_context("fork")
     taken = fork.Value("i", 0)

@@ -40,8 +40,8 @@ from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import bn_stats, lazy_grad_apply, norm_add_relu, norm_add_relu_backward, trace
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
-POINTERS[torch.int64] = "*i64"
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ARCHS = (80, 90, 100, 120)
 NARROW = ((64, 56, 64, 256), (64, 28, 128, 512), (64, 56, 128, 256))  # ResNet-50's, ResNeXt-50's
@@ -244,15 +244,14 @@ def chosen_products():
             yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
 
 
-def chosen_dense():
-    """Layers of dense blocks: bfloat16 everywhere, other dtypes and an odd layer on sm_90."""
-    wide, odd = (64, 14, 128, 512), (64, 14, 33, 65)
+def chosen_dense():  # bfloat16 everywhere, other dtypes and an odd layer on sm_90
+    wide = (64, 14, 128, 512)
     layers = [(Layer(*wide), arch) for arch in ARCHS] + [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
-    for at, arch in (*layers, (Layer(*odd), 90)):
+    for at, arch in (*layers, (Layer(64, 14, 33, 65), 90)):
         for options, call in products(at, dense_calls):
             yield options, at.dtype, at.narrow, arch, call
-    for options, call in products(Layer(*wide, torch.float32), dense_calls):
-        yield f"{options}, full float32", torch.float32, 128, 90, functools.partial(in_full, call)
+            if at.dtype == torch.float32:
+                yield f"{options}, full float32", at.dtype, at.narrow, arch, functools.partial(in_full, call)
 
 
 def in_full(call):
@@ -277,9 +276,8 @@ def different():
 
 
 def main():
-    """In a process for each core, as the compiler holds Python's lock half of the time; forked, as launches cannot be
-    pickled. Each takes the next one when it is done with its own: of the largest kernels, which take longest, first.
-    """
+    """In a process for each core, as the compiler holds Python's lock half of the time; forked: launches do not pickle.
+    Each takes the next one when it is done with its own: of the largest kernels, which take longest, first."""
     work = sorted(different(), key=lambda what: -len(what[-1].values))
     fork = multiprocessing.get_context("fork")
     taken = fork.Value("i", 0)

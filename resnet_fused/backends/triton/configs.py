@@ -240,47 +240,6 @@ def join_two_terms(arch: int, element_size: int, columns: int, depth: int) -> Co
     return dataclasses.replace(chosen, block_m=64) if chosen.block_n == 128 else chosen
 
 
-def taps(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """A 3x3 convolution to few channels: its loop over nine taps is long, its accumulator small."""
-    chosen = default(arch, element_size, columns, depth)
-    return dataclasses.replace(chosen, block_n=min(chosen.block_n, 64), warps=8)
-
-
-def taps_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """The same on the ordinary units."""
-    return Config(64, power_of_two(columns, 16, 32), 16, 4, 2)
-
-
-def gradient_of_taps(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """The gradient of its input: a loop over nine taps of few channels, and an epilogue with sums."""
-    block_k = power_of_two(depth, 16, 64 // element_size)
-    return Config(64, power_of_two(columns, 16, 128 if element_size == 2 else 64), block_k, 8, 2)
-
-
-def weight_gradient_of_taps(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """The gradient of three of its taps: an accumulator each of columns by depth."""
-    rows = 64 if element_size == 2 else 32
-    return Config(rows, power_of_two(columns, 16, 128), power_of_two(depth, 16, 128 // element_size), 8, 2)
-
-
-def weight_gradient_of_taps_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """The same on the ordinary units."""
-    return Config(16, power_of_two(columns, 16, 64), power_of_two(depth, 16, 32), 8, 2)
-
-
-def both_gradients_of_slices(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """As `both_gradients_and_sums`; float32 takes half of the rows and columns."""
-    chosen = both_gradients_and_sums(arch, element_size, columns, depth)
-    if element_size == 4:
-        return Config(32, min(chosen.block_n, 32), min(chosen.block_k, 64), 8, 2, 255)
-    return chosen
-
-
-def both_gradients_of_slices_ieee(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """The same on the ordinary units; in one stage, it spilled."""
-    return Config(16, power_of_two(columns, 16, 32), power_of_two(depth, 16, 32), 8, 2)
-
-
 #: Defaults of launches that :func:`default` does not fit.
 DEFAULTS = {
     "gram_norm": gram_statistics,
@@ -298,12 +257,4 @@ DEFAULTS = {
     "conv1x1_join": join,
     "conv1x1_join ieee": data_gradient_ieee,
     "conv1x1_join two terms": join_two_terms,
-    "dense_conv3x3": taps,
-    "dense_conv3x3 ieee": taps_ieee,
-    "dense_conv3x3_backward": gradient_of_taps,
-    "dense_conv3x3_backward ieee": taps_ieee,
-    "dense_conv3x3_wgrad": weight_gradient_of_taps,
-    "dense_conv3x3_wgrad ieee": weight_gradient_of_taps_ieee,
-    "dense_conv1x1_backward": both_gradients_of_slices,
-    "dense_conv1x1_backward ieee": both_gradients_of_slices_ieee,
 }

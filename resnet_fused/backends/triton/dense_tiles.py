@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ...ops.contract import DATA_DTYPES, Tensor, is_slice, pitch
-from . import checks, common
+from . import checks, common, dense_configs  # noqa: F401  whose tiles every kernel here takes
 from .gemm import split
 from .split_sums import MERGE, merge_tile
 

@@ -46,6 +46,7 @@ FAMILY = (
     ("DenseNet", "1608.06993", "densenet121"),
     ("squeeze-excite", "1709.01507", "timm:seresnet50"),
     ("ResNet-D", "1812.01187", "timm:resnet50d"),
+    ("EfficientNet", "1905.11946", "timm:efficientnet_b0"),
 )
 #: Ops with a CUDA C++ kernel and with a Triton kernel: those that have a source file of their name.
 CUDA_OPS = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))

@@ -18,7 +18,10 @@ class Louder(nn.SiLU):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("make", [leaky(-0.5), leaky(1.5), Louder, nn.ELU, nn.Mish], ids=str)
+OTHERS = {"negative slope": leaky(-0.5), "slope over 1": leaky(1.5), "subclass": Louder, "ELU": nn.ELU, "Mish": nn.Mish}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_others_stay_stock(make):
     fused, stock = pair(Inverted(make, 1))
     assert "leaky" not in str(resnet_fused.report(fused))

@@ -109,4 +109,4 @@ def conv_bn_add_relu(
         out = stock.program_output(call, moves=True) if out is None else out
     else:
         out = train(lower(call), call)
-    return left(behind(out, arrived(x), [weight], relu))
+    return left(behind(out, arrived(x), [weight], program))

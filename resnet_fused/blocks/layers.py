@@ -10,6 +10,9 @@ from ..steps import Act, Average, Conv, Pool
 from . import drop_paths, proven
 
 _ACTS = (nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.ReLU6)
+_SETTINGS = {nn.LeakyReLU: ("negative_slope",), nn.GELU: ("approximate",), nn.ReLU6: ("min_val", "max_val")}
+#: Classes whose forward reads ``self.inplace``.
+_INPLACE = (nn.ReLU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, nn.ReLU6, nn.Dropout, nn.Dropout2d)
 #: By their exact class, or DropPath.
 _PASSED = (nn.ReLU, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d, *_ACTS)
 
@@ -50,15 +53,16 @@ def why_not_conv(conv: nn.Module) -> str:
 
 
 def act_of(module: nn.Module | None) -> Act | None:
-    """What an activation module other than ReLU computes now; None for every other module, and for odd settings."""
+    """What an activation module other than ReLU computes now; None for every other module, and odd or lost settings."""
     cls = type(module)
     if cls is nn.SiLU or cls is nn.Hardswish:
         return Act(activation.SILU if cls is nn.SiLU else activation.HARDSWISH)
     if cls is nn.GELU:
-        return gelu(module.approximate)
+        return gelu(getattr(module, "approximate", None))
     if cls is nn.LeakyReLU:
-        return leaky_relu(module.negative_slope)
-    return Act(activation.RELU6) if cls is nn.ReLU6 and (module.min_val, module.max_val) == (0, 6) else None
+        return leaky_relu(getattr(module, "negative_slope", None))
+    bounds = (getattr(module, "min_val", None), getattr(module, "max_val", None)) if cls is nn.ReLU6 else ()
+    return Act(activation.RELU6) if bounds == (0, 6) else None
 
 
 def gelu(approximate: object) -> Act | None:
@@ -75,19 +79,14 @@ def leaky_relu(slope: object) -> Act | None:
 def kind_of(module: nn.Module) -> str:
     """What a module that is passed over is: its class, and what of its settings a program holds."""
     cls = type(module)
-    settings = ""
-    if cls is nn.LeakyReLU:
-        settings = f" {module.negative_slope}"
-    elif cls is nn.GELU:
-        settings = f" {module.approximate}"
-    elif cls is nn.ReLU6:
-        settings = f" {module.min_val} {module.max_val}"
-    return cls.__name__ + settings
+    return cls.__name__ + "".join(f" {getattr(module, name, None)!r}" for name in _SETTINGS.get(cls, ()))
 
 
 def why_not_passed(module: nn.Module) -> str:
     """Why `module`, an activation, container or drop path, may not be bypassed; empty if it may."""
     cls = type(module)
+    if cls in _INPLACE and "inplace" not in module.__dict__:
+        return f"inplace of its {cls.__name__} was removed"
     reason = proven.why_changed(module, cls if cls in _PASSED else None)
     return reason or (drop_paths.why_not(module) if drop_paths.is_one(module) else "")
 

@@ -18,7 +18,7 @@ from ..plan import choose, measured
 from ..steps import StepTensors
 from ..steps.directions import Lowered
 from ..steps.flow import Handed
-from ..steps.layout import Placed, suggests_channels_last
+from ..steps.layout import Placed, is_pointwise, lies, suggests_channels_last
 from ..steps.program import Call
 from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
 from ..steps.spec import flatten, present, regroup, spread
@@ -39,6 +39,7 @@ class Ready(NamedTuple):
     dtype: torch.dtype | None  # to which
     clamped: bool
     like_weights: bool  # a weight on the main branch is in channels_last
+    pointwise: bool
 
     def __call__(self, x: Placed, residual: Tensor | None, factor: Tensor | None) -> Placed:
         value, dtype = x.value, self.dtype
@@ -55,7 +56,8 @@ class Ready(NamedTuple):
             finally:
                 torch.set_autocast_enabled(value.device.type, True)
         moments = handed.leaving if residual is None and dtype in (None, value.dtype) else None
-        return Placed(out, x.channels_last or self.like_weights, self.clamped, moments)
+        in_channels_last = lies(out, x.channels_last or self.like_weights, self.pointwise)
+        return Placed(out, in_channels_last, self.clamped, moments)
 
 
 def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) -> tuple | None:
@@ -125,4 +127,5 @@ def _keep(site: Site, form: tuple, call: Call, dtype: torch.dtype | None, run: C
     slots, known = site.kept.unchanged.slots(tensors), site.kept.unchanged.ready
     if len(known) >= KEPT:
         known.clear()
-    known[form] = Ready(run, slots, tuple(cast), dtype, call.program.clamped, like_weights)
+    clamped, pointwise = call.program.clamped, is_pointwise(call.program)
+    known[form] = Ready(run, slots, tuple(cast), dtype, clamped, like_weights, pointwise)

@@ -113,7 +113,8 @@ def run_site(
         out = _output(site, call, given, dtype, handed, form)
     if out is None:
         return None if factor is given_factor else arrived(called(site, left(x), residual, factor))
-    made = behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
+    weights = [site.modules[node].weight for node in program.main_convolutions]
+    made = behind(out, x, weights, program)
     return made if handed is None else made._replace(moments=handed.leaving, owned=not out.requires_grad)
 
 

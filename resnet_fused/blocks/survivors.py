@@ -170,4 +170,5 @@ def output(site: Site, parts: Parts, x: Placed, residual: Tensor | None, factor:
         if rest.shape[1:] != made.shape[1:]:
             rest = rest.expand(rest.shape[0], *made.shape[1:])
         out = _Scatter.apply(rest.to(made.dtype), made, index, last.relu)
-    return behind(out, x, [site.modules[node].weight for node in program.main_convolutions], program.clamped)
+    weights = [site.modules[node].weight for node in program.main_convolutions]
+    return behind(out, x, weights, program)

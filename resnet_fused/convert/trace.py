@@ -151,7 +151,7 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
                 raise Untraceable(f"its forward reads {step.argval} of a child")
             if before != "self":
                 unknown |= set() if outside.is_known(step.argval) else {step.argval}
-            elif step.argval != "training" and value_of(block, step.argval) in (_OTHER, _MISSING):
+            elif step.argval != "training" and value_of(block, step.argval) in _unread(step.argval, found):
                 unknown.add(step.argval)  # not a module, None or constant: a method, say, whose code nobody looked at
             else:
                 found[step.argval] = None
@@ -188,6 +188,11 @@ def value_of(block: nn.Module, name: str) -> tuple[str, object]:
     if value is None:
         return "none", None
     return (type(value).__name__, value) if isinstance(value, bool | int | float | str) else _OTHER
+
+
+def _unread(name: str, found: Collection[str]) -> tuple:
+    """Values of ``self.name`` that nobody may read; that there is none does no harm where getattr() has asked."""
+    return (_OTHER,) if name in found else (_OTHER, _MISSING)
 
 
 def state_of(block: nn.Module, names: list[str]) -> tuple:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .program import Addition, Normalisation, Program
 from .saved import counter_of
 
 #: Mean and second moment of a tensor over all but its channels, ``[C]`` each, as `bn_stats` gives them.
@@ -59,12 +60,29 @@ def left(value: object) -> object:
     if value.channels_last:
         return out
     watched = value.clamped and out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return _Copied.apply(out) if watched and not out.is_contiguous() else out.contiguous()
+    out = _Copied.apply(out) if watched and not out.is_contiguous() else out.contiguous()
+    # one pixel or one channel is contiguous in both layouts; whoever reads it goes by the strides
+    return out.view(-1).view(out.shape) if suggests_channels_last(out) else out
 
 
-def behind(value: Tensor, before: Placed, weights: Iterable[Tensor], clamped: bool) -> Placed:
-    """The end of a chain of convolutions with `weights` on its main branch, from the value `before` it."""
-    return Placed(value, before.channels_last or any(map(suggests_channels_last, weights)), clamped)
+def behind(value: Tensor, before: Placed, weights: Iterable[Tensor], program: Program) -> Placed:
+    """The end of `program`, with `weights` on its main branch, from the value `before` it."""
+    in_channels_last = before.channels_last or any(map(suggests_channels_last, weights))
+    return Placed(value, lies(value, in_channels_last, is_pointwise(program)), program.clamped)
+
+
+def is_pointwise(program: Program) -> bool:
+    """Whether a norm or an addition makes the output."""
+    return isinstance(program.nodes[-1], Normalisation | Addition)
+
+
+def lies(value: Tensor, in_channels_last: bool, pointwise: bool) -> bool:
+    """Whether stock's `value` is channels_last, where its convolutions or its input are.
+
+    Of one pixel or one channel, which is contiguous in both layouts, stock's convolutions and pools keep the layout,
+    its `pointwise` operations do not: norms, additions, activations.
+    """
+    return in_channels_last and not (pointwise and value.is_contiguous())
 
 
 class _Copied(torch.autograd.Function):

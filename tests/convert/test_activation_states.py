@@ -1,5 +1,7 @@
 """Activations other than ReLU in the states that users bring about: other settings, hooks, methods, functions."""
 
+import copy
+
 import pytest
 import torch
 from activated import MODULES, Functions, Inverted, assert_same, image, pair
@@ -46,6 +48,29 @@ def test_a_setting_that_changes_after_fuse_counts(name, setting, training):
         vars(model.act2).update(setting)
     for _ in range(2):
         assert_same(fused, stock, image())
+
+
+@pytest.mark.parametrize("fused_before", [True, False])
+@pytest.mark.parametrize(
+    "name, setting",
+    [
+        ("silu", "inplace"),
+        ("leaky relu", "negative_slope"),
+        ("leaky relu", "inplace"),
+        ("gelu", "approximate"),
+        ("relu6", "max_val"),
+    ],
+)
+def test_a_setting_that_is_lost_raises_as_in_stock(name, setting, fused_before):
+    """As in a module that an older PyTorch saved."""
+    stock = Inverted(MODULES[name], 1).double()
+    fused = resnet_fused.fuse(copy.deepcopy(stock)) if fused_before else copy.deepcopy(stock)
+    for model in (fused, stock):
+        del vars(model.act2)[setting]
+    resnet_fused.fuse(fused)
+    for model in (fused, stock):
+        with resnet_fused.use("cpu"), pytest.raises(AttributeError, match=setting):
+            model(image())
 
 
 def test_hooks_on_an_activation_run():

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import resnet_fused
 from resnet_fused.blocks import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, conv_bn_add_relu
+from resnet_fused.blocks.runtime import fused_programs
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.plan import choose
 from resnet_fused.steps.layout import suggests_channels_last
 
 CL = torch.channels_last
@@ -101,3 +104,35 @@ def test_only_the_main_branch_counts():
         assert block(torch.randn(2, 4, 6, 6)).is_contiguous()
         block.conv2.to(memory_format=CL)
         assert block(torch.randn(2, 4, 6, 6)).is_contiguous(memory_format=CL)
+
+
+class Attention(nn.Module):
+    """A chain that ends in few channels, with what follows outside of it."""
+
+    def __init__(self, outputs, kernel, last):
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(6, outputs, kernel, bias=False), nn.BatchNorm2d(outputs), last
+
+    def forward(self, x):
+        return self.last(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Identity(), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("shape", [(6, 4, 4, 4), (1, 3, 4, 5)], ids=["one pixel", "one channel"])
+@pytest.mark.parametrize(("x_format", "weight_format"), BOTH)
+def test_what_is_contiguous_in_both_layouts(last, shape, x_format, weight_format):
+    """Its strides decide the layout of all that is made of it."""
+    outputs, kernel, *size = shape
+    stock = Attention(outputs, kernel, last).double().to(memory_format=weight_format)
+    fused = resnet_fused.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 6, *size, dtype=torch.float64).contiguous(memory_format=x_format)
+    with choose.fusing_all():
+        for training, graded in itertools.product((True, False), (True, True, False)):
+            fused.train(training), stock.train(training)
+            before = fused_programs()
+            with torch.set_grad_enabled(graded):
+                got, want = fused(x), stock(x)
+            assert fused_programs() > before or not graded
+            assert got.stride() == want.stride()
+            torch.testing.assert_close(F.interpolate(got, scale_factor=2), F.interpolate(want, scale_factor=2))
+            assert F.interpolate(got, scale_factor=2).stride() == F.interpolate(want, scale_factor=2).stride()

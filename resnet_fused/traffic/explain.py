@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from ..blocks import norms
 from ..blocks.dense import FusedDenseBlock
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..convert.fuse import fuse, report
@@ -23,6 +21,7 @@ from ..plan import choose, devices
 from ..plan.devices import Device, Expected
 from .compiled import FusingCounter
 from .count import Counter, SavedBytes, Traffic, tensors
+from .faked import copied, gradients, make_fake
 
 Tensor = torch.Tensor
 Arguments = tuple[tuple, dict]  # of a call
@@ -166,9 +165,9 @@ def explain(
     target = devices.find(device) if isinstance(device, str) else device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model with nothing to fuse is explained all the same
-        fused = fuse(_copied(model)).train(training)
+        fused = fuse(copied(model)).train(training)
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that no module has stay real
-    fake = _make_fake(fused, mode, dtype)
+    fake = make_fake(fused, mode, dtype)
     left = tuple(report(fake).reasons())  # of what is counted: in one dtype
     with mode:
         place = next((p.device for p in fake.parameters()), None)  # a model on a GPU is planned for as it runs there
@@ -180,41 +179,6 @@ def explain(
     return Explanation(
         blocks, dataclasses.replace(total, plan="") if blocks else total, left, training, target, predictions
     )
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy, also of a model whose weights are computed from others, which ``copy.deepcopy`` refuses (pruning)."""
-    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
-
-
-def _make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
-    """`model` itself with every tensor in it replaced by a fake one of `dtype`, as a step under autocast sees it.
-
-    Batch norms keep their own dtype, and what is no floating-point tensor does too.
-    """
-    made: dict[int, Tensor] = {}  # a tensor shared by two modules stays one tensor
-
-    def fake(t: Tensor, own: bool) -> Tensor:
-        if id(t) not in made:
-            like = mode.from_tensor(t.detach())
-            if t.is_meta:  # of a model that has no memory, and is planned for as on a CPU
-                with mode:
-                    like = torch.empty_like(like, device="cpu")
-            made[id(t)] = like.to(t.dtype if own or not t.is_floating_point() else dtype)
-        return made[id(t)]
-
-    for module in model.modules():
-        own = not norms.why_not(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(fake(parameter, own), requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer, own)
-        attributes = vars(module)  # constants, and weights that are computed from others
-        attributes.update({name: fake(t, own) for name, t in attributes.items() if isinstance(t, Tensor)})
-    return model
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -268,11 +232,10 @@ def _count(
     with counter, torch.set_grad_enabled(training):
         saved = SavedBytes([*parameters, *module.buffers()])
         with saved:
-            out = tensors(module(*args, **kwargs))
-        counter.keep(*out)
-        out = [t for t in out if t.requires_grad]
-        if training and out:
-            counter.keep(*torch.autograd.grad(out, wanted, list(map(torch.empty_like, out)), allow_unused=True))
+            out = module(*args, **kwargs)
+        counter.keep(*tensors(out))
+        if training:
+            counter.keep(*gradients(out, wanted))
     return counter.total, saved.bytes
 
 

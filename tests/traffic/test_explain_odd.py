@@ -7,6 +7,8 @@ from torch.nn.utils import prune
 
 import resnet_fused
 from resnet_fused.models import BasicBlock
+from resnet_fused.plan import devices
+from resnet_fused.traffic.calls import calls
 
 
 class Net(nn.Module):
@@ -80,3 +82,14 @@ def test_what_is_left_is_left_of_the_model_that_is_counted():
     net.block.conv1.half()
     found = resnet_fused.explain(net, (2, 16, 56, 56), training=False, device="h100")
     assert found.left == () and found.model.fused.launches < found.model.stock.launches
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [Features, Named, Centred, pruned, lambda: Net().to("meta")])
+def test_its_calls_are_found(build, training):
+    x = torch.empty(2, 16, 56, 56, device="meta")
+    found = calls(build(), x, training, devices.find("h100"), torch.bfloat16)
+    if build is pruned:
+        assert not found
+    else:
+        assert found == calls(Net(), x, training, devices.find("h100"), torch.bfloat16)

@@ -174,11 +174,12 @@ def judged(model: Model, size: int) -> Verdict:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Print what became of every model asked for; returns how many disagree or were not judged."""
-    known = read(options.resume)
+    """Print what became of every model asked for; returns how many disagree or were not judged, or 1 if none was."""
+    revision = records.git_revision()
+    known = {} if revision.endswith("-dirty") else read(options.resume)  # which changes, nobody knows
     counts: dict[str, collections.Counter] = {}
     for millions, model in selected(options):
-        start, key = time.perf_counter(), f"{model} {options.size} {records.git_revision()}"
+        start, key = time.perf_counter(), f"{model} {options.size} {revision}"
         verdict = known.get(key)
         if verdict is None:
             verdict = judged(model, options.size)
@@ -192,14 +193,21 @@ def compare(options: argparse.Namespace) -> int:
         counts.setdefault(f"{model.family}'s {model.module}", collections.Counter())[verdict.verdict] += 1
     for module, verdicts in counts.items():
         print(f"{module}: {', '.join(f'{number} {word}' for word, number in sorted(verdicts.items()))}")
+    if not counts:
+        print("no model was judged: see --family, --module, --only and --max-parameters")
+        return 1
     return sum(verdicts[word] for verdicts in counts.values() for word in (DISAGREES, FAILED))
 
 
 def read(path: pathlib.Path | None) -> dict[str, Verdict]:
-    """The verdicts of an interrupted run."""
+    """The verdicts of an interrupted run. Cuts a last line off that is not whole: a model is judged again, then."""
     if path is None or not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    lines = [json.loads(line) for line in whole.splitlines()]
     return {line.pop("key"): Verdict(line["verdict"], line["text"], tuple(line["wrong"])) for line in lines}
 
 
@@ -211,7 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="resolution, default 64")
     parser.add_argument("--max-parameters", type=float, default=1e9, metavar="MILLIONS", help="leave larger models out")
     parser.add_argument(
-        "--resume", type=pathlib.Path, metavar="FILE", help="keep verdicts here, and repeat none of this revision's"
+        "--resume",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="keep verdicts here, and repeat none of this revision's, if it is not dirty",
     )
     runs.add_option(parser)
     options = parser.parse_args(arguments)

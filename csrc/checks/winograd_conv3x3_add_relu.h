@@ -25,6 +25,7 @@ inline void check_winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weigh
   if (x.scalar_type() != ScalarType::Float || weight.scalar_type() != ScalarType::Float) {
     fail(op, ": got ", x.scalar_type(), " x and ", weight.scalar_type(), " weight; pass Float");
   }
+  if (x.size(1) == 0) fail(op, ": x has no channels; pass one or more");
   if (padding != 0 && padding != 1) fail(op, ": padding is ", padding, "; pass 0 or 1");
   if (weight.dim() != 4 || weight.size(1) != x.size(1) || weight.size(2) != 3 || weight.size(3) != 3) {
     fail(op, ": weight has shape ", shape_of(weight), "; pass [K, ", x.size(1), ", 3, 3]");

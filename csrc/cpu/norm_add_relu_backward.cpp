@@ -227,8 +227,9 @@ template <class T, bool with_z, bool with_residual>
 void run(const Arguments& a) {
   using A = acc_t<T>;
   const Shape shape(a.grad_out);
-  const Partition part(shape);
   const int64_t C = shape.channels;
+  if (C == 0) return;  // all results are empty
+  const Partition part(shape);
   std::vector<double> totals(std::max<int64_t>(part.chunks, 1) * 4 * C);  // [chunks, 4, C]
   torch::stable::parallel_for(0, part.chunks, 1, [&](int64_t begin, int64_t end) {
     ChunkSums<T, with_z, with_residual> sums(a);

@@ -30,6 +30,9 @@ class DenseLayer(nn.Module):
         bn_size: channels between the convolutions, in units of `growth_rate`.
         drop_rate: of the dropout behind it in training.
         memory_efficient: compute what lies before norm2 again in backward, instead of saving it.
+
+    Raises:
+        ValueError: `drop_rate` is not in [0, 1].
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class DenseLayer(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"DenseLayer: drop_rate must be in [0, 1], got {drop_rate}")
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
 

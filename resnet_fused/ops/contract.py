@@ -36,6 +36,11 @@ def one_more_for_sums(results: list[Tensor]) -> int:
     return 2 if len(results) > 1 else 1
 
 
+def one_more_for_statistics(results: list[Tensor]) -> int:
+    """Of a kernel whose results are such sums alone, empty where nobody asked for them; its data goes elsewhere."""
+    return 2 if results else 1
+
+
 def none_in_full(*args, **kwargs) -> int:
     """Of an op that multiplies its data as it comes."""
     return 0

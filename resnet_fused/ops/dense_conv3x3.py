@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from . import bn_stats, lazy
-from .contract import Tensor, define, nbytes, stat_dtype, two_launches
+from .contract import Tensor, define, nbytes, one_more_for_statistics, stat_dtype
 
 SCHEMA = (
     "(Tensor z, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) out, bool statistics=True) "
@@ -63,7 +63,7 @@ OP = define(
     flops=flops,
     compiled=True,
     forms=FORMS,
-    launches=two_launches,
+    launches=one_more_for_statistics,
     sums_of_rounded=True,
     ulps=4,
 )

@@ -119,7 +119,7 @@ def folded(shape: torch.Size, weight: Tensor, conv: Conv, precision: str, thread
         return 0, 0.0
     k, c = weight.shape[:2]
     stride, n = conv.stride[0], shape[0]
-    if stride == 2 and c % _STRIDED_CHANNELS:
+    if c * k == 0 or (stride == 2 and c % _STRIDED_CHANNELS):
         return 0, 0.0
     p, q = ((size + 2 * conv.padding[0] - 3) // stride + 1 for size in shape[2:])
     direct = (9 * n * p * q + _WEIGHT * 9 * threads) * c * k

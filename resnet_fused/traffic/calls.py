@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 
@@ -16,7 +15,7 @@ from ..convert.fuse import fuse
 from ..ops import OPS, Op
 from ..plan import choose, devices
 from ..plan.devices import Device
-from .explain import _make_fake
+from .faked import copied, gradients, make_fake
 
 Tensor = torch.Tensor
 
@@ -109,15 +108,14 @@ def calls(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model with nothing to fuse calls nothing
-        fused = fuse(copy.deepcopy(model).cpu()).train(training)
-    mode, listener = FakeTensorMode(), _Listener()
-    fake = _make_fake(fused, mode, dtype or x.dtype)
+        fused = fuse(copied(model)).train(training)
+    mode, listener = FakeTensorMode(allow_non_fake_inputs=True), _Listener()
+    fake = make_fake(fused, mode, dtype or x.dtype, "cpu")
     with mode, choose.planning_for(device or devices.CPU_CORE), torch.set_grad_enabled(training):
         shape, own = tuple(x.shape), dtype or x.dtype
         given = torch.empty(shape, dtype=own).contiguous(memory_format=torch.channels_last)
         with listener:
             out = fake(given)
-            wanted = [p for p in fake.parameters() if p.requires_grad]
-            if training and wanted and out.requires_grad:
-                torch.autograd.grad(out, wanted, torch.empty_like(out), allow_unused=True)
+            if training:
+                gradients(out, [p for p in fake.parameters() if p.requires_grad])
     return listener.found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
-from ..blocks import norms
 from ..blocks.dense import FusedDenseBlock
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
 from ..convert.fuse import fuse, report
@@ -21,9 +20,11 @@ from ..convert.stem import FusedStem
 from ..plan import choose, devices
 from ..plan.devices import Device, Expected
 from .compiled import FusingCounter
-from .count import Counter, SavedBytes, Traffic
+from .count import Counter, SavedBytes, Traffic, tensors
+from .faked import copied, gradients, make_fake
 
 Tensor = torch.Tensor
+Arguments = tuple[tuple, dict]  # of a call
 _SIDES = {"fused": "fused", "stock": "stock", "compiled": "compile"}  # and their names in tables
 _BLOCKS = (FusedModule, FusedConvBNReLU, FusedDenseBlock, FusedResidualBlock)
 
@@ -164,60 +165,37 @@ def explain(
     target = devices.find(device) if isinstance(device, str) else device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model with nothing to fuse is explained all the same
-        fused = fuse(copy.deepcopy(model)).train(training)
-    left = tuple(report(fused).reasons())
-    mode = FakeTensorMode()
-    fake = _make_fake(fused, mode, dtype)
+        fused = fuse(copied(model)).train(training)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that no module has stay real
+    fake = make_fake(fused, mode, dtype)
+    left = tuple(report(fake).reasons())  # of what is counted: in one dtype
     with mode:
         place = next((p.device for p in fake.parameters()), None)  # a model on a GPU is planned for as it runs there
         x = torch.empty(tuple(input_size), dtype=dtype, device=place).contiguous(memory_format=torch.channels_last)
-        inputs = _inputs(fake, x)
+        inputs, image = _inputs(fake, x), ((x,), {})
         blocks = tuple(_compare(name, fake.get_submodule(name), h, training, target) for name, h in inputs.items())
-        total = _compare("whole model", fake, x, training, target, input_grad=not inputs)
-        predictions = _predict_all(fake, x, training, target, total, input_grad=not inputs)
+        total = _compare("whole model", fake, image, training, target, input_grad=not inputs)
+        predictions = _predict_all(fake, image, training, target, total, input_grad=not inputs)
     return Explanation(
         blocks, dataclasses.replace(total, plan="") if blocks else total, left, training, target, predictions
     )
-
-
-def _make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
-    """`model` itself with every tensor in it replaced by a fake one of `dtype`, as a step under autocast sees it.
-
-    Batch norms keep their own dtype, and what is no floating-point tensor does too.
-    """
-    made: dict[int, Tensor] = {}  # a tensor shared by two modules stays one tensor
-
-    def fake(t: Tensor, own: bool) -> Tensor:
-        if id(t) not in made:
-            made[id(t)] = mode.from_tensor(t.detach()).to(t.dtype if own or not t.is_floating_point() else dtype)
-        return made[id(t)]
-
-    for module in model.modules():
-        own = not norms.why_not(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(fake(parameter, own), requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer, own)
-    return model
 
 
 def _is_block(module: nn.Module) -> bool:
     return isinstance(module, _BLOCKS) and not isinstance(module, FusedStem)
 
 
-def _inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The input of every fused block, from one fake forward."""
-    seen: dict[str, Tensor] = {}
+def _inputs(model: nn.Module, x: Tensor) -> dict[str, Arguments]:
+    """What every fused block is called with, from one fake forward."""
+    seen: dict[str, Arguments] = {}
     handles = []
     for name, module in model.named_modules():
         if name and _is_block(module):
 
-            def note(_, args, name=name):
-                seen.setdefault(name, args[0])
+            def note(_, args, kwargs, name=name):
+                seen.setdefault(name, (args, kwargs))
 
-            handles.append(module.register_forward_pre_hook(note))
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     with torch.no_grad():
         model(x)
     for handle in handles:
@@ -230,43 +208,49 @@ def _planning(target: Device | None):
 
 
 def _compare(
-    name: str, module: nn.Module, x: Tensor, training: bool, target: Device | None, input_grad: bool = True
+    name: str, module: nn.Module, given: Arguments, training: bool, target: Device | None, input_grad: bool = True
 ) -> Comparison:
     with choose.observing() as notes, _planning(target):
-        fused, fused_saved = _count(module, x, training, input_grad, Counter())
+        fused, fused_saved = _count(module, given, training, input_grad, Counter())
     stock = FusingCounter()
     with stock_forward():
-        _, stock_saved = _count(module, x, training, input_grad, stock)
+        _, stock_saved = _count(module, given, training, input_grad, stock)
     text = "; ".join(dict.fromkeys(notes))
-    return Comparison(name, tuple(x.shape), text, fused, stock.total, stock.compiled(), fused_saved, stock_saved)
+    return Comparison(
+        name, tuple(tensors(given)[0].shape), text, fused, stock.total, stock.compiled(), fused_saved, stock_saved
+    )
 
 
-def _count(module: nn.Module, x: Tensor, training: bool, input_grad: bool, counter: Counter) -> tuple[Traffic, int]:
-    parameters = list(module.parameters())
-    x = x.detach().requires_grad_(training and input_grad)
-    wanted = [t for t in (*parameters, x) if t.requires_grad]
+def _count(
+    module: nn.Module, given: Arguments, training: bool, input_grad: bool, counter: Counter
+) -> tuple[Traffic, int]:
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_(training and input_grad and t.is_floating_point())
+
+    parameters, (args, kwargs) = list(module.parameters()), tree_map_only(Tensor, leaf, given)
+    wanted = [t for t in (*parameters, *tensors((args, kwargs))) if t.requires_grad]
     with counter, torch.set_grad_enabled(training):
         saved = SavedBytes([*parameters, *module.buffers()])
         with saved:
-            out = module(x)
-        counter.keep(out)
-        if training and out.requires_grad:
-            counter.keep(*torch.autograd.grad(out, wanted, torch.empty_like(out), allow_unused=True))
+            out = module(*args, **kwargs)
+        counter.keep(*tensors(out))
+        if training:
+            counter.keep(*gradients(out, wanted))
     return counter.total, saved.bytes
 
 
 def _predict_all(
-    model: nn.Module, x: Tensor, training: bool, target: Device | None, total: Comparison, input_grad: bool
+    model: nn.Module, given: Arguments, training: bool, target: Device | None, total: Comparison, input_grad: bool
 ) -> tuple[Prediction, ...]:
     """The whole model's times on `target`, else on every known GPU, with the plan made for that."""
     if target is not None:
         return (_predict(target, total.fused, total),)
-    if x.element_size() != 2:
+    if tensors(given)[0].element_size() != 2:
         return ()
     found = []
     for known in devices.DEVICES.values():
         with _planning(known):
-            fused, _ = _count(model, x, training, input_grad, Counter())
+            fused, _ = _count(model, given, training, input_grad, Counter())
         found.append(_predict(known, fused, total))
     return tuple(found)
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import bounds
-from resnet_fused.models import BasicBlock, resnet18
+from resnet_fused.models import BasicBlock, Bottleneck, resnet18
 from resnet_fused.plan import choose
 from resnet_fused.steps import folding, winograd
+from resnet_fused.steps.spec import Conv
 
 pytestmark = pytest.mark.skipif(not winograd.IS_BUILT, reason="no compiled library for AVX2 or AVX-512")
 F2, F4 = "Winograd F(2x2) convolution", "Winograd F(4x4) convolution"
@@ -107,7 +109,7 @@ def test_a_weight_is_transformed_once_for_all_shapes_and_kept_beside_the_other_p
     for _ in range(2):
         for size in (14, 20, 28):
             fused(images(2, 64, size, size))
-    two, four = [winograd.layout(2)] * 2, [winograd.layout(4)] * 2
+    two, four = ([winograd.layout(outputs, Conv(padding=(1, 1)))] * 2 for outputs in (2, 4))
     assert made == two
     with resnet_fused.precision("fast"):
         for size in (28, 56):
@@ -124,6 +126,15 @@ def test_bounds_go_on_behind_it():
         bounds.remember(x, 10.0)
         out = fused(x)
         assert out.abs().max().item() <= bounds.noted(out) < bounds.SAFE
+
+
+@torch.no_grad()
+def test_a_block_without_channels_is_refused_as_stock_refuses_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zero-element tensors
+        fused = resnet_fused.fuse(with_statistics(Bottleneck(16, 4, base_width=0)))
+    with pytest.raises(RuntimeError):  # of whichever convolution is asked first
+        fused(images(2, 16, 16, 16))
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ def known(script, monkeypatch):
     models = [script.Model("own", "net", name) for name in makers]
     monkeypatch.setattr(script, "models_of", lambda family: models if family == "own" else [])
     monkeypatch.setattr(script.Model, "build", lambda self: makers[self.name]())
+    monkeypatch.setattr(script.records, "git_revision", lambda: "1234567")
     return models
 
 
@@ -103,6 +104,24 @@ def test_verdicts_and_exit_status(script, known, tmp_path, capsys):
     assert "own:other: FAILED" in text and "1 FAILED, 1 agrees" in text
 
 
+def test_a_line_that_was_cut_off_is_judged_again(script, known, tmp_path):
+    done = tmp_path / "checked.jsonl"
+    options = ["--family", "own", "--size", "16", "--resume", str(done), "--only"]
+    assert script.main([*options, "[gs]*"]) == 0
+    lines = done.read_text().splitlines()
+    done.write_text(f"{lines[0]}\n{lines[1][:40]}")
+    assert script.main([*options, "[gs]*"]) == 0
+    assert done.read_text().splitlines() == lines
+
+
+def test_what_a_dirty_tree_said_is_not_taken_for_what_it_says(script, known, tmp_path, monkeypatch):
+    done = tmp_path / "checked.jsonl"
+    options = ["--family", "own", "--size", "16", "--resume", str(done), "--only", "good"]
+    monkeypatch.setattr(script.records, "git_revision", lambda: "1234567-dirty")
+    assert (script.main(options), script.main(options)) == (0, 0)
+    assert len(done.read_text().splitlines()) == 2
+
+
 def test_what_disagrees_is_told(script, known, monkeypatch, capsys):
     fuse = script.resnet_fused.fuse
 
@@ -118,7 +137,8 @@ def test_what_disagrees_is_told(script, known, monkeypatch, capsys):
 
 
 def test_left_out_by_size_and_file(script, known, capsys):
-    assert script.main(["--family", "own", "--max-parameters", "0.0001", "--only", "good"]) == 0
-    assert script.main(["--family", "own", "--module", "elsewhere"]) == 0
+    assert script.main(["--family", "own", "--max-parameters", "0.0001", "--only", "good"]) == 1
+    assert script.main(["--family", "own", "--module", "elsewhere"]) == 1
     text = capsys.readouterr().out
     assert "own:good: left out, 0 M parameters" in text and "agrees" not in text
+    assert text.count("no model was judged") == 2

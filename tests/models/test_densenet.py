@@ -67,6 +67,13 @@ def test_depths_that_the_family_does_not_have(depth):
         models.DenseNetCifar(depth, 12)
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("build", [models.densenet121, models.densenet_bc100_k12])
+def test_dropout_of_a_rate_that_is_no_probability(build, rate):
+    with pytest.raises(ValueError, match=f"drop_rate must be in \\[0, 1\\], got {rate}"):
+        build(drop_rate=rate)
+
+
 def test_small_images():
     model = models.DenseNetCifar(16, 4)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)

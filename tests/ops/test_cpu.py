@@ -136,6 +136,16 @@ def test_contiguous_input_is_refused_with_a_reason_and_by_the_kernel():
 
 
 @needs_library
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("emit_grad", [False, True])
+def test_no_channels_have_empty_sums(emit_grad, with_residual):
+    z, v = activations(2, 0, 4, 4), torch.ones(0)
+    more = {"residual": z, "residual_mean": v} if with_residual else {}
+    found = torch.ops.resnet_fused.norm_add_relu_backward(z, z, v, v, v, emit_grad=emit_grad, **more)
+    assert all(t.numel() == 0 for t in found)
+
+
+@needs_library
 @pytest.mark.parametrize(
     ("op", "args", "text"),
     [

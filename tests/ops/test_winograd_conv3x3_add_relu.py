@@ -244,6 +244,10 @@ def test_bits_of_a_stride_do_not_depend_on_the_thread_count(shape, k):
         ),
         (lambda a: a | {"residual": torch.ones(2, 6, 4, 4)}, r"residual has shape \[2, 6, 4, 4\] but the result has"),
         (lambda a: a | {"x": channels_last(a["x"][:, :, :2]), "padding": 0}, "smaller than the kernel"),
+        (
+            lambda a: a | {"x": a["x"][:, :0], "weight": a["weight"][:, :0], "packed": packed(a["weight"][:, :0], 2)},
+            "x has no channels; pass one or more",
+        ),
     ],
 )
 def test_argument_errors(change, text):

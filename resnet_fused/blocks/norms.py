@@ -33,8 +33,8 @@ def why_not(module: nn.Module) -> str:
         drop = getattr(module, "drop", None)
         if drop is not None and proven.why_changed(drop, nn.Identity):
             return f"its norm drops with {type(drop).__name__}"
-        if kind in proven.ACTIVATED_NORMS and getattr(module, "act", None) is None:
-            return "its norm has lost its activation"
+        if kind in proven.ACTIVATED_NORMS and (drop is None or getattr(module, "act", None) is None):
+            return "its norm has lost its drop or its activation"
         return proven.why_changed(module)
     if isinstance(module, nn.BatchNorm2d):
         return proven.why_changed(module, nn.BatchNorm2d)

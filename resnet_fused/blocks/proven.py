@@ -102,7 +102,7 @@ class _Known:
 
     def __init__(self, cls: type, *own: str) -> None:
         self.methods = tuple((name, getattr(cls, name)) for name in ("forward", *CALL, *own))
-        self.called: tuple[tuple[dict, str, object], ...] = ()  # by a drop path's forward, in its own module
+        self.called: tuple[tuple[dict, str, object], ...] = ()  # by its forward, in its own module
         checked = CALL if cls.__module__.partition(".")[0] != "torch" else (*CALL, *own)
         self.exchanged = tuple(name for name, method in self.methods if name in checked and not _is_torchs(method))
         self.hidden = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
@@ -161,11 +161,16 @@ def _look_at(cls: type, base: type | None) -> str:
         if any(getattr(cls, name) is not getattr(nn.Module, name) for name in CALL):
             return f"{cls.__name__} is called in its own way"
         known = _Known(cls, *DENSE_LAYERS.get(own_kind(cls), ()))
+        places = forward.__globals__
+        if "F" in forward.__code__.co_names and "F" in places:
+            if places["F"] is not F:
+                return f"F, which {cls.__name__} calls, was replaced"
+            known.called = ((places, "F", F),)
         if own_kind(cls) in DROP_PATHS:
-            places = forward.__globals__
             names = [name for name in forward.__code__.co_names if isinstance(places.get(name), types.FunctionType)]
-            known.called = tuple((places, name, places[name]) for name in names)
-            for _, name, function in known.called:
+            functions = tuple((places, name, places[name]) for name in names)
+            known.called += functions
+            for _, name, function in functions:
                 if (function.__module__, function.__qualname__) != (cls.__module__, name):
                     return f"{name}, which {cls.__name__} calls, was replaced"
         _looked_at[cls] = known

@@ -135,6 +135,8 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
         for prefix, what in _REFUSED:
             if step.opname.startswith(prefix):
                 raise Untraceable(f"its forward {what}")
+        if code.co_varnames[0] in _stored(step):
+            raise Untraceable("its forward gives self another meaning")
         before, owner = owner, ""
         if step.opname.startswith("LOAD_FAST"):
             last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
@@ -159,6 +161,14 @@ def names_read(block: nn.Module, cls: type) -> list[str]:
     if unknown:
         raise Untraceable(f"its forward uses {', '.join(sorted(unknown))}, which may change from call to call")
     return list(found)
+
+
+def _stored(step: dis.Instruction) -> tuple[str, ...]:
+    """The local names that an instruction binds anew or takes away."""
+    if not step.opname.startswith(("STORE_FAST", "DELETE_FAST")):
+        return ()
+    names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    return names[:1] if "LOAD" in step.opname else names
 
 
 def _asked_for(steps: list[dis.Instruction], receiver: str) -> str:

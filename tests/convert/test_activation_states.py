@@ -142,3 +142,25 @@ def test_a_method_that_is_asked_for_is_not_traced():
     fused, stock = pair(Asking())
     assert "fused: conv" not in str(resnet_fused.report(fused))
     assert_same(fused, stock, image(), runs=0)
+
+
+class Rebound(Optional):
+    """One whose self is its child in the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.adds = Optional(), True
+        self.inner.adds = True
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(self.inner(x))))
+        self = self.inner
+        return x + 1 if self.adds else x
+
+
+def test_what_another_self_has_counts():
+    fused, stock = pair(Rebound())
+    assert_same(fused, stock, image())
+    for model in (fused, stock):
+        model.inner.adds = False
+    assert_same(fused, stock, image())

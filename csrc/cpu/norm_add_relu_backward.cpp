@@ -75,8 +75,7 @@ RESNET_FUSED_CLONES void select_by_bits(T* __restrict g, const T* __restrict gra
   }
 }
 
-// Sums of one block in the accumulation type, [C] each, which its rows are added to; block sums are short, so float32
-// holds them well.
+// Sums of one block in the accumulation type, [C] each; block sums are short, so float32 holds them well.
 template <class A>
 struct Partial {
   A *g, *gz, *gr;
@@ -93,6 +92,7 @@ RESNET_FUSED_CLONES void sum_rows(const Partial<A>& sums, const T* __restrict g,
                                   const T* __restrict r, const Means<A>& means, int64_t rows, int64_t C) {
   const A* __restrict mean = means.z, * __restrict r_mean = means.residual;
   A* __restrict sum_g = sums.g, * __restrict sum_gz = sums.gz, * __restrict sum_gr = sums.gr;
+  for (int64_t c = 0; c < C; ++c) sum_g[c] = sum_gz[c] = sum_gr[c] = 0;
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4, g += 4 * C, z += with_z ? 4 * C : 0, r += with_residual ? 4 * C : 0) {
     for (int64_t c = 0; c < C; ++c) {
@@ -116,39 +116,6 @@ RESNET_FUSED_CLONES void sum_rows(const Partial<A>& sums, const T* __restrict g,
       sum_g[c] += value;
       if constexpr (with_z) sum_gz[c] += value * (load(z + c) - mean[c]);
       if constexpr (with_residual) sum_gr[c] += value * (load(r + c) - r_mean[c]);
-    }
-  }
-}
-
-template <class A>
-struct Recomputed {
-  const A *scale, *shift;  // [C] each
-};
-
-// The same where the gradient is masked by scale*z + shift and written nowhere: one read of both, in registers.
-template <class T, class A = acc_t<T>>
-RESNET_FUSED_CLONES void sum_recomputed(const Partial<A>& sums, const T* __restrict g, const T* __restrict z,
-                                        const A* __restrict mean, const Recomputed<A>& by, int64_t rows, int64_t C) {
-  const A* __restrict scale = by.scale, * __restrict shift = by.shift;
-  A* __restrict sum_g = sums.g, * __restrict sum_gz = sums.gz;
-  const auto masked = [](A value, A y) { return y <= 0 ? A(0) : value; };
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4, g += 4 * C, z += 4 * C) {
-    for (int64_t c = 0; c < C; ++c) {
-      const A z0 = load(z + c), z1 = load(z + C + c), z2 = load(z + 2 * C + c), z3 = load(z + 3 * C + c);
-      const A g0 = masked(load(g + c), z0 * scale[c] + shift[c]);
-      const A g1 = masked(load(g + C + c), z1 * scale[c] + shift[c]);
-      const A g2 = masked(load(g + 2 * C + c), z2 * scale[c] + shift[c]);
-      const A g3 = masked(load(g + 3 * C + c), z3 * scale[c] + shift[c]);
-      sum_g[c] += (g0 + g1) + (g2 + g3);
-      sum_gz[c] += (g0 * (z0 - mean[c]) + g1 * (z1 - mean[c])) + (g2 * (z2 - mean[c]) + g3 * (z3 - mean[c]));
-    }
-  }
-  for (; m < rows; ++m, g += C, z += C) {
-    for (int64_t c = 0; c < C; ++c) {
-      const A value = masked(load(g + c), load(z + c) * scale[c] + shift[c]);
-      sum_g[c] += value;
-      sum_gz[c] += value * (load(z + c) - mean[c]);
     }
   }
 }
@@ -194,9 +161,9 @@ struct ChunkSums {
   using A = acc_t<T>;
   const Arguments& a;
   const Shape shape;
-  const int64_t C = shape.channels, step = std::max<int64_t>(8, 4096 / C / 4 * 4);  // rows in the first-level cache
+  const int64_t C = shape.channels, step = std::max<int64_t>(4, 4096 / C / 4 * 4);  // rows in the first-level cache
   const Means<A> means{data<A>(a.mean), data<A>(a.residual_mean)};
-  std::vector<A> sums = std::vector<A>(3 * C);
+  std::vector<A> sums = std::vector<A>(6 * C);
   std::vector<T> scratch = std::vector<T>(a.emit_grad ? 0 : step * C);
 
   explicit ChunkSums(const Arguments& arguments) : a(arguments), shape(arguments.grad_out) {}
@@ -204,20 +171,17 @@ struct ChunkSums {
   // Rows [begin, end) of one sample, at most a block.
   void block(const Totals& totals, double factor, int64_t begin, int64_t end) {
     const Keep keep = keep_of(a);
-    const Partial<A> block{&sums[0], &sums[C], &sums[2 * C]};
-    std::fill(sums.begin(), sums.end(), A(0));
-    if (with_z && !with_residual && keep == Keep::kRecompute && !a.emit_grad) {
-      sum_recomputed(block, data<T>(a.grad_out) + begin * C, data<T>(a.z) + begin * C, means.z,
-                     {data<A>(a.scale), data<A>(a.shift)}, end - begin, C);
-      return add_partial(totals, block, factor, C);
-    }
+    const Partial<A> block{&sums[0], &sums[C], &sums[2 * C]}, piece{&sums[3 * C], &sums[4 * C], &sums[5 * C]};
     for (int64_t row = begin; row < end; row += step) {
       const int64_t stop = std::min(end, row + step);
       T* target = a.emit_grad ? data<T>(a.g) + row * C : scratch.data();
       const T* g = masked_rows(a, keep, target, row, stop, C);
       const T* z = with_z ? data<T>(a.z) + row * C : nullptr;
       const T* residual = with_residual ? data<T>(a.residual) + row * C : nullptr;
-      sum_rows<T, with_z, with_residual>(block, g, z, residual, means, stop - row, C);
+      const Partial<A>& sum = row == begin ? block : piece;
+      sum_rows<T, with_z, with_residual>(sum, g, z, residual, means, stop - row, C);
+      if (row == begin) continue;
+      for (int64_t i = 0; i < 3 * C; ++i) sums[i] += sums[3 * C + i];
     }
     add_partial(totals, block, factor, C);
   }

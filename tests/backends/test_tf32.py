@@ -6,6 +6,7 @@ import torch
 from resnet_fused.backends import tf32
 from resnet_fused.plan import keys
 from resnet_fused.plan.devices import DEVICES
+from resnet_fused.steps.program import Call, Program
 
 cudnn = torch.backends.cudnn
 
@@ -44,10 +45,11 @@ def test_where_the_older_interface_cannot_be_read_the_plan_can_be_made():
         _ = cudnn.allow_tf32
     device = DEVICES["h100"]
     assert device.peak(torch.float32) == device.single
-    assert not keys.environment(torch.empty(1, device="meta"))
+    call = Call(Program(()), torch.empty(1, device="meta"), [])
+    assert not keys.settings(call).endswith("tf32")
     cudnn.conv.fp32_precision = "tf32"
     assert device.peak(torch.float32) == device.tf32
-    assert keys.environment(torch.empty(1, device="meta"))
+    assert keys.settings(call).endswith("tf32")
 
 
 def test_products_of_triton_follow():

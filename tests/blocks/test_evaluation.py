@@ -203,7 +203,7 @@ def test_a_pre_activation_block_keeps_what_it_made(monkeypatch):
 def test_the_last_convolution_is_added_to_its_projection_in_place(monkeypatch):
     monkeypatch.setattr(unfolded, "IS_FAST", False)  # all of oneDNN's
     seen, original = [], onednn.conv_packed
-    monkeypatch.setattr(onednn, "conv_packed", lambda *args: seen.append(args[6:]) or original(*args))
+    monkeypatch.setattr(onednn, "conv_packed", lambda *args: seen.append(args[6:8]) or original(*args))
     for name, in_place in [("identity", False), ("projection", True), ("activated shortcut", False)]:
         seen.clear()
         program, tensors = frozen(*CASES[name]())

@@ -194,10 +194,10 @@ def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_
     monkeypatch.setattr(unfolded, "IS_FAST", unfolds)
     over, packed, run = [], onednn.conv_packed, Evaluation.run
 
-    def watched(x, weight, bias, conv, relu, bound, residual=None, in_place=False):
+    def watched(x, weight, bias, conv, relu, bound, residual=None, in_place=False, act=None):
         if residual is not None:
             over.append(in_place)
-        return packed(x, weight, bias, conv, relu, bound, residual, in_place)
+        return packed(x, weight, bias, conv, relu, bound, residual, in_place, act)
 
     def watched_as_it_is(e, op, *args):
         if op == "conv_norm_add_relu_" or (op == "conv_norm_add_relu" and args[8] is not None):

@@ -252,7 +252,8 @@ def test_opcheck(op):
     def move(t):
         if not isinstance(t, torch.Tensor):
             return t
-        return on_device(t) if t.is_floating_point() else t.to(DEVICE)
+        # without NaN, which opcheck takes to differ from itself
+        return on_device(t.nan_to_num(0.5)) if t.is_floating_point() else t.to(DEVICE)
 
     args, kwargs = tuple(map(move, case.args)), {name: move(t) for name, t in case.kwargs.items()}
     torch.library.opcheck(getattr(torch.ops.resnet_fused_triton, op).default, args, kwargs)

@@ -13,7 +13,8 @@ _LEAKY, _HARDSWISH = tl.constexpr(codes.LEAKY_RELU), tl.constexpr(codes.HARDSWIS
 
 @triton.jit
 def sigmoid(y):
-    return 1.0 / (1.0 + tl.exp(-y))
+    e = tl.exp(-tl.abs(y))  # at most 1: nothing overflows
+    return tl.where(y < 0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

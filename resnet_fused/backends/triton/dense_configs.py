@@ -33,10 +33,10 @@ def weight_gradient_of_taps(arch: int, element_size: int, columns: int, depth: i
 
 
 def both_gradients_of_slices(arch: int, element_size: int, columns: int, depth: int) -> Config:
-    """As `both_gradients_and_sums`; float32 takes half of the rows and columns, sm_100 half of the columns: it spilled."""
+    """As `both_gradients_and_sums`; float32 takes half of the rows and columns, sm_100 half of the rows: it spilled."""
     chosen = both_gradients_and_sums(arch, element_size, columns, depth)
     if arch // 10 == 10:
-        chosen = dataclasses.replace(chosen, block_n=min(chosen.block_n, 32))
+        chosen = dataclasses.replace(chosen, block_m=min(chosen.block_m, 32))
     half = Config(32, min(chosen.block_n, 32), min(chosen.block_k, 64), 8, 2, 255)
     return half if element_size == 4 else chosen
 

@@ -93,6 +93,21 @@ def define(name: str, schema: str, **parts: Callable | bool | int | str) -> Op:
     return OPS[name]
 
 
+def define_in_place(op: Op) -> Op:
+    """The op of its name with a ``_`` behind: it writes what `op` makes into the first argument, its caller's own."""
+    arguments = op.schema.partition(" -> ")[0]
+
+    def reference(first: Tensor, *args, **kwargs) -> None:
+        first.copy_(op.reference(first, *args, **kwargs))
+
+    def fake(first: Tensor, *args, **kwargs) -> None:
+        return None
+
+    parts = {"bytes": op.bytes, "flops": op.flops, "compiled": op.compiled}
+    schema = arguments.replace("(Tensor ", "(Tensor(a!) ", 1) + " -> ()"
+    return define(f"{op.name}_", schema, reference=reference, fake=fake, **parts)
+
+
 def takes_arguments_of(reference: Callable) -> Callable[[Callable], Callable]:
     """Decorator: a function of one namespace becomes a function of the arguments of `reference`, defaults included.
 

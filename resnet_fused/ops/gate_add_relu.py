@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, channels_last, channels_last_like, define, nbytes
+from .contract import Tensor, channels_last, channels_last_like, define, define_in_place, nbytes
 
 SCHEMA = "(Tensor z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> Tensor out"
 FORMS = "z,residual:~C factor,term:N*C"
@@ -64,24 +64,4 @@ OP = define(
     forms=FORMS,
 )
 
-
-INPLACE_SCHEMA = SCHEMA.replace("(Tensor z", "(Tensor(a!) z").replace("-> Tensor out", "-> ()")
-
-
-def inplace_reference(z: Tensor, *args, **kwargs) -> None:
-    z.copy_(reference(z, *args, **kwargs))
-
-
-def inplace_fake(z: Tensor, *args, **kwargs) -> None:
-    return None
-
-
-INPLACE_OP = define(
-    "gate_add_relu_",
-    INPLACE_SCHEMA,
-    reference=inplace_reference,
-    fake=inplace_fake,
-    bytes=bytes,
-    flops=flops,
-    compiled=True,
-)
+INPLACE_OP = define_in_place(OP)

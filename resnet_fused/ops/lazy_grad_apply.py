@@ -18,7 +18,16 @@ from __future__ import annotations
 
 import torch
 
-from .contract import Tensor, channels_last, channels_last_like, define, nbytes, per_channel, per_sample
+from .contract import (
+    Tensor,
+    channels_last,
+    channels_last_like,
+    define,
+    define_in_place,
+    nbytes,
+    per_channel,
+    per_sample,
+)
 
 SCHEMA = (
     "(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, Tensor? shift=None, "
@@ -88,24 +97,4 @@ OP = define(
     forms=FORMS,
 )
 
-
-INPLACE_SCHEMA = SCHEMA.replace("(Tensor g", "(Tensor(a!) g").replace("-> Tensor dz", "-> ()")
-
-
-def inplace_reference(g: Tensor, *args, **kwargs) -> None:
-    g.copy_(reference(g, *args, **kwargs))
-
-
-def inplace_fake(g: Tensor, *args, **kwargs) -> None:
-    return None
-
-
-INPLACE_OP = define(
-    "lazy_grad_apply_",
-    INPLACE_SCHEMA,
-    reference=inplace_reference,
-    fake=inplace_fake,
-    bytes=bytes,
-    flops=flops,
-    compiled=True,
-)
+INPLACE_OP = define_in_place(OP)

@@ -12,7 +12,7 @@ is. The coefficients are those of batch norm's backward (Ioffe and Szegedy 2015)
 from __future__ import annotations
 
 from . import activation
-from .contract import Tensor, channels_last, channels_last_like, define, nbytes, per_channel
+from .contract import Tensor, channels_last, channels_last_like, define, define_in_place, nbytes, per_channel
 
 SCHEMA = (
     "(Tensor g, Tensor z, Tensor a, Tensor? b, Tensor? d, Tensor scale, Tensor shift, int act, float slope=0.) "
@@ -65,24 +65,4 @@ OP = define(
     forms=FORMS,
 )
 
-
-INPLACE_SCHEMA = SCHEMA.replace("(Tensor g", "(Tensor(a!) g").replace("-> Tensor dz", "-> ()")
-
-
-def inplace_reference(g: Tensor, *args, **kwargs) -> None:
-    g.copy_(reference(g, *args, **kwargs))
-
-
-def inplace_fake(g: Tensor, *args, **kwargs) -> None:
-    return None
-
-
-INPLACE_OP = define(
-    "norm_act_apply_",
-    INPLACE_SCHEMA,
-    reference=inplace_reference,
-    fake=inplace_fake,
-    bytes=bytes,
-    flops=flops,
-    compiled=True,
-)
+INPLACE_OP = define_in_place(OP)

@@ -89,7 +89,8 @@ def _process(options, plan, device: torch.device, peer: str, environment: dict[s
 
 def _measure_here(task: dict) -> dict[str, float]:
     """What the process does: the contender alone, training first, as a training run would begin."""
-    from .run import Bench, Options, plan_for
+    from .options import Options, plan_for
+    from .run import Bench
 
     torch.set_num_threads(task["threads"])
     options = Options(**task["options"])

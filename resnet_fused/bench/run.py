@@ -16,54 +16,14 @@ from resnet_fused.plan import choose
 
 from . import equality, fresh, memory, named, peers, photos, records
 from .blocks import Block, distinct_blocks
-from .errors import Refused
+from .options import DTYPES, Options, Plan, device_of, plan_for
 from .progress import Bar
-from .timing import Rounds, Samples, clock_for, interleave, speedup_interval
+from .timing import Samples, clock_for, interleave, speedup_interval
 
-#: Names of --dtype and the autocast dtype they stand for.
-DTYPES = {"f32": None, "bf16": torch.bfloat16}
 #: Images that equality is proved on: a float64 ResNet-50 takes seconds for each.
 PHOTOS = 4
 #: How far a peer's result in evaluation may be from stock's, of its largest value.
 TOLERATED = {"f32": 1e-3, "bf16": 5e-2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to measure; zero or empty means the default for a full or a quick run."""
-
-    model: str = "resnet50"
-    batch: int = 0
-    size: int = 0
-    dtype: str = "f32"
-    device: str = ""
-    quick: bool = False
-    peers: tuple[str, ...] = ()
-    fresh: int = 0  # pairs of processes to time stock and ours in as well
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Options with every default decided: seconds are for what may take longer on a faster machine."""
-
-    batch: int
-    size: int
-    eval_batches: tuple[int, ...]
-    training: Rounds
-    evaluation: Rounds
-    blocks: Rounds
-
-
-def plan_for(options: Options, model: nn.Module) -> Plan:
-    """Sizes and rounds. A full ResNet-50 run takes about three minutes on two cores."""
-    meant_for = named.input_size(model)
-    if options.quick:
-        training, other = Rounds(3, 20, 4.0), Rounds(3, 20, 0.5)
-        return Plan(options.batch or 4, options.size or min(128, meant_for), (1, 4), training, other, other)
-    return Plan(
-        options.batch or 16, options.size or meant_for, (1, 8, 32),
-        training=Rounds(7, 50, 30.0), evaluation=Rounds(9, 50, 5.0), blocks=Rounds(9, 50, 2.0),
-    )  # fmt: skip
 
 
 class Disagreement(RuntimeError):
@@ -284,23 +244,3 @@ def run(options: Options) -> records.Report:
             with bar.part("fresh processes") as progress:
                 report.rows += fresh.measure(options, decided, device, options.fresh, progress)
     return report
-
-
-def device_of(name: str, others: tuple[str, ...] = ()) -> torch.device:
-    """The device called `name`, or the default: a GPU if there is one. `others` are accepted by the caller.
-
-    Raises:
-        Refused: it does not exist here.
-    """
-    if not name:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        *accepted, last = ("cpu", "cuda", "cuda:N", *others)
-        raise Refused(f"unknown device {name!r}; pass {', '.join(accepted)} or {last}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Refused(f"device {name} asked for, but torch {torch.__version__} sees no GPU; pass --device cpu")
-    return device

@@ -6,7 +6,8 @@ import argparse
 import sys
 
 from ..bench import plots, runs
-from ..bench.run import Disagreement, Options
+from ..bench.options import Options
+from ..bench.run import Disagreement
 from ..bench.run import run as run_bench
 
 

@@ -13,7 +13,7 @@ import resnet_fused
 
 from ..bench import named
 from ..bench.errors import Refused
-from ..bench.run import device_of
+from ..bench.options import device_of
 from ..plan import devices
 from ..traffic.explain import Comparison, Explanation
 from . import BATCH

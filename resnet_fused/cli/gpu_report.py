@@ -12,7 +12,7 @@ from ..bench.gpu_report import runner, tables
 from ..bench.gpu_report.context import MODELS, Settings, batch_for
 from ..bench.gpu_report.parts import BY_NAME, PARTS
 from ..bench.gpu_report.stream import Document
-from ..bench.run import device_of
+from ..bench.options import device_of
 
 
 def run(options: argparse.Namespace) -> int:

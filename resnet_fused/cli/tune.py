@@ -10,8 +10,8 @@ import torch
 import resnet_fused
 
 from ..bench import named, records
+from ..bench.options import DTYPES, device_of
 from ..bench.peers import fused
-from ..bench.run import DTYPES, device_of
 from ..plan import choose
 from . import BATCH
 

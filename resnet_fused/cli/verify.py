@@ -20,7 +20,7 @@ from ..backends.selfcheck.judge import Verdict
 from ..bench import equality, named, records
 from ..bench.blocks import Block
 from ..bench.errors import Refused
-from ..bench.run import device_of
+from ..bench.options import device_of
 from ..models.stages import conv1x1
 from ..plan import devices
 from ..traffic.calls import calls

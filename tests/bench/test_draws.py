@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from resnet_fused.bench.run import Bench, Options
+from resnet_fused.bench.options import Options
+from resnet_fused.bench.run import Bench
 
 
 class Drawing(nn.Module):

@@ -10,7 +10,8 @@ from ..plan import choose
 from ..plan.lower import lower
 from ..steps import Conv, Norm, StepTensors, stock
 from ..steps.layout import arrived, behind, left
-from ..steps.program import Call, residual_program
+from ..steps.program import Call
+from ..steps.residual import residual_program
 from .kept_evaluation import evaluate, takes
 from .layers import pair
 from .runtime import needs_grad, train

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..steps import Conv, Norm, Pool
-from ..steps.program import Pooling, Program, residual_program
+from ..steps.program import Pooling, Program
+from ..steps.residual import residual_program
 
 Pair = tuple[str, str]
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from resnet_fused.blocks import kept_evaluation
 from resnet_fused.steps import Conv, Norm, Pool
-from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, residual_program
+from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program
+from resnet_fused.steps.residual import residual_program
 from resnet_fused.steps.stock import program_output
 
 FROZEN, P1, P3 = Norm(batch_stats=False), Conv(), Conv(padding=(1, 1))

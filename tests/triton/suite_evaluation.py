@@ -12,7 +12,8 @@ from resnet_fused.backends.triton import common
 from resnet_fused.plan import choose
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.steps import Norm, Pool
-from resnet_fused.steps.program import Call, Normalisation, residual_program
+from resnet_fused.steps.program import Call, Normalisation
+from resnet_fused.steps.residual import residual_program
 from resnet_fused.steps.stock import program_output
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs", "full_float32")

@@ -4,9 +4,6 @@ Run by test_triton_compile.py in a process of its own, because the interpreter r
 meta tensors with the launch intercepted, so what is compiled is exactly what a GPU would be given.
 """
 
-import contextlib
-import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -19,129 +16,13 @@ from pathlib import Path
 
 import torch
 import triton
-from layer_calls import (
-    Layer,
-    act_calls,
-    average_calls,
-    backward_calls,
-    calls,
-    dense_calls,
-    forward_calls,
-    gate_calls,
-    narrow_calls,
-    pool_calls,
-    small_calls,
-)
+from compiled_launches import chosen
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from resnet_fused.backends import cards
-from resnet_fused.backends import triton as room
-from resnet_fused.backends.triton import bn_stats, lazy_grad_apply, norm_add_relu, norm_add_relu_backward, trace
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ARCHS = (80, 90, 100, 120)
-NARROW = ((64, 56, 64, 256), (64, 28, 128, 512), (64, 56, 128, 256))  # ResNet-50's, ResNeXt-50's
-MANY = 2**20  # samples, so that rows are counted beyond 2^31
-
-
-def tensors(dtype, channels, n):
-    """Meta tensors of a large layer: z, residual, a [C] vector, an [N] factor, and a packed mask."""
-    h, w = 56, 56
-    z, r = (torch.empty((n, h, w, channels), dtype=dtype, device="meta").permute(0, 3, 1, 2) for _ in range(2))
-    vector, factor = torch.empty(channels, device="meta"), torch.empty(n, device="meta")
-    return z, r, vector, factor, torch.empty((n * h * w, (channels + 7) // 8), dtype=torch.uint8, device="meta")
-
-
-def launches(dtype, channels=256, samples=64):
-    """Pixelwise ops: (options, weight, call). Weight 2: a kernel's richest options, 1: common ones, 0: the rest."""
-    z, r, v, f, bits = tensors(dtype, channels, samples)
-    forward, backward, apply = norm_add_relu.run, norm_add_relu_backward.run, lazy_grad_apply.run
-    yield "", 2, lambda: bn_stats.run(z)
-    yield "batch norm", 2, lambda: bn_stats.run(z, v, v, 1e-5)
-    yield "plain", 0, lambda: forward(z, v, v)
-    yield "residual, mask", 1, lambda: forward(z, v, v, r, emit_mask=True)
-    yield "affine residual, factor, mask", 2, lambda: forward(z, v, v, r, v, v, f, emit_mask=True)
-    yield "residual, no relu", 0, lambda: forward(z, v, v, r, relu=False)
-    yield "recompute", 1, lambda: backward(z, r, v, scale=v, shift=v)
-    yield "recompute, sums only", 0, lambda: backward(z, r, v, scale=v, shift=v, emit_grad=False)
-    yield "bits", 1, lambda: backward(z, r, v, mask=bits)
-    yield "output, no z", 0, lambda: backward(z, mask=r)
-    yield "bits, residual, factor", 2, lambda: backward(z, r, v, None, None, bits, r, v, f)
-    yield "no relu", 0, lambda: backward(z, r, v, relu=False, emit_grad=False)
-    yield "frozen", 0, lambda: apply(z, None, v)
-    yield "affine", 1, lambda: apply(z, r, v, v, v)
-    yield "affine, sign, factor", 0, lambda: apply(z, r, v, v, v, v, v, f)
-    yield "affine, sign, factor, residual", 2, lambda: apply(z, r, v, v, v, v, v, f, z)
-
-
-MAKERS = (pool_calls, average_calls, gate_calls, act_calls, forward_calls, backward_calls, narrow_calls, small_calls)
-
-
-def products(at, *makers, richest=False):
-    """Of all other ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
-    for op, options, args, kwargs in calls(at, *(makers or MAKERS)):
-        if not richest or (op, options) in RICHEST:
-            run = importlib.import_module(f"{room.__name__}.{op}").run
-            yield options, functools.partial(run, *args, **kwargs)
-
-
-RICHEST = {
-    ("conv1x1", "lazy, narrow to wide, batch norm"),
-    ("conv1x1_join", "lazy, affine residual, factor, mask"),
-    ("conv1x1_join", "lazy, strided projection, factor, mask"),
-    ("conv1x1_dgrad", "Gram join: bits, factor, coupling, sums"),
-    ("conv1x1_dgrad", "strided projection: bits, coupling"),
-    ("conv1x1_dgrad", "lazy gradient, masked residual"),
-    ("conv1x1_dgrad", "both gradients, masked residual"),
-    ("conv1x1_wgrad", "lazy gradient and input, rounded"),
-    ("conv1x1_wgrad", "Gram join: bits, lazy, its matrices"),
-    ("conv1x1_dgrad", "no weight: coupling, sums"),
-    ("conv1x1_dgrad", "lazy gradient, coefficients"),
-    ("conv1x1_backward", "lazy gradient, masked residual"),
-    ("conv1x1_backward", "lazy gradient, coupling, residual"),
-    ("conv1x1_backward", "Gram join: bits, lazy"),
-    ("conv1x1_backward", "plain join: bits, factor, sums"),
-    ("gram", "lazy"),
-    ("gram", "stride 2"),
-    ("gate_add_relu", "residual"),
-    ("gate_add_relu_backward", "output"),
-    ("norm_act", "gelu"),
-    ("norm_act", "silu"),
-    ("norm_act_backward", "gelu"),
-    ("norm_act_apply", "gelu"),
-    ("norm_relu_pool", ""),
-    ("norm_relu_pool_backward", ""),
-    ("norm_relu_pool_apply", "affine"),
-    ("norm_relu_avg_pool", ""),
-    ("norm_relu_avg_pool_backward", ""),
-    ("norm_relu_avg_pool_apply", "affine"),
-    ("bn_affine", ""),
-    ("bn_coefficients", ""),
-    ("running_affine", ""),
-    ("running_update", "four norms"),
-    ("gram_norm", "batch norm"),
-    ("gram_grad", ""),
-    ("gram_grad", "wide input"),
-}
-
-
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def record(call, arch):
-    """The launches that `call` would start on a GPU of `arch`."""
-    return trace.launches(call, (), {}, cards.Card(arch))
 
 
 def source(launch):
@@ -197,66 +78,6 @@ def compile_one(launch, arch):
         float_max=re.findall(r"max\.\S*f32", ptx),
         atomics=len(re.findall(r"\b(?:atom|red)\.global", ptx)),
     )
-
-
-def chosen():
-    """What to compile: (options, dtype, channels, architecture, launch)."""
-    for options, dtype, channels, arch, call in (*chosen_pixelwise(), *chosen_products(), *chosen_dense()):
-        yield from ((options, dtype, channels, arch, launch) for launch in record(call, arch))
-
-
-def chosen_pixelwise():
-    """All options in bfloat16 on sm_90."""
-    for dtype in DTYPES:
-        for arch in ARCHS:
-            least = (dtype is not torch.bfloat16) + (arch != 90)
-            for options, weight, call in launches(dtype):
-                if weight >= least:
-                    yield options, dtype, 256, arch, call
-    few = ((torch.bfloat16, 24, 64), (torch.float32, 24, 64), (torch.bfloat16, 7, 64), (torch.bfloat16, 8, MANY))
-    for dtype, channels, samples in few:
-        for options, weight, call in launches(dtype, channels, samples):
-            if weight == 2:
-                yield options, dtype, channels, 90, call
-
-
-def chosen_products():
-    """All options in bfloat16 on sm_90; the richest elsewhere, in other dtypes, on narrow and odd layers.
-
-    float32 is compiled as multiplied in TF32, torch's default for convolutions, and in full.
-    """
-    wide, odd = (64, 7, 512, 2048), (64, 14, 33, 65)
-    for options, call in products(Layer(*wide)):
-        yield options, torch.bfloat16, 512, 90, call
-    layers = [(Layer(*wide), arch) for arch in ARCHS if arch != 90] + [(Layer(*odd), arch) for arch in ARCHS]
-    layers += [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
-    layers += [(Layer(64, 56, 64, 256), 90), (Layer(MANY, 56, 64, 256), 90)]
-    for at, arch in layers:
-        for options, call in products(at, richest=True):
-            yield options, at.dtype, at.narrow, arch, call
-    for dtype, sizes, arch in [(DTYPES[0], sizes, arch) for sizes in NARROW for arch in ARCHS] + [
-        (DTYPES[1], NARROW[0], 90)
-    ]:
-        for options, call in products(Layer(*sizes, dtype), narrow_calls):
-            yield options, dtype, sizes[2], arch, call
-    for sizes, arch in ((wide, 90), (wide, 120), (odd, 90)):
-        for options, call in products(Layer(*sizes, torch.float32), richest=True):
-            yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
-
-
-def chosen_dense():  # bfloat16 everywhere, other dtypes and an odd layer on sm_90
-    wide = (64, 14, 128, 512)
-    layers = [(Layer(*wide), arch) for arch in ARCHS] + [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
-    for at, arch in (*layers, (Layer(64, 14, 33, 65), 90)):
-        for options, call in products(at, dense_calls):
-            yield options, at.dtype, at.narrow, arch, call
-            if at.dtype == torch.float32:
-                yield f"{options}, full float32", at.dtype, at.narrow, arch, functools.partial(in_full, call)
-
-
-def in_full(call):
-    with replaced(torch.backends.cudnn, "allow_tf32", False):
-        return call()
 
 
 def row_of(what):

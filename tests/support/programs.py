@@ -167,7 +167,7 @@ def activation_read_twice():
     nodes = (
         Convolution(0, P3), Normalisation(1, NORM, False, act=act), Convolution(2, P1), Normalisation(3, NORM),
         Convolution(4, P1), Normalisation(5, NORM, False), Convolution(2, P1), Normalisation(7, NORM, False),
-        Addition(6, 8), Convolution(9, P1), Normalisation(10, NORM, False), Addition(11, 2, True),
+        Addition(6, 8, True), Convolution(9, P1), Normalisation(10, NORM, False), Addition(11, 2, True),
     )  # fmt: skip
     pairs = [(conv_tensors(5, 5), norm_tensors(5)) for _ in range(4)]
     tensors = [conv_tensors(6, 5, 3), norm_tensors(5), *pairs[0], *pairs[1], *pairs[2], NONE, *pairs[3], NONE]

@@ -15,6 +15,7 @@ from resnet_fused.library import status
 from resnet_fused.models import BasicBlock, Bottleneck
 from resnet_fused.plan import choose
 from resnet_fused.steps import folding, unfolded
+from resnet_fused.steps.conv import HAS_AVX512
 
 pytestmark = [
     pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}"),
@@ -107,8 +108,9 @@ def test_layouts_are_forgotten_in_the_order_of_use():
 def test_serialised_layouts_of_one_layout_are_equal():
     """What the compiler leaves uninitialised in them is left out."""
     weight = torch.randn(64, 64, 1, 1)
-    seen = {onednn.layout_of(onednn.prepack(weight, (1, 64, size, size))) for size in (16, 20, 24, 32, 40, 56)}
-    assert len(seen) == 1
+    sizes = (16, 20, 24, 32, 40, 56) * 2
+    seen = {onednn.layout_of(onednn.prepack(weight, (1, 64, size, size))) for size in sizes}
+    assert len(seen) == (1 if HAS_AVX512 else 2)  # without, oneDNN has another for one of these sizes
     assert onednn.layout_of(onednn.prepack(torch.randn(64, 32, 1, 1), (1, 32, 16, 16))) not in seen
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 
 import pytest
 import torch
@@ -115,8 +116,8 @@ def test_the_image_has_no_gradient():
 def test_nothing_is_run_or_touched():
     model = small_resnet()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    text = str(resnet_fused.explain(model, (2, 3, 64, 64), dtype=torch.bfloat16, training=False))
-    assert "evaluation: convolution with norm, ReLU; " in text
+    text = str(resnet_fused.explain(model, (2, 3, 64, 64), training=False))
+    assert re.search("evaluation: .*convolution.* with norm, ReLU; ", text)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not resnet_fused.report(model).fused

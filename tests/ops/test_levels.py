@@ -11,7 +11,8 @@ from on_cpu import COMPILER
 SHAPES = {"conv1x1": 101, "conv_pointwise": 240, "dense": 48, "grouped": 90, "stem": 120, "winograd": 432}
 FOLDER = Path(__file__).parent
 INCLUDES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
-FLAGS = "-std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Werror".split()
+#: Not optimised, as optimising what the sanitizers add took four times as long, and the programs run for a second.
+FLAGS = "-std=c++20 -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Werror".split()
 
 
 def test_every_source_is_run():
@@ -29,6 +30,6 @@ def test_every_level_is_exact_and_stays_within_its_buffers(tmp_path, name):
     if "cannot find -lasan" in done.stderr or "cannot find -lubsan" in done.stderr:
         pytest.skip(f"{COMPILER} has no sanitizers")
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f" 0 wrong in {SHAPES[name]} shapes" in done.stdout

@@ -34,6 +34,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
+#: Of whose runs README's first table shows the newest.
+MACHINE = "epyc-zen5-2core"
 #: The family of README's table: member, paper, and the model that is benched for it.
 FAMILY = (
     ("ResNet", "1512.03385", "resnet50"),
@@ -48,14 +50,16 @@ FAMILY = (
     ("ResNet-D", "1812.01187", "timm:resnet50d"),
     ("EfficientNet", "1905.11946", "timm:efficientnet_b0"),
 )
+#: The lines in which `all_models.py` counts verdicts, file by file.
+COUNTED = re.compile(r"^(own|torchvision|timm)'s (\w+): (\d.*)$", re.MULTILINE)
 #: Ops with a CUDA C++ kernel and with a Triton kernel: those that have a source file of their name.
 CUDA_OPS = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" / "triton" / f"{name}.py").exists())
 
 
 def results() -> str:
-    """The newest recorded run of ResNet-50, whole-model rows."""
-    benched = [run for run in runs.read(RESULTS) if run.kind == runs.BENCH]
+    """The newest recorded run of ResNet-50 on `MACHINE`, whole-model rows."""
+    benched = [run for run in runs.read(RESULTS) if run.kind == runs.BENCH and run.machine == MACHINE]
     recorded = [run for run in benched if run.provenance.get("model", "resnet50") == "resnet50"]
     if not recorded:
         return "No results are recorded yet."
@@ -69,16 +73,32 @@ def results() -> str:
 
 
 def family() -> str:
-    """The newest recorded run of a model of each member of the family."""
+    """The newest recorded run of a model of each member of the family, on each machine."""
     head = ["member", "model, batch, size", "fused", "MB kept", "step: eager", "compile"]
     head += ["evaluation, batch 8, 32: eager", "compile", "run"]
     lines, benched = [head, ["---", "---", "---", *["---:"] * 5, "---"]], runs.read(RESULTS)
     for member, paper, model in FAMILY:
         found = [run for run in benched if run.kind == runs.BENCH and is_of_family(run, model)]
-        if found:
-            newest = max(found, key=lambda run: run.provenance["date"])
-            lines.append([f"[{member}](https://arxiv.org/abs/{paper})", *family_cells(newest)])
+        newest = {run.machine: run for run in sorted(found, key=lambda run: run.provenance["date"])}
+        for machine in sorted(newest, reverse=True):
+            lines.append([f"[{member}](https://arxiv.org/abs/{paper})", *family_cells(newest[machine])])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def coverage() -> str:
+    """Of the newest run of `all_models.py`: for each file of models, how many agree with stock."""
+    checked = [run for run in runs.read(RESULTS) if run.kind == "all_models" and COUNTED.search(run.result)]
+    if not checked:
+        return "No run is recorded yet."
+    newest = max(checked, key=lambda run: run.provenance["date"])
+    lines = ["| models of | judged | agree with stock | of them with nothing to fuse |", "| --- | ---: | ---: | ---: |"]
+    for family, file, verdicts in COUNTED.findall(newest.result):
+        counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+(?:, as nothing is fused)?)", verdicts)}
+        stock, judged = counts.get("agrees, as nothing is fused", 0), sum(counts.values())
+        whose = "`models`" if family == "own" else f"{family}'s"
+        lines.append(f"| {whose} `{file}` | {judged} | {counts.get('agrees', 0) + stock} | {stock or ''} |")
+    place = f"[`{newest.place}`](benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number})"
+    return "\n".join(lines) + f"\n\nFrom {place}."
 
 
 def is_of_family(run: runs.Run, model: str) -> bool:
@@ -102,7 +122,7 @@ def family_cells(run: runs.Run) -> list[str]:
     cells = [f"`{given['model']}`, {trained}, {given['size']}", given["fused"], f"{kept:.2f}"]
     cells += [against(step, STOCK), against(step, "compile")]
     cells += [", ".join(filter(None, [against(name, peer) for name in evaluated])) for peer in (STOCK, "compile")]
-    return [*cells, f"[{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"]
+    return [*cells, f"[{run.machine}:{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"]
 
 
 def speedups(report: Report) -> dict[str, float]:
@@ -205,7 +225,7 @@ def dtypes(found: tuple) -> str:
 
 def written(text: str) -> str:
     """README's text with its tables made anew."""
-    tables = {"results": results, "family": family, "traffic": traffic, "support": support}
+    tables = {"results": results, "family": family, "coverage": coverage, "traffic": traffic, "support": support}
     if gpu_reports() or "<!-- gpu -->" in text:
         tables["gpu"] = gpu
     for name, table in tables.items():

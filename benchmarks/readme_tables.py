@@ -92,13 +92,13 @@ def coverage() -> str:
         return "No run is recorded yet."
     newest = max(checked, key=lambda run: run.provenance["date"])
     lines = ["| models of | judged | agree with stock | of them with nothing to fuse |", "| --- | ---: | ---: | ---: |"]
-    for family, file, verdicts in COUNTED.findall(newest.result):
+    for family, file, verdicts in sorted(COUNTED.findall(newest.result)):
         counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+(?:, as nothing is fused)?)", verdicts)}
         stock, judged = counts.get("agrees, as nothing is fused", 0), sum(counts.values())
         whose = "`models`" if family == "own" else f"{family}'s"
         lines.append(f"| {whose} `{file}` | {judged} | {counts.get('agrees', 0) + stock} | {stock or ''} |")
     place = f"[`{newest.place}`](benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number})"
-    return "\n".join(lines) + f"\n\nFrom {place}."
+    return "\n".join(lines) + f"\n\nFrom {place}, `{newest.provenance['command']}`."
 
 
 def is_of_family(run: runs.Run, model: str) -> bool:

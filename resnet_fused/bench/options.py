@@ -42,7 +42,7 @@ class Plan:
 
 
 def plan_for(options: Options, model: nn.Module) -> Plan:
-    """Sizes and rounds. A full ResNet-50 run takes about three minutes on two cores."""
+    """Sizes and rounds. A full ResNet-50 run takes about three minutes on two cores of a Zen 5."""
     meant_for = named.input_size(model)
     if options.quick:
         training, other = Rounds(3, 20, 4.0), Rounds(3, 20, 0.5)

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from injected import CPU, F32, a_bit_off, files, z
+from injected import CPU, F32, Injected, a_bit_off, files, z
 
 from resnet_fused import backends
 from resnet_fused.backends.declaration import Kernel
-from resnet_fused.backends.selfcheck import cases, judge
+from resnet_fused.backends.selfcheck import cases, compare, judge
 from resnet_fused.ops import OPS
 
 
@@ -144,3 +144,19 @@ def test_concurrent_writers_leave_one_whole_file(inject):
     in_threads(8, work)
     assert set(seen) == {"x" * 10000}, "read a file that was half written"
     assert len(files()) == 1, "left temporary files"
+
+
+@pytest.mark.parametrize(("own", "passes"), [(0.0, False), (0.02, False), (0.04, True), (float("inf"), False)])
+def test_in_16_bits_a_kernel_on_a_cpu_may_err_twice_as_much_as_pytorch(monkeypatch, own, passes):
+    """But not without limit where PyTorch has NaN or infinity elsewhere."""
+    (case, *_), error = cases.cases("norm_add_relu", torch.bfloat16), 0.06
+    found = iter([error, own, *[0.0] * 9])
+    monkeypatch.setattr(compare, "difference", lambda got, expected: next(found))
+    row = compare.check_case(Injected("norm_add_relu").backend, "norm_add_relu", case, torch.bfloat16, CPU)
+    assert row.passed == passes, row
+
+
+def test_in_float32_a_kernel_may_not(monkeypatch):
+    (case, *_), found = cases.cases("norm_add_relu", F32), iter([0.06, 0.04])
+    monkeypatch.setattr(compare, "difference", lambda got, expected: next(found))
+    assert not compare.check_case(Injected("norm_add_relu").backend, "norm_add_relu", case, F32, CPU).passed

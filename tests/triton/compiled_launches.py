@@ -1,6 +1,5 @@
 """Which launches of the Triton ops script_compile.py compiles, and for which GPUs."""
 
-import contextlib
 import functools
 import importlib
 
@@ -22,6 +21,7 @@ from layer_calls import (
 from resnet_fused.backends import cards
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.triton import bn_stats, lazy_grad_apply, norm_add_relu, norm_add_relu_backward, trace
+from resnet_fused.plan.choose import setting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ARCHS = (80, 90, 100, 120)
@@ -110,16 +110,6 @@ RICHEST = {
 }
 
 
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 def record(call, arch):
     """The launches that `call` would start on a GPU of `arch`."""
     return trace.launches(call, (), {}, cards.Card(arch))
@@ -132,9 +122,9 @@ def chosen():
 
 
 def chosen_pixelwise():
-    """All options in bfloat16 on sm_90; 16 bits are alike elsewhere."""
+    """All options in bfloat16 on sm_90."""
     for dtype in DTYPES:
-        for arch in ARCHS if dtype is not torch.float16 else (90,):
+        for arch in ARCHS:
             least = (dtype is not torch.bfloat16) + (arch != 90)
             for options, weight, call in launches(dtype):
                 if weight >= least:
@@ -154,7 +144,7 @@ def chosen_products():
     wide, odd = (64, 7, 512, 2048), (64, 14, 33, 65)
     for options, call in products(Layer(*wide)):
         yield options, torch.bfloat16, 512, 90, call
-    layers = [(Layer(*wide), arch) for arch in ARCHS if arch != 90] + [(Layer(*odd), arch) for arch in (80, 90)]
+    layers = [(Layer(*wide), arch) for arch in ARCHS if arch != 90] + [(Layer(*odd), arch) for arch in ARCHS]
     layers += [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
     layers += [(Layer(64, 56, 64, 256), 90), (Layer(MANY, 56, 64, 256), 90)]
     for at, arch in layers:
@@ -181,5 +171,5 @@ def chosen_dense():  # bfloat16 everywhere, other dtypes and an odd layer on sm_
 
 
 def in_full(call):
-    with replaced(torch.backends.cudnn, "allow_tf32", False):
+    with setting(torch.backends.cudnn, "allow_tf32", False):
         return call()

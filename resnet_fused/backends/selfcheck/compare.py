@@ -76,10 +76,11 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def own_error(op: str, case: Case, dtype: torch.dtype, device: torch.device, index: int, expected: Tensor) -> float:
-    """Of PyTorch in `dtype`: on CPUs without bfloat16's products its convolutions round every sum of a tap."""
+    """Of PyTorch in `dtype`, whose convolutions are less exact on CPUs without products of 16 bits; 0 if not finite."""
     placed = draws.place(case, dtype, device)
     returned = OPS[op].reference(*placed.args, **placed.kwargs)
-    return difference(results(returned, (*placed.args, *placed.kwargs.values()), OPS[op])[index], expected)
+    own = difference(results(returned, (*placed.args, *placed.kwargs.values()), OPS[op])[index], expected)
+    return own if own < float("inf") else 0.0
 
 
 def results(returned, args: tuple, op: Op) -> list[Tensor]:
@@ -117,7 +118,7 @@ def check_case(backend: Backend, op: str, case: Case, dtype: torch.dtype, device
             continue
         name = OPS[op].results[index] if index < len(OPS[op].results) else ""
         error, bound = difference(g, e), 0.0 if g.dtype == torch.uint8 else allowed_error(op, dtype, g, name)
-        if dtype.itemsize == 2 and bound < error < float("inf"):
+        if device.type == "cpu" and dtype.itemsize == 2 and 0.0 < bound < error:
             bound = max(bound, 2 * own_error(op, case, dtype, device, index, e))
         if not error <= bound:
             return row("failed", error, bound, "" if bound else f"result {index} (mask) has wrong bits")

@@ -40,7 +40,7 @@ MACHINE = "epyc-zen5-2core"
 FAMILY = (
     ("ResNet", "1512.03385", "resnet50"),
     ("ResNet, basic blocks", "1512.03385", "resnet18"),
-    ("ResNet for CIFAR", "1512.03385", "resnet110"),
+    ("ResNet for CIFAR", "1512.03385", "resnet56"),
     ("identity mappings", "1603.05027", "preact_resnet50"),
     ("Wide ResNet", "1605.07146", "wrn28_10"),
     ("ResNeXt", "1611.05431", "resnext50_32x4d"),

@@ -78,7 +78,8 @@ def _with(program: Program, settings: tuple, *who: str) -> Program:
     for node, own in zip(program.nodes, settings, strict=True):
         field = None if isinstance(node, Averaging) and own is None else _FIELDS.get(type(node))
         nodes.append(node if field is None else dataclasses.replace(node, **{field: own}))
-    return Program(tuple(nodes), program.inputs, *who, program.dense)
+    backend, precision = who
+    return dataclasses.replace(program, nodes=tuple(nodes), backend=backend, precision=precision)
 
 
 def run_site(

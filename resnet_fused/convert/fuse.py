@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from torch import nn
 from ..backends import check_name
 from ..backends.precision import check_word
 from ..blocks import dense, norms, survivors
-from ..steps.dense import CHECKPOINTED, KEPT, RECOMPUTED
+from ..steps.dense import KEPT, RECOMPUTED
 from . import swap
 from .fused_module import FusedState, fused_class
 from .instructions import Form, Ref, ShapeCall
@@ -21,6 +22,7 @@ from .stage import fuse_stage
 from .stem import fuse_stem
 from .trace import Untraceable, fingerprint, names_read, opens, state_of, trace
 
+#: What a dense block saves by the preference.
 PREFERENCES = {"speed": KEPT, "memory": RECOMPUTED}
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -76,8 +78,10 @@ def fuse(
             once a block to learn how many survive, breaks graphs of ``torch.compile`` there, and raises stock's error
             where a norm is left with one value a channel. A block that runs its stock forward (hooks, ...), or
             whose row in :func:`report` says so, runs on all. None: as fused before, else "all".
-        prefer: "speed", or "memory" where dense blocks are to compute in backward again what lies between the two
-            convolutions of a layer, instead of saving it; None: as fused before, else "speed".
+        prefer: "speed", or "memory" where less is to be saved for backward though a step takes longer: blocks end in
+            Gram joins wherever they can, whatever the plan expects of them or `tune` has measured, and dense blocks
+            compute in backward again what lies between the two convolutions of a layer. None: as fused before, else
+            "speed".
         strict: raise instead of warn when there is nothing to fuse.
 
     Returns:
@@ -113,7 +117,7 @@ def fuse(
     return model
 
 
-def _forms(module: nn.Module, prefer: str | None = None) -> tuple[tuple[Form, ...], list[str]]:
+def _forms(module: nn.Module, prefer: str = "speed") -> tuple[tuple[Form, ...], list[str]]:
     """What the stock forward of `module`, fused or not, can run as, and why parts of it stay stock.
 
     The first of several that may run is to; with dropout that is another one while it does nothing.
@@ -126,15 +130,27 @@ def _forms(module: nn.Module, prefer: str | None = None) -> tuple[tuple[Form, ..
     graph = trace(module, swap.stock_class(module))
     form, reasons = build(module, graph)
     quiet, _ = build(module, graph, quiet=True)
-    forms = tuple(one for one in (quiet if quiet and quiet.quiet else None, form) if one is not None)
+    forms = (quiet if quiet and quiet.quiet else None, form)
+    forms = tuple(one if prefer == "speed" else _preferring(one, prefer) for one in forms if one is not None)
     reasons = list(dict.fromkeys(reasons))
     if not forms:
         raise Untraceable("; ".join(reasons))
     return forms, reasons
 
 
-def _dense_form(module: nn.Module, prefer: str | None) -> Form:
-    """The form of a dense block. `prefer`: None, as it is fused now, else speed.
+def _preferring(form: Form, prefer: str) -> Form:
+    """`form` with programs that prefer something."""
+    calls = []
+    for call in form.calls:
+        if isinstance(call, ShapeCall):
+            program = dataclasses.replace(call.shape.program, prefer=prefer)
+            call = dataclasses.replace(call, shape=dataclasses.replace(call.shape, program=program))
+        calls.append(call)
+    return dataclasses.replace(form, calls=tuple(calls))
+
+
+def _dense_form(module: nn.Module, prefer: str) -> Form:
+    """The form of a dense block.
 
     Raises:
         Untraceable: it is not what others of its class are.
@@ -142,24 +158,21 @@ def _dense_form(module: nn.Module, prefer: str | None) -> Form:
     cls = swap.stock_class(module)
     if reason := dense.why_not(module, cls):
         raise Untraceable(reason)
-    kind, before = dense.kind_of(cls), module.__dict__.get(swap.STATE)
-    otherwise = PREFERENCES[prefer or "speed"]
-    if prefer is None and before is not None and before.forms[0].shapes[0].program.dense != CHECKPOINTED:
-        otherwise = before.forms[0].shapes[0].program.dense
-    saves = dense.saves_of(module, kind, otherwise)
+    kind = dense.kind_of(cls)
+    saves = dense.saves_of(module, kind, PREFERENCES[prefer])
     (shape,) = dense.shapes_of(tuple(module._modules), kind.layer[1], kind.relus, saves)
     return Form((ShapeCall(shape, ("x",), "out"),), "x", Ref("out"), (), (), tuple(shape.modules))
 
 
 def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path: str | None, prefer: str | None) -> str:
     """Make one module run its programs, also if it did already. Returns why it does not, or an empty text."""
-    cls = swap.stock_class(module)
+    cls, before = swap.stock_class(module), module.__dict__.get(swap.STATE)
+    prefer = prefer or getattr(before, "prefer", "speed")
     try:
         forms, reasons = _forms(module, prefer)
     except Untraceable as error:
         swap.remove(module)
         return str(error)
-    before = module.__dict__.get(swap.STATE)
     state = FusedState(
         forms=forms,
         traced=() if forms[0].is_dense else state_of(module, names_read(module, cls)),
@@ -167,6 +180,7 @@ def _fuse_one(module: nn.Module, backend: str, precision: str | None, drop_path:
         backend=backend,
         precision=precision or getattr(before, "precision", "default"),
         drop_path=drop_path or getattr(before, "drop_path", "all"),
+        prefer=prefer,
         outside=read_by(cls.forward),
         reasons=tuple(reasons),
     )

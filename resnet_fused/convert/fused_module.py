@@ -64,6 +64,7 @@ class FusedState:
     outside: Outside  # what the forward reads outside of the block
     precision: str = "default"
     drop_path: str = "all"  # which samples a branch with a drop path runs on, see blocks.survivors
+    prefer: str = "speed"  # or "memory"
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
     def __setstate__(self, state: dict) -> None:

@@ -241,7 +241,7 @@ def decide(call: Call) -> tuple[Variant, Lowered]:
     tuner, variant, why = choose.tuner(), None, "measured"
     if tuner is not None:
         variant = tuner(call)
-    elif choose.target() is None:
+    elif choose.target() is None and call.program.prefer == "speed":
         variant = measured.recall(call, allowed)
     if variant is None:
         variant = variants.modelled(call, shapes)

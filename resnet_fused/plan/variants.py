@@ -21,6 +21,7 @@ expects it to be slower by more than :data:`TOLERATED`, or :data:`TOLERATED_LAZY
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options
 def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Options) -> bool:
     """Whether there are such branches, and Gram joins of all are worth it."""
     on_gpu = chosen.values and chosen.device is not CPU_CORE
-    tolerated = TOLERATED_LAZY if on_gpu else TOLERATED
+    tolerated = math.inf if call.program.prefer == "memory" else TOLERATED_LAZY if on_gpu else TOLERATED
     measured = [norm for norm in norms if call.program.maker(norm).norm.batch_stats]
     return bool(norms) and all(_gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
 
@@ -186,7 +187,7 @@ def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
     Not in pre-activation blocks: a network of them would save more than 0.60 of stock's for 1.6% fewer bytes moved.
     """
     program = call.program
-    if not joins(program):
+    if not joins(program) or program.prefer == "memory":
         return False
     inner = [n for v, n in program.numbered if isinstance(n, Normalisation) and n.relu and v != program.output]
     saved = sum(shapes[value].numel() for value in {0, *(node.source for node in inner)})
@@ -269,4 +270,6 @@ def why(call: Call, shapes: list[torch.Size]) -> str:
         return reason
     if not call.program.maker(norm).norm.batch_stats:
         return "running statistics"
+    if call.program.prefer == "memory":
+        return "memory is preferred"
     return f"costs {_gram_share(call, norm, shapes, found):+.0%} of its convolution's time"

@@ -110,7 +110,8 @@ class Program:
 
     `inputs`: 1, or 2 with a residual from outside, which the last node, an addition, reads and nobody else. `backend`:
     who runs the ops; `precision`: how exact they are, see :mod:`..backends.precision`. `dense`: what a dense block
-    (:func:`.dense.dense_program`) saves, a word of :data:`.dense.SAVES`; empty for all other programs.
+    (:func:`.dense.dense_program`) saves, a word of :data:`.dense.SAVES`; empty for all other programs. `prefer`: what
+    counts where the two are at odds, "speed" or "memory".
     """
 
     nodes: tuple[Node, ...]
@@ -118,6 +119,7 @@ class Program:
     backend: str = "auto"
     precision: str = "default"
     dense: str = ""
+    prefer: str = "speed"
 
     @property
     def output(self) -> int:

@@ -43,6 +43,108 @@ struct NormAddReluBackwardParams {
   float* sums[4];              // [C] each: sum_g, sum_gz, residual_sum_g, residual_sum_gz; null where absent
 };
 
+// A parameter of batch norm: [C], the user's, of any floating dtype and at any stride.
+enum class ParameterType { kFloat, kDouble, kHalf, kBFloat16 };
+struct NormParameter {
+  const void* data;  // null: absent
+  int64_t stride;
+  ParameterType type;
+};
+
+// What batch norm's forward makes of statistics, see resnet_fused/ops/bn_affine.py.
+struct AffineParams {
+  NormParameter gamma, beta;
+  float eps;
+  float *var, *rstd, *scale, *shift, *centre;  // [C] each
+};
+
+// Where an op that takes statistics stores them.
+struct StatisticsParams {
+  int64_t rows, channels;  // they are of [rows, C]
+  float* mean;             // [C]
+  float* m2;               // [C] or null: `affine` in its place
+  AffineParams affine;
+};
+
+struct BnStatsParams {
+  Extent extent;
+  const void* z;   // [rows, C]
+  float* partial;  // scratch, bn_stats_partial_floats() of it
+  StatisticsParams found;
+};
+
+struct BnAffineParams {
+  int64_t rows, channels;
+  const float* mean;  // [C]
+  const float* m2;    // [C]
+  AffineParams affine;
+};
+
+struct BnCoefficientsParams {
+  int64_t rows, channels;
+  const float *sum_g, *sum_gz, *mean, *rstd, *scale;  // [C] each
+  float *b, *d, *grad_gamma;                          // [C] each
+};
+
+struct LazyGradApplyParams {
+  Extent extent;
+  const void* g;               // [rows, C]; may be `dz`
+  const void* z;               // [rows, C]; null where neither b nor scale is there
+  const float* a;              // [C]
+  const float* b;              // [C] or null
+  const float* d;              // [C], null without b
+  const float* scale;          // [C] or null: nothing is masked
+  const float* shift;          // [C], null without scale
+  const float* sample_factor;  // [N] or null
+  const void* residual;        // [rows, C] or null
+  void* dz;                    // [rows, C]
+};
+
+// Windows along the height or the width: window o covers [o*stride - padding, o*stride - padding + kernel).
+struct PoolAxis {
+  int size, windows;
+  int kernel, stride, padding;
+};
+
+struct PoolGeometry {
+  int64_t samples, channels;
+  PoolAxis h, w;
+};
+
+struct NormReluPoolParams {
+  PoolGeometry geometry;
+  const void* z;       // [n, h, w, C]
+  const float* scale;  // [C]
+  const float* shift;  // [C]
+  void* out;           // [n, windows, C]
+  uint8_t* index;      // [n, windows, C]
+};
+
+struct NormReluPoolBackwardParams {
+  PoolGeometry geometry;
+  const void* grad_out;  // [n, windows, C]
+  const uint8_t* index;  // [n, windows, C]
+  const void* z;         // [n, h, w, C]
+  const float* mean;     // [C]
+  const float* scale;    // [C]
+  const float* shift;    // [C]
+  float* partial;        // scratch, pool_partial_floats() of it
+  float* sums[2];        // [C] each: sum_g, sum_gz
+};
+
+struct NormReluPoolApplyParams {
+  PoolGeometry geometry;
+  const void* grad_out;  // [n, windows, C]
+  const uint8_t* index;  // [n, windows, C]
+  const void* z;         // [n, h, w, C]
+  const float* a;        // [C]
+  const float* b;        // [C] or null
+  const float* d;        // [C], null without b
+  const float* scale;    // [C]
+  const float* shift;    // [C]
+  void* dz;              // [n, h, w, C]
+};
+
 // A convolution [n, h, w, c] -> [n, p, q, k] without groups. All tensors, and x with its padding, have less than 2^31
 // elements, a padded image less than 2^15 pixels to a side.
 struct ConvGeometry {

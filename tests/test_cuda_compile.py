@@ -13,8 +13,42 @@ import build_support
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("80", "90", "100")
 #: Registers per thread. A block has 256 threads: at 80 three fit an SM of 65536 registers, at 128 two.
-REGISTERS = {"norm_add_relu": 80, "norm_add_relu_backward": 128, "conv_norm_add_relu": 128}
-KERNELS = {"norm_add_relu": 3 * 2 * 3, "norm_add_relu_backward": 3 * 2 * 4 + 2, "conv_norm_add_relu": 2 * 4 + 3}
+REGISTERS = {
+    "bn_affine": 80,
+    "bn_coefficients": 80,
+    "bn_stats": 80,
+    "conv_norm_add_relu": 128,
+    "lazy_grad_apply": 128,
+    "norm_add_relu": 80,
+    "norm_add_relu_backward": 128,
+    "norm_relu_pool": 128,
+    "norm_relu_pool_apply": 128,
+    "norm_relu_pool_backward": 128,
+}
+KERNELS = {
+    "bn_affine": 1,
+    "bn_coefficients": 1,
+    "bn_stats": 3 * 2 + 1,
+    "conv_norm_add_relu": 2 * 4 + 3,
+    "lazy_grad_apply": 3 * 2 * 4,
+    "norm_add_relu": 3 * 2 * 3,
+    "norm_add_relu_backward": 3 * 2 * 4 + 2,
+    "norm_relu_pool": 3 * 2 * 2,
+    "norm_relu_pool_apply": 3 * 2 * 2,
+    "norm_relu_pool_backward": 3 * 2 + 1,
+}
+#: Of vectors alone: no function for each dtype of activations.
+VECTORS = ("bn_affine", "bn_coefficients")
+#: Passes over activations: kernels that access 16 bytes at a time, and whether they write activations.
+PASSES = {
+    "bn_stats": (3, False),
+    "lazy_grad_apply": (12, True),
+    "norm_add_relu": (9, True),
+    "norm_add_relu_backward": (12, True),
+    "norm_relu_pool": (6, True),
+    "norm_relu_pool_apply": (6, True),
+    "norm_relu_pool_backward": (3, False),
+}
 TYPES = ("float", "__half", "__nv_bfloat16")
 
 
@@ -29,7 +63,10 @@ def instantiation(op: str) -> str:
     """A source that compiles every kernel of `op`, with nothing but its own header."""
     params = "".join(part.capitalize() for part in op.split("_")) + "Params"
     lines = [f'#include "csrc/cuda/kernels/{op}.cuh"', "namespace resnet_fused::cuda {"]
-    lines += [f"template void launch_{op}<{t}>(const {params}&, cudaStream_t);" for t in TYPES]
+    if op in VECTORS:
+        lines += [f"void launch(const {params}& p, cudaStream_t stream) {{ launch_{op}(p, stream); }}"]
+    else:
+        lines += [f"template void launch_{op}<{t}>(const {params}&, cudaStream_t);" for t in TYPES]
     return "\n".join([*lines, "}"])
 
 
@@ -97,13 +134,13 @@ def test_the_convolution_runs_on_tensor_cores(tmp_path):
     compile_kernels("conv_norm_add_relu", tmp_path, "-ptx", "-arch=sm_75")
 
 
-@pytest.mark.parametrize("op", [op for op in REGISTERS if op.startswith("norm")])
-def test_vector_kernels_access_sixteen_bytes(op, tmp_path):
+@pytest.mark.parametrize(("op", "count", "writes"), [(op, *rest) for op, rest in PASSES.items()])
+def test_vector_kernels_access_sixteen_bytes(op, count, writes, tmp_path):
     ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_90")
     kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
     vectors = [k for k in kernels if re.match(rf"\w*{op}_kernelI(?:f|6__half|13__nv_bfloat16)Lb1E", k)]
-    assert len(vectors) == {"norm_add_relu": 9, "norm_add_relu_backward": 12}[op]
+    assert len(vectors) == count
     for kernel in vectors:
         name = kernel.split("(")[0]
         assert re.search(r"ld\.global\S*\.v4", kernel), f"{name} does not load 16 bytes at a time"
-        assert re.search(r"st\.global\S*\.v4", kernel), f"{name} does not store 16 bytes at a time"
+        assert not writes or re.search(r"st\.global\S*\.v4", kernel), f"{name} does not store 16 bytes at a time"

@@ -45,6 +45,24 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Of the ops that take vectors alone, which the checks admit in Double too.
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float) {
+    fail(op, ": ", name, " is ", t.scalar_type(), "; pass Float, or use another backend");
+  }
+}
+
+// The error of the launches of `op` so far, if there was one; `x` is what they were for.
+inline void check_launch(const char* op, const Tensor& x) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  fail(op, ": CUDA launch failed on ", x.dim() == 4 ? "activations" : "a tensor", " of shape ", shape_of(x), ": ",
+       cudaGetErrorString(error),
+       error == cudaErrorNoKernelImageForDevice
+           ? "; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST, or use another backend"
+           : "");
+}
+
 // f(T{}) with the element type of `x`, which check_data() has admitted; then the launch error, if there was one.
 template <class F>
 void launch_as(const char* op, const Tensor& x, const F& f) {
@@ -53,12 +71,7 @@ void launch_as(const char* op, const Tensor& x, const F& f) {
     case ScalarType::Half: f(__half{}); break;
     default: f(__nv_bfloat16{}); break;
   }
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return;
-  fail(op, ": CUDA launch failed on activations of shape ", shape_of(x), ": ", cudaGetErrorString(error),
-       error == cudaErrorNoKernelImageForDevice
-           ? "; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST, or use another backend"
-           : "");
+  check_launch(op, x);
 }
 
 }  // namespace resnet_fused::cuda

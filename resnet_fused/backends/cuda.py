@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import library
-from ..ops import DATA_DTYPES, bn_coefficients, norm_relu_coefficients
+from ..ops import DATA_DTYPES, OPS, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from . import cuda_conv
 from .declaration import Backend, Kernel, check_complete
@@ -17,6 +19,18 @@ def layout_reasons(*args, **kwargs) -> list[str]:
     return [] if all(map(is_channels_last, tensors)) else ["takes channels_last tensors only"]
 
 
+def vector_reasons(*args, **kwargs) -> list[str]:
+    """Reasons against the kernels of vectors alone: those are contiguous, in float32. Activations give their shape."""
+    vectors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 1]
+    fit = all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
+    return [] if fit else ["takes contiguous float32 vectors only"]
+
+
+def accepted(name: str) -> tuple[tuple[torch.dtype, ...], Callable]:
+    """What a compiled kernel declares: dtypes of its first argument, and what may stand against a call."""
+    return ((torch.float32,), vector_reasons) if OPS[name].vectors else (DATA_DTYPES, layout_reasons)
+
+
 def _kernels(status: library.Status) -> dict[str, Kernel]:
     """Of the ops for which the library has registered a kernel."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -26,12 +40,10 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
         for name in library.COMPILED_OPS
         if has_kernel(f"resnet_fused::{name}", "CUDA")
     }
-    if "norm_add_relu_backward" in runs:  # the pass over memory, and PyTorch's operations on a few hundred channels
-        two = runs["norm_add_relu_backward"], bn_coefficients.reference
+    if "norm_add_relu_backward" in runs:
+        two = runs["norm_add_relu_backward"], runs.get("bn_coefficients", bn_coefficients.reference)
         runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
-    made = {
-        name: Kernel(run, DATA_DTYPES, layout_reasons, needs_selfcheck=True, build=build) for name, run in runs.items()
-    }
+    made = {name: Kernel(run, *accepted(name), needs_selfcheck=True, build=build) for name, run in runs.items()}
     for name in CONVOLUTIONS if "conv_norm_add_relu" in runs else ():
         run, reasons = runs.get(name) or getattr(cuda_conv, name), CONVOLUTION_REASONS[name]
         made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)

@@ -17,6 +17,7 @@ import torch
 from ..backends import tf32
 from ..backends.cpu import LOOP_DTYPES
 from ..backends.selfcheck import judge
+from ..ops import DATA_DTYPES
 from ..steps.activated import Activate
 from ..steps.directions import Lowered
 from ..steps.join import Join
@@ -184,9 +185,15 @@ def lacking(lowered: Lowered, call: Call) -> str:
 def pools(call: Call) -> bool:
     """Whether there is a kernel here for the pool that `call` ends in."""
     x, backend = call.x, call.program.backend
-    if x.device.type == "cpu" and choose.target() is None:
-        return backend in ("auto", "cpu") and cpu_values.level() != ""
-    return choose.value_device(backend, x) is not None and not lacking(steps_of(call, Variant()), call)
+    if not choose.on_gpu(x):
+        here = x.device.type == "cpu" and choose.target() is None
+        return here and backend in ("auto", "cpu") and cpu_values.level() != ""
+    if x.dtype not in DATA_DTYPES:
+        return False
+    lowered = steps_of(call, Variant())
+    own = lowered.steps[-1].ops(call.program)  # which the compiled kernels have, without Triton too
+    there = choose.value_device(backend, x) is not None or not choose.lacking(own, x, backend)
+    return there and not lacking(lowered, call)
 
 
 def allowed(call: Call) -> list[Variant]:

@@ -2,6 +2,7 @@
 
 #include "cuda_on_cpu.h"
 
+#include "../../csrc/cuda/kernels/lazy_grad_apply.cuh"
 #include "../../csrc/cuda/kernels/norm_add_relu.cuh"
 #include "../../csrc/cuda/kernels/norm_add_relu_backward.cuh"
 
@@ -63,5 +64,13 @@ int norm_add_relu_backward(int dtype, int64_t rows, int64_t channels, int64_t ro
                                     partial,
                                     {sum_g, sum_gz, residual_sum_g, residual_sum_gz}};
   return with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu_backward<decltype(t)>(p, nullptr); });
+}
+
+int lazy_grad_apply(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sample, const void* g, const void* z,
+                    const float* a, const float* b, const float* d, const float* scale, const float* shift,
+                    const float* sample_factor, const void* residual, void* dz) {
+  const LazyGradApplyParams p{
+      {rows, channels, rows_per_sample}, g, z, a, b, d, scale, shift, sample_factor, residual, dz};
+  return with_type(dtype, [&](auto t) { cuda::launch_lazy_grad_apply<decltype(t)>(p, nullptr); });
 }
 }

@@ -35,6 +35,13 @@ using namespace ::resnet_fused::cuda;  // instructions.h
 #define CUDA CPU
 #define resnet_fused resnet_fused_cuda_on_cpu
 
+#include "../../csrc/cuda/bn_affine.cu"
+#include "../../csrc/cuda/bn_coefficients.cu"
+#include "../../csrc/cuda/bn_stats.cu"
 #include "../../csrc/cuda/conv_norm_add_relu.cu"
+#include "../../csrc/cuda/lazy_grad_apply.cu"
 #include "../../csrc/cuda/norm_add_relu.cu"
 #include "../../csrc/cuda/norm_add_relu_backward.cu"
+#include "../../csrc/cuda/norm_relu_pool.cu"
+#include "../../csrc/cuda/norm_relu_pool_apply.cu"
+#include "../../csrc/cuda/norm_relu_pool_backward.cu"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from guarded import DTYPES, Guarded, activation, pointer
 
-from resnet_fused.ops import norm_add_relu, norm_add_relu_backward
+from resnet_fused.ops import lazy_grad_apply, norm_add_relu, norm_add_relu_backward
 from resnet_fused.ops.contract import mask_shape, pack_mask
 
 pytestmark = on_cpu.needed
@@ -149,3 +149,26 @@ def test_backward_without_z_and_twice_alike(kernels):
     assert torch.equal(first[0], grad) and torch.equal(second[0], grad)
     assert torch.equal(first[1][0], second[1][0]), "the order of summation must not depend on scheduling"
     torch.testing.assert_close(first[1][0], grad.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_lazy_gradient(kernels, dtype, shape, in_place):
+    generator = torch.Generator().manual_seed(5)
+    g, z, residual = (activation(shape, dtype, generator) for _ in range(3))
+    a, b, d, scale, shift = torch.randn(5, shape[1], generator=generator)
+    scale[-1], shift[-1] = 0.0, -1.0
+    g[:, -1] = float("nan")  # which is masked
+    factor = torch.tensor([1.5, 0.0, 2.0])[: shape[0]].contiguous()
+    for affine, r, f in ((True, None, None), (False, residual, None), (True, residual, factor), (False, None, factor)):
+        args = (g, z, a, *((b, d) if affine else (None, None)), scale, shift, f, r)
+        dz = Guarded(shape, dtype)
+        if in_place:
+            dz.value().copy_(g)
+        inputs = map(pointer, args)
+        launches = kernels.lazy_grad_apply(
+            *geometry(g), *(dz.pointer() if in_place and i == 0 else t for i, t in enumerate(inputs)), dz.pointer()
+        )
+        assert launches == 1
+        close(dz.value(), lazy_grad_apply.reference(*double(*args)).to(dtype), dtype)

@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import cuda_ops
 import on_cpu
 import pytest
 import torch
 
-import build_support
 from resnet_fused.backends import Backend, Kernel, cuda, cuda_conv
-from resnet_fused.ops import DATA_DTYPES, OPS
+from resnet_fused.ops import DATA_DTYPES
 from resnet_fused.testing import cases, check, poisoned_allocations
 
 pytestmark = on_cpu.needed
-NAMESPACE = "resnet_fused_cuda_on_cpu"
-FILES = {path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cu")}
-CUDA_OPS = sorted(name for name in OPS if name.removesuffix("_") in FILES)
+CUDA_OPS = cuda_ops.NAMES
 #: On tensor cores: float32 would be rounded to TF32, beyond the contract's bounds; test_conv.py has it.
 ROUNDED = cuda.CONVOLUTIONS
 WRAPPED = tuple(op for op in ROUNDED if op not in CUDA_OPS)  # in Python, around the others
 
 
-def _reasons(op):
-    return cuda.CONVOLUTION_REASONS.get(op, cuda.layout_reasons)
-
-
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory):
-    schemas = torch.library.Library(NAMESPACE, "DEF")
-    for name in CUDA_OPS:
-        schemas.define(name + OPS[name].schema)
-    _, torch_dir = build_support.find_torch()
-    link = [
-        "-Wl,-Bsymbolic",
-        "-Wl,--no-as-needed",
-        f"-L{torch_dir / 'lib'}",
-        "-ltorch",
-    ]  # our stream and guard, not its
-    flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_dir / "include")]
-    torch.ops.load_library(on_cpu.compiled("ops.cpp", tmp_path_factory.mktemp("cuda_on_cpu"), *flags, *link))
-    ops = getattr(torch.ops, NAMESPACE)
-    kernels = {name: Kernel(getattr(ops, name).default, DATA_DTYPES, _reasons(name)) for name in CUDA_OPS}
-    kernels |= {name: Kernel(getattr(cuda_conv, name), DATA_DTYPES, _reasons(name)) for name in WRAPPED}
+def backend():
+    kernels = cuda_ops.kernels()
+    kernels |= {name: Kernel(getattr(cuda_conv, name), DATA_DTYPES) for name in WRAPPED}
+    for name in ROUNDED:
+        kernels[name] = dataclasses.replace(kernels[name], unsupported=cuda.CONVOLUTION_REASONS[name])
     with poisoned_allocations(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_conv, "_op", lambda name: getattr(ops, name).default)
+        patch.setattr(cuda_conv, "_op", lambda name: getattr(cuda_ops.registered(), name).default)
         patch.setattr(cuda_conv, "_unbuilt", lambda arch: "")
         yield Backend("cuda on cpu", ("cpu",), kernels)
 
 
 @pytest.mark.parametrize("dtype", DATA_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("op", [*CUDA_OPS, *WRAPPED])
+@pytest.mark.parametrize("op", [*CUDA_OPS, *WRAPPED, "norm_relu_coefficients"])
 def test_every_case(backend, op, dtype):
     if op in ROUNDED and dtype == torch.float32:
         pytest.skip("rounds float32 to TF32")
@@ -147,3 +132,42 @@ def test_the_sum_of_a_convolution_shares_no_memory_with_what_it_reads(backend):
     given = convolved(weight=torch.ones(8, 8, 3, 3).half().contiguous(memory_format=torch.channels_last))
     with pytest.raises(RuntimeError, match=r"^conv_norm_add_relu_: x shares memory with out"):
         backend.kernels["conv_norm_add_relu_"].run(given["x"], *given.values())
+
+
+def test_parameters_are_of_any_floating_dtype_and_at_any_stride(backend):
+    z, gamma, beta = (
+        torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last),
+        *torch.randn(2, 4).bfloat16(),
+    )
+    want = backend.kernels["bn_stats"].run(z, gamma.float(), beta.float(), 1e-5)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        spread = gamma.to(dtype).repeat_interleave(3)[::3]
+        got = backend.kernels["bn_stats"].run(z, spread, beta.to(dtype), 1e-5)
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("bn_stats", (activation(), torch.ones(4)), "got gamma or beta without eps"),
+        (
+            "bn_stats",
+            (activation(), torch.ones(5), None, 1e-5),
+            r"gamma is Float of shape \[5\]; pass a floating \[4\]",
+        ),
+        ("bn_affine", (*torch.ones(2, 4).double(), None, None, activation(), 1e-5), "mean is Double; pass Float"),
+        ("bn_affine", (torch.ones(4), torch.ones(5), None, None, activation(), 1e-5), r"m2 is Float of shape \[5\]"),
+        ("bn_coefficients", (*torch.ones(5, 4).double(), activation()), "sum_g is Double; pass Float"),
+        ("lazy_grad_apply", (activation(), None, *torch.ones(3, 4)), "got b without z; pass z too"),
+        ("norm_relu_pool", (activation(), *torch.ones(2, 5)), r"scale has shape \[5\]"),
+    ],
+)
+def test_others_refuse(backend, op, arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        backend.kernels[op].run(*arguments)
+
+
+def test_in_place_shares_no_memory_with_the_residual(backend):
+    g = activation()
+    with pytest.raises(RuntimeError, match=r"^lazy_grad_apply_: residual shares memory with g"):
+        backend.kernels["lazy_grad_apply_"].run(g, None, torch.ones(4), residual=g)

@@ -3,17 +3,12 @@
 //
 // Bytes per element of b bytes: reads grad_out (b), z (b), the mask (1/8; or b for the forward's output; or nothing,
 // when the sign is recomputed) and residual (b), writes g (b). bf16 with z, bit mask and g: 6.125 bytes/element.
-//
-// Sums are taken in two stages without atomics, in an order that depends on the shape alone: every thread sums its rows
-// in float32, a block folds its threads, and a second kernel folds the blocks in float64. The second stage reads and
-// writes at most 4096 * 8 * 4 sums (0.5 MB) however large the tensor is.
+// Sums are taken in two stages, see fold.cuh.
 #pragma once
 
-#include "tile.cuh"
+#include "fold.cuh"
 
 namespace resnet_fused::cuda {
-
-constexpr int kFoldChannels = 32, kFoldRows = 16;  // threads of a block of the second stage
 
 inline Tiling norm_add_relu_backward_tiling(const Extent& extent) { return Tiling(extent, 1024, 8); }
 
@@ -40,24 +35,6 @@ __device__ inline unsigned keep_bits(const NormAddReluBackwardParams& p, int64_t
     bits = 0xFF;
   }
   return bits;
-}
-
-// Fold one value per thread over the rows of the block, always in the same order, and let the first row write it.
-template <int kSums>
-__device__ inline void fold_block(const float (&sum)[kSums][kGroup], float* partial, int64_t channels, Channels c) {
-  __shared__ float shared[kThreads * kGroup];
-  const int across = blockDim.x * kGroup;
-  for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) shared[threadIdx.y * across + i * blockDim.x + threadIdx.x] = sum[s][i];
-    __syncthreads();
-    for (int i = threadIdx.y; i < kGroup; i += blockDim.y) {
-      float total = 0.f;
-      for (int y = 0; y < static_cast<int>(blockDim.y); ++y) total += shared[y * across + i * blockDim.x + threadIdx.x];
-      if (i < c.count) partial[(static_cast<int64_t>(blockIdx.x) * kSums + s) * channels + c.first + i] = total;
-    }
-    __syncthreads();
-  }
 }
 
 template <class T, bool kVectors, bool kRecompute, bool kResidual>
@@ -98,36 +75,15 @@ __global__ void __launch_bounds__(kThreads) norm_add_relu_backward_kernel(const 
   fold_block<kSums>(sum, p.partial, p.extent.channels, c);
 }
 
-// Second stage: blockIdx.y is the sum, a block takes 32 channels and walks down the partial sums of all blocks.
-template <int kSums>
-__global__ void __launch_bounds__(kFoldChannels* kFoldRows)
-    fold_partial_kernel(const NormAddReluBackwardParams p, int64_t row_blocks) {
-  __shared__ double shared[kFoldRows][kFoldChannels];
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kFoldChannels + threadIdx.x;
-  const int s = blockIdx.y;
-  double total = 0.;
-  if (channel < p.extent.channels) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.y; row < row_blocks; row += kFoldRows) {
-      total += p.partial[(row * kSums + s) * p.extent.channels + channel];
-    }
-  }
-  shared[threadIdx.y][threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y == 0 && channel < p.extent.channels && p.sums[s]) {
-    for (int y = 1; y < kFoldRows; ++y) total += shared[y][threadIdx.x];
-    p.sums[s][channel] = static_cast<float>(total);
-  }
-}
-
 template <class T, bool kVectors, bool kRecompute, bool kResidual>
 void norm_add_relu_backward_stages(const NormAddReluBackwardParams& p, cudaStream_t stream) {
   constexpr int kSums = kResidual ? 4 : 2;
   const Tiling t = norm_add_relu_backward_tiling(p.extent);
   RESNET_FUSED_LAUNCH((norm_add_relu_backward_kernel<T, kVectors, kRecompute, kResidual>), t.grid(), t.block(), stream,
                       p);
-  const dim3 grid(static_cast<unsigned>((p.extent.channels + kFoldChannels - 1) / kFoldChannels), kSums);
-  RESNET_FUSED_LAUNCH(fold_partial_kernel<kSums>, grid, dim3(kFoldChannels, kFoldRows), stream, p, t.row_blocks);
+  FoldParams<kSums> fold{p.partial, t.row_blocks, p.extent.channels, {}};
+  for (int s = 0; s < kSums; ++s) fold.sums[s] = p.sums[s];
+  launch_fold(fold, stream);
 }
 
 template <class T, bool kVectors>

@@ -71,6 +71,16 @@ __device__ inline Group<T> load(const void* base, int64_t row, int64_t row_chann
   return group;
 }
 
+// As load(), zeros where that row is not there.
+template <bool kVectors, class T>
+__device__ inline Group<T> load_if(bool there, const void* base, int64_t row, int64_t row_channels, Channels c) {
+  if (there) return load<kVectors, T>(base, row, row_channels, c);
+  Group<T> group;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) group.v[i] = from_float<T>(0.f);
+  return group;
+}
+
 template <bool kVectors, class T>
 __device__ inline void store(void* base, int64_t row, int64_t row_channels, Channels c, const Group<T>& group) {
   T* p = static_cast<T*>(base) + row * row_channels + c.first;

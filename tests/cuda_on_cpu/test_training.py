@@ -1,0 +1,77 @@
+"""Training steps whose passes over activations are the CUDA kernels, run on the CPU: neither Triton nor a reference."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+
+import cuda_ops
+import on_cpu
+import pytest
+import torch
+from nets import BasicBlock, Bottleneck, observe
+from torch import nn
+
+import resnet_fused
+from resnet_fused.backends import Backend, backends, cuda, dispatch, place, soundness
+from resnet_fused.models.resnet import ResNet
+from resnet_fused.plan import choose
+
+pytestmark = on_cpu.needed
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often each op ran on the backend "emulated": the kernels of csrc/cuda but the convolutions, on a GPU."""
+    counts = collections.Counter()
+
+    def counted(name, run):
+        def count(*args, **kwargs):
+            counts[name] += 1
+            return run(*args, **kwargs)
+
+        return count
+
+    kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name not in cuda.CONVOLUTIONS}
+    kernels = {name: dataclasses.replace(k, run=counted(name, k.run)) for name, k in kernels.items()}
+    backend = Backend("emulated", ("cpu",), kernels)
+    monkeypatch.setattr(dispatch, "_backends", {"emulated": backend, **backends()})
+    monkeypatch.setattr(choose, "on_gpu", lambda x: True)  # no step is the CPU's
+    monkeypatch.setattr(place.planned, "elsewhere", True)
+    soundness.forget()
+    yield counts
+    soundness.forget()
+
+
+def network(kind):
+    """With a stem, blocks of each kind of shortcut, and parameters as after some training."""
+    torch.manual_seed(0)
+    model = ResNet(kind, [2, 1, 1, 1], num_classes=4)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return model.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_a_step_is_as_exact_as_stock(ran, kind, dtype):
+    """Output, gradients and running statistics at twice stock's own error, each by name; within an ulp or so."""
+    stock = network(kind).to(dtype)
+    exact, fused = copy.deepcopy(stock).double(), resnet_fused.fuse(copy.deepcopy(stock))
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with resnet_fused.use("emulated"):
+        got = observe(fused, x)
+    want, near = observe(exact, x.double()), observe(stock, x)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        ours, theirs = ((found[name].double() - value).norm() for found in (got, near))
+        assert ours <= 2 * theirs + torch.finfo(dtype).eps * value.double().norm(), name
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
+    assert ran["bn_stats"] == norms
+    once = {"norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_apply"}
+    assert {name: ran[name] for name in once} == dict.fromkeys(once, 1)
+    assert {"norm_add_relu", "norm_add_relu_backward", "norm_relu_coefficients", "bn_coefficients"} <= ran.keys()
+    assert ran["lazy_grad_apply"] == norms - 1  # the stem behind its pool

@@ -1,0 +1,48 @@
+"""The ops of csrc/cuda, checks and allocations included, compiled for the CPU and registered once in a process."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import on_cpu
+import torch
+
+import build_support
+from resnet_fused.backends import Kernel, cuda
+from resnet_fused.ops import OPS, norm_relu_coefficients
+
+NAMESPACE = "resnet_fused_cuda_on_cpu"
+FILES = {path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cu")}
+NAMES = sorted(name for name in OPS if name.removesuffix("_") in FILES)
+
+
+@functools.cache
+def _schemas() -> torch.library.Library:
+    schemas = torch.library.Library(NAMESPACE, "DEF")  # which lasts as long as this
+    for name in NAMES:
+        schemas.define(name + OPS[name].schema)
+    return schemas
+
+
+@functools.cache
+def registered():
+    """Their namespace in ``torch.ops``."""
+    _schemas()
+    _, torch_dir = build_support.find_torch()
+    # our stream and guard, not those of torch
+    link = ["-Wl,-Bsymbolic", "-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch"]
+    as_built = ["-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = [*as_built, "-isystem", str(torch_dir / "include")]
+    with tempfile.TemporaryDirectory() as directory:
+        torch.ops.load_library(on_cpu.compiled("ops.cpp", Path(directory), *flags, *link))
+    return getattr(torch.ops, NAMESPACE)
+
+
+def kernels() -> dict[str, Kernel]:
+    """As :mod:`resnet_fused.backends.cuda` declares them, but for the convolutions' reasons."""
+    runs = {name: getattr(registered(), name).default for name in NAMES}
+    two = runs["norm_add_relu_backward"], runs["bn_coefficients"]
+    runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
+    return {name: Kernel(run, *cuda.accepted(name)) for name, run in runs.items()}

@@ -26,8 +26,9 @@ from ..steps.flow import Handed
 from ..steps.folding import Folded, fold
 from ..steps.program import Averaging, Call, Convolution
 from ..steps.spec import StepTensors
+from .unchanged import Forms
 
-__all__ = ["evaluate", "repeatable", "run_steps", "takes"]
+__all__ = ["evaluate", "takes", "way_of"]
 
 Modules = Sequence[nn.Module | None]
 
@@ -45,10 +46,9 @@ class _Recent(NamedTuple):
     settled: bool  # asked twice, so that every weight is in the layout that oneDNN wants
 
 
-LOWERED = 64  # ways to run one program that are kept: image sizes, dtypes
 #: Both by the program's last module.
 _recent: weakref.WeakKeyDictionary[nn.Module, _Recent] = weakref.WeakKeyDictionary()
-_lowered: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple]] = weakref.WeakKeyDictionary()
+_lowered: weakref.WeakKeyDictionary[nn.Module, Forms] = weakref.WeakKeyDictionary()
 
 
 def evaluate(
@@ -66,60 +66,52 @@ def evaluate(
     """
     if call.sample_factor is not None:
         raise ValueError("evaluation takes no factor for each sample")
-    if not torch.is_grad_enabled():
-        return _evaluate(call, modules, dtype, handed or Handed())
     with torch.no_grad():
-        return _evaluate(call, modules, dtype, handed or Handed())
+        way = way_of(call, modules, dtype)
+        return None if way is None else way(call, handed or Handed())
 
 
-def _steps_for(
-    call: Call, modules: Modules | None, dtype: torch.dtype | None
-) -> tuple[Lowered | None, nn.Module | None]:
-    """The steps of a call, and the module by which what they are made from may be kept, the program's last; or None.
+class Way(NamedTuple):
+    """How a call is evaluated, and all others that are the same to :func:`way_of`."""
 
-    With such a module the CPU backend runs them all, and `UnfoldedConvolution` needs no dispatch.
-    """
+    lowered: Lowered
+    modules: Modules | None
+    dtype: torch.dtype | None
+    last: nn.Module | None  # by which what steps are made from is kept; with it the CPU backend runs them all
+    folds: bool  # whether steps are made from parameters
+
+    def __call__(self, call: Call, handed: Handed) -> Tensor | None:
+        """The output; None: stock's operations are to run, as folding is not the same."""
+        lowered, made, inputs = self.lowered, None, _inputs(call)
+        if not self.folds:
+            call, made = _cast(call, self.dtype), [None] * len(lowered.steps)
+        elif self.last is None:
+            made = [None if step.part is None else Folded(*fold(call, step.part, self.dtype)) for step in lowered.steps]
+        else:
+            made = _packed(call, lowered, self.modules, self.last)
+        if made is None:
+            return None
+        direct = self.last is not None and call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack()
+        e = Evaluation(call, inputs, direct)
+        e.owned, e.into = handed.owned, handed.into
+        if not self.folds or self.last is None:
+            return lowered.run(e, made)
+        with bounds.private():
+            bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
+            e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)
+            out = lowered.run(e, made)
+            return bounds.remember(out, e.bounds[-1]) if e.direct else out
+
+
+def way_of(call: Call, modules: Modules | None, dtype: torch.dtype | None) -> Way | None:
+    """How a call is evaluated, see :func:`evaluate`; None: by stock's operations."""
     last = next((module for module in reversed(modules or ()) if module is not None), None)
-    cast = _cast(call, dtype) if choose.on_gpu(call.x) else call
-    return _steps_of(cast, last), last if last is not None and _can_pack(call, dtype) else None
-
-
-def _evaluate(call: Call, modules: Modules | None, dtype: torch.dtype | None, handed: Handed) -> Tensor | None:
-    lowered, last = _steps_for(call, modules, dtype)
+    on_gpu = choose.on_gpu(call.x)
+    lowered = _steps_of(_cast(call, dtype) if on_gpu else call, last)
     if lowered is None:
         return None
-    if not lowered.folded or choose.on_gpu(call.x):
-        return run_steps(lowered, _cast(call, dtype), last is not None, handed)
-    inputs = _inputs(call)
-    if last is None:
-        made = [None if step.part is None else Folded(*fold(call, step.part, dtype)) for step in lowered.steps]
-        return lowered.run(Evaluation(call, inputs), made)
-    made = _packed(call, lowered, modules, last)
-    if made is None:  # there, folding is not the same
-        return None
-    e = Evaluation(call, inputs, call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack())
-    e.owned, e.into = handed.owned, handed.into
-    with bounds.private():
-        bound_of = [bounds.of if wanted else bounds.noted for wanted in lowered.measured]
-        e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)
-        out = lowered.run(e, made)
-        return bounds.remember(out, e.bounds[-1]) if e.direct else out
-
-
-def repeatable(call: Call, modules: Modules, dtype: torch.dtype | None) -> Lowered | None:
-    """The steps of a call if nothing is made of its parameters that is kept, so that :func:`run_steps` is all of it."""
-    lowered, last = _steps_for(call, modules, dtype)
-    plain = lowered is not None and (choose.on_gpu(call.x) or (not lowered.folded and last is not None))
-    return lowered if plain else None
-
-
-def run_steps(lowered: Lowered, call: Call, direct: bool, handed: Handed | None = None) -> Tensor:
-    """The output of steps that nothing is made for. `direct`: on a CPU, whose backend takes them all."""
-    direct = direct and not choose.on_gpu(call.x) and not torch._C._len_torch_dispatch_stack()
-    e = Evaluation(call, _inputs(call), direct)
-    if handed is not None:
-        e.owned, e.into = handed.owned, handed.into
-    return lowered.run(e, [None] * len(lowered.steps))
+    keeps = last is not None and not on_gpu and _can_pack(call, dtype)
+    return Way(lowered, modules, dtype, last if keeps else None, bool(lowered.folded) and not on_gpu)
 
 
 def _cast(call: Call, dtype: torch.dtype | None) -> Call:
@@ -142,11 +134,9 @@ def _steps_of(call: Call, module: nn.Module | None) -> Lowered | None:
     dtypes = [t.dtype for own in call.tensors for t in own[:6] if t is not None]
     settings = call.program.precision, choose.fuses_all(), threads(), judge.count_of_changes()
     key = call.x.shape, residual, call.x.dtype, call.x.device, *settings, *weights, *dtypes
-    kept = _lowered.setdefault(module, {})
+    kept = _lowered.setdefault(module, Forms())
     program, lowered = kept.get(key, (None, None))
     if program != call.program:
-        if len(kept) >= LOWERED:
-            kept.clear()
         lowered = lower(call)
         kept[key] = call.program, lowered
     return lowered

@@ -6,7 +6,7 @@ the plan's, and the memory that the modules' tensors lie in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,17 +23,15 @@ from ..steps.program import Call
 from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
 from ..steps.spec import flatten, present, regroup, spread
 from . import drop_paths
-from .kept_evaluation import repeatable, run_steps
+from .kept_evaluation import way_of
 from .site import Site
 from .unchanged import is_wrapper
-
-KEPT = 64  # forms of one site: image sizes, dtypes
 
 
 class Ready(NamedTuple):
     """How all calls of one form run."""
 
-    run: Callable[[Tensor, Tensor | None, list[Tensor], Handed, Tensor | None], Tensor]
+    run: Callable[[Tensor, Tensor | None, list[Tensor], Handed, Tensor | None], Tensor | None]
     slots: list[tuple[dict, str]]  # where the tensors of all nodes are to be looked up
     cast: tuple[int, ...]  # which of these autocast casts
     dtype: torch.dtype | None  # to which
@@ -41,10 +39,12 @@ class Ready(NamedTuple):
     like_weights: bool  # a weight on the main branch is in channels_last
     pointwise: bool
 
-    def __call__(self, x: Placed, residual: Tensor | None, factor: Tensor | None) -> Placed:
+    def __call__(self, x: Placed, residual: Tensor | None, factor: Tensor | None) -> Placed | None:
+        """What leaves; None where values decide that stock's operations run."""
         value, dtype = x.value, self.dtype
         tensors = [inner[name] for inner, name in self.slots]
-        handed = Handed(x.moments if dtype in (None, value.dtype) else None)
+        passed = residual is None and dtype in (None, value.dtype)
+        handed = Handed(x.moments, x.owned, x.into) if passed else Handed()
         if dtype is None:
             out = self.run(value, residual, tensors, handed, factor)
         else:
@@ -55,9 +55,11 @@ class Ready(NamedTuple):
                 out = self.run(value.to(dtype), residual, tensors, handed, factor)
             finally:
                 torch.set_autocast_enabled(value.device.type, True)
-        moments = handed.leaving if residual is None and dtype in (None, value.dtype) else None
+        if out is None:
+            return None
         in_channels_last = lies(out, x.channels_last or self.like_weights, self.pointwise)
-        return Placed(out, in_channels_last, self.clamped, moments)
+        moments = handed.leaving if passed else None
+        return Placed(out, in_channels_last, self.clamped, moments, passed and not out.requires_grad)
 
 
 def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) -> tuple | None:
@@ -65,7 +67,7 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
     if torch.compiler.is_compiling() or site.kept is None:
         return None
     known, value = site.kept.unchanged, x.value
-    if not known or (known.folds and not torch.is_grad_enabled()) or not (just_asked or known.settings_hold()):
+    if not known or not (just_asked or (known.settings_hold() and known.facts_hold())):
         return None
     if met.is_seen() or choose.observers or choose.tuner() is not None or is_wrapper(value):
         return None
@@ -79,7 +81,7 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
 
 
 def _facts(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() % ALIGNED
+    return type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() % ALIGNED
 
 
 def keep_training(site: Site, form: tuple, call: Call, lowered: Lowered, dtype: torch.dtype | None) -> RepeatedProgram:
@@ -94,38 +96,36 @@ def keep_training(site: Site, form: tuple, call: Call, lowered: Lowered, dtype: 
             options = handed if residual is None else None, factor, x, residual, tensors, places, in_channels_last
             return run_flat(lowered, repeated, *options)
 
-    _keep(site, form, call, dtype, run)
+    _keep(site, form, call, dtype, dtype is not None, run)
     return repeated
 
 
 def keep_evaluation(site: Site, form: tuple, call: Call, dtype: torch.dtype | None) -> None:
-    """The same of evaluation, where nothing is made of parameters that would have to be compared."""
-    lowered = repeatable(call, site.modules, dtype)
-    site.kept.unchanged.folds = lowered is None
-    if lowered is None:
-        return
+    """The same of evaluation. Where something is folded, each call compares what it was made from, and may measure."""
+    way, program, repeated = way_of(call, site.modules, dtype), call.program, tape.Repeated()
+    repeats = not way.folds and (way.last is not None or choose.on_gpu(call.x))
     _, places = present(flatten(call.tensors))
 
+    def evaluated(x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor], handed: Handed) -> Tensor | None:
+        return way(Call(program, x, regroup(spread(tensors, places)), residual), handed)
+
     def once(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> tuple[list[Tensor], None]:
-        own = regroup(spread(tensors, places))
-        return [run_steps(lowered, Call(call_program, x, own, residual), direct=True)], None
+        return [evaluated(x, residual, tensors, Handed())], None
 
-    call_program, repeated = call.program, tape.Repeated()
-
-    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed, _: None) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, tensors: list[Tensor], handed: Handed, _: None) -> Tensor | None:
         with torch.no_grad():
-            return repeated(once, (x, residual, *tensors))[0][0]
+            if repeats:
+                return repeated(once, (x, residual, *tensors))[0][0]
+            return evaluated(x, residual, tensors, handed)
 
-    _keep(site, form, call, dtype, run)
+    _keep(site, form, call, dtype, dtype is not None and not way.folds, run)  # which casts what is folded
 
 
-def _keep(site: Site, form: tuple, call: Call, dtype: torch.dtype | None, run: Callable) -> None:
+def _keep(site: Site, form: tuple, call: Call, dtype: torch.dtype | None, casts: bool, run: Callable) -> None:
     tensors, places = present(flatten(call.tensors))
     width = len(StepTensors._fields)
-    cast = () if dtype is None else [place for i, place in enumerate(places) if place is not None and i % width < 2]
+    cast = [place for i, place in enumerate(places) if casts and place is not None and i % width < 2]
     like_weights = any(suggests_channels_last(call.tensors[node].weight) for node in call.program.main_convolutions)
-    slots, known = site.kept.unchanged.slots(tensors), site.kept.unchanged.ready
-    if len(known) >= KEPT:
-        known.clear()
+    known = site.kept.unchanged
     clamped, pointwise = call.program.clamped, is_pointwise(call.program)
-    known[form] = Ready(run, slots, tuple(cast), dtype, clamped, like_weights, pointwise)
+    known.ready[form] = Ready(run, known.slots(tensors), tuple(cast), dtype, clamped, like_weights, pointwise)

@@ -28,8 +28,7 @@ from . import drop_paths, ready, survivors
 from .by_modules import called, draw
 from .kept_evaluation import evaluate, takes
 from .site import Site
-
-KEPT = 64  # settings, and ways to run, that are kept of one site: image sizes, dtypes
+from .unchanged import Forms
 
 
 class _Ran(threading.local):
@@ -62,7 +61,7 @@ def read(site: Site) -> tuple[Program, list[StepTensors]]:
         return known.read, tensors
     settings, found = site.settings(), site.kept.by_settings
     if (who, settings) not in found:
-        if len(found) >= KEPT:
+        if len(found) >= Forms.LIMIT:
             found.clear(), site.kept.lowered.clear()
         found[who, settings] = _with(site.shape.program, settings, *who)
     if known is not None:
@@ -93,9 +92,10 @@ def run_site(
     if site.survivors and factor is None and (out := _on_survivors(site, x, residual)) is not None:
         return out
     form = None if factor is not None else ready.form_of(site, x, residual, just_asked)
-    if form is not None and form in site.kept.unchanged.ready:
+    way = None if form is None else site.kept.unchanged.ready.get(form)
+    if way is not None and (out := way(x, residual, draw(site, x.value))) is not None:
         count_fused()
-        return site.kept.unchanged.ready[form](x, residual, draw(site, x.value))
+        return out
     program, tensors = read(site)
     given, dtype, scope = x.value, None, contextlib.nullcontext()
     if torch.is_autocast_enabled(given.device.type) and given.dtype != torch.float64:
@@ -257,7 +257,5 @@ def _lowered(call: Call, kept: dict | None) -> Lowered:
     key = id(call.program), *decided  # which its settings keep
     found = kept.get(key, key)  # a key is no answer
     if found is key:
-        if len(kept) >= KEPT:
-            kept.clear()
         kept[key] = found = lower(call)
     return found

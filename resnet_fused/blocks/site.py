@@ -18,7 +18,7 @@ from ..steps.program import Addition, Averaging, Concatenation, Convolution, Nod
 from . import layers, norms, proven
 from .inputs import input_obstacle, is_odd, is_plain
 from .shape import Shape
-from .unchanged import Unchanged
+from .unchanged import Forms, Unchanged
 
 KEPT = 8  # shapes of one block whose modules are kept
 CHANGED = "was changed after fuse(); call fuse() again"
@@ -30,7 +30,7 @@ class Kept:
     def __init__(self) -> None:
         self.unchanged: Unchanged | bool | None = None  # False: its modules are read at every call
         self.by_settings: dict[tuple, object] = {}
-        self.lowered: dict[tuple, object] = {}
+        self.lowered = Forms()
 
 
 @dataclasses.dataclass(eq=False)

@@ -84,6 +84,17 @@ class _Class:
         return all(map(operator.is_, self.get(self.cls), self.methods)) and [*map(len, self.bases)] == self.counts
 
 
+class Forms(dict):
+    """What is kept by the forms of calls: image sizes, dtypes. When there are many, they are collected anew."""
+
+    LIMIT = 64
+
+    def __setitem__(self, form: object, value: object) -> None:
+        if len(self) >= self.LIMIT:
+            self.clear()
+        super().__setitem__(form, value)
+
+
 class Unchanged:
     """The modules that a site runs itself and those that it passes over, as they are now."""
 
@@ -91,8 +102,8 @@ class Unchanged:
     read: object = None
 
     def __init__(self, modules: Iterable[nn.Module], bypassed: Iterable[nn.Module]) -> None:
-        self.ready: dict[tuple, object] = {}  # by the form of a call: how it runs
-        self.folds = False  # evaluation did, whose calls are never ready: no more forms are made of it
+        self.ready = Forms()  # how a call runs
+        self.sizes = Forms()  # of the program's values, by the shape of what enters
         self._run = _Same(list(modules), inner=True)
         self._bypassed = _Same(list(bypassed), inner=False)
         owns = [*self._run.owns, *self._bypassed.owns]
@@ -107,7 +118,7 @@ class Unchanged:
         tensors = self._tensors()
         return [*map(_FACTS, tensors), *itertools.chain.from_iterable(map(ask, tensors) for ask in _ASKED)]
 
-    def _facts_hold(self) -> bool:
+    def facts_hold(self) -> bool:
         """Whether the tensors are what they were.
 
         PyTorch's guards compare the same and more, such as whether autocast is on, in a fifth of the time: where they
@@ -158,5 +169,5 @@ class Unchanged:
             and self._run.holds()
             and self._bypassed.holds()
             and all(map(_Class.holds, self._classes))
-            and self._facts_hold()
+            and self.facts_hold()
         )

@@ -60,22 +60,39 @@ def _all_images(entries: list[Running], x: Tensor) -> object:
 
 
 def _sizes(entries: list[Running], shape: torch.Size) -> tuple[int, int]:
-    """Elements an image of the largest result in a stage, and of all its weights.
+    """Elements an image of the largest result in a stage, and of all its weights; 0 where it must run whole.
 
-    0 where a block is more than one program, where images meet, in batch statistics, where a pool is called, and where
-    a drop path draws, which stock does once for all images.
+    As modules that are unchanged have the same, what was found of each block is kept with them.
     """
     largest = weights = 0
     for entry in entries:
-        program, tensors = runtime.read(entry.sites[0])
-        if drop_paths.draws(entry.sites[0].drop_path):
+        kept = entry.sites[0].kept.unchanged
+        found = kept.sizes.get(shape) if kept else None
+        if found is None:
+            found = _sizes_of(entry, shape)
+            if kept:
+                kept.sizes[shape] = found
+        if not found:
             return 0, 0
-        if not entry.form.is_whole or program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
-            return 0, 0
-        made = program.shapes(shape, tensors)[program.inputs :]
-        largest, shape = max(largest, *(of[1:].numel() for of in made)), made[-1]
-        weights += sum(own.weight.numel() for own in tensors if own.weight is not None)
+        of_block, own, shape = found
+        largest, weights = max(largest, of_block), weights + own
     return largest, weights
+
+
+def _sizes_of(entry: Running, shape: torch.Size) -> tuple[int, int, torch.Size] | tuple[()]:
+    """The same of a block, and the shape of its output.
+
+    Nothing where it is more than one program, where images meet, in batch statistics, where a pool is called, and where
+    a drop path draws, which stock does once for all images.
+    """
+    program, tensors = runtime.read(entry.sites[0])
+    if drop_paths.draws(entry.sites[0].drop_path):
+        return ()
+    if not entry.form.is_whole or program.batch_stats or program.nodes[-1] == Pooling(program.output - 1, None):
+        return ()
+    made = program.shapes(shape, tensors)[program.inputs :]
+    weights = sum(own.weight.numel() for own in tensors if own.weight is not None)
+    return max(of[1:].numel() for of in made), weights, made[-1]
 
 
 def images_in_piece(entries: list[Running], x: Tensor) -> int:

@@ -90,6 +90,20 @@ def test_whole_where_images_meet_or_somebody_watches(model):
     assert pieces_seen(model, x) == [2, 2, 1]
 
 
+@torch.no_grad()
+def test_sizes_are_found_once_while_modules_are_unchanged(model, monkeypatch):
+    x, found, original = images(), [], stage._sizes_of
+    monkeypatch.setattr(stage, "_sizes_of", lambda *args: found.append(args) or original(*args))
+    for inputs, times in ((x, 8), (x, 0), (images(3), 8), (x, 0)):
+        found.clear()
+        pieces_seen(model, inputs)
+        assert len(found) == times
+    block = model.layer1[1]
+    block.conv1, block.bn1 = nn.Conv2d(64, 128, 3, 1, 1, bias=False), nn.BatchNorm2d(128).eval()
+    block.conv2 = nn.Conv2d(128, 64, 3, 1, 1, bias=False)
+    assert pieces_seen(model, x) == [1] * 5
+
+
 def test_gradients_run_whole(model):
     x = images().requires_grad_()
     model(x).sum().backward()

@@ -22,6 +22,7 @@ from .. import library
 from ..backends import bounds
 from ..blocks import drop_paths, runtime
 from ..blocks.layers import globally_hooked
+from ..blocks.site import Site
 from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
@@ -53,6 +54,12 @@ def _entries(stage: nn.Sequential) -> list[Running] | None:
             return None
         entries.append(found)
     return entries
+
+
+def _sites(stage: nn.Sequential) -> list[Site]:
+    """The programs of those blocks that run some."""
+    found = [runnable(block) for block in stage if is_entered(block)]
+    return [site for running in found if running is not None for site in running.sites]
 
 
 def _all_images(entries: list[Running], x: Tensor) -> object:
@@ -139,14 +146,18 @@ def _new_batch(piece: Placed, images: int) -> Tensor:
 
 def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     """The output of a stage of fused blocks, in stock's layout."""
-    entries = None if as_stock.is_known(stage, x, _IN_PART) else _entries(stage)
+    known = as_stock.is_known(stage, x, _IN_PART)
+    entries, before = None if known else _entries(stage), as_stock.fused_so_far()
     if entries is None:  # somebody else's code runs in some of its blocks, and may change others; or stock's
+        out = x
         for block in stage:
-            x = run_block(block, x, block) if is_entered(block) else block(left(x))
-        return left(x)
+            out = run_block(block, out, block) if is_entered(block) else block(left(out))
+        if not known:
+            after = as_stock.fused_so_far()
+            as_stock.note(stage, _sites(stage), x, after, None if after == before else _IN_PART)
+        return left(out)
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
-    before = as_stock.fused_so_far()
     with bounds.private():
         images = images_in_piece(entries, x)
         if 0 < images < x.shape[0]:

@@ -171,4 +171,15 @@ struct ConvNormAddReluParams {
   bool relu;
 };
 
+struct Conv1x1Params {
+  ConvGeometry geometry;
+  const void* x;           // [n, h, w, c]
+  const float* x_scale;    // [c] or null
+  const float* x_shift;    // [c], null without x_scale
+  const void* weight;      // [k, r, s, c]
+  void* z;                 // [n, p, q, k]
+  float* partial;          // scratch, conv1x1_partial_floats() of it; null: no statistics
+  StatisticsParams found;  // of z; its mean null: none are asked for
+};
+
 }  // namespace resnet_fused

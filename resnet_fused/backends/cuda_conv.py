@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import library
-from ..ops import conv_norm_add_relu
+from ..ops import conv1x1, conv_norm_add_relu
 from ..ops.contract import is_channels_last, takes_arguments_of
 from ..ops.conv_add_relu import output_shape
 from . import cards, tf32
@@ -105,6 +105,13 @@ def conv_reasons(
 def conv_reasons_(residual, x, weight, shift=None, *args, **kwargs) -> list[str]:
     """Reasons against `conv_add_relu_`."""
     return conv_reasons(x, weight, shift, residual, *args, **kwargs)
+
+
+@takes_arguments_of(conv1x1.reference)
+def conv1x1_reasons(a) -> list[str]:
+    """Reasons against `conv1x1`."""
+    found = _reasons(a.x, a.weight, (a.x_scale, a.x_shift), None, a.stride, (0, 0), (1, 1))
+    return found if is_channels_last(a.weight) else [*found, "takes a contiguous weight only"]
 
 
 def _is_dense(weight: Tensor) -> bool:

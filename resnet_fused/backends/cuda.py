@@ -64,6 +64,7 @@ CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
 #: Of training's products on tensor cores: plans go by Triton's, whichever of these are built.
 PRODUCTS = {
     "conv1x1": {"unsupported": cuda_conv.conv1x1_reasons, "more_cases": conv_cases.conv1x1_tiles},
+    "conv1x1_join": {"unsupported": cuda_conv.conv1x1_join_reasons, "more_cases": conv_cases.conv1x1_join_tiles},
 }
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this

@@ -152,7 +152,7 @@ def test_the_self_check_of_a_training_product_meets_every_tile():
             met.add("large")
         else:
             met.add("small" if narrow < 188 else "chunks" if narrow >= 16 * 188 else "narrow")
-    assert met == {"elements", "large", "chunks", "small"} and list(cuda.PRODUCTS) == ["conv1x1"]
+    assert met == {"elements", "large", "chunks", "small"} and list(cuda.PRODUCTS) == ["conv1x1", "conv1x1_join"]
 
 
 def test_a_kernel_is_judged_by_its_own_cases_too(monkeypatch):
@@ -163,3 +163,33 @@ def test_a_kernel_is_judged_by_its_own_cases_too(monkeypatch):
     kernel = Kernel(OPS["conv1x1"].reference, (torch.float32,), more_cases=more)
     judge.check_kernel(Backend("one", ("cpu",), {"conv1x1": kernel}), "conv1x1", torch.float32, torch.device("cpu"))
     assert [case.name for case in seen[-1:]] == ["more in torch.float32"] and len(seen) > 4
+
+
+def test_what_stands_against_a_join():
+    x, weight, vector = data(2, 8, 5, 5), data(16, 8, 1, 1), torch.empty(16, device="meta")
+    x2, given = data(2, 24, 9, 10), (x, weight, vector, vector)
+    second = {"x2": x2, "weight2": data(16, 24, 1, 1), "scale2": vector, "shift2": vector, "stride2": [2, 2]}
+    assert cuda_conv.conv1x1_join_reasons(*given, residual=data(2, 16, 5, 5)) == []
+    assert cuda_conv.conv1x1_join_reasons(*given, **second) == []
+    for options, reason in (
+        ({"residual": data(2, 16, 5, 5).contiguous()}, "takes channels_last tensors only"),
+        ({"residual": data(2, 16, 5, 5).half()}, "takes residual, x2 and x of one dtype"),
+        (second | {"x2": x2.contiguous()}, "takes channels_last tensors only"),
+        (second | {"weight2": data(24, 16, 1, 1).transpose(0, 1)}, "takes contiguous weights only"),
+        (second | {"scale2": vector.half()}, "takes contiguous float32 vectors only"),
+        (second | {"stride2": [1 << 15, 1]}, "of less than 32768 pixels to a side"),
+        ({"sample_factor": torch.empty(4, device="meta")[::2]}, "takes contiguous float32 vectors only"),
+    ):
+        assert [one for one in cuda_conv.conv1x1_join_reasons(*given, **options) if reason in one]
+    with assuming(Card(arch=75)):
+        assert cuda_conv.conv1x1_join_reasons(*given, **second) == [cuda_conv.unbuilt(75, "9.0")]
+
+
+def test_the_self_check_of_a_join_meets_every_tile():
+    """128x64 outputs, 64x64, and element by element; of one product and of two, where 64x64 are all there is."""
+    met = set()
+    for case in conv_cases.conv1x1_join_tiles(torch.bfloat16):
+        (n, c, h, w), k = case.args[0].shape, case.args[1].shape[0]
+        many = -(-n * h * w // 128) * -(-k // 64) >= 188
+        met.add(("elements" if c % 8 or k % 8 else "many" if many else "few", "x2" in case.kwargs))
+    assert met == {(kind, second) for kind in ("elements", "many", "few") for second in (False, True)}

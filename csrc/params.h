@@ -171,4 +171,33 @@ struct ConvNormAddReluParams {
   bool relu;
 };
 
+struct Conv1x1Params {
+  ConvGeometry geometry;
+  const void* x;           // [n, h, w, c]
+  const float* x_scale;    // [c] or null
+  const float* x_shift;    // [c], null without x_scale
+  const void* weight;      // [k, r, s, c]
+  void* z;                 // [n, p, q, k]
+  float* partial;          // scratch, conv1x1_partial_floats() of it; null: no statistics
+  StatisticsParams found;  // of z; its mean null: none are asked for
+};
+
+struct Conv1x1JoinParams {
+  ConvGeometry geometry;       // of x
+  const void* x;               // [n, h, w, c]
+  const float* x_scale;        // [c] or null
+  const float* x_shift;        // [c], null without x_scale
+  const void* weight;          // [k, c]
+  const float* vectors[6];     // [k] each or null: scale, shift, residual_scale, residual_shift, scale2, shift2
+  const void* residual;        // [n, p, q, k] or null
+  bool projects;               // whether the following are there
+  ConvGeometry projection;     // of x2, with the result of `geometry`
+  const void* x2;              // [n, h2, w2, c2]
+  const void* weight2;         // [k, c2]
+  const float* sample_factor;  // [n] or null
+  void* out;                   // [n, p, q, k]
+  uint8_t* mask;               // [n*p*q, ceil(k/8)] or null
+  bool relu;
+};
+
 }  // namespace resnet_fused

@@ -17,6 +17,8 @@ REGISTERS = {
     "bn_affine": 80,
     "bn_coefficients": 80,
     "bn_stats": 80,
+    "conv1x1": 128,
+    "conv1x1_join": 128,
     "conv_norm_add_relu": 128,
     "lazy_grad_apply": 128,
     "norm_add_relu": 80,
@@ -29,6 +31,8 @@ KERNELS = {
     "bn_affine": 1,
     "bn_coefficients": 1,
     "bn_stats": 3 * 2 + 1,
+    "conv1x1": 2 * (2 * 3 + 1) + (2 * 2 + 1) + 1,  # plain or lazy where chunks are copied; and the merge
+    "conv1x1_join": 3 * (2 * 2 + 1 + 2 + 1),  # so too of one product and of two
     "conv_norm_add_relu": 2 * 4 + 3,
     "lazy_grad_apply": 3 * 2 * 4,
     "norm_add_relu": 3 * 2 * 3,
@@ -39,6 +43,7 @@ KERNELS = {
 }
 #: Of vectors alone: no function for each dtype of activations.
 VECTORS = ("bn_affine", "bn_coefficients")
+CONVOLUTIONS = ("conv_norm_add_relu", "conv1x1", "conv1x1_join")
 #: Passes over activations: kernels that access 16 bytes at a time, and whether they write activations.
 PASSES = {
     "bn_stats": (3, False),
@@ -104,34 +109,38 @@ def test_registers_and_spills(op, tmp_path):
     assert "warning" not in log
 
 
-def test_smallest_tiles_leave_room_for_a_third_block(tmp_path):
-    """Of the convolution: 64x64 outputs a block, for layers of few pixels; and its shared memory."""
-    _, log = compile_kernels("conv_norm_add_relu", tmp_path, "-Xptxas=-v", "-c", "-arch=sm_90")
+@pytest.mark.parametrize("op", CONVOLUTIONS[:2])
+def test_smallest_tiles_leave_room_for_a_third_block(op, tmp_path):
+    """Of a convolution: 64x64 outputs a block, for layers of few pixels; and its shared memory."""
+    _, log = compile_kernels(op, tmp_path, "-Xptxas=-v", "-c", "-arch=sm_90")
     used = {kernel: registers for (kernel, _), (registers, _) in resources(log).items() if "Li64ELi64E" in kernel}
-    assert len(used) == 3 and max(used.values()) <= 80
-    source = tmp_path / "bytes.cu"
+    assert len(used) == {"conv_norm_add_relu": 3, "conv1x1": 6}[op] and max(used.values()) <= 80
+    source, name = tmp_path / "bytes.cu", "conv" if op == "conv_norm_add_relu" else op
     lines = [
-        f"static_assert(conv_shared_bytes<TileShape<{rows}, {cols}>>() <= {kilobytes} * 1024);"
+        f"static_assert({name}_shared_bytes<TileShape<{rows}, {cols}>>() <= {kilobytes} * 1024);"
         for rows, cols, kilobytes in ((128, 128, 99), (128, 64, 81), (64, 64, 53))  # one, two and three of 164 KB
     ]
-    text = ['#include "csrc/cuda/kernels/conv_norm_add_relu.cuh"', "namespace resnet_fused::cuda {", *lines, "}"]
+    text = [f'#include "csrc/cuda/kernels/{op}.cuh"', "namespace resnet_fused::cuda {", *lines, "}"]
     source.write_text("\n".join(text))
     command = [nvcc(), "-std=c++20", f"-I{ROOT}", "-c", "-arch=sm_80", str(source), "-o", str(tmp_path / "bytes.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_convolution_runs_on_tensor_cores(tmp_path):
+@pytest.mark.parametrize("op", CONVOLUTIONS)
+def test_the_convolutions_run_on_tensor_cores(op, tmp_path):
     """Each kernel has its dtype's products, fragments by ldmatrix, and copies past registers. sm_75 builds."""
-    ptx, _ = compile_kernels("conv_norm_add_relu", tmp_path, "-ptx", "-arch=sm_80")
-    kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
-    assert len(kernels) == KERNELS["conv_norm_add_relu"]
+    ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_80")
+    found = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
+    kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]
+    assert len(found) == KERNELS[op] and len(kernels) == KERNELS[op] - (op == "conv1x1")
     products = {"f": "m16n8k8.*tf32.tf32", "6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
     for kernel in kernels:
-        dtype, vectors = re.match(r"\w*conv_norm_add_relu_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
+        dtype, vectors = re.match(rf"\w*{op}_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
         assert re.search(f"mma.sync.aligned.{products[dtype]}", kernel) and "ldmatrix" in kernel
         assert ("cp.async.cg" in kernel) == (vectors == "1")
-    compile_kernels("conv_norm_add_relu", tmp_path, "-ptx", "-arch=sm_75")
+        assert not re.search(r"\b(atom|red)\.", kernel)
+    compile_kernels(op, tmp_path, "-ptx", "-arch=sm_75")
 
 
 @pytest.mark.parametrize(("op", "count", "writes"), [(op, *rest) for op, rest in PASSES.items()])

@@ -37,12 +37,22 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
   if (t.scalar_type() != ScalarType::Float) fail(op, ": ", name, " is ", t.scalar_type(), "; pass Float on the CPU");
 }
 
+// Float, or where the kernel takes 16-bit data too (`rounds`) the dtype of the other activations.
+inline void check_dtype(const char* op, const char* name, const Tensor& t, const Tensor& data, bool rounds) {
+  if (!rounds) return check_float(op, name, t);
+  if (t.scalar_type() != data.scalar_type()) {
+    fail(op, ": ", name, " is ", t.scalar_type(), " but the activations are ", data.scalar_type(), "; pass one dtype");
+  }
+}
+
+// `rounds`: whether the kernel takes 16-bit data too.
 inline void check_conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& x_scale,
                           const OptionalTensor& x_shift, const std::vector<int64_t>& stride,
-                          const OptionalTensor& gamma, const OptionalTensor& beta, std::optional<double> eps) {
+                          const OptionalTensor& gamma, const OptionalTensor& beta, std::optional<double> eps,
+                          bool rounds = false) {
   const char* op = "conv1x1";
   check_data(op, "x", x);
-  check_float(op, "x", x);
+  if (!rounds) check_float(op, "x", x);
   check_weight(op, "weight", weight, -1, x.size(1), x);
   check_pair(op, "x_scale", x_scale, "x_shift", x_shift, x);
   check_stride(op, "stride", stride);

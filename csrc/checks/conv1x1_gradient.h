@@ -46,9 +46,9 @@ inline void check_channels(const char* op, const char* name, const OptionalTenso
 
 // x, of which the convolution read the pixels of a stride, as many as g has.
 inline void check_input(const char* op, const Tensor& x, int64_t channels, const std::vector<int64_t>& stride,
-                        const Tensor& g) {
+                        const Tensor& g, bool rounds = false) {
   check_data(op, "x", x);
-  check_float(op, "x", x);
+  check_dtype(op, "x", x, g, rounds);
   check_device(op, "x", x, g);
   check_stride(op, "the stride of x", stride);
   const auto left = [&](int64_t i) { return (x.size(i) + stride[i - 2] - 1) / stride[i - 2]; };

@@ -11,6 +11,7 @@ from ..ops import DATA_DTYPES, OPS, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from . import cuda_conv
 from .declaration import Backend, Kernel, check_complete
+from .selfcheck import conv_cases
 
 
 def layout_reasons(*args, **kwargs) -> list[str]:
@@ -47,6 +48,9 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
     for name in CONVOLUTIONS if "conv_norm_add_relu" in runs else ():
         run, reasons = runs.get(name) or getattr(cuda_conv, name), CONVOLUTION_REASONS[name]
         made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
+    for name in [op for op in PRODUCTS if op in runs]:
+        settings = {"needs_selfcheck": True, "build": build, "mode": cuda_conv.mode}
+        made[name] = Kernel(runs[name], DATA_DTYPES, **PRODUCTS[name], **settings)
     return made
 
 
@@ -57,6 +61,11 @@ CONVOLUTION_REASONS = {
     "conv_add_relu_": cuda_conv.conv_reasons_,
 }
 CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
+#: Of training's products on tensor cores: plans go by Triton's, whichever of these are built.
+PRODUCTS = {
+    "conv1x1": {"unsupported": cuda_conv.conv1x1_reasons, "more_cases": conv_cases.conv1x1_tiles},
+    "conv1x1_join": {"unsupported": cuda_conv.conv1x1_join_reasons, "more_cases": conv_cases.conv1x1_join_tiles},
+}
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this
 #: PyTorch could load them and they are not there.

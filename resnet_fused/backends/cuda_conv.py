@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import library
-from ..ops import conv_norm_add_relu
+from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu
 from ..ops.contract import is_channels_last, takes_arguments_of
 from ..ops.conv_add_relu import output_shape
 from . import cards, tf32
@@ -105,6 +105,27 @@ def conv_reasons(
 def conv_reasons_(residual, x, weight, shift=None, *args, **kwargs) -> list[str]:
     """Reasons against `conv_add_relu_`."""
     return conv_reasons(x, weight, shift, residual, *args, **kwargs)
+
+
+@takes_arguments_of(conv1x1.reference)
+def conv1x1_reasons(a) -> list[str]:
+    """Reasons against `conv1x1`."""
+    found = _reasons(a.x, a.weight, (a.x_scale, a.x_shift), None, a.stride, (0, 0), (1, 1))
+    return found if is_channels_last(a.weight) else [*found, "takes a contiguous weight only"]
+
+
+@takes_arguments_of(conv1x1_join.reference)
+def conv1x1_join_reasons(a) -> list[str]:
+    """Reasons against `conv1x1_join`."""
+    vectors = a.scale, a.shift, a.x_scale, a.x_shift, a.residual_scale, a.residual_shift, a.sample_factor
+    found = _reasons(a.x, a.weight, vectors, a.residual, (1, 1), (0, 0), (1, 1))
+    if a.x2 is not None and a.weight2 is not None:
+        second = _reasons(a.x2, a.weight2, (a.scale2, a.shift2), None, a.stride2, (0, 0), (1, 1))
+        found += [reason for reason in second if reason not in found]
+    if any(t is not None and t.dtype != a.x.dtype for t in (a.residual, a.x2)):
+        found.append("takes residual, x2 and x of one dtype")
+    dense = all(is_channels_last(t) for t in (a.weight, a.weight2) if t is not None)
+    return found if dense else [*found, "takes contiguous weights only"]
 
 
 def _is_dense(weight: Tensor) -> bool:

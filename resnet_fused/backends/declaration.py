@@ -15,6 +15,11 @@ def no_reasons(*args, **kwargs) -> list[str]:
     return []
 
 
+def no_more_cases(dtype: torch.dtype) -> tuple:
+    """The default of :attr:`Kernel.more_cases`."""
+    return ()
+
+
 def no_mode(dtype: torch.dtype) -> None:
     """The default of :attr:`Kernel.mode`."""
 
@@ -34,6 +39,7 @@ class Kernel:
     #: input channels, and whether the inputs are coupled -> reasons.
     widths: Callable = no_reasons
     needs_selfcheck: bool = False  # compare with the reference on first use on a device architecture
+    more_cases: Callable = no_more_cases  # dtype of the activations -> what it is judged by beside the op's own cases
     build: str = ""  # identity of the code that runs, e.g. a hash; without it a verdict is not kept beyond the process
     #: ``(args, kwargs, card) -> launches``, see :mod:`.triton.trace`: for a kernel that comes in many binaries, each of
     #: which is judged by itself. None: one verdict for all cases.

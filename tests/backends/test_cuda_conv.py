@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from resnet_fused.backends import cuda, cuda_conv
+from resnet_fused.backends import Backend, Kernel, cuda, cuda_conv
 from resnet_fused.backends.cards import Card, assuming
-from resnet_fused.backends.selfcheck import conv_cases
-from resnet_fused.ops import OPS
+from resnet_fused.backends.selfcheck import conv_cases, judge
+from resnet_fused.backends.selfcheck.draws import Case
+from resnet_fused.ops import OPS, lazy
 
 LAST = torch.channels_last
 
@@ -112,3 +113,83 @@ def test_the_self_check_meets_every_tile():
             met.add("large" if outputs > 64 and tiles[0] >= 188 else "narrow" if tiles[1] >= 188 else "small")
     assert met == {"elements", "large", "narrow", "small"}
     assert cuda.CONVOLUTIONS == ("conv_norm_add_relu", "conv_norm_add_relu_", "conv_add_relu", "conv_add_relu_")
+
+
+def test_what_stands_against_a_training_product():
+    x, weight, vector = data(2, 8, 5, 5), data(16, 8, 1, 1), torch.empty(8, device="meta")
+    assert cuda_conv.conv1x1_reasons(x, weight) == []
+    assert cuda_conv.conv1x1_reasons(x, weight, vector, vector, [2, 2], True, vector.half(), None, 1e-3) == []
+    for args, reason in (
+        ((x.contiguous(), weight), "takes channels_last tensors only"),
+        ((x, data(8, 16, 1, 1).transpose(0, 1)), "takes a contiguous weight only"),
+        ((x, weight.half()), "takes weight and x of one dtype"),
+        ((x, weight, vector.half(), vector.half()), "takes contiguous float32 vectors only"),
+        ((x, weight, None, None, [1 << 15, 1]), "of less than 32768 pixels to a side"),
+        ((data(1 << 16, 8, 64, 64), weight), "takes less than 2^31 elements a tensor"),
+    ):
+        assert [one for one in cuda_conv.conv1x1_reasons(*args) if reason in one]
+    with assuming(Card(arch=75)):
+        assert cuda_conv.conv1x1_reasons(x, weight) == [cuda_conv.unbuilt(75, "9.0")]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_training_product_in_float32_needs_tf32(monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    x, weight = (data(*shape, dtype=torch.float32) for shape in ((2, 8, 5, 5), (16, 8, 1, 1)))
+    assert cuda_conv.conv1x1_reasons(x, weight) == ([] if allowed else [cuda_conv.FULL_FLOAT32])
+
+
+def test_the_self_check_of_a_training_product_meets_every_tile():
+    """As above; and a chunk of two tiles, of which there are 16 for each multiprocessor."""
+    met = set()
+    for case in conv_cases.conv1x1_tiles(torch.bfloat16):
+        x, weight, options = *case.args, case.kwargs
+        n, _, h, w = lazy.strided_shape(x, weight.shape[0], options["stride"])
+        large, narrow = (-(-n * h * w // 128) * -(-weight.shape[0] // cols) for cols in (128, 64))
+        if x.shape[1] % 8 or weight.shape[0] % 8:
+            met.add("elements")
+        elif weight.shape[0] > 64 and large >= 188:
+            met.add("large")
+        else:
+            met.add("small" if narrow < 188 else "chunks" if narrow >= 16 * 188 else "narrow")
+    assert met == {"elements", "large", "chunks", "small"} and list(cuda.PRODUCTS) == ["conv1x1", "conv1x1_join"]
+
+
+def test_a_kernel_is_judged_by_its_own_cases_too(monkeypatch):
+    """Beside those of its op, by which other backends' kernels are judged as well."""
+    seen = []
+    monkeypatch.setattr(judge, "check", lambda backend, op, dtype, device, make: seen.extend(make()) or [])
+    more = lambda dtype: [Case(f"more in {dtype}", (), {})]  # noqa: E731
+    kernel = Kernel(OPS["conv1x1"].reference, (torch.float32,), more_cases=more)
+    judge.check_kernel(Backend("one", ("cpu",), {"conv1x1": kernel}), "conv1x1", torch.float32, torch.device("cpu"))
+    assert [case.name for case in seen[-1:]] == ["more in torch.float32"] and len(seen) > 4
+
+
+def test_what_stands_against_a_join():
+    x, weight, vector = data(2, 8, 5, 5), data(16, 8, 1, 1), torch.empty(16, device="meta")
+    x2, given = data(2, 24, 9, 10), (x, weight, vector, vector)
+    second = {"x2": x2, "weight2": data(16, 24, 1, 1), "scale2": vector, "shift2": vector, "stride2": [2, 2]}
+    assert cuda_conv.conv1x1_join_reasons(*given, residual=data(2, 16, 5, 5)) == []
+    assert cuda_conv.conv1x1_join_reasons(*given, **second) == []
+    for options, reason in (
+        ({"residual": data(2, 16, 5, 5).contiguous()}, "takes channels_last tensors only"),
+        ({"residual": data(2, 16, 5, 5).half()}, "takes residual, x2 and x of one dtype"),
+        (second | {"x2": x2.contiguous()}, "takes channels_last tensors only"),
+        (second | {"weight2": data(24, 16, 1, 1).transpose(0, 1)}, "takes contiguous weights only"),
+        (second | {"scale2": vector.half()}, "takes contiguous float32 vectors only"),
+        (second | {"stride2": [1 << 15, 1]}, "of less than 32768 pixels to a side"),
+        ({"sample_factor": torch.empty(4, device="meta")[::2]}, "takes contiguous float32 vectors only"),
+    ):
+        assert [one for one in cuda_conv.conv1x1_join_reasons(*given, **options) if reason in one]
+    with assuming(Card(arch=75)):
+        assert cuda_conv.conv1x1_join_reasons(*given, **second) == [cuda_conv.unbuilt(75, "9.0")]
+
+
+def test_the_self_check_of_a_join_meets_every_tile():
+    """128x64 outputs, 64x64, and element by element; of one product and of two, where 64x64 are all there is."""
+    met = set()
+    for case in conv_cases.conv1x1_join_tiles(torch.bfloat16):
+        (n, c, h, w), k = case.args[0].shape, case.args[1].shape[0]
+        many = -(-n * h * w // 128) * -(-k // 64) >= 188
+        met.add(("elements" if c % 8 or k % 8 else "many" if many else "few", "x2" in case.kwargs))
+    assert met == {(kind, second) for kind in ("elements", "many", "few") for second in (False, True)}

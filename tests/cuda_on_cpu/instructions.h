@@ -38,6 +38,13 @@ inline void store_chunk(SharedAddress to, uint4 chunk) {
   std::memcpy(to, &chunk, 16);
 }
 
+inline uint4 load_chunk(SharedAddress from) {
+  check_shared(from);
+  uint4 chunk;
+  std::memcpy(&chunk, from, 16);
+  return chunk;
+}
+
 inline void commit_copies() { ++on_cpu::current->group; }
 
 // Until at most kGroups of the committed groups of this thread are on their way.
@@ -66,6 +73,20 @@ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
       }
     }
   });
+}
+
+inline int anew(int value) { return value; }
+
+inline float from_lane_xor(float value, int mask) {
+  struct Lane {
+    float given;
+    int mask;
+    float got;
+  } mine{value, mask, 0.f};
+  on_cpu::together("shfl", mine, [](Lane* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) lanes[lane]->got = lanes[lane ^ lanes[lane]->mask]->given;
+  });
+  return mine.got;
 }
 
 inline float of_tf32(uint32_t bits) {

@@ -15,8 +15,9 @@ from resnet_fused.testing import cases, check, poisoned_allocations
 
 pytestmark = on_cpu.needed
 CUDA_OPS = cuda_ops.NAMES
-#: On tensor cores: float32 would be rounded to TF32, beyond the contract's bounds; test_conv.py has it.
-ROUNDED = cuda.CONVOLUTIONS
+#: On tensor cores: float32 would be rounded to TF32, beyond the contract's bounds; test_conv.py and test_conv1x1.py
+#: have it.
+ROUNDED = (*cuda.CONVOLUTIONS, *cuda.PRODUCTS)
 WRAPPED = tuple(op for op in ROUNDED if op not in CUDA_OPS)  # in Python, around the others
 
 
@@ -25,7 +26,8 @@ def backend():
     kernels = cuda_ops.kernels()
     kernels |= {name: Kernel(getattr(cuda_conv, name), DATA_DTYPES) for name in WRAPPED}
     for name in ROUNDED:
-        kernels[name] = dataclasses.replace(kernels[name], unsupported=cuda.CONVOLUTION_REASONS[name])
+        reasons = cuda.PRODUCTS[name]["unsupported"] if name in cuda.PRODUCTS else cuda.CONVOLUTION_REASONS[name]
+        kernels[name] = dataclasses.replace(kernels[name], unsupported=reasons)
     with poisoned_allocations(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_conv, "_op", lambda name: getattr(cuda_ops.registered(), name).default)
         patch.setattr(cuda_conv, "_unbuilt", lambda arch: "")

@@ -23,7 +23,7 @@ pytestmark = on_cpu.needed
 
 @pytest.fixture
 def ran(monkeypatch):
-    """How often each op ran on the backend "emulated": the kernels of csrc/cuda but the convolutions, on a GPU."""
+    """How often each op ran on the backend "emulated": the kernels of csrc/cuda but the products, on a GPU."""
     counts = collections.Counter()
 
     def counted(name, run):
@@ -33,7 +33,8 @@ def ran(monkeypatch):
 
         return count
 
-    kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name not in cuda.CONVOLUTIONS}
+    products = {*cuda.CONVOLUTIONS, *cuda.PRODUCTS}
+    kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name not in products}
     kernels = {name: dataclasses.replace(k, run=counted(name, k.run)) for name, k in kernels.items()}
     backend = Backend("emulated", ("cpu",), kernels)
     monkeypatch.setattr(dispatch, "_backends", {"emulated": backend, **backends()})

@@ -44,3 +44,9 @@ def activation(shape, dtype, generator, offset: int = 0) -> torch.Tensor:
 
 def pointer(t):
     return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def tf32(t):
+    """A float32 tensor rounded to TF32 as for tensor cores: to nearest, ties away from zero; NaN and infinity stay."""
+    held = (t.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isfinite(), held, t)

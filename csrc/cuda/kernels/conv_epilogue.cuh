@@ -1,12 +1,9 @@
 // What becomes of a tile's sums: scale, shift, residual and ReLU in float32, one rounding, 16-byte stores.
 #pragma once
 
-#include "conv_tile.cuh"
+#include "patch.cuh"
 
 namespace resnet_fused::cuda {
-
-constexpr int kPatchRows = 16, kPatchStride = 40;  // floats: 16-byte aligned, and eight lanes meet few banks twice
-constexpr int kPatchBytes = kPatchRows * kPatchStride * static_cast<int>(sizeof(float));
 
 // Of kTileCols outputs from `first` on: batch norm and bias as scale and shift, to shared memory.
 template <int kTileCols>
@@ -41,36 +38,27 @@ __device__ inline void finish_group(const ConvNormAddReluParams& p, const float*
   store<kVectors, T>(p.out, row, p.geometry.k, c, out);
 }
 
-// A warp's sums, 16 pixels at a time. `patch`: kPatchBytes of this warp's own, through which they come into the order
-// of memory: four lanes have the 32 outputs of a pixel.
+// A warp's sums, 16 pixels at a time. `patches`: kPatchesBytes.
 template <class T, class Shape, bool kVectors>
-__device__ inline void finish_tile(const typename Shape::Sums& sums, float* patch, const float* scale,
+__device__ inline void finish_tile(const typename Shape::Sums& sums, float* patches, const float* scale,
                                    const float* shift, const ConvNormAddReluParams& p, int first_row, int first_col) {
-  const int lane = threadIdx.x % kWarpThreads, col = Shape::warp_col() + lane % 4 * kGroup;
-  const int pixels = p.geometry.n * p.geometry.p * p.geometry.q, left = p.geometry.k - first_col - col;
-  const Channels c{first_col + col, left < 0 ? 0 : left < kGroup ? left : kGroup};
+  const WarpPatch<Shape> patch(patches);
+  const Channels c = patch.channels(first_col, p.geometry.k);
+  const int pixels = p.geometry.n * p.geometry.p * p.geometry.q;
 #pragma unroll
   for (int i = 0; i < Shape::kWarpRows / kPatchRows; ++i) {
-    const int row = first_row + Shape::warp_row() + i * kPatchRows + lane / 4;
+    const int row = first_row + patch.row + i * kPatchRows;
     Group<T> residual[2];
     if (p.residual && c.count > 0) {  // on their way while the sums are exchanged
       if (row < pixels) residual[0] = load<kVectors, T>(p.residual, row, p.geometry.k, c);
       if (row + 8 < pixels) residual[1] = load<kVectors, T>(p.residual, row + 8, p.geometry.k, c);
     }
-#pragma unroll
-    for (int j = 0; j < Shape::kWarpCols / 8; ++j) {
-      float* to = patch + lane / 4 * kPatchStride + 8 * j + lane % 4 * 2;
-      to[0] = sums.v[i][j][0];
-      to[1] = sums.v[i][j][1];
-      to[8 * kPatchStride] = sums.v[i][j][2];
-      to[8 * kPatchStride + 1] = sums.v[i][j][3];
-    }
-    __syncwarp();
+    patch.spread(sums, i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (row + 8 * half >= pixels || c.count == 0) continue;
-      const float* from = patch + (lane / 4 + 8 * half) * kPatchStride + lane % 4 * kGroup;
-      finish_group<T, kVectors>(p, from, scale + col, shift + col, residual[half], row + 8 * half, c);
+      finish_group<T, kVectors>(p, patch.group(half), scale + patch.col, shift + patch.col, residual[half],
+                                row + 8 * half, c);
     }
     __syncwarp();
   }

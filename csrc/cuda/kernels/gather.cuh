@@ -49,15 +49,15 @@ struct ReductionPlace {
   }
 };
 
-// from[begin .. end) within a chunk, zeros around it, as one chunk in shared memory.
-template <class T>
-__device__ inline void copy_elements(SharedAddress to, const T* from, int begin, int end) {
+// value(i) for i in [begin, end), which lie within a chunk, zeros around them, as one chunk in shared memory.
+template <class T, class Value>
+__device__ inline void copy_elements(SharedAddress to, int begin, int end, const Value& value) {
   constexpr int kElements = kChunkElements<T>;
   struct alignas(kChunkBytes) Chunk {
     T v[kElements];
   } chunk;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) chunk.v[i] = i >= begin && i < end ? from[i] : from_float<T>(0.f);
+  for (int i = 0; i < kElements; ++i) chunk.v[i] = i >= begin && i < end ? value(i) : from_float<T>(0.f);
   store_chunk(to, *reinterpret_cast<const uint4*>(&chunk));
 }
 
@@ -78,18 +78,23 @@ class PixelRows {
 
  public:
   __device__ PixelRows(const ConvGeometry& g, const void* x, int first) : x_(static_cast<const T*>(x)) {
-    const int pixels = g.n * g.p * g.q;
+    const int rows = anew(g.p), columns = anew(g.q), pixels = g.n * rows * columns;
 #pragma unroll
     for (int i = 0; i < Copies::kPerThread; ++i) {
-      const int pixel = first + Copies::row(i), line = pixel / g.q, sample = line / g.p;
-      const int h = (line - sample * g.p) * g.stride_h - g.padding_h;
-      const int w = (pixel - line * g.q) * g.stride_w - g.padding_w;
+      const int pixel = first + Copies::row(i), line = pixel / columns, sample = line / rows;
+      const int h = (line - sample * rows) * g.stride_h - g.padding_h;
+      const int w = (pixel - line * columns) * g.stride_w - g.padding_w;
       place_[i] = (pixel < pixels ? h : kNowhere) * 65536 + (w & 0xFFFF);
       offset_[i] = ((sample * g.h + h) * g.w + w) * g.c;
     }
   }
 
-  __device__ void copy(SharedAddress to, const ConvGeometry& g, const Runs& runs, const ReductionPlace& at) const {
+  // `prologue` (conv_prologue.cuh) is applied here to elements that come through registers. Returns which chunks came
+  // from the image, bit i for row i of this thread: cp.async brought them, the others are zeros.
+  template <class Prologue>
+  __device__ unsigned copy(SharedAddress to, const ConvGeometry& g, const Runs& runs, const ReductionPlace& at,
+                           const Prologue& prologue) const {
+    unsigned came = 0;
     const int down = at.row * g.dilation_h, right = at.tap * g.dilation_w * g.c + at.element;
     const int line = g.w * g.c, away = down * line + right;
 #pragma unroll
@@ -100,11 +105,18 @@ class PixelRows {
       if constexpr (kVectors) {
         const bool there = meets && static_cast<unsigned>(column) < static_cast<unsigned>(line);
         copy_async(chunk, there ? x_ + (offset_[i] + away) : x_, there);
+        came |= unsigned(there) << i;
       } else {
         const int of_run = runs.length - at.element, of_line = line - column;
-        copy_elements(chunk, x_ + (offset_[i] + away), -column, !meets ? 0 : of_run < of_line ? of_run : of_line);
+        const int from = offset_[i] + away;
+        copy_elements<T>(chunk, -column,
+                         !meets             ? 0
+                         : of_run < of_line ? of_run
+                                            : of_line,
+                         [&](int j) { return prologue(x_[from + j], at.element + j, g.c); });
       }
     }
+    return came;
   }
 
  private:
@@ -134,7 +146,7 @@ class WeightRows {
       if constexpr (kVectors) {
         copy_async(chunk, from, there);
       } else {
-        copy_elements(chunk, from, 0, there ? runs.length - at.element : 0);
+        copy_elements<T>(chunk, 0, there ? runs.length - at.element : 0, [&](int j) { return from[j]; });
       }
     }
   }

@@ -50,6 +50,15 @@ __device__ inline void store_chunk(SharedAddress to, uint4 chunk) {
                : "memory");
 }
 
+__device__ inline uint4 load_chunk(SharedAddress from) {
+  uint4 chunk;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+               : "r"(from)
+               : "memory");
+  return chunk;
+}
+
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Until at most kGroups of the committed groups of this thread are on their way.
@@ -65,6 +74,16 @@ __device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
                : "r"(row)
                : "memory");
 }
+
+// The same number, of which the compiler does not know so: what follows from it is computed where it stands, instead of
+// once before a loop, to be kept in registers that the loop needs.
+__device__ inline int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// What the lane has whose number differs in the bits of `mask`; of all lanes of a warp at once.
+__device__ inline float from_lane_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
 // Of a float32: the nearest TF32, where the tensor core would cut it off.
 __device__ inline uint32_t to_tf32(uint32_t bits) {

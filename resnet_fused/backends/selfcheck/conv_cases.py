@@ -1,4 +1,4 @@
-"""Cases of the compiled convolution for GPUs: each of its tiles, several steps of the reduction, ragged ends.
+"""Cases of the compiled convolutions for GPUs: each of their tiles, several steps of the reduction, ragged ends.
 
 Which tile a call gets depends on how many there would be for each multiprocessor: the largest known GPU has 188.
 """
@@ -38,3 +38,40 @@ def tiles() -> Iterator[Case]:
     not_finite = draw.data()
     not_finite[0, 3, 4, 4] = torch.nan
     yield Case("NaN, 1x1, nothing behind", (not_finite, draw.data((24, 40, 1, 1)) / 4, *[None] * 5, 1.0), {})
+
+
+def conv1x1_tiles(dtype: torch.dtype) -> Iterator[Case]:
+    """Of the compiled `conv1x1`: its tiles with both ends of the kernel, and chunks of several tiles."""
+    for name, shape, outputs, stride in (
+        ("largest tiles", _MANY, 136, 1),
+        ("narrow tiles, two to a chunk", (2, 8, 440, 440), 16, 1),  # 16 for each multiprocessor
+        ("small tiles, several steps, stride 2", (3, 72, 17, 14), 136, 2),
+        ("odd channels, tail rows", (3, 65, 9, 7), 33, 1),
+    ):
+        draw = Draw(shape)
+        options = {"x_scale": draw.vector(), "x_shift": draw.vector(), "stride": [stride] * 2}
+        weight = draw.data((outputs, shape[1], 1, 1)) / 16
+        norm = {"gamma": draw.vector(outputs), "beta": draw.vector(outputs), "eps": 1e-3}
+        yield Case(f"{name}, lazy, batch norm", (draw.data(), weight), options | norm)
+
+
+def conv1x1_join_tiles(dtype: torch.dtype) -> Iterator[Case]:
+    """Of the compiled `conv1x1_join`: its tiles, of one product and of two."""
+    for name, shape, outputs, projects in (
+        ("narrow tiles, several across", _MANY, 136, False),
+        ("odd channels", (3, 65, 9, 7), 33, False),
+        ("many tiles, projection", _MANY, 136, True),
+        ("small tiles, several steps", (3, 72, 9, 7), 136, False),
+        ("small tiles, several steps, projection", (3, 72, 9, 7), 136, True),
+        ("odd channels, projection", (3, 65, 9, 7), 33, True),
+    ):
+        draw, (n, c, h, w) = Draw(shape), shape
+        options = {"x_scale": draw.vector(), "x_shift": draw.vector(), "sample_factor": draw.factor()}
+        if projects:
+            second = {"x2": draw.data((n, c, 2 * h - 1, 2 * w)), "weight2": draw.data((outputs, c, 1, 1)) / 16}
+            options |= second | {"scale2": draw.vector(outputs), "shift2": draw.vector(outputs), "stride2": [2, 2]}
+        else:
+            vectors = {"residual_scale": draw.vector(outputs), "residual_shift": draw.vector(outputs)}
+            options |= {"residual": draw.data((n, outputs, h, w)), **vectors}
+        weight = draw.data((outputs, c, 1, 1)) / 16
+        yield Case(name, (draw.data(), weight, draw.vector(outputs), draw.vector(outputs)), options)

@@ -104,9 +104,13 @@ def _capturing(device: torch.device) -> bool:
 # Judging ----------------------------------------------------------------------------------------------------------
 
 
+def _small_cases(backend: Backend, op: str, dtype: torch.dtype) -> list[cases.Case]:
+    return [*cases.cases(op, dtype), *backend.kernels[op].more_cases(dtype)]
+
+
 def check_kernel(backend: Backend, op: str, dtype: torch.dtype, device: torch.device) -> list[Verdict]:
     """Run the small cases of one op."""
-    return check(backend, op, dtype, device, functools.partial(cases.cases, op, dtype))
+    return check(backend, op, dtype, device, functools.partial(_small_cases, backend, op, dtype))
 
 
 def check_call(backend: Backend, op: str, args: tuple, kwargs: dict, device: torch.device) -> tuple[str, list[Verdict]]:
@@ -199,7 +203,7 @@ def count_of_changes() -> int:
 
 
 def _check_op(backend: Backend, op: str, dtype: torch.dtype, device: torch.device) -> str:
-    make = functools.partial(cases.cases, op, dtype)
+    make = functools.partial(_small_cases, backend, op, dtype)
     if backend.kernels[op].launches is not None:
         make = lambda: [cases.one(op, dtype)]  # noqa: E731
     return judge(backend, op, dtype, device, check(backend, op, dtype, device, make))

@@ -1,14 +1,20 @@
 """Where the suites run, and the fixtures that they share."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 #: All run in the interpreter, in processes that test_interpreter.py starts; on a GPU they are collected here too, but
-#: for the one whose tensors lie on the CPU.
+#: for those whose tensors lie on the CPU.
 ON_GPU = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-collect_ignore_glob = ["suite_faults.py"] if ON_GPU else ["suite_*.py"]
+collect_ignore_glob = ["suite_faults.py", "suite_interpreter.py"] if ON_GPU else ["suite_*.py"]
 
 
 @pytest.fixture

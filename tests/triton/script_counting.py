@@ -18,6 +18,7 @@ import importlib
 import json
 
 import numpy
+import quick_interpreter
 import torch
 from layer_calls import Layer, calls
 from triton.runtime.interpreter import InterpreterBuilder
@@ -150,6 +151,7 @@ LAYERS = {
 
 
 def main():
+    quick_interpreter.install()
     for layer, at in LAYERS.items():
         for op, options, args, kwargs in calls(at):
             row = {"layer": layer, "op": op, "options": options, "declared": OPS[op].bytes(*args, **kwargs)}

@@ -1,7 +1,7 @@
 """What every Triton op loads and stores, counted in the interpreter, is what its contract declares."""
 
 import pytest
-from triton_processes import needs_interpreter, rows_of
+from triton_processes import needs_interpreter, rows_for_all
 
 from resnet_fused.backends import triton as room
 
@@ -101,7 +101,7 @@ def again_in_dense_layers(kernel, sizes):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """One row for each call, all from one process."""
-    return rows_of("script_counting.py", tmp_path_factory.mktemp("cache"), interpret=True)
+    return rows_for_all("script_counting.py", tmp_path_factory, interpret=True)
 
 
 def label(row):

@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton launch, for GPUs this machine need not have."""
 
 import pytest
-from triton_processes import rows_of
+from triton_processes import rows_for_all, rows_of
 
 from resnet_fused.backends.triton import splits
 from resnet_fused.backends.triton.configs import Config
@@ -52,7 +52,7 @@ TENSOR_CORES = {80: ["mma"], 90: ["wgmma"], 100: ["tcgen05", "mma"], 120: ["mma"
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """One row for each compiled launch, all from one process."""
-    return rows_of("script_compile.py", tmp_path_factory.mktemp("triton"))
+    return rows_for_all("script_compile.py", tmp_path_factory)
 
 
 def label(row):

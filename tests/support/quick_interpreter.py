@@ -1,0 +1,42 @@
+"""Triton's interpreter without what it does over and over.
+
+What a kernel computes stays Triton's: its operations, their order and their checks. Triton alone, however, puts the
+interpreted operations in the language's place for each launch, and again at each call of a device function, and that
+took most of a suite's time. Half of what was left went into sums that tell whether integers overflow, of which nothing
+becomes without Triton's option `debug`.
+"""
+
+import dataclasses
+import functools
+
+from triton import language as tl
+from triton.runtime import interpreter
+
+
+def install() -> None:
+    """For all kernels of this process, which interprets to its end."""
+    interpreter._patch_lang = functools.partial(_patch_once, interpreter._patch_lang, set())
+    interpreter._get_np_dtype = functools.partial(_numpy_dtype, interpreter._get_np_dtype, {})
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
+def _patch_once(patch, patched, fn):
+    """Let `patch` replace the operations of the modules that `fn` sees, unless it did. What it replaced stays."""
+    seen = _modules(fn)
+    if seen not in patched:
+        patch(fn)
+        patched.add(seen)
+    return interpreter._LangPatchScope()  # in which nothing is to be restored
+
+
+@functools.cache
+def _modules(fn):
+    return frozenset(value for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+
+def _numpy_dtype(find, known, dtype):
+    """What `find` says of `dtype`, of which it makes a table each time."""
+    if dtype.name not in known:
+        known[dtype.name] = find(dtype)
+    return known[dtype.name]

@@ -16,6 +16,7 @@ import torch
 
 from ..ops import DATA_DTYPES, OPS
 from . import cuda
+from .constant import constant_in_graphs
 from .declaration import Backend, Kernel
 from .dispatch import backends, objection
 from .selfcheck import judge
@@ -28,7 +29,7 @@ def forget() -> None:
     _sound.clear()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def lacking(
     ops: tuple[str, ...], dtype: torch.dtype, device: torch.device | None, checks: bool, name: str = "auto"
 ) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from .constant import constant_in_graphs
 
-@torch.compiler.assume_constant_result
+
+@constant_in_graphs
 def allowed() -> bool:
     """Whether they may. A graph keeps the answer of when it was traced: what it decides there is a plan, no value."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"

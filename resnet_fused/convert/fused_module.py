@@ -67,10 +67,15 @@ class FusedState:
     prefer: str = "speed"  # or "memory"
     reasons: tuple[str, ...] = ()  # why parts of the block stayed stock
 
+    def __post_init__(self) -> None:
+        if self.drop_path == "survivors":
+            _leave_graphs()
+
     def __setstate__(self, state: dict) -> None:
         if state.keys() != {field.name for field in dataclasses.fields(self)}:
             raise pickle.UnpicklingError(OUTDATED)
         self.__dict__.update(state)
+        self.__post_init__()
 
 
 class Running(NamedTuple):
@@ -256,8 +261,15 @@ def _on_survivors(block: nn.Module) -> bool:
     return any(drop_paths.is_one(module) and drop_paths.draws(module) for module in block.modules())
 
 
-#: For a block between two graphs: how many samples survive decides what runs.
-_outside_graphs = torch.compiler.disable(run_block)
+#: :func:`run_block` for a block between two graphs: how many samples survive decides what runs.
+_outside_graphs: Callable | None = None
+
+
+def _leave_graphs() -> None:
+    """Make that function, once a block may need it: PyTorch imports its compiler for it."""
+    global _outside_graphs
+    if _outside_graphs is None:
+        _outside_graphs = torch.compiler.disable(run_block)
 
 
 class FusedModule(swap.Swapped):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends.constant import constant_in_graphs
 from ..library import status
 from ..steps.program import Call
 from . import choose, too_small
@@ -27,7 +28,7 @@ def serve(call: Call) -> bool:
     return level() == "avx512"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def level() -> str:
     """The level of the compiled kernels on this machine; "": there are none."""
     library = status()

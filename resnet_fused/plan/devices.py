@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import torch
 
 from ..backends import tf32
+from ..backends.constant import constant_in_graphs
 from ..steps.conv import cpu_info
 
 #: Shares of the data sheet's figures that a good kernel is assumed to reach.
@@ -204,7 +205,7 @@ def of(device: torch.device) -> Device:
 _gpus: dict[int, Device] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _ask(index: int) -> bool:
     """Enter this GPU and all others in :data:`_gpus`. While a graph is traced, it is asked and not traced itself.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import run
+from ..backends.constant import constant_in_graphs
 from ..backends.place import on_cpu
 from ..library import status
 from ..ops.contract import is_channels_last
@@ -77,7 +78,7 @@ def _occupies_threads(grad: Tensor, x: Tensor) -> bool:
     return pieces >= 2 * _threads()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _threads() -> int:
     return torch.get_num_threads()
 

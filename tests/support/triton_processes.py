@@ -28,7 +28,7 @@ def run(name, options, cache, interpret):
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), environment.get("PYTHONPATH")]))
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     command = [sys.executable, *options, str(FOLDER / name)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-4000:]
     return ran.stdout
 

@@ -30,11 +30,7 @@ extern "C" int conv_norm_add_relu(int dtype, int tile, bool copies_wait, const i
   ConvNormAddReluParams p{{}, x, weight, bias, mean, var, gamma, beta, eps, residual, out, relu};
   std::memcpy(&p.geometry, geometry, sizeof p.geometry);
   cuda_on_cpu::copies_wait = copies_wait;
-  cuda_on_cpu::launches = 0;
-  if (dtype == 0) run_as<float>(p, tile);
-  if (dtype == 1) run_as<__half>(p, tile);
-  if (dtype == 2) run_as<__nv_bfloat16>(p, tile);
-  return cuda_on_cpu::launches;
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { run_as<decltype(t)>(p, tile); });
 }
 
 #ifdef RESNET_FUSED_SANITIZED

@@ -55,11 +55,7 @@ extern "C" int conv1x1(int dtype, int tile, int multiprocessors, bool copies_wai
   const Conv1x1Params p = params(g, x, x_scale, x_shift, weight, z, mean, m2);
   cuda_on_cpu::multiprocessors = multiprocessors;
   cuda_on_cpu::copies_wait = copies_wait;
-  cuda_on_cpu::launches = 0;
-  if (dtype == 0) run_as<float>(p, tile);
-  if (dtype == 1) run_as<__half>(p, tile);
-  if (dtype == 2) run_as<__nv_bfloat16>(p, tile);
-  return cuda_on_cpu::launches;
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { run_as<decltype(t)>(p, tile); });
 }
 
 #ifdef RESNET_FUSED_SANITIZED

@@ -39,9 +39,5 @@ extern "C" int conv1x1_join(int dtype, int tile, const int* geometry, const int*
   std::memcpy(&p.geometry, geometry, sizeof p.geometry);
   std::memcpy(&p.projection, projection, sizeof p.projection);
   std::copy(vectors, vectors + 6, p.vectors);
-  cuda_on_cpu::launches = 0;
-  if (dtype == 0) run_as<float>(p, tile);
-  if (dtype == 1) run_as<__half>(p, tile);
-  if (dtype == 2) run_as<__nv_bfloat16>(p, tile);
-  return cuda_on_cpu::launches;
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { run_as<decltype(t)>(p, tile); });
 }

@@ -231,3 +231,17 @@ inline void launch(const std::function<void()>& body, dim3 grid, dim3 block, siz
 }  // namespace cuda_on_cpu
 
 #include "instructions.h"
+
+namespace cuda_on_cpu {
+
+// f(T{}) for the dtype that a test's number stands for: 0 float, 1 half, 2 bfloat16. How often f launched something.
+template <class F>
+int with_type(int dtype, const F& f) {
+  launches = 0;
+  if (dtype == 0) f(float{});
+  if (dtype == 1) f(__half{});
+  if (dtype == 2) f(__nv_bfloat16{});
+  return launches;
+}
+
+}  // namespace cuda_on_cpu

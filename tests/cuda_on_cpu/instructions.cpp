@@ -53,19 +53,12 @@ void multiply_shared(const T* a, const T* b, float* sum, bool waits) {
   }
 }
 
-template <class F>
-void with_type(int dtype, const F& f) {
-  if (dtype == 0) f(float{});
-  if (dtype == 1) f(__half{});
-  if (dtype == 2) f(__nv_bfloat16{});
-}
-
 }  // namespace
 
 extern "C" {
 
 void fragment_product(int dtype, const void* a, const void* b, float* sum) {
-  with_type(dtype, [&](auto t) {
+  cuda_on_cpu::with_type(dtype, [&](auto t) {
     using T = decltype(t);
     RESNET_FUSED_LAUNCH(multiply_fragment<T>, dim3(1), dim3(32), nullptr, static_cast<const T*>(a),
                         static_cast<const T*>(b), sum);
@@ -73,7 +66,7 @@ void fragment_product(int dtype, const void* a, const void* b, float* sum) {
 }
 
 void shared_product(int dtype, const void* a, const void* b, float* sum, bool waits) {
-  with_type(dtype, [&](auto t) {
+  cuda_on_cpu::with_type(dtype, [&](auto t) {
     using T = decltype(t);
     RESNET_FUSED_LAUNCH_SHARED(multiply_shared<T>, dim3(1), dim3(32), 64 * kRowBytes, nullptr, static_cast<const T*>(a),
                                static_cast<const T*>(b), sum, waits);

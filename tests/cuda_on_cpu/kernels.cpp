@@ -8,19 +8,6 @@
 
 using namespace resnet_fused;
 
-namespace {
-
-template <class F>
-int with_type(int dtype, const F& f) {
-  cuda_on_cpu::launches = 0;
-  if (dtype == 0) f(float{});
-  if (dtype == 1) f(__half{});
-  if (dtype == 2) f(__nv_bfloat16{});
-  return cuda_on_cpu::launches;
-}
-
-}  // namespace
-
 extern "C" {
 
 int norm_add_relu(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sample, const void* z, const float* scale,
@@ -37,7 +24,7 @@ int norm_add_relu(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sa
                             out,
                             mask,
                             relu};
-  return with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu<decltype(t)>(p, nullptr); });
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu<decltype(t)>(p, nullptr); });
 }
 
 int64_t partial_floats(int64_t rows, int64_t channels, bool residual) {
@@ -63,7 +50,7 @@ int norm_add_relu_backward(int dtype, int64_t rows, int64_t channels, int64_t ro
                                     g,
                                     partial,
                                     {sum_g, sum_gz, residual_sum_g, residual_sum_gz}};
-  return with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu_backward<decltype(t)>(p, nullptr); });
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_norm_add_relu_backward<decltype(t)>(p, nullptr); });
 }
 
 int lazy_grad_apply(int dtype, int64_t rows, int64_t channels, int64_t rows_per_sample, const void* g, const void* z,
@@ -71,6 +58,6 @@ int lazy_grad_apply(int dtype, int64_t rows, int64_t channels, int64_t rows_per_
                     const float* sample_factor, const void* residual, void* dz) {
   const LazyGradApplyParams p{
       {rows, channels, rows_per_sample}, g, z, a, b, d, scale, shift, sample_factor, residual, dz};
-  return with_type(dtype, [&](auto t) { cuda::launch_lazy_grad_apply<decltype(t)>(p, nullptr); });
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_lazy_grad_apply<decltype(t)>(p, nullptr); });
 }
 }

@@ -11,15 +11,6 @@ using namespace resnet_fused;
 
 namespace {
 
-template <class F>
-int with_type(int dtype, const F& f) {
-  cuda_on_cpu::launches = 0;
-  if (dtype == 0) f(float{});
-  if (dtype == 1) f(__half{});
-  if (dtype == 2) f(__nv_bfloat16{});
-  return cuda_on_cpu::launches;
-}
-
 // sizes: samples, channels, then size, windows, kernel, stride and padding of the height, and of the width.
 PoolGeometry geometry_of(const int* s) {
   return {s[0], s[1], {s[2], s[3], s[4], s[5], s[6]}, {s[7], s[8], s[9], s[10], s[11]}};
@@ -32,7 +23,7 @@ extern "C" {
 int norm_relu_pool(int dtype, const int* sizes, const void* z, const float* scale, const float* shift, void* out,
                    uint8_t* index) {
   const NormReluPoolParams p{geometry_of(sizes), z, scale, shift, out, index};
-  return with_type(dtype, [&](auto t) { cuda::launch_norm_relu_pool<decltype(t)>(p, nullptr); });
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_norm_relu_pool<decltype(t)>(p, nullptr); });
 }
 
 int64_t pool_partial_floats(const int* sizes) { return cuda::pool_partial_floats(geometry_of(sizes)); }
@@ -42,14 +33,14 @@ int norm_relu_pool_backward(int dtype, const int* sizes, const void* grad_out, c
                             float* sum_gz) {
   const NormReluPoolBackwardParams p{geometry_of(sizes), grad_out, index, z, mean, scale, shift, partial,
                                      {sum_g, sum_gz}};
-  return with_type(dtype, [&](auto t) { cuda::launch_norm_relu_pool_backward<decltype(t)>(p, nullptr); });
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_norm_relu_pool_backward<decltype(t)>(p, nullptr); });
 }
 
 int norm_relu_pool_apply(int dtype, const int* sizes, const void* grad_out, const uint8_t* index, const void* z,
                          const float* a, const float* b, const float* d, const float* scale, const float* shift,
                          void* dz) {
   const NormReluPoolApplyParams p{geometry_of(sizes), grad_out, index, z, a, b, d, scale, shift, dz};
-  return with_type(dtype, [&](auto t) { cuda::launch_norm_relu_pool_apply<decltype(t)>(p, nullptr); });
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_norm_relu_pool_apply<decltype(t)>(p, nullptr); });
 }
 
 int quotient(int n, int divisor) { return cuda::Divisor(divisor).divide(n); }

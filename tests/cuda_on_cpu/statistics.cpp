@@ -14,11 +14,7 @@ int64_t bn_stats_partial_floats(int64_t rows, int64_t channels) {
 
 int bn_stats(int dtype, int64_t rows, int64_t channels, const void* z, float* partial, float* mean, float* m2) {
   const BnStatsParams p{{rows, channels, 1}, z, partial, {rows, channels, mean, m2, {}}};
-  cuda_on_cpu::launches = 0;
-  if (dtype == 0) cuda::launch_bn_stats<float>(p, nullptr);
-  if (dtype == 1) cuda::launch_bn_stats<__half>(p, nullptr);
-  if (dtype == 2) cuda::launch_bn_stats<__nv_bfloat16>(p, nullptr);
-  return cuda_on_cpu::launches;
+  return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_bn_stats<decltype(t)>(p, nullptr); });
 }
 
 void merge_moments(const float* partial, int64_t chunk_rows, int64_t rows, int64_t channels, float* mean, float* m2) {

@@ -106,29 +106,14 @@ __device__ inline void finish_join(const Conv1x1JoinParams& p, const float* sums
   if (p.mask) p.mask[row * ((p.geometry.k + 7) / 8) + c.first / 8] = static_cast<uint8_t>(bits);
 }
 
-// A warp's sums, 16 pixels at a time. `patches`: kPatchesBytes.
+// A warp's sums. `patches`: kPatchesBytes.
 template <class T, class Shape, bool kVectors>
 __device__ inline void join_tile(const typename Shape::Sums& sums, float* patches, const float* vectors,
                                  const Conv1x1JoinParams& p, int first_row, int first_col) {
-  const WarpPatch<Shape> patch(patches);
-  const Channels c = patch.channels(first_col, p.geometry.k);
-  const int pixels = p.geometry.n * p.geometry.p * p.geometry.q;
-#pragma unroll
-  for (int i = 0; i < Shape::kWarpRows / kPatchRows; ++i) {
-    const int row = first_row + patch.row + i * kPatchRows;
-    Group<T> residual[2];
-    if (p.residual && c.count > 0) {  // on their way while the sums are exchanged
-      if (row < pixels) residual[0] = load<kVectors, T>(p.residual, row, p.geometry.k, c);
-      if (row + 8 < pixels) residual[1] = load<kVectors, T>(p.residual, row + 8, p.geometry.k, c);
-    }
-    patch.spread(sums, i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= pixels || c.count == 0) continue;
-      finish_join<T, Shape, kVectors>(p, patch.group(half), vectors + patch.col, residual[half], row + 8 * half, c);
-    }
-    __syncwarp();
-  }
+  const auto finish = [&](const float* group, int col, const Group<T>& residual, int row, Channels c) {
+    finish_join<T, Shape, kVectors>(p, group, vectors + col, residual, row, c);
+  };
+  for_each_group<T, Shape, kVectors>(sums, patches, p.geometry, p.residual, first_row, first_col, finish);
 }
 
 // Two accumulators leave room for two blocks of any tile.

@@ -48,4 +48,31 @@ struct WarpPatch {
   }
 };
 
+// `finish(sums, col, residual, row, c)` for each eight outputs of a pixel of a warp's tile, in the order of memory:
+// their sums, the first one's place in the tile, what `residual` has there, if it is one, and where they lie.
+// `patches`: kPatchesBytes.
+template <class T, class Shape, bool kVectors, class Finish>
+__device__ inline void for_each_group(const typename Shape::Sums& sums, float* patches, const ConvGeometry& g,
+                                      const void* residual, int first_row, int first_col, const Finish& finish) {
+  const WarpPatch<Shape> patch(patches);
+  const Channels c = patch.channels(first_col, g.k);
+  const int pixels = g.n * g.p * g.q;
+#pragma unroll
+  for (int i = 0; i < Shape::kWarpRows / kPatchRows; ++i) {
+    const int row = first_row + patch.row + i * kPatchRows;
+    Group<T> other[2];
+    if (residual && c.count > 0) {  // on their way while the sums are exchanged
+      if (row < pixels) other[0] = load<kVectors, T>(residual, row, g.k, c);
+      if (row + 8 < pixels) other[1] = load<kVectors, T>(residual, row + 8, g.k, c);
+    }
+    patch.spread(sums, i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + 8 * half >= pixels || c.count == 0) continue;
+      finish(patch.group(half), patch.col, other[half], row + 8 * half, c);
+    }
+    __syncwarp();
+  }
+}
+
 }  // namespace resnet_fused::cuda

@@ -11,8 +11,8 @@ Function = TypeVar("Function", bound=Callable)
 def constant_in_graphs(function: Function) -> Function:
     """Let `function` run when a graph is traced, and the graph keep its answer.
 
-    As ``torch.compiler.assume_constant_result``, which imports all of ``torch._dynamo`` to set this mark: on two cores
-    of an EPYC that was 2.2 of the 2.7 s that importing this package took beyond PyTorch.
+    As ``torch.compiler.assume_constant_result``, which imports all of ``torch._dynamo`` to set this mark: seconds for
+    every process that imports this package.
     """
     function._dynamo_marked_constant = True
     return function

@@ -56,10 +56,15 @@ def _entries(stage: nn.Sequential) -> list[Running] | None:
     return entries
 
 
-def _sites(stage: nn.Sequential) -> list[Site]:
-    """The programs of those blocks that run some."""
-    found = [runnable(block) for block in stage if is_entered(block)]
-    return [site for running in found if running is not None for site in running.sites]
+def _mixed(stage: nn.Sequential) -> list[Site]:
+    """The programs of a stage of which a block, as it is traced, runs other code too; none of other stages.
+
+    Unlike hooks and what else keeps a program from running, that stays.
+    """
+    found = [running for block in stage if is_entered(block) and (running := runnable(block)) is not None]
+    if all(len(running.sites) == len(running.form.calls) for running in found):
+        return []
+    return [site for running in found for site in running.sites]
 
 
 def _all_images(entries: list[Running], x: Tensor) -> object:
@@ -147,17 +152,17 @@ def _new_batch(piece: Placed, images: int) -> Tensor:
 def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     """The output of a stage of fused blocks, in stock's layout."""
     known = as_stock.is_known(stage, x, _IN_PART)
-    entries, before = None if known else _entries(stage), as_stock.fused_so_far()
+    entries = None if known else _entries(stage)
     if entries is None:  # somebody else's code runs in some of its blocks, and may change others; or stock's
         out = x
         for block in stage:
             out = run_block(block, out, block) if is_entered(block) else block(left(out))
-        if not known:
-            after = as_stock.fused_so_far()
-            as_stock.note(stage, _sites(stage), x, after, None if after == before else _IN_PART)
+        if not (known or torch.compiler.is_compiling()) and (sites := _mixed(stage)):
+            as_stock.note(stage, sites, x, as_stock.fused_so_far(), _IN_PART)
         return left(out)
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
+    before = as_stock.fused_so_far()
     with bounds.private():
         images = images_in_piece(entries, x)
         if 0 < images < x.shape[0]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.backends import onednn
-from resnet_fused.convert import as_stock, fused_module
+from resnet_fused.convert import as_stock, fused_module, stage
 from resnet_fused.models import BasicBlock, resnet18
 from resnet_fused.plan import choose, measured, too_small
 from resnet_fused.steps import conv
@@ -201,3 +201,33 @@ def test_a_stage_that_is_stocks_in_part_proves_the_other_blocks(monkeypatch):
     for one in (model, stock):  # while the first block runs, the last one changes
         one[0].conv1.register_forward_hook(lambda *args, one=one: setattr(one[2].bn1, "eps", 1.0))
     torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
+class Scaled(BasicBlock):
+    """A block with somebody else's code behind its program."""
+
+    def forward(self, x):
+        return super().forward(x).cos()
+
+
+@torch.no_grad()
+def test_a_stage_with_other_code_in_it_is_proven_once(monkeypatch):
+    torch.manual_seed(0)
+    stock = nn.Sequential(BasicBlock(8, 8), Scaled(8, 8)).eval()
+    model, x = resnet_fused.fuse(copy.deepcopy(stock)), image()
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(stage, "runnable", lambda block: pytest.fail("was proven again"))
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+    for one in (model, stock):
+        one[0].conv1.register_forward_hook(lambda *args: args[-1].neg())
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_stage_that_hooks_kept_stock_is_proven_again():
+    model, x = resnet_fused.fuse(nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))).eval(), image()
+    hooks = [block.conv1.register_forward_hook(lambda *args: None) for block in model]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    assert not as_stock.is_known(model, x) and not as_stock.is_known(model, x, stage._IN_PART)

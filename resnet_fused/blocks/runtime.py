@@ -32,7 +32,7 @@ from .unchanged import Forms
 
 
 class _Ran(threading.local):
-    fused = 0
+    fused = hindered = 0
 
 
 _ran = _Ran()
@@ -43,9 +43,19 @@ def fused_programs() -> int:
     return _ran.fused
 
 
+def hindered_programs() -> int:
+    """How many this thread has run in stock's operations for another reason than the plan's choice."""
+    return _ran.hindered
+
+
 def count_fused() -> None:
     if not torch.compiler.is_compiling():
         _ran.fused += 1
+
+
+def count_hindered() -> None:
+    if not torch.compiler.is_compiling():
+        _ran.hindered += 1
 
 
 def read(site: Site) -> tuple[Program, list[StepTensors]]:
@@ -105,6 +115,7 @@ def run_site(
         if given.dtype != dtype and not all(isinstance(node, Convolution) for node in inner if 0 in node.reads):
             return None  # stock casts for convolutions alone
     if refuses_inference_tensors(tensors):
+        count_hindered()
         return None
     given_factor, factor = factor, draw(site, given) if factor is None else factor
     with scope:
@@ -162,6 +173,7 @@ def _output(
     outside = call.program.inputs > 1 and isinstance(last, Addition)
     to_conv = outside and isinstance(call.program.maker(last.branch), Convolution)  # which is no program by itself
     if to_conv and not _joins(call, given, shapes):
+        count_hindered()
         return None
     if apart or (_may_stand_apart(call.program) and not _joins(call, given, shapes)):
         out = _output(site, _before_last(call), given, dtype)
@@ -176,10 +188,10 @@ def _output(
     else:
         cast = call._replace(tensors=[own.cast(dtype) for own in call.tensors])
         lowered = _lowered(cast, None if site.kept is None else site.kept.lowered)
-        if lowered.steps is None and call.program.dense:
-            return None
-        if lowered.steps is None:  # the same to the bit, and gradients have the strides of their weights
-            return stock.program_output(cast, moves=True)
+        if lowered.steps is None:
+            if call.program.dense:
+                return None
+            return stock.program_output(cast, moves=True)  # the same to the bit; gradients have their weights' strides
         if form is not None:
             repeated = ready.keep_training(site, form, call, lowered, dtype)
         out = train(lowered, cast, handed, repeated)

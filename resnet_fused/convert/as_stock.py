@@ -37,21 +37,24 @@ class _Kept(NamedTuple):
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
-def is_known(module: nn.Module, x: object, part: object = None) -> bool:
-    """Whether a call of `module`, or of `part` of it, with `x` would run stock's operations alone, as one before."""
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
-        return False
-    if _within.known:
-        return True
-    kept = _current(module)
-    return kept is not None and _key(kept, module, x, part) in kept.keys
-
-
 class _Within(threading.local):
     known = False
 
 
 _within = _Within()
+
+
+def is_within() -> bool:
+    """Whether this is called within a known call, in which nothing is asked again."""
+    return not torch.compiler.is_compiling() and _within.known
+
+
+def is_known(module: nn.Module, x: object, part: object = None) -> bool:
+    """Whether a call of `module`, or of `part` of it, with `x` would run stock's operations alone, as one before."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return False
+    kept = _current(module)
+    return kept is not None and _key(kept, module, x, part) in kept.keys
 
 
 def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -93,16 +96,36 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
     )
 
 
-def fused_so_far() -> int:
-    """For :func:`note`: how many programs this thread has run fused."""
-    return 0 if torch.compiler.is_compiling() else runtime.fused_programs()
+class Ran(NamedTuple):
+    """How many programs a thread has run other than in stock's operations by the plan's choice."""
+
+    fused: int
+    hindered: int
+
+    def since(self) -> Ran:
+        now = so_far()
+        return Ran(now.fused - self.fused, now.hindered - self.hindered)
 
 
-def note(module: nn.Module, sites: Sequence[Site], x: object, before: int, part: object = None) -> None:
-    """Note that `module`, whose programs are `sites`, ran on `x`, if none of them ran fused since `before`."""
-    if torch.compiler.is_compiling() or runtime.fused_programs() != before or type(x) is not torch.Tensor:
-        return
-    if any(site.survivors and site.drop_path is not None for site in sites):
+def so_far() -> Ran:
+    """What this thread has run; nothing is told within a graph."""
+    return Ran(0, 0) if torch.compiler.is_compiling() else Ran(runtime.fused_programs(), runtime.hindered_programs())
+
+
+def note(module: nn.Module, sites: Sequence[Site], x: object, before: Ran, part: object = None) -> bool:
+    """Note that `module`, whose programs are `sites`, ran on `x`, if the plan has left all to stock since `before`.
+
+    Returns whether it has. What kept one from running else, a hook or a mode, may be gone the next time.
+    """
+    known = before.since() == (0, 0) and not torch.compiler.is_compiling()
+    if known:
+        keep(module, sites, x, part)
+    return known
+
+
+def keep(module: nn.Module, sites: Sequence[Site], x: object, part: object) -> None:
+    """Keep what is known of a call: :func:`is_known` is true of the next that is like it."""
+    if type(x) is not torch.Tensor or any(site.survivors and site.drop_path is not None for site in sites):
         return  # where its drop path draws, it runs on other samples than stock's forward does
     kept = _current(module)
     if kept is None or len(kept.keys) >= _LIMIT:

@@ -215,7 +215,11 @@ def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object
     """A program between stock calls, which may have made anything; by its modules where it does not gain."""
     h, *others = (placed(values[name]) for name in call.inputs)
     residual = others[0].value if others else None
-    out = None if value_obstacle(h.value, site) else runtime.run_site(site, h, residual)
+    if value_obstacle(h.value, site):
+        runtime.count_hindered()
+        out = None
+    else:
+        out = runtime.run_site(site, h, residual)
     if out is None:
         return called(site, *(resolve(Ref(name), values) for name in call.inputs))
     return out
@@ -246,8 +250,9 @@ def run_block(block: nn.Module, x: object, stock: Callable[[Tensor], Tensor], ru
         return as_stock.run(stock, value)
     running = runnable(block) if running is None else running
     if running is None or entry_obstacle(value, running):
+        runtime.count_hindered()
         return stock(left(x))
-    before = as_stock.fused_so_far()
+    before = as_stock.so_far()
     out = run_form(running, x)
     if plain:
         as_stock.note(block, running.sites, value, before)
@@ -279,6 +284,8 @@ class FusedModule(swap.Swapped):
     _resnet_fused_reader: Callable[[], tuple | None]  # of the globals that the stock forward reads
 
     def forward(self, x):
+        if as_stock.is_within():
+            return super().forward(x)
         return left(run_block(self, x, super().forward))
 
 

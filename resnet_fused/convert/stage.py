@@ -22,7 +22,6 @@ from .. import library
 from ..backends import bounds
 from ..blocks import drop_paths, runtime
 from ..blocks.layers import globally_hooked
-from ..blocks.site import Site
 from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
@@ -56,15 +55,17 @@ def _entries(stage: nn.Sequential) -> list[Running] | None:
     return entries
 
 
-def _mixed(stage: nn.Sequential) -> list[Site]:
-    """The programs of a stage of which a block, as it is traced, runs other code too; none of other stages.
+def _note_mixed(stage: nn.Sequential, x: Tensor, before: as_stock.Ran) -> None:
+    """Note what is known of a stage, after it ran, of which a block, as it is traced, runs other code than programs.
 
     Unlike hooks and what else keeps a program from running, that stays.
     """
     found = [running for block in stage if is_entered(block) and (running := runnable(block)) is not None]
     if all(len(running.sites) == len(running.form.calls) for running in found):
-        return []
-    return [site for running in found for site in running.sites]
+        return
+    sites = [site for running in found for site in running.sites]
+    if not as_stock.note(stage, sites, x, before):
+        as_stock.keep(stage, sites, x, _IN_PART)
 
 
 def _all_images(entries: list[Running], x: Tensor) -> object:
@@ -151,28 +152,29 @@ def _new_batch(piece: Placed, images: int) -> Tensor:
 
 def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     """The output of a stage of fused blocks, in stock's layout."""
-    known = as_stock.is_known(stage, x, _IN_PART)
+    known, before = as_stock.is_known(stage, x, _IN_PART), as_stock.so_far()
     entries = None if known else _entries(stage)
     if entries is None:  # somebody else's code runs in some of its blocks, and may change others; or stock's
         out = x
         for block in stage:
-            out = run_block(block, out, block) if is_entered(block) else block(left(out))
-        if not (known or torch.compiler.is_compiling()) and (sites := _mixed(stage)):
-            as_stock.note(stage, sites, x, as_stock.fused_so_far(), _IN_PART)
+            if is_entered(block):
+                out = run_block(block, out, block)
+            else:
+                runtime.count_hindered()
+                out = block(left(out))
+        if not (known or torch.compiler.is_compiling()):
+            _note_mixed(stage, x, before)
         return left(out)
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
-    before = as_stock.fused_so_far()
     with bounds.private():
         images = images_in_piece(entries, x)
         if 0 < images < x.shape[0]:
             return _in_pieces(entries, x, images)
         out = left(_all_images(entries, x))
-    sites, after = [site for entry in entries for site in entry.sites], as_stock.fused_so_far()
-    if after == before or after - before == len(sites):
-        as_stock.note(stage, sites, x, before)
-    else:
-        as_stock.note(stage, sites, x, after, _IN_PART)
+    sites = [site for entry in entries for site in entry.sites]
+    if not as_stock.note(stage, sites, x, before) and before.since().fused < len(sites):
+        as_stock.keep(stage, sites, x, _IN_PART)
     return out
 
 
@@ -180,6 +182,8 @@ class _Stage(swap.Swapped):
     """Mixin of ``nn.Sequential`` that keeps what passes between its fused blocks to itself."""
 
     def forward(self, x):
+        if as_stock.is_within():
+            return super().forward(x)
         if not is_fused(self) or type(self) is not FusedStage or self._resnet_fused_replaced("forward"):
             return super().forward(x)
         traced = not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()

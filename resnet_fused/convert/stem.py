@@ -88,14 +88,14 @@ class FusedStem(swap.Swapped):
         state: StemState | None = self.__dict__.get(STATE)
         if state is None or stem not in state.stems or is_stock_forced() or torch.jit.is_tracing():
             return False
-        if as_stock.is_known(self, x, stem):
+        if as_stock.is_within() or as_stock.is_known(self, x, stem):
             return False
         site = stem_site(self, stem, state.backend, precision=state.precision)
         return site is not None and not module_obstacle(site) and not value_obstacle(x, site)
 
     def _resnet_fused_run(self, stem: Stem, x):
         """``pool(act(norm(conv(x))))``, fused; the pool may be any module, called if it cannot be fused."""
-        pool, before = self._modules[stem[3]] if stem[3] else None, as_stock.fused_so_far()
+        pool, before = self._modules[stem[3]] if stem[3] else None, as_stock.so_far()
         pools = pool is not None and pool_geometry(pool) is not None
         state: StemState = self.__dict__[STATE]
         site = stem_site(self, stem, state.backend, pools, state.precision)

@@ -43,14 +43,15 @@ _OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
 #: Seconds that Python takes for a program in evaluation beyond what it takes for stock's modules, on a Zen 5 where the
 #: weights read since its last call have displaced it from the caches (twice as long as else): with the weights as they
 #: are, and with packed ones. Like what follows fitted to times of one thread, beside other work, that are not recorded.
-_FEW_OVERHEAD, _PACKED_OVERHEAD = 160e-6, 250e-6
+#: Without AVX-512 to those of two threads of a Zen 3, where Python takes longer.
+_FEW_OVERHEAD, _PACKED_OVERHEAD = 160e-6, 250e-6 if HAS_AVX512 else 400e-6
 #: Seconds a byte of weight by which stock's convolutions take longer there than ours, by what ATen does: of one image
 #: it takes a plain matrix product, slowly where a contiguous weight of several taps meets several pixels; of more, or
 #: of large ones, oneDNN's, which reorders the weight at every call, a contiguous one of several taps faster.
 _ONE_IMAGE, _CONTIGUOUS, _REORDERED, _REORDERED_CONTIGUOUS = 25e-12, 100e-12, 50e-12, 15e-12
 _PLAIN = 20480  # elements of one image up to which ATen takes the plain product
 #: What else a packed convolution saves of the time that :data:`_RATE` tells, and bytes a second of passes in cache.
-_PACKED, _PASSES = 0.1, 10e9
+_PACKED, _PASSES = 0.1, 10e9 if HAS_AVX512 else 24e9
 #: The same of passes behind depthwise convolutions, whose values lie in the cache; told for programs with activations
 #: other than ReLU, which are mostly such. Measured on MobileNetV3's blocks, 8 images of 224 pixels, by two threads.
 _CACHED_PASSES = 60e9

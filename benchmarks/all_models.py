@@ -159,9 +159,9 @@ def selected(options: argparse.Namespace) -> Iterator[tuple[float, Model]]:
             if fnmatch.fnmatch(model.name, options.only) and (not options.module or model.module in options.module):
                 found.append((model.millions(), model))
     for millions, model in sorted(found, key=lambda pair: pair[0]):
-        if millions <= options.max_parameters:
+        if options.above_parameters < millions <= options.max_parameters:
             yield millions, model
-        else:
+        elif millions > options.max_parameters:
             print(f"{model}: left out, {millions:.0f} M parameters", flush=True)
 
 
@@ -218,6 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="models whose name matches, as in a shell")
     parser.add_argument("--size", type=int, default=64, help="resolution, default 64")
     parser.add_argument("--max-parameters", type=float, default=1e9, metavar="MILLIONS", help="leave larger models out")
+    parser.add_argument(
+        "--above-parameters",
+        type=float,
+        default=0,
+        metavar="MILLIONS",
+        help="only larger ones, after a run of the others",
+    )
     parser.add_argument(
         "--resume",
         type=pathlib.Path,

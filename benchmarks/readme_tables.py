@@ -11,6 +11,7 @@ place named gpu once there is one.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import pathlib
 import re
@@ -85,20 +86,41 @@ def family() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def coverage() -> str:
-    """Of the newest run of `all_models.py`: for each file of models, how many agree with stock."""
+def covering() -> list[runs.Run]:
+    """The newest run of `all_models.py`; of one that began above some size, those of the smaller models before it."""
     checked = [run for run in runs.read(RESULTS) if run.kind == "all_models" and COUNTED.search(run.result)]
-    if not checked:
+    checked.sort(key=lambda run: run.provenance["date"], reverse=True)
+    found, least = [], None
+    for run in checked:
+        limits = dict(re.findall(r"--(above|max)-parameters (\S+)", run.provenance["command"]))
+        if not found or limits.get("max") == least:
+            found, least = [*found, run], limits.get("above")
+        if least is None:
+            break
+    return found
+
+
+def coverage() -> str:
+    """Of the newest runs of `all_models.py`: for each file of models, how many agree with stock."""
+    found = covering()
+    if not found:
         return "No run is recorded yet."
-    newest = max(checked, key=lambda run: run.provenance["date"])
+    total: dict[tuple[str, str], collections.Counter] = {}
+    for run in found:
+        for family, file, verdicts in COUNTED.findall(run.result):
+            counts = total.setdefault((family, file), collections.Counter())
+            for number, word in re.findall(r"(\d+) (\w+(?:, as nothing is fused)?)", verdicts):
+                counts[word] += int(number)
     lines = ["| models of | judged | agree with stock | of them with nothing to fuse |", "| --- | ---: | ---: | ---: |"]
-    for family, file, verdicts in sorted(COUNTED.findall(newest.result)):
-        counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+(?:, as nothing is fused)?)", verdicts)}
-        stock, judged = counts.get("agrees, as nothing is fused", 0), sum(counts.values())
+    for (family, file), counts in sorted(total.items()):
+        stock, judged = counts["agrees, as nothing is fused"], counts.total()
         whose = "`models`" if family == "own" else f"{family}'s"
-        lines.append(f"| {whose} `{file}` | {judged} | {counts.get('agrees', 0) + stock} | {stock or ''} |")
-    place = f"[`{newest.place}`](benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number})"
-    return "\n".join(lines) + f"\n\nFrom {place}, `{newest.provenance['command']}`."
+        lines.append(f"| {whose} `{file}` | {judged} | {counts['agrees'] + stock} | {stock or ''} |")
+    places = [
+        f"[`{run.place}`](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number}), `{run.provenance['command']}`"
+        for run in found
+    ]
+    return "\n".join(lines) + f"\n\nFrom {', and '.join(places)}."
 
 
 def is_of_family(run: runs.Run, model: str) -> bool:

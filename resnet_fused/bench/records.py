@@ -130,11 +130,12 @@ def markdown_table(rows: list[Row]) -> str:
     by_key = {(row.name, row.unit, row.peer): row for row in rows}
     others = peers[1:]
     header = ["measurement", *(f"{p} ms (q10-q90)" for p in peers), *(f"{p} speedup" for p in others)]
-    header += [f"MB {' / '.join(peers[:2])}"]
+    counted = [peer for peer in peers if peer in peers[:2] or any(key[1:] == ("MB", peer) for key in by_key)]
+    header += [f"MB {' / '.join(counted)}"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name in dict.fromkeys(row.name for row in rows):
         times = [by_key.get((name, "ms", peer)) for peer in peers]
-        saved = [by_key.get((name, "MB", peer)) for peer in peers[:2]]
+        saved = [by_key.get((name, "MB", peer)) for peer in counted]
         cells = [name, *(time_cell(row) for row in times)]
         cells += [speedup_cell(row) for row in times[1:]]
         cells += [saved_cell(saved)]
@@ -156,12 +157,13 @@ def speedup_cell(row: Row | None) -> str:
 
 
 def saved_cell(saved: list[Row | None]) -> str:
-    """Stock's and ours, and ours as a part of stock's."""
-    if None in saved:
+    """Stock's and ours, and ours as a part of stock's; where asked for, what else of ours was counted."""
+    found = [row for row in saved if row is not None]
+    if None in saved[:2]:
         return ""
-    stock, ours = saved
-    part = f" = {ours.median / stock.median:.2f}" if stock.median else ""
-    return f"{short(stock.median)} / {short(ours.median)}{part}"
+    stock, *ours = found
+    part = " = " + " / ".join(f"{row.median / stock.median:.2f}" for row in ours) if stock.median else ""
+    return " / ".join(short(row.median) for row in found) + part
 
 
 def short(value: float) -> str:

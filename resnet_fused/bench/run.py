@@ -83,8 +83,8 @@ class Bench:
         steps = {}
         for peer, model in self.models.items():
             steps[peer] = self.step(model.train(), x)
-        both = (peers.STOCK, peers.OURS)
-        self.add_bytes(name, {p: self.saved(self.models[p], x) for p in both})
+        counted = [p for p in self.models if p == peers.STOCK or getattr(peers.load(p), "COUNTED", False)]
+        self.add_bytes(name, {p: self.saved(self.models[p], x) for p in counted})
         if self.device.type == "cuda":
             peaks = {p: memory.peak_cuda_bytes(lambda p=p: steps[p](lambda lap: None)) for p in steps}
             self.add_bytes("training step, peak memory", peaks)

@@ -129,7 +129,8 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PEER",
-        help="time these too: compile, freezing, onnxruntime, openvino; convolutions, stock's alone, is a bound",
+        help="time these too: compile, freezing, onnxruntime, openvino; fuse's settings memory and fast; "
+        "convolutions, stock's alone, is a bound",
     )
     bench.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     runs.add_option(bench)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
 from resnet_fused.backends import onednn
@@ -231,3 +232,52 @@ def test_a_stage_that_hooks_kept_stock_is_proven_again():
     for hook in hooks:
         hook.remove()
     assert not as_stock.is_known(model, x) and not as_stock.is_known(model, x, stage._IN_PART)
+
+
+class _Watches(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [BasicBlock, "mixed"])
+def test_a_stage_that_a_mode_kept_stock_is_proven_again(kind):
+    last = BasicBlock if kind is BasicBlock else Scaled
+    model, x = resnet_fused.fuse(nn.Sequential(BasicBlock(8, 8), last(8, 8))).eval(), image()
+    with _Watches():
+        model(x)
+    assert not as_stock.is_known(model, x) and not any(as_stock.is_known(block, x) for block in model)
+
+
+@torch.no_grad()
+def test_a_stage_with_other_code_is_known_where_all_its_programs_are_small(monkeypatch):
+    monkeypatch.setattr(too_small, "is_small_in_evaluation", lambda *args: True)
+    stock = nn.Sequential(BasicBlock(8, 8), Scaled(8, 8)).eval()
+    model, x = resnet_fused.fuse(copy.deepcopy(stock)), image()
+    assert model(x).equal(stock(x)) and as_stock.is_known(model, x)
+    monkeypatch.setattr(fused_module, "run_block", lambda *args: pytest.fail("was asked again"))
+    assert model(x).equal(stock(x))
+
+
+class Around(nn.Module):
+    """A program, then a fused stage within the same module."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.layers = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))
+
+    def forward(self, x):
+        return self.layers(torch.relu(self.bn(self.conv(x))))
+
+
+@torch.no_grad()
+def test_a_module_around_fused_ones_is_known_unless_something_hindered_them(monkeypatch):
+    monkeypatch.setattr(too_small, "is_small_in_evaluation", lambda *args: True)
+    model, x = resnet_fused.fuse(Around()).eval(), image()
+    hook = model.layers[0].conv1.register_forward_hook(lambda *args: None)
+    model(x)
+    assert not as_stock.is_known(model, x)
+    hook.remove()
+    model(x)
+    assert as_stock.is_known(model, x)

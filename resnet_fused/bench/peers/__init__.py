@@ -2,8 +2,8 @@
 
 A peer is a module with ``unavailable(device) -> str``, why it cannot run here or an empty text, and
 ``prepare(model) -> model``, which may change the model it is given. ``TRAINS = False``: it evaluates only. ``DTYPES``:
-which of ``--dtype`` it can run, if not all. A model with ``is_bound`` makes nothing that could be compared. To add one,
-add a file.
+which of ``--dtype`` it can run, if not all. ``COUNTED = True``: what it keeps for backward is told. A model with
+``is_bound`` makes nothing that could be compared. To add one, add a file.
 """
 
 from __future__ import annotations

@@ -9,15 +9,17 @@ import resnet_fused
 
 from ..errors import Refused
 
+COUNTED = True
+
 
 def unavailable(device: torch.device) -> str:
     """Nothing stands against it anywhere: without kernels it runs through plain PyTorch."""
     return ""
 
 
-def prepare(model: nn.Module) -> nn.Module:
+def prepare(model: nn.Module, **settings: str) -> nn.Module:
     """The model, fused; raises Refused with the reasons if there is nothing to fuse in it."""
     try:
-        return resnet_fused.fuse(model, strict=True)
+        return resnet_fused.fuse(model, strict=True, **settings)
     except ValueError as error:
         raise Refused(str(error)) from error

@@ -208,7 +208,7 @@ class Scaled(BasicBlock):
     """A block with somebody else's code behind its program."""
 
     def forward(self, x):
-        return super().forward(x).cos()
+        return 0.5 * self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
 
 
 @torch.no_grad()
@@ -216,6 +216,7 @@ def test_a_stage_with_other_code_in_it_is_proven_once(monkeypatch):
     torch.manual_seed(0)
     stock = nn.Sequential(BasicBlock(8, 8), Scaled(8, 8)).eval()
     model, x = resnet_fused.fuse(copy.deepcopy(stock)), image()
+    assert type(model) is stage.FusedStage
     torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(stage, "runnable", lambda block: pytest.fail("was proven again"))
     torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)

@@ -213,6 +213,10 @@ def why_changed(module: nn.Module, base: type | None = None) -> str:
     for place, name, function in () if torch.compiler.is_compiling() else known.called:
         if place.get(name) is not function:
             return f"{name}, which {cls.__name__} calls, was replaced"
-    if known.hidden.isdisjoint(module.__dict__):
+    if torch.compiler.is_compiling():  # which would compare every pair of a set operation
+        hiding = [name for name in module.__dict__ if name in known.hidden]
+    elif known.hidden.isdisjoint(module.__dict__):
         return ""
-    return f"{', '.join(known.hidden.intersection(module.__dict__))} of its {cls.__name__} was replaced"
+    else:
+        hiding = known.hidden.intersection(module.__dict__)
+    return f"{', '.join(hiding)} of its {cls.__name__} was replaced" if hiding else ""

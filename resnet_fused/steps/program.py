@@ -129,15 +129,16 @@ class Program:
     @property
     def numbered(self) -> list[tuple[int, Node]]:
         """The nodes by the values that they make."""
-        return list(enumerate(self.nodes, self.inputs))
+        return list(zip(range(self.inputs, self.output + 1), self.nodes, strict=True))  # enumerate is slow in a graph
 
     def readers(self, value: int) -> tuple[int, ...]:
         """The values whose nodes read `value`."""
-        return self._once("_readers", self._find_readers)[value]
+        if torch.compiler.is_compiling():  # which keeps nothing: for this value alone
+            return self._find_readers(value)
+        return self._once("_readers", lambda: [*map(self._find_readers, range(self.output + 1))])[value]
 
-    def _find_readers(self) -> list[tuple[int, ...]]:
-        reads = [(number, node.reads) for number, node in self.numbered]
-        return [tuple([number for number, read in reads if value in read]) for value in range(self.output + 1)]
+    def _find_readers(self, value: int) -> tuple[int, ...]:
+        return tuple([number for number, node in self.numbered if value in node.reads])
 
     def _once(self, name: str, find: Callable[[], list]) -> list:
         """What `find` finds, found once; a cached property takes a lock, which no graph can be traced through."""

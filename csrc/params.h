@@ -200,4 +200,50 @@ struct Conv1x1JoinParams {
   bool relu;
 };
 
+// The pixels [::stride_h, ::stride_w] of images, `rows` times `columns` of each.
+struct PixelGrid {
+  int samples, h, w;
+  int rows, columns;
+  int stride_h, stride_w;
+};
+
+struct GramParams {
+  PixelGrid grid;       // less than 2^31 elements in all
+  int channels;         // C
+  const void* a;        // [samples, h, w, C]
+  const float* centre;  // [C]
+  const float* scale;   // [C] or null
+  const float* shift;   // [C], null without scale
+  float* partial;       // scratch, gram_partial_floats() of it
+  float* gram;          // [C, C]
+  float* total;         // [C]
+};
+
+struct GramNormParams {
+  int outputs, channels;   // K, C
+  const void* weight;      // [K, C]
+  const float* gram;       // [C, C]
+  const float* total;      // [C]
+  const float* centre;     // [C]
+  StatisticsParams found;  // of [pixels, K]
+};
+
+struct GramGradParams {
+  int64_t pixels;
+  int outputs, channels;  // K, C
+  const void* weight;     // [K, C]
+  const float* product;   // [K, C]
+  const float* gram;      // [C, C]
+  const float* total;     // [C]
+  const float* centre;    // [C]
+  const float* sum_g;     // [K]
+  const float* scale;     // [K]
+  const float* rstd;      // [K]
+  float* scratch;         // gram_grad_scratch_floats() of it
+  void* grad_weight;      // [K, C]
+  float* grad_gamma;      // [K]
+  void* coupling;         // [C, C]
+  float* constant;        // [C]
+};
+
 }  // namespace resnet_fused

@@ -20,6 +20,9 @@ REGISTERS = {
     "conv1x1": 128,
     "conv1x1_join": 128,
     "conv_norm_add_relu": 128,
+    "gram": 128,
+    "gram_grad": 128,
+    "gram_norm": 128,
     "lazy_grad_apply": 128,
     "norm_add_relu": 80,
     "norm_add_relu_backward": 128,
@@ -34,6 +37,9 @@ KERNELS = {
     "conv1x1": 2 * (2 * 3 + 1) + (2 * 2 + 1) + 1,  # plain or lazy where chunks are copied; and the merge
     "conv1x1_join": 3 * (2 * 2 + 1 + 2 + 1),  # so too of one product and of two
     "conv_norm_add_relu": 2 * 4 + 3,
+    "gram": 3 * 2 + 2,  # and the merge of few splits or many
+    "gram_grad": 3,
+    "gram_norm": 3,
     "lazy_grad_apply": 3 * 2 * 4,
     "norm_add_relu": 3 * 2 * 3,
     "norm_add_relu_backward": 3 * 2 * 4 + 2,
@@ -141,6 +147,23 @@ def test_the_convolutions_run_on_tensor_cores(op, tmp_path):
         assert ("cp.async.cg" in kernel) == (vectors == "1")
         assert not re.search(r"\b(atom|red)\.", kernel)
     compile_kernels(op, tmp_path, "-ptx", "-arch=sm_75")
+
+
+def test_the_gram_matrix_runs_on_tensor_cores(tmp_path):
+    """Of 16 bits, from transposed fragments; float32 is multiplied in full. Rows are copied past registers."""
+    ptx, _ = compile_kernels("gram", tmp_path, "-ptx", "-arch=sm_80")
+    kernels = [k for k in re.split(r"\.visible \.entry ", ptx.read_text())[1:] if re.match(r"\w*gram_kernelI", k)]
+    assert len(kernels) == 6
+    products = {"6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
+    for kernel in kernels:
+        dtype, vectors = re.match(r"\w*gram_kernelI(\w+?)Lb([01])E", kernel).groups()
+        if dtype in products:
+            assert re.search(f"mma.sync.aligned.{products[dtype]}", kernel) and re.search(r"ldmatrix.*\.trans", kernel)
+        else:
+            assert "mma.sync" not in kernel and "fma.rn.f32" in kernel and "ld.shared.v4" in kernel
+        assert ("cp.async.cg" in kernel) == (vectors == "1")
+        assert not re.search(r"\b(atom|red)\.", kernel)
+    compile_kernels("gram", tmp_path, "-ptx", "-arch=sm_75")
 
 
 @pytest.mark.parametrize(("op", "count", "writes"), [(op, *rest) for op, rest in PASSES.items()])

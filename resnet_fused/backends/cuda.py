@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from ..ops import DATA_DTYPES, OPS, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
 from . import cuda_conv
 from .declaration import Backend, Kernel, check_complete
-from .selfcheck import conv_cases
+from .selfcheck import conv_cases, gram_cases
 
 
 def layout_reasons(*args, **kwargs) -> list[str]:
@@ -27,9 +28,18 @@ def vector_reasons(*args, **kwargs) -> list[str]:
     return [] if fit else ["takes contiguous float32 vectors only"]
 
 
+def matrix_reasons(weight: torch.Tensor, *args, **kwargs) -> list[str]:
+    """Reasons against the Gram join's small matrices. Of activations only the shape is read."""
+    small = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() < 4]
+    fit = (weight.dim() != 4 or is_channels_last(weight)) and all(t.is_contiguous() for t in small)
+    return [] if fit else ["takes contiguous tensors only"]
+
+
 def accepted(name: str) -> tuple[tuple[torch.dtype, ...], Callable]:
     """What a compiled kernel declares: dtypes of its first argument, and what may stand against a call."""
-    return ((torch.float32,), vector_reasons) if OPS[name].vectors else (DATA_DTYPES, layout_reasons)
+    if OPS[name].vectors:
+        return (torch.float32,), vector_reasons
+    return DATA_DTYPES, matrix_reasons if name in ("gram_norm", "gram_grad") else layout_reasons
 
 
 def _kernels(status: library.Status) -> dict[str, Kernel]:
@@ -51,6 +61,8 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
     for name in [op for op in PRODUCTS if op in runs]:
         settings = {"needs_selfcheck": True, "build": build, "mode": cuda_conv.mode}
         made[name] = Kernel(runs[name], DATA_DTYPES, **PRODUCTS[name], **settings)
+    for name in [op for op in GRAM if op in made]:
+        made[name] = dataclasses.replace(made[name], **GRAM[name])
     return made
 
 
@@ -65,6 +77,12 @@ CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
 PRODUCTS = {
     "conv1x1": {"unsupported": cuda_conv.conv1x1_reasons, "more_cases": conv_cases.conv1x1_tiles},
     "conv1x1_join": {"unsupported": cuda_conv.conv1x1_join_reasons, "more_cases": conv_cases.conv1x1_join_tiles},
+}
+#: Of the Gram join, whose products of float32 are in full whatever is allowed for convolutions.
+GRAM = {
+    "gram": {"unsupported": cuda_conv.gram_reasons, "more_cases": gram_cases.gram},
+    "gram_norm": {"more_cases": gram_cases.gram_norm},
+    "gram_grad": {"more_cases": gram_cases.gram_grad},
 }
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import library
-from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu
+from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu, gram
 from ..ops.contract import is_channels_last, takes_arguments_of
 from ..ops.conv_add_relu import output_shape
 from . import cards, tf32
@@ -126,6 +126,21 @@ def conv1x1_join_reasons(a) -> list[str]:
         found.append("takes residual, x2 and x of one dtype")
     dense = all(is_channels_last(t) for t in (a.weight, a.weight2) if t is not None)
     return found if dense else [*found, "takes contiguous weights only"]
+
+
+@takes_arguments_of(gram.reference)
+def gram_reasons(given) -> list[str]:
+    """Reasons against `gram`, which multiplies float32 in full."""
+    a, lacks = given.a, _unbuilt(cards.of(given.a.device).arch)
+    found = [lacks] if lacks else []
+    if not is_channels_last(a):
+        found.append("takes channels_last tensors only")
+    vectors = (given.centre, given.scale, given.shift)
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors if t is not None):
+        found.append("takes contiguous float32 vectors only")
+    if max(a.numel(), a.shape[1] ** 2) >= MOST_ELEMENTS:
+        found.append("takes less than 2^31 elements a tensor; pass a smaller batch")
+    return found
 
 
 def _is_dense(weight: Tensor) -> bool:

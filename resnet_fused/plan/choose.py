@@ -109,6 +109,21 @@ def value_device(backend: str, x: Tensor) -> Device | None:
     return devices.of(x.device) if _HAS_TRITON and backend in ("auto", "triton") else None
 
 
+#: What a Gram join on tensors runs, beside what a written one does.
+GRAM_JOIN = ("conv_add_relu", "conv_add_relu_", "bn_stats", "gram", "gram_norm", "gram_grad")
+
+
+def join_device(backend: str, x: Tensor) -> Device | None:
+    """The GPU whose compiled kernels would run Gram joins on tensors for `backend`; None: there are none.
+
+    Where Triton serves, convolutions are on values instead.
+    """
+    if x.dtype not in DATA_DTYPES or not on_gpu(x) or _settings.target is not None:
+        return None
+    asked = backend == "cuda" or (backend == "auto" and not _HAS_TRITON)
+    return devices.of(x.device) if asked and not lacking(GRAM_JOIN, x, backend) else None
+
+
 #: Called with a line of text for every choice, by ``explain``.
 observers: list[Callable[[str], object]] = []
 

@@ -1,7 +1,8 @@
 """What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
 
 *On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, and on CPUs where
-:mod:`.cpu_values` says so. The CPU's other programs are on tensors; their Gram joins go through oneDNN.
+:mod:`.cpu_values` says so. Other programs are on tensors: on a CPU, where Gram joins go through oneDNN, and on GPUs
+without Triton, where they go through the compiled convolutions.
 
 In 16 bits the gradients of narrow convolutions come from one pass, which moves fewer bytes and multiplies as much.
 
@@ -119,6 +120,9 @@ def options(call: Call, on_tensors: bool = False) -> Options | None:
     values = device is not None or (not on_tensors and bool(joins(call.program)) and cpu_values.serve(call))
     values = values and not values_obstacle(call)
     x, stem = call.x, isinstance(call.program.nodes[-1], Pooling)
+    compiled = None if values or device is not None or stem else choose.join_device(call.program.backend, x)
+    if compiled is not None:
+        return Options(compiled, False, *gram_branches(call, False))
     served = (
         not stem and call.program.backend in ("auto", "cpu") and x.device.type == "cpu" and x.dtype in onednn.SERVED
     )

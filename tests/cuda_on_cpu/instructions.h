@@ -75,6 +75,23 @@ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   });
 }
 
+// The same with each matrix transposed: of columns 2 * (i % 4) and the next of that, which are rows of what is there.
+inline void load_transposed(uint32_t (&to)[4], SharedAddress row) {
+  struct Lane {
+    uint32_t* to;
+    const unsigned char* row;
+  } mine{to, row};
+  check_shared(row);
+  on_cpu::together("ldmatrix.trans", mine, [](Lane* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 8; ++i) {
+        const unsigned char* from = lanes[8 * (i / 2) + lane % 4 * 2 + i % 2]->row + 2 * (lane / 4);
+        std::memcpy(reinterpret_cast<unsigned char*>(lanes[lane]->to) + 2 * i, from, 2);
+      }
+    }
+  });
+}
+
 inline int anew(int value) { return value; }
 
 inline float from_lane_xor(float value, int mask) {

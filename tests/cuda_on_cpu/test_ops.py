@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from resnet_fused.backends import Backend, Kernel, cuda, cuda_conv
+from resnet_fused.backends.selfcheck.compare import check_case
 from resnet_fused.ops import DATA_DTYPES
 from resnet_fused.testing import cases, check, poisoned_allocations
 
@@ -25,8 +26,9 @@ WRAPPED = tuple(op for op in ROUNDED if op not in CUDA_OPS)  # in Python, around
 def backend():
     kernels = cuda_ops.kernels()
     kernels |= {name: Kernel(getattr(cuda_conv, name), DATA_DTYPES) for name in WRAPPED}
-    for name in ROUNDED:
-        reasons = cuda.PRODUCTS[name]["unsupported"] if name in cuda.PRODUCTS else cuda.CONVOLUTION_REASONS[name]
+    declared = cuda.PRODUCTS | {"gram": cuda.GRAM["gram"]}
+    for name in (*ROUNDED, "gram"):
+        reasons = declared[name]["unsupported"] if name in declared else cuda.CONVOLUTION_REASONS[name]
         kernels[name] = dataclasses.replace(kernels[name], unsupported=reasons)
     with poisoned_allocations(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_conv, "_op", lambda name: getattr(cuda_ops.registered(), name).default)
@@ -47,6 +49,15 @@ def test_every_case(backend, op, dtype):
         except AssertionError as error:
             failed.append(f"{case.name}: {error}")
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("dtype", DATA_DTYPES, ids=str)
+@pytest.mark.parametrize("op", cuda.GRAM)
+def test_the_cases_of_its_own_self_check(backend, op, dtype):
+    """Of the Gram family: in several tiles, splits and steps."""
+    for case in cuda.GRAM[op]["more_cases"](dtype):
+        verdict = check_case(backend, op, case, dtype, torch.device("cpu"))
+        assert verdict.passed, verdict
 
 
 def activation(channels=4):

@@ -96,3 +96,28 @@ def test_variants_on_values_are_measured_and_run(clock, monkeypatch):
     assert saved["on values, Gram join, activations kept"] > saved["on values, Gram join"]
     assert ends(model, x) == ["Gram join on values (measured)"]
     torch.testing.assert_close(model(x), resnet_fused.unfuse(copy.deepcopy(model))(x), rtol=1e-4, atol=1e-4)
+
+
+def test_gram_joins_by_the_compiled_kernels(monkeypatch):
+    """On GPUs without Triton, or where they are asked for; on tensors, if no kernel of theirs is doubted."""
+    x, lacks = torch.randn(8, 6, 16, 16).bfloat16(), set()
+    monkeypatch.setattr(choose, "on_gpu", lambda x: True)
+    monkeypatch.setattr(choose, "_HAS_TRITON", False)
+    monkeypatch.setattr(choose.devices, "of", lambda device: DEVICES["h100"])
+    monkeypatch.setattr(choose, "lacking", lambda ops, x, *backend: next((op for op in ops if op in lacks), ""))
+
+    def kinds_of(**kwargs):
+        *found, _ = lower.allowed(bottleneck_call(x, **kwargs))
+        return [(v.values, v.gram, v.gram_shortcut, v.keep) for v in found]
+
+    every = joins((0, 0), (0, 1), (1, 0), (1, 1))
+    assert kinds_of() == every and kinds_of(kernel=3) == joins((0, 0), (0, 1)) and kinds_of(bias=True) == joins((0, 0))
+    call = bottleneck_call(x)
+    assert variants.modelled(call, call.shapes())[:3] == (False, True, True)
+    assert choose.join_device("triton", x) is None and choose.join_device("cuda", x.double()) is None
+    for op in ("gram", "conv_add_relu_"):
+        lacks.add(op)
+        assert kinds_of() == joins((0, 0)) and choose.join_device("cuda", x) is None
+        lacks.remove(op)
+    monkeypatch.setattr(choose, "_HAS_TRITON", True)
+    assert choose.join_device("auto", x) is None and choose.join_device("cuda", x) == DEVICES["h100"]

@@ -75,6 +75,14 @@ __device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
                : "memory");
 }
 
+// The same of 16-bit values, each matrix transposed: a lane receives two neighbours of a column.
+__device__ inline void load_transposed(uint32_t (&to)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
+
 // The same number, of which the compiler does not know so: what follows from it is computed where it stands, instead of
 // once before a loop, to be kept in registers that the loop needs.
 __device__ inline int anew(int value) {

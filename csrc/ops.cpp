@@ -42,11 +42,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def("gate_add_relu_(Tensor(a!) z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> ()");
   m.def("gate_add_relu_backward(Tensor grad_out, Tensor z, Tensor? out=None) -> (Tensor g, Tensor sum_gz)");
   m.def(
-      "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
-      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> Tensor dz");
+      "lazy_grad_apply(Tensor g, Tensor? z, Tensor? a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None, Tensor? mask=None) -> Tensor dz");
   m.def(
-      "lazy_grad_apply_(Tensor(a!) g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
-      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> ()");
+      "lazy_grad_apply_(Tensor(a!) g, Tensor? z, Tensor? a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None, Tensor? mask=None) -> ()");
   m.def(
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");

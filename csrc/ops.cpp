@@ -90,6 +90,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
       "-> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
   m.def(
+      "conv_values(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, "
+      "int[2] padding=0, int[2] dilation=1, bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, "
+      "float? eps=None) -> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, "
+      "Tensor centre)");
+  m.def(
       "conv1x1_dgrad(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
       "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, "
       "Tensor? x_scale=None, Tensor? x_shift=None, Tensor? x_mean=None, Tensor? coupling=None, Tensor? constant=None, "

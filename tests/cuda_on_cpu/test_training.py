@@ -22,8 +22,11 @@ pytestmark = on_cpu.needed
 
 
 @pytest.fixture
-def ran(monkeypatch):
-    """How often each op ran on the backend "emulated": the kernels of csrc/cuda but the products, on a GPU."""
+def ran(monkeypatch, request):
+    """How often each op ran on the backend "emulated": the kernels of csrc/cuda, on a GPU.
+
+    Of the products those that a test asks for.
+    """
     counts = collections.Counter()
 
     def counted(name, run):
@@ -33,7 +36,7 @@ def ran(monkeypatch):
 
         return count
 
-    products = {*cuda.CONVOLUTIONS, *cuda.PRODUCTS}
+    products = {*cuda.CONVOLUTIONS, *cuda.PRODUCTS} - set(getattr(request, "param", ()))
     kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name not in products}
     kernels = {name: dataclasses.replace(k, run=counted(name, k.run)) for name, k in kernels.items()}
     backend = Backend("emulated", ("cpu",), kernels)
@@ -56,13 +59,10 @@ def network(kind):
     return model.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
-def test_a_step_is_as_exact_as_stock(ran, kind, dtype):
-    """Output, gradients and running statistics at twice stock's own error, each by name; within an ulp or so."""
-    stock = network(kind).to(dtype)
+def compare(stock, size, dtype):
+    """A step of a fused copy of `stock`, and one of it, with a step in float64."""
     exact, fused = copy.deepcopy(stock).double(), resnet_fused.fuse(copy.deepcopy(stock))
-    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
     with resnet_fused.use("emulated"):
         got = observe(fused, x)
     want, near = observe(exact, x.double()), observe(stock, x)
@@ -70,9 +70,32 @@ def test_a_step_is_as_exact_as_stock(ran, kind, dtype):
     for name, value in want.items():
         ours, theirs = ((found[name].double() - value).norm() for found in (got, near))
         assert ours <= 2 * theirs + torch.finfo(dtype).eps * value.double().norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_a_step_is_as_exact_as_stock(ran, kind, dtype):
+    """Output, gradients and running statistics at twice stock's own error, each by name; within an ulp or so."""
+    stock = network(kind).to(dtype)
+    compare(stock, 64, dtype)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
     assert ran["bn_stats"] == norms
     once = {"norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_apply"}
     assert {name: ran[name] for name in once} == dict.fromkeys(once, 1)
     assert {"norm_add_relu", "norm_add_relu_backward", "norm_relu_coefficients", "bn_coefficients"} <= ran.keys()
     assert ran["lazy_grad_apply"] == norms - 1  # the stem behind its pool
+
+
+@pytest.mark.parametrize("ran", [["conv_values"]], indirect=True)
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_a_step_with_convolutions_on_values_is_as_exact_as_stock(ran, kind):
+    """No batch norm has a pass of its own forward, and none is read for its statistics."""
+    stock = network(kind)
+    stock.layer3 = stock.layer4 = nn.Identity()
+    stock.fc = nn.Linear(128 * kind.expansion, 4)
+    stock = stock.to(torch.bfloat16)
+    compare(stock, 48, torch.bfloat16)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
+    assert ran["conv_values"] == norms and not ran["bn_stats"] and not ran["bn_affine"]
+    within = 3 * (1 if kind is BasicBlock else 2)  # blocks, which are written backward, for the weight's gradient
+    assert ran["norm_add_relu"] == 3 + within

@@ -35,7 +35,7 @@ def check_here() -> dict:
     status = library.status()
     if not status.cpu.loaded:
         raise SystemExit(f"_C is not loaded: {status.cpu.reason}")
-    for name in library.COMPILED_OPS:
+    for name in library.CPU_OPS:
         ran = [
             case.name
             for case in cases(name, torch.float32)[:CASES]
@@ -48,7 +48,7 @@ def check_here() -> dict:
     return {
         "torch": status.torch,
         "built_against": status.build_info["torch"],
-        "cpu_ops": list(library.COMPILED_OPS),
+        "cpu_ops": list(library.CPU_OPS),
         "cuda": "loaded" if status.cuda.loaded else status.cuda.reason,
         "cuda_build": torch.version.cuda,
         "cuda_library": status.cuda.path,

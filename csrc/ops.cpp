@@ -42,11 +42,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def("gate_add_relu_(Tensor(a!) z, Tensor factor, Tensor? term=None, Tensor? residual=None, bool relu=True) -> ()");
   m.def("gate_add_relu_backward(Tensor grad_out, Tensor z, Tensor? out=None) -> (Tensor g, Tensor sum_gz)");
   m.def(
-      "lazy_grad_apply(Tensor g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
-      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> Tensor dz");
+      "lazy_grad_apply(Tensor g, Tensor? z, Tensor? a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None, Tensor? mask=None) -> Tensor dz");
   m.def(
-      "lazy_grad_apply_(Tensor(a!) g, Tensor? z, Tensor a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
-      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None) -> ()");
+      "lazy_grad_apply_(Tensor(a!) g, Tensor? z, Tensor? a, Tensor? b=None, Tensor? d=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? sample_factor=None, Tensor? residual=None, Tensor? mask=None) -> ()");
   m.def(
       "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1) -> Tensor grad_w");
@@ -89,6 +89,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv1x1(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, "
       "bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, float? eps=None) "
       "-> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, Tensor centre)");
+  m.def(
+      "conv_values(Tensor x, Tensor weight, Tensor? x_scale=None, Tensor? x_shift=None, int[2] stride=1, "
+      "int[2] padding=0, int[2] dilation=1, bool emit_stats=True, Tensor? gamma=None, Tensor? beta=None, "
+      "float? eps=None) -> (Tensor z, Tensor mean, Tensor m2, Tensor var, Tensor rstd, Tensor scale, Tensor shift, "
+      "Tensor centre)");
   m.def(
       "conv1x1_dgrad(Tensor g, Tensor? weight, Tensor? mask=None, Tensor? z=None, Tensor? a=None, Tensor? b=None, "
       "Tensor? d=None, Tensor? scale=None, Tensor? shift=None, Tensor? sample_factor=None, Tensor? x=None, "

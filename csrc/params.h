@@ -90,13 +90,14 @@ struct LazyGradApplyParams {
   Extent extent;
   const void* g;               // [rows, C]; may be `dz`
   const void* z;               // [rows, C]; null where neither b nor scale is there
-  const float* a;              // [C]
+  const float* a;              // [C] or null: 1
   const float* b;              // [C] or null
   const float* d;              // [C], null without b
-  const float* scale;          // [C] or null: nothing is masked
+  const float* scale;          // [C] or null: no recomputed mask
   const float* shift;          // [C], null without scale
   const float* sample_factor;  // [N] or null
   const void* residual;        // [rows, C] or null
+  const uint8_t* mask_bits;    // [rows, ceil(C/8)] or null
   void* dz;                    // [rows, C]
 };
 

@@ -20,6 +20,8 @@ from .ops import OPS
 
 #: Ops that ``_C`` defines; all others are Python over ATen.
 COMPILED_OPS = tuple(name for name, op in OPS.items() if op.compiled)
+#: Those of which it has CPU kernels.
+CPU_OPS = tuple(name for name in COMPILED_OPS if OPS[name].on_cpu)
 
 REBUILD = "run `pip install --no-build-isolation -e .` in the source tree (or without -e to install it)"
 _HERE = Path(__file__).parent

@@ -39,9 +39,7 @@ RESNET_FUSED_CLONES void apply(T* dz, const T* g, const T* __restrict z, const T
 
 struct Arguments {
   Tensor g;
-  std::optional<Tensor> z;
-  Tensor a;
-  std::optional<Tensor> b, d, scale, shift, sample_factor, residual;
+  OptionalTensor z, a, b, d, scale, shift, sample_factor, residual, mask;
   Tensor dz;
 };
 
@@ -76,7 +74,8 @@ void run_with_or_without_residual(const Arguments& t) {
 }
 
 void apply_checked(Arguments& t, bool in_place) {
-  check_lazy_grad_apply(t.g, t.z, t.a, t.b, t.d, t.scale, t.shift, t.sample_factor, t.residual);
+  check_lazy_grad_apply(t.g, t.z, t.a, t.b, t.d, t.scale, t.shift, t.sample_factor, t.residual, t.mask);
+  if (t.mask || !t.a) fail("lazy_grad_apply: got a mask, or no a; pass a and no mask on the CPU");
   if (in_place) check_lazy_grad_apply_in_place(t.g, t.residual);
   t.dz = in_place ? t.g : empty_channels_last(t.g);
   for_element_type(t.g.scalar_type(), [&](auto* tag) {
@@ -88,20 +87,19 @@ void apply_checked(Arguments& t, bool in_place) {
   });
 }
 
-Tensor lazy_grad_apply(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a, const std::optional<Tensor>& b,
-                       const std::optional<Tensor>& d, const std::optional<Tensor>& scale,
-                       const std::optional<Tensor>& shift, const std::optional<Tensor>& sample_factor,
-                       const std::optional<Tensor>& residual) {
-  Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual, {}};
+Tensor lazy_grad_apply(const Tensor& g, const OptionalTensor& z, const OptionalTensor& a, const OptionalTensor& b,
+                       const OptionalTensor& d, const OptionalTensor& scale, const OptionalTensor& shift,
+                       const OptionalTensor& sample_factor, const OptionalTensor& residual,
+                       const OptionalTensor& mask) {
+  Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual, mask, {}};
   apply_checked(t, false);
   return t.dz;
 }
 
-void lazy_grad_apply_(const Tensor& g, const std::optional<Tensor>& z, const Tensor& a, const std::optional<Tensor>& b,
-                      const std::optional<Tensor>& d, const std::optional<Tensor>& scale,
-                      const std::optional<Tensor>& shift, const std::optional<Tensor>& sample_factor,
-                      const std::optional<Tensor>& residual) {
-  Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual, {}};
+void lazy_grad_apply_(const Tensor& g, const OptionalTensor& z, const OptionalTensor& a, const OptionalTensor& b,
+                      const OptionalTensor& d, const OptionalTensor& scale, const OptionalTensor& shift,
+                      const OptionalTensor& sample_factor, const OptionalTensor& residual, const OptionalTensor& mask) {
+  Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual, mask, {}};
   apply_checked(t, true);
 }
 

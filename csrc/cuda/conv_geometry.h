@@ -1,4 +1,4 @@
-// The sizes of a convolution as its kernels count them, or an error.
+// The sizes of a convolution as its kernels count them, or an error; and its weight as they read it.
 #pragma once
 
 #include <vector>
@@ -32,6 +32,12 @@ inline ConvGeometry geometry_of(const char* op, const Tensor& x, const Tensor& w
   return {i(x.size(0)),      i(x.size(2)),      i(x.size(3)),  i(x.size(1)),   i(weight.size(0)),
           i(weight.size(2)), i(weight.size(3)), i(outputs[0]), i(outputs[1]),  i(stride[0]),
           i(stride[1]),      i(padding[0]),     i(padding[1]), i(dilation[0]), i(dilation[1])};
+}
+
+// As ATen's convolutions do: a contiguous weight of several taps is copied into the activations' layout.
+inline Tensor in_rows(const Tensor& weight) {
+  return is_channels_last(weight) ? weight
+                                  : torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace resnet_fused::cuda

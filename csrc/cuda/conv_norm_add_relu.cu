@@ -17,10 +17,7 @@ struct Behind {
 
 void compute(const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const ConvGeometry& geometry,
              const Behind& b, const OptionalTensor& residual) {
-  // As ATen's convolutions do: a contiguous weight of several taps is copied into the activations' layout.
-  const Tensor rows = is_channels_last(weight)
-                          ? weight
-                          : torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor rows = in_rows(weight);
   const ConvNormAddReluParams params{geometry,
                                      x.numel() ? x.const_data_ptr() : nullptr,
                                      rows.numel() ? rows.const_data_ptr() : nullptr,

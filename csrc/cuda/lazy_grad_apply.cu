@@ -10,11 +10,9 @@ namespace {
 
 struct Arguments {
   const Tensor& g;
-  const OptionalTensor& z;
-  const Tensor& a;
-  const OptionalTensor &b, &d, &scale, &shift, &sample_factor, &residual;
+  const OptionalTensor &z, &a, &b, &d, &scale, &shift, &sample_factor, &residual, &mask;
 
-  void check() const { check_lazy_grad_apply(g, z, a, b, d, scale, shift, sample_factor, residual); }
+  void check() const { check_lazy_grad_apply(g, z, a, b, d, scale, shift, sample_factor, residual, mask); }
 };
 
 void compute(const char* op, const Tensor& dz, const Arguments& t) {
@@ -28,15 +26,17 @@ void compute(const char* op, const Tensor& dz, const Arguments& t) {
                                    pointer<float>(t.shift),
                                    pointer<float>(t.sample_factor),
                                    pointer<void>(t.residual),
+                                   pointer<uint8_t>(t.mask),
                                    output<void>(dz)};
   const cudaStream_t stream = current_stream(t.g);
   launch_as(op, t.g, [&](auto type) { launch_lazy_grad_apply<decltype(type)>(params, stream); });
 }
 
-Tensor lazy_grad_apply(const Tensor& g, const OptionalTensor& z, const Tensor& a, const OptionalTensor& b,
+Tensor lazy_grad_apply(const Tensor& g, const OptionalTensor& z, const OptionalTensor& a, const OptionalTensor& b,
                        const OptionalTensor& d, const OptionalTensor& scale, const OptionalTensor& shift,
-                       const OptionalTensor& sample_factor, const OptionalTensor& residual) {
-  const Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual};
+                       const OptionalTensor& sample_factor, const OptionalTensor& residual,
+                       const OptionalTensor& mask) {
+  const Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual, mask};
   t.check();
   const DeviceGuard guard(g.get_device_index());
   Tensor dz = empty_channels_last(g);
@@ -44,10 +44,10 @@ Tensor lazy_grad_apply(const Tensor& g, const OptionalTensor& z, const Tensor& a
   return dz;
 }
 
-void lazy_grad_apply_(const Tensor& g, const OptionalTensor& z, const Tensor& a, const OptionalTensor& b,
+void lazy_grad_apply_(const Tensor& g, const OptionalTensor& z, const OptionalTensor& a, const OptionalTensor& b,
                       const OptionalTensor& d, const OptionalTensor& scale, const OptionalTensor& shift,
-                      const OptionalTensor& sample_factor, const OptionalTensor& residual) {
-  const Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual};
+                      const OptionalTensor& sample_factor, const OptionalTensor& residual, const OptionalTensor& mask) {
+  const Arguments t{g, z, a, b, d, scale, shift, sample_factor, residual, mask};
   t.check();
   check_lazy_grad_apply_in_place(g, residual);
   const DeviceGuard guard(g.get_device_index());

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..library import COMPILED_OPS, status
-from ..ops import OPS, norm_relu_coefficients
-from ..ops.contract import is_channels_last, is_slice
+from ..library import CPU_OPS, status
+from ..ops import OPS, lazy_grad_apply, norm_relu_coefficients
+from ..ops.contract import is_channels_last, is_slice, takes_arguments_of
 from . import dense, onednn
 from .declaration import Backend, Kernel, check_complete
 
@@ -22,6 +22,13 @@ def loop_reasons(*args, **kwargs) -> list[str]:
         return [f"the compiled library is {status().cpu.reason}"]
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() == 4]
     return [] if all(map(is_channels_last, tensors)) else ["takes channels_last tensors only"]
+
+
+@takes_arguments_of(lazy_grad_apply.reference)
+def lazy_apply_reasons(t) -> list[str]:
+    """As :func:`loop_reasons`; the loops multiply by `a`, and take no bits."""
+    reasons = loop_reasons(t.g, t.z, t.residual)
+    return reasons if t.a is not None and t.mask is None else [*reasons, "takes no mask, and no call without a"]
 
 
 def weight_grad_reasons(grad, x, weight, *args, **kwargs) -> list[str]:
@@ -161,6 +168,8 @@ def _compiled(name: str) -> Callable:
 
 #: Kernels that walk something else than rows of channels, and what may stand against that.
 _OTHERS = {
+    "lazy_grad_apply": lazy_apply_reasons,
+    "lazy_grad_apply_": lazy_apply_reasons,
     "conv_norm_add_relu": unfolded_reasons,
     "conv_norm_add_relu_": unfolded_reasons_,
     "conv_norm_relu_pool": stem_reasons,
@@ -183,7 +192,7 @@ _OTHERS = {
 }
 #: Kernels that do not take every dtype of the loops.
 _FLOAT32 = ("winograd_", "grouped_", "conv1x1", "stem_", "conv_norm_relu_pool", "dense_")
-_DTYPES = {name: (torch.float32,) for name in COMPILED_OPS if name.startswith(_FLOAT32)}
+_DTYPES = {name: (torch.float32,) for name in CPU_OPS if name.startswith(_FLOAT32)}
 _DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_"), VECTOR_DTYPES)  # nothing rounds to 16 bits
 
 
@@ -207,6 +216,6 @@ BACKEND = check_complete(
     Backend(
         name="cpu",
         devices=("cpu",),
-        kernels={**{name: _declared(name) for name in COMPILED_OPS}, **_TWO, **onednn.KERNELS},
+        kernels={**{name: _declared(name) for name in CPU_OPS}, **_TWO, **onednn.KERNELS},
     )
 )

@@ -73,10 +73,11 @@ CONVOLUTION_REASONS = {
     "conv_add_relu_": cuda_conv.conv_reasons_,
 }
 CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
-#: Of training's products on tensor cores: plans go by Triton's, whichever of these are built.
+#: Of training's products on tensor cores. Those of 1x1 are in plans where Triton's would be, whichever are built.
 PRODUCTS = {
     "conv1x1": {"unsupported": cuda_conv.conv1x1_reasons, "more_cases": conv_cases.conv1x1_tiles},
     "conv1x1_join": {"unsupported": cuda_conv.conv1x1_join_reasons, "more_cases": conv_cases.conv1x1_join_tiles},
+    "conv_values": {"unsupported": cuda_conv.conv_values_reasons},
 }
 #: Of the Gram join, whose products of float32 are in full whatever is allowed for convolutions.
 GRAM = {
@@ -87,7 +88,7 @@ GRAM = {
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this
 #: PyTorch could load them and they are not there.
-ASSUMED = frozenset(CONVOLUTIONS if _status.cuda.loaded or torch.version.cuda is None else ())
+ASSUMED = frozenset((*CONVOLUTIONS, "conv_values") if _status.cuda.loaded or torch.version.cuda is None else ())
 BACKEND = check_complete(
     Backend(
         name="cuda",

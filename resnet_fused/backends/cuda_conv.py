@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import library
-from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu, gram
+from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu, conv_values, gram
 from ..ops.contract import is_channels_last, takes_arguments_of
 from ..ops.conv_add_relu import output_shape
 from . import cards, tf32
@@ -48,16 +48,16 @@ def _unbuilt(arch: int) -> str:
     return unbuilt(arch, library.status().build_info.get("cuda_architectures", ""))
 
 
-def _limits(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[str]:
-    """Reasons against sizes."""
-    if weight.shape[1] != x.shape[1]:
+def limits(x: torch.Size, weight: torch.Size, stride, padding, dilation) -> list[str]:
+    """Reasons against sizes, from the shapes of `x` and `weight`."""
+    if weight[1] != x[1]:
         return ["takes no groups"]
-    out = torch.Size(output_shape(x.shape, weight.shape, stride, padding, dilation))
-    padded = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
+    out = torch.Size(output_shape(x, weight, stride, padding, dilation))
+    padded = [size + 2 * p for size, p in zip(x[2:], padding, strict=True)]
     reasons = []
     if max(*padded, *stride, *dilation) >= MOST_PIXELS:
         reasons.append(f"takes images, strides and dilations of less than {MOST_PIXELS} pixels to a side, padded")
-    sizes = out.numel(), torch.Size((*x.shape[:2], *padded)).numel(), weight.numel()
+    sizes = out.numel(), torch.Size((*x[:2], *padded)).numel(), weight.numel()
     if max(sizes) >= MOST_ELEMENTS:
         reasons.append("takes less than 2^31 elements a tensor; pass a smaller batch")
     return reasons
@@ -74,7 +74,7 @@ def _reasons(x, weight, vectors, residual, stride, padding, dilation) -> list[st
         found.append(f"takes weight and x of one dtype, not {weight.dtype} and {x.dtype}")
     if not all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors if t is not None):
         found.append("takes contiguous float32 vectors only")
-    return found + _limits(x, weight, stride, padding, dilation)
+    return found + limits(x.shape, weight.shape, stride, padding, dilation)
 
 
 @takes_arguments_of(conv_norm_add_relu.reference)
@@ -112,6 +112,13 @@ def conv1x1_reasons(a) -> list[str]:
     """Reasons against `conv1x1`."""
     found = _reasons(a.x, a.weight, (a.x_scale, a.x_shift), None, a.stride, (0, 0), (1, 1))
     return found if is_channels_last(a.weight) else [*found, "takes a contiguous weight only"]
+
+
+@takes_arguments_of(conv_values.reference)
+def conv_values_reasons(a) -> list[str]:
+    """Reasons against `conv_values`."""
+    found = _reasons(a.x, a.weight, (a.x_scale, a.x_shift), None, a.stride, a.padding, a.dilation)
+    return found if _is_dense(a.weight) else [*found, "takes a dense weight only"]
 
 
 @takes_arguments_of(conv1x1_join.reference)

@@ -57,7 +57,8 @@ class Op:
     bytes: Callable  # same arguments -> int, the memory traffic in bytes that the op must cause
     flops: Callable  # same arguments -> int
     small: bool = False  # arithmetic per channel: a backend without a kernel for it leaves it to the others
-    compiled: bool = False  # csrc/ops.cpp has its schema, csrc/cpu a kernel
+    compiled: bool = False  # csrc/ops.cpp has its schema, csrc/cpu a kernel unless `on_cpu` says otherwise
+    on_cpu: bool = True  # of a compiled op: whether csrc/cpu has a kernel, not csrc/cuda alone
     vectors: bool = False  # the first argument is a vector in the dtype of statistics, instead of activations
     #: What tells a call of other sizes from this one, as :mod:`..backends.selfcheck.problems` reads it; "": a kernel of
     #: it may not come in many binaries, each of which is judged by itself.

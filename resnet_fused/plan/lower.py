@@ -11,6 +11,7 @@ the reference, makes another variant, or stock's operations.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,8 @@ from ..steps.join import Join
 from ..steps.kinds import Convolve, ConvolveAndAdd, Kind, Normalise, PooledNorm
 from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normalisation, Pooling, Program
 from ..steps.value_join import ValueJoin
-from ..steps.value_kinds import ConvolveValue, ConvolveValueAdd
-from . import average_steps, averages, choose, cpu_values, dense, measured, too_small, variants, words
+from ..steps.value_kinds import ConvolveTaps, ConvolveValue, ConvolveValueAdd
+from . import average_steps, averages, choose, cpu_values, dense, gpu_values, measured, too_small, variants, words
 from .keys import threads
 from .variants import Variant
 
@@ -81,6 +82,14 @@ def _addition_obstacle(program: Program, node: Addition) -> str:
     return "" if program.is_affine(node.branch) else "a shortcut in a batch norm, added to a convolution"
 
 
+class _Chosen(NamedTuple):
+    """A variant of a call."""
+
+    variant: Variant
+    gram: frozenset[int]  # the norms whose branches are Gram joins
+    taps: frozenset[int]  # the convolutions by `conv_values`, where the 1x1 ops do not take them
+
+
 def steps_of(call: Call, variant: Variant) -> Lowered:
     """The steps of `call` in a variant that :func:`variants.every` has.
 
@@ -94,9 +103,10 @@ def steps_of(call: Call, variant: Variant) -> Lowered:
         raise ValueError(f"no steps run this program: {reason}")
     main, projections = variants.gram_branches(call, variant.values)
     gram = (main if variant.gram else frozenset()) | (projections if variant.gram_shortcut else frozenset())
+    chosen = _Chosen(variant, gram, gpu_values.taps(call) if variant.taps else frozenset())
     steps: list[Kind] = []
     for (value, node), own in zip(program.numbered, call.tensors, strict=True):
-        steps += _steps_of_node(call, variant, gram, value, node, own)
+        steps += _steps_of_node(call, chosen, value, node, own)
     return Lowered(program, tuple(steps), in_place=not choose.on_gpu(call.x))
 
 
@@ -115,18 +125,18 @@ def _sum_of(program: Program, value: int) -> int | None:
     return readers[0] if isinstance(node, Addition) and node.branch == value else None
 
 
-def _emits(call: Call, variant: Variant, value: int) -> bool:
+def _emits(call: Call, chosen: _Chosen, value: int) -> bool:
     """Whether the step that makes `value` emits its statistics if a norm that normalises with the batch reads it.
 
     What reads the output is not known here: likely a program like this one, if this one begins with such a norm.
     """
     program, node = call.program, call.program.maker(value)
     if isinstance(node, Convolution):
-        return variant.values and _on_value(call, value)
+        return value in chosen.taps or (chosen.variant.values and _on_value(call, value))
     if not isinstance(node, Addition) or node.relu or not isinstance(program.maker(node.branch), Convolution):
         return False
     likely = 0 if value == program.output else value
-    return program.meets_batch(likely) and not variant.values and _adds_with_statistics(call)
+    return program.meets_batch(likely) and not chosen.variant.values and _adds_with_statistics(call)
 
 
 def _adds_with_statistics(call: Call) -> bool:
@@ -136,9 +146,9 @@ def _adds_with_statistics(call: Call) -> bool:
     return here and call.x.dtype in LOOP_DTYPES and cpu_values.level() != ""
 
 
-def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: int, node: Node, own) -> list[Kind]:
+def _steps_of_node(call: Call, chosen: _Chosen, value: int, node: Node, own) -> list[Kind]:
     """The steps of the node that makes `value`; none where another's does it."""
-    program, one_pass = call.program, variant.one_pass
+    program, (variant, gram, taps), one_pass = call.program, chosen, chosen.variant.one_pass
     if isinstance(node, Averaging):
         on_load = variant.values and functools.partial(_on_value, call)
         return [average_steps.step(call, value, node, on_load or None)]
@@ -150,12 +160,14 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
         statistics = program.meets_batch(value)
         if variant.values and _on_value(call, value):
             return [ConvolveValue(value, statistics, one_pass)]
+        if value in taps:
+            return [ConvolveTaps(value, statistics)]
         return [Convolve(value, variant.keep and program.is_lazy(node.source), statistics)]
     if isinstance(node, Pooling):
         return [PooledNorm(value)]
     steps: list[Kind] = []
     if isinstance(node, Normalisation):
-        emitted = node.norm.batch_stats and _emits(call, variant, node.source)
+        emitted = node.norm.batch_stats and _emits(call, chosen, node.source)
         if node.act is not None:
             return [Activate(value, emitted)]
         if value not in gram:
@@ -165,9 +177,9 @@ def _steps_of_node(call: Call, variant: Variant, gram: frozenset[int], value: in
     terms = program.terms(value)
     if terms is None:
         on_value = variant.values and _on_value(call, node.branch)
-        return [ConvolveValueAdd(value, one_pass) if on_value else ConvolveAndAdd(value, _emits(call, variant, value))]
+        return [ConvolveValueAdd(value, one_pass) if on_value else ConvolveAndAdd(value, _emits(call, chosen, value))]
     kinds = (terms.branch in gram, terms.other in gram)
-    return [*steps, ValueJoin(value, *kinds, one_pass) if variant.values else Join(value, *kinds)]
+    return [*steps, ValueJoin(value, *kinds, one_pass) if variant.values or taps else Join(value, *kinds)]
 
 
 def lacking(lowered: Lowered, call: Call) -> str:
@@ -210,7 +222,9 @@ def _sound(call: Call, variant: Variant) -> tuple[Variant, Lowered, str]:
         return variant, lowered, ""
     two, written = {"one_pass": False}, {"gram": False, "gram_shortcut": False}
     on_tensors = written | two | {"keep": False, "values": False}
-    for less in (two, written, written | two, on_tensors) if variant.values else ():
+    lesser: list[dict] = [two, written, written | two, on_tensors] if variant.values else []
+    lesser += [less | {"taps": False} for less in ({}, *lesser)] if variant.taps else []
+    for less in lesser:
         other = steps_of(call, variant._replace(**less))
         if not lacking(other, call):
             return variant._replace(**less), other, missing

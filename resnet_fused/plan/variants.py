@@ -2,7 +2,8 @@
 
 *On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, and on CPUs where
 :mod:`.cpu_values` says so. Other programs are on tensors: on a CPU, where Gram joins go through oneDNN, and on GPUs
-without Triton, where they go through the compiled convolutions.
+without Triton, where they go through the compiled convolutions. On GPUs all other convolutions are on values too where
+:mod:`.gpu_values` says so.
 
 In 16 bits the gradients of narrow convolutions come from one pass, which moves fewer bytes and multiplies as much.
 
@@ -31,7 +32,7 @@ from ..backends import onednn
 from ..steps import pointwise
 from ..steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, Terms
 from ..steps.spec import Conv, StepTensors
-from . import choose, cpu_values, too_small
+from . import choose, cpu_values, gpu_values, too_small
 from .devices import CPU_CORE, Device
 
 #: Share of the last convolution's forward and backward time that a Gram join may cost, for the memory it saves. Where
@@ -56,6 +57,7 @@ class Variant(NamedTuple):
     gram_shortcut: bool = False  # projections are
     keep: bool = False  # activations that are written for convolutions are kept for backward
     one_pass: bool = False  # both gradients of narrow convolutions on values come from one read of theirs
+    taps: bool = False  # all other convolutions that can normalise on load and emit statistics, see `gpu_values`
     stock: bool = False
 
 
@@ -179,23 +181,25 @@ def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Op
     return bool(norms) and all(_gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
 
 
-def written(call: Call) -> list[int]:
-    """Values that are written for ATen's convolutions where the others are on values."""
-    reads = {node.source for _, node, own in call.convolutions if not serves(node.conv, own)}
+def written(call: Call, on_load: frozenset[int]) -> list[int]:
+    """Values that are written for ATen's convolutions where the others, and those `on_load`, are on values."""
+    reads = {node.source for v, node, own in call.convolutions if v not in on_load and not serves(node.conv, own)}
     return [value for value in reads if call.program.is_lazy(value)]
 
 
-def _keeps(call: Call, shapes: list[torch.Size]) -> bool:
+def _keeps(call: Call, shapes: list[torch.Size], on_load: frozenset[int]) -> bool:
     """Whether to keep the activations that ATen's convolutions read: a small share of what is saved anyway.
 
     Not in pre-activation blocks: a network of them would save more than 0.60 of stock's for 1.6% fewer bytes moved.
     """
     program = call.program
+    if on_load and not written(call, on_load):
+        return True  # there are none
     if not joins(program) or program.prefer == "memory":
         return False
     inner = [n for v, n in program.numbered if isinstance(n, Normalisation) and n.relu and v != program.output]
     saved = sum(shapes[value].numel() for value in {0, *(node.source for node in inner)})
-    return sum(shapes[value].numel() for value in written(call)) <= KEPT_SHARE * saved
+    return sum(shapes[value].numel() for value in written(call, on_load)) <= KEPT_SHARE * saved
 
 
 def _has_narrow(call: Call) -> bool:
@@ -208,11 +212,17 @@ def _has_narrow(call: Call) -> bool:
 
 def every(call: Call) -> list[Variant]:
     """Everything that `call` could be run as, were all kernels sound; first what is simplest."""
-    found = options(call)
+    found, on_load = options(call), gpu_values.taps(call)
+    every = _every(call, found, frozenset())
+    return every + [variant._replace(taps=True) for variant in _every(call, found, on_load)] if on_load else every
+
+
+def _every(call: Call, found: Options | None, on_load: frozenset[int]) -> list[Variant]:
+    """Those where the convolutions `on_load` are on values beside the 1x1 ones."""
     if found is None:
         return [Variant()]
     on_cpu = found.device is CPU_CORE
-    kept = (False, True) if found.values and not on_cpu and written(call) else (found.values and not on_cpu,)
+    kept = (False, True) if found.values and not on_cpu and written(call, on_load) else (found.values and not on_cpu,)
     passes = (False, True) if found.values and not on_cpu and _has_narrow(call) else (False,)
     every = _joined(Options(CPU_CORE, False, *gram_branches(call, False))) if found.values and on_cpu else []
     every += [Variant()] if found.values and not on_cpu else []
@@ -246,14 +256,16 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     found = options(call)
     if found is not None and found.values and found.device is CPU_CORE and not cpu_values.pay(call, shapes):
         found = options(call, on_tensors=True)
+    on_load = gpu_values.taps(call)
     if found is None:
-        return Variant()
+        return Variant(taps=bool(on_load))
     main, projection = (_pay(call, norms, shapes, found) for norms in (found.main, found.projections))
     if not found.values:
         return Variant(False, main, projection)
     # on a CPU keeping what a 3x3 reads would add to what is saved, and one op makes two gradients
     on_gpu = found.device is not CPU_CORE
-    return Variant(True, main, projection and main, on_gpu and _keeps(call, shapes), on_gpu and _has_narrow(call))
+    keep, one_pass = on_gpu and _keeps(call, shapes, on_load), on_gpu and _has_narrow(call)
+    return Variant(True, main, projection and main, keep, one_pass, bool(on_load))
 
 
 def why(call: Call, shapes: list[torch.Size]) -> str:

@@ -107,7 +107,8 @@ class Backward(_Flow):
         gradient."""
         super().__init__(program, tensors, sample_factor)
         self.values, self._shapes = values, shapes
-        self.in_place = True  # whether a gradient that we own is written over by the one before a norm
+        #: Whether a gradient that we own is written over by the one before a norm: on a CPU, whose loops take no bits.
+        self.in_place = True
         self.needs = [*(StepGrads() for _ in range(program.inputs)), *needs]
         self.grads = [StepGrads() for _ in self.tensors]  # of the parameters, by the value that they make
         self.wanted = program.wanted(needs, needs_inputs)
@@ -147,11 +148,24 @@ class Backward(_Flow):
             return
         known = self._pending.pop(number, None)
         if known is not None:
-            known, grad = self._completed(number, known), self._completed(number, grad)
-            if known.pixels != grad.pixels and EVERY not in (known.pixels, grad.pixels):
-                known = _spread(known, self.shape(number))
-            grad = _sum(known, grad)
+            in_one = self._masked_sum(known, grad)
+            grad = self._added(number, known, grad) if in_one is None else in_one
         self._pending[number] = grad
+
+    def _masked_sum(self, masked: Pending, other: Pending) -> Pending | None:
+        """The sum of a tensor that is still to be masked and another tensor, where one pass of a GPU makes it."""
+        if self.in_place or masked.mask is None or other.mask is not None:
+            return None
+        if not (_is_whole(masked) and _is_whole(other)):
+            return None
+        options = {"residual": other.grad, "mask": masked.mask}
+        return Pending(run("lazy_grad_apply", masked.grad, None, None, **options, backend=self.backend))
+
+    def _added(self, number: int, known: Pending, grad: Pending) -> Pending:
+        known, grad = self._completed(number, known), self._completed(number, grad)
+        if known.pixels != grad.pixels and EVERY not in (known.pixels, grad.pixels):
+            known = _spread(known, self.shape(number))
+        return _sum(known, grad)
 
     def dense(self, number: int) -> Pending | None:
         """The gradient of a value at all pixels, a tensor or a :class:`LazyGrad`; the caller has it then."""
@@ -177,6 +191,11 @@ def as_lazy(grad: Pending) -> LazyGrad:
     """A gradient as the 1x1 ops take it."""
     known = isinstance(grad.grad, LazyGrad)
     return grad.grad if known else LazyGrad(grad.grad, None, Coefficients(), None, mask=grad.mask)
+
+
+def _is_whole(grad: Pending) -> bool:
+    """Whether a gradient is a tensor of all pixels, but for a mask."""
+    return grad.correction is None and grad.pixels == EVERY and not isinstance(grad.grad, LazyGrad)
 
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..backends import run
@@ -48,6 +49,8 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     if isinstance(grad.grad, LazyGrad):
         grad = Pending(grad.grad.materialise(b.backend, into_g=grad.owned and b.in_place))
     conv, pixels = node.conv, EVERY
+    if conv.is_pointwise(own.weight) and conv.stride != (1, 1) and not b.in_place:
+        return _strided_backward(b, value, grad.grad)
     read = b.tensor(node.source) if need.weight else b.like(node.source, grad.grad)
     if conv.is_pointwise(own.weight) and conv.stride != (1, 1):  # of the pixels that it reads: nobody else gets any
         read, conv, pixels = convolutions.strided(read, conv.stride), convolutions.POINTWISE, conv.stride
@@ -56,6 +59,19 @@ def conv_backward(b: Backward, value: int, grad: Pending) -> None:
     grad_read = conv_grads(b, value, grad.grad, read, conv, into)
     if grad_read is not None:
         b.give(node.source, Pending(grad_read, True, pixels))
+
+
+def _strided_backward(b: Backward, value: int, grad: Tensor) -> None:
+    """:func:`conv_backward` of a 1x1 with a stride on a GPU, whose weight's gradient reads pixels where they lie."""
+    node, weight, need = b.program.maker(value), b.tensors[value].weight, b.needs[value]
+    if b.wanted[node.source]:
+        shape = (grad.shape[0], weight.shape[1], *grad.shape[2:])
+        like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        found = convolutions.gradients(grad, like, weight, convolutions.POINTWISE, b.backend, (True, False))
+        b.give(node.source, Pending(found[0], True, node.conv.stride))
+    read = b.tensor(node.source) if need.weight else grad
+    found = convolutions.gradients(grad, read, weight, node.conv, b.backend, (False, bool(need.weight)))
+    b.grads[value] = StepGrads(found[1], grad.sum((0, 2, 3), dtype=stat_dtype(grad.dtype)) if need.bias else None)
 
 
 def conv_grads(

@@ -51,7 +51,7 @@ class LazyGrad(NamedTuple):
     bn: Affine
     relu: bool = False  # whether g is still to be masked by the sign of scale*z + shift
     sample_factor: Tensor | None = None  # [N]
-    mask: Tensor | None = None  # bits by which g is still to be masked, see `norm_add_relu`; not to be materialised
+    mask: Tensor | None = None  # bits by which g is still to be masked, see `norm_add_relu`
 
     def on_load(self) -> dict[str, Tensor | None]:
         """The arguments by which a 1x1 op applies this on load, see ``ops.lazy``."""
@@ -67,10 +67,7 @@ class LazyGrad(NamedTuple):
         Args:
             residual: added to it, ``[N, C, H, W]``; in memory of its own where `g` is written over.
         """
-        if self.mask is not None:
-            raise ValueError("a gradient that is still to be masked by bits is for the ops that do so on load")
         options = self.on_load() | {"residual": residual}
-        del options["mask"]
         if into_g and self.g.device.type == "cpu" and backend != "triton":  # whose interpreter has no such op
             run("lazy_grad_apply_", self.g, **options, backend=backend)
             return self.g

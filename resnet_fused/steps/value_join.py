@@ -35,7 +35,7 @@ CORRECTION_PAYS = 3
 
 @dataclasses.dataclass(frozen=True)
 class ValueJoin(Join):
-    """A join of 1x1 convolutions on values. `one_pass`: both gradients of the narrow ones come from one pass."""
+    """A join of convolutions on values. `one_pass`: both gradients of the narrow 1x1 ones come from one pass."""
 
     one_pass: bool = False
     packs_mask: ClassVar[bool] = True
@@ -47,7 +47,8 @@ class ValueJoin(Join):
     def ops(self, program: Program) -> tuple[str, ...]:
         product = ("conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad") if self.gram else ("norm_add_relu",)
         more = ("conv1x1_backward",) if self.one_pass else ()
-        return (*product, "norm_add_relu_backward", *more, *self.gram_ops(program))
+        sums = ("norm_add_relu_backward", "norm_relu_coefficients", "lazy_grad_apply")
+        return (*product, *sums, *more, *self.gram_ops(program))
 
     def product(self, f: Forward, terms: Terms, options: dict) -> tuple[Tensor, Tensor]:
         """The join as one matrix product, over ``[value | x]`` where the projection is a Gram join too."""
@@ -69,17 +70,32 @@ class ValueJoin(Join):
 
     def backward(self, b: Backward, grad: Pending) -> None:
         terms = b.program.terms(self.value)
-        mask, (branch, other), sums = b.masks.get(self.value), self.written(b, terms), None
-        if branch is not None or other is not None:
-            _, *sums = self.sums(b, terms, grad.grad, branch, other, {"mask": mask, "emit_grad": False})
+        mask, (branch, other) = b.masks.get(self.value), self.written(b, terms)
+        found = self._coefficients(b, terms, grad.grad, branch, other, mask)
         factor = b.sample_factor if terms.sampled else None
         if terms.projected:
-            self._branch(b, terms.other, other, grad.grad, mask, sums and sums[2:], None)
+            self._branch(b, terms.other, other, grad.grad, mask, found[1], None)
         elif terms.other is not None:
             b.give(terms.other, Pending(grad.grad, False, mask=mask))
-        self._branch(b, terms.branch, branch, grad.grad, mask, sums and sums[:2], factor)
+        self._branch(b, terms.branch, branch, grad.grad, mask, found[0], factor)
 
-    def _branch(self, b: Backward, norm: int, lazy: Lazy | None, g: Tensor, mask, sums, factor) -> None:
+    def _coefficients(
+        self, b: Backward, terms: Terms, g: Tensor, branch: Lazy | None, other: Lazy | None, mask: Tensor | None
+    ) -> tuple[Coefficients | None, Coefficients | None]:
+        """Of the norms of both branches where they were written: of one by itself in a launch less."""
+        if branch is None and other is None:
+            return None, None
+        norms = [b.program.maker(norm).norm for norm in terms.norms]
+        if other is None and mask is not None and norms[0].batch_stats:
+            z, bn, factor = branch.z, branch.bn, b.sample_factor if terms.sampled else None
+            arguments = (g, z, bn.mean, bn.rstd, bn.scale, None, mask, factor)
+            sum_g, by_z, offset, grad_gamma = run("norm_relu_coefficients", *arguments, backend=b.backend)
+            return Coefficients(bn.scale, by_z, offset, grad_gamma, sum_g), None
+        _, *sums = self.sums(b, terms, g, branch, other, {"mask": mask, "emit_grad": False})
+        of_branch = None if branch is None else coefficients(branch.bn, *sums[:2], g, norms[0], b.backend)
+        return of_branch, None if other is None else coefficients(other.bn, *sums[2:], g, norms[1], b.backend)
+
+    def _branch(self, b: Backward, norm: int, lazy: Lazy | None, g: Tensor, mask, c, factor) -> None:
         """The gradient at a branch's convolution, as a value; of a Gram join all that is behind it too."""
         if not b.wanted[norm]:
             return
@@ -87,7 +103,6 @@ class ValueJoin(Join):
             grad = as_lazy(Pending(g, False, mask=mask))._replace(sample_factor=factor)
             _ValueBranch(b, norm, grad, self.one_pass).backward()
             return
-        c = coefficients(lazy.bn, *sums, g, b.program.maker(norm).norm, b.backend)
         at_conv = LazyGrad(g, lazy.z, c, lazy.bn, sample_factor=factor, mask=mask)
         give_source(b, norm, at_conv, owned=False)
 

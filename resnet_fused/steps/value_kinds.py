@@ -1,5 +1,6 @@
-"""Kinds of steps for devices whose 1x1 kernels take values: they normalise on load, and emit what batch norm needs.
+"""Kinds of steps for devices whose convolutions take values: they normalise on load, and emit what batch norm needs.
 
+Of 1x1 convolutions both gradients are on values too; those of other filters are PyTorch's, on what is written for them.
 Backward the product's epilogue takes the gradient through the ReLU before it and emits the two sums of that batch norm,
 or adds the gradient of a value's other reader. One op makes both gradients, where the convolution is narrow in one
 pass.
@@ -18,7 +19,7 @@ from ..ops import stat_dtype
 from . import pointwise
 from .batch_norm import affine_of, parameters
 from .flow import Backward, Forward, as_lazy
-from .kinds import Kind, give_source
+from .kinds import Kind, conv_backward, give_source
 from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
 from .pointwise import parts
 from .program import Program
@@ -74,6 +75,44 @@ def value_grads(
     return grad_read
 
 
+def _convolve(f: Forward, value: int, op: str, weight: Tensor, statistics: bool, *where) -> None:
+    """Make `value` by the convolution `op`, which takes values. `where`: its arguments before `emit_stats`."""
+    x, scale, shift = parts(f.values[f.program.maker(value).source])
+    readers, norm, options = f.program.readers(value), None, {}
+    if statistics and len(readers) == 1:  # what that norm makes of the statistics comes with them
+        (norm,) = readers
+        options = parameters(f.tensors[norm], f.program.maker(norm).norm)
+    z, *found = run(op, x, weight, scale, shift, *where, statistics, **options, backend=f.backend)
+    f.values[value] = z
+    if norm is not None:
+        f.affine[norm] = affine_of(found, z)
+    elif statistics:
+        f.emitted[value] = found[0], found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolveTaps(Kind):
+    """The convolution by any filter that makes `value`; `statistics`: a norm reads it, and normalises with the batch.
+
+    Forward a norm before it is never written, and the norm behind it reads nothing again. Backward what it read is
+    written, for PyTorch's gradient of the weight.
+    """
+
+    statistics: bool = False
+    word: ClassVar[str] = "convolution on values"
+
+    def ops(self, program: Program) -> tuple[str, ...]:
+        again = ("norm_add_relu",) if program.is_lazy(program.maker(self.value).source) else ()
+        return ("conv_values", *again, "lazy_grad_apply")
+
+    def forward(self, f: Forward) -> None:
+        node, own = f.program.maker(self.value), f.tensors[self.value]
+        _convolve(f, self.value, "conv_values", own.weight, self.statistics, *node.conv.args[:3])
+
+    def backward(self, b: Backward, grad: Pending) -> None:
+        conv_backward(b, self.value, grad)
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvolveValue(Kind):
     """The 1x1 convolution that makes `value`; `statistics`: a norm reads it, and normalises with the batch."""
@@ -87,18 +126,7 @@ class ConvolveValue(Kind):
 
     def forward(self, f: Forward) -> None:
         node, own = f.program.maker(self.value), f.tensors[self.value]
-        x, scale, shift = parts(f.values[node.source])
-        readers, norm, options = f.program.readers(self.value), None, {}
-        if self.statistics and len(readers) == 1:  # what that norm makes of the statistics comes with them
-            (norm,) = readers
-            options = parameters(f.tensors[norm], f.program.maker(norm).norm)
-        arguments = (x, own.weight.contiguous(), scale, shift, node.conv.stride, self.statistics)
-        z, *found = run("conv1x1", *arguments, **options, backend=f.backend)
-        f.values[self.value] = z
-        if norm is not None:
-            f.affine[norm] = affine_of(found, z)
-        elif self.statistics:
-            f.emitted[self.value] = found[0], found[1]
+        _convolve(f, self.value, "conv1x1", own.weight.contiguous(), self.statistics, node.conv.stride)
 
     def backward(self, b: Backward, grad: Pending) -> None:
         value_backward(b, self.value, as_lazy(grad), self.one_pass)

@@ -201,7 +201,16 @@ def lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
     for (name, draw), residual in itertools.product(_shapes(), (False, True)):
         chosen = options(draw, True, True, True, residual)
         yield Case(f"{name}, residual {residual}", (draw.data(), draw.data(), draw.vector()), chosen)
+    for name, draw in _shapes():
+        bits = {"mask": pack_mask(draw.data() > 0)}
+        given = options(draw, True, False, True, True)
+        yield Case(f"{name}, bits", (draw.data(), draw.data(), draw.vector()), given | bits)
+        yield Case(f"{name}, bits, residual alone", (draw.data(), None, None), {"residual": draw.data()} | bits)
     draw = NormalDraw((2, 24, 3, 5))
+    kept = _specials(draw) > 0
+    yield Case(
+        "NaN where masked by bits", (torch.where(kept, draw.data(), torch.nan), None, None), {"mask": pack_mask(kept)}
+    )
     yield Case("not finite", (draw.data(), _specials(draw), draw.vector()), options(draw, False, True, False, False))
     yield Case("residual not finite", (draw.data(), None, draw.vector()), {"residual": _specials(draw)})
 

@@ -132,6 +132,21 @@ def test_what_stands_against_a_training_product():
         assert cuda_conv.conv1x1_reasons(x, weight) == [cuda_conv.unbuilt(75, "9.0")]
 
 
+def test_what_stands_against_a_convolution_on_values():
+    x, weight, vector = data(2, 8, 5, 5), data(16, 8, 3, 3), torch.empty(8, device="meta")
+    assert cuda_conv.conv_values_reasons(x, weight.contiguous(), vector, vector, [2, 2], [1, 1]) == []
+    for args, reason in (
+        ((x.contiguous(), weight), "takes channels_last tensors only"),
+        ((x, data(8, 16, 3, 3).transpose(0, 1)), "takes a dense weight only"),
+        ((x, data(16, 4, 3, 3)), "takes no groups"),
+        ((x, weight, vector.half(), vector.half()), "takes contiguous float32 vectors only"),
+        ((x, weight, None, None, [1, 1], [1 << 14, 1]), "of less than 32768 pixels to a side"),
+    ):
+        assert [one for one in cuda_conv.conv_values_reasons(*args) if reason in one]
+    with assuming(Card(arch=75)):
+        assert cuda_conv.conv_values_reasons(x, weight) == [cuda_conv.unbuilt(75, "9.0")]
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_training_product_in_float32_needs_tf32(monkeypatch, allowed):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
@@ -152,7 +167,26 @@ def test_the_self_check_of_a_training_product_meets_every_tile():
             met.add("large")
         else:
             met.add("small" if narrow < 188 else "chunks" if narrow >= 16 * 188 else "narrow")
-    assert met == {"elements", "large", "chunks", "small"} and list(cuda.PRODUCTS) == ["conv1x1", "conv1x1_join"]
+    assert met == {"elements", "large", "chunks", "small"}
+    assert list(cuda.PRODUCTS) == ["conv1x1", "conv1x1_join", "conv_values"]
+
+
+def test_the_self_check_of_a_convolution_on_values_meets_every_tile():
+    """As of the training product; every filter reaches outside the image, where a shift makes something of zero."""
+    met = set()
+    for case in conv_cases.conv_values(torch.bfloat16):
+        x, weight, options = *case.args, case.kwargs
+        shape = OPS["conv_values"].fake(*case.args, **options)[0].shape
+        pixels, outputs = shape[0] * shape[2] * shape[3], weight.shape[0]
+        large, narrow = (-(-pixels // 128) * -(-outputs // cols) for cols in (128, 64))
+        assert max(options["padding"]) > 0 and bool((options.get("x_shift", torch.ones(1)) > 0).any())
+        if x.shape[1] % 8 or outputs % 8:
+            met.add("elements")
+        elif outputs > 64 and large >= 188:
+            met.add("large")
+        else:
+            met.add("small" if narrow < 188 else "chunks" if narrow >= 16 * 188 else "narrow")
+    assert met == {"elements", "large", "chunks", "small"}
 
 
 def test_a_kernel_is_judged_by_its_own_cases_too(monkeypatch):

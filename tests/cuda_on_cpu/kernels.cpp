@@ -57,7 +57,7 @@ int lazy_grad_apply(int dtype, int64_t rows, int64_t channels, int64_t rows_per_
                     const float* a, const float* b, const float* d, const float* scale, const float* shift,
                     const float* sample_factor, const void* residual, void* dz) {
   const LazyGradApplyParams p{
-      {rows, channels, rows_per_sample}, g, z, a, b, d, scale, shift, sample_factor, residual, dz};
+      {rows, channels, rows_per_sample}, g, z, a, b, d, scale, shift, sample_factor, residual, nullptr, dz};
   return cuda_on_cpu::with_type(dtype, [&](auto t) { cuda::launch_lazy_grad_apply<decltype(t)>(p, nullptr); });
 }
 }

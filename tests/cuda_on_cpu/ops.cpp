@@ -41,6 +41,7 @@ using namespace ::resnet_fused::cuda;  // instructions.h
 #include "../../csrc/cuda/conv1x1.cu"
 #include "../../csrc/cuda/conv1x1_join.cu"
 #include "../../csrc/cuda/conv_norm_add_relu.cu"
+#include "../../csrc/cuda/conv_values.cu"
 #include "../../csrc/cuda/gram.cu"
 #include "../../csrc/cuda/gram_grad.cu"
 #include "../../csrc/cuda/gram_norm.cu"

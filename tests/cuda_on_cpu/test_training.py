@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 
@@ -45,10 +46,10 @@ def emulated(monkeypatch, kernels):
 
 
 @pytest.fixture
-def ran(monkeypatch):
-    """The kernels of csrc/cuda but those that round float32 to TF32."""
-    rounding = {*cuda.CONVOLUTIONS, *cuda.PRODUCTS}
-    kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name not in rounding}
+def ran(monkeypatch, request):
+    """The kernels of csrc/cuda; of the products, which round float32 to TF32, those that a test asks for."""
+    products = {*cuda.CONVOLUTIONS, *cuda.PRODUCTS} - set(getattr(request, "param", ()))
+    kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name not in products}
     yield from emulated(monkeypatch, kernels)
 
 
@@ -57,7 +58,8 @@ def ran_with_joins(monkeypatch):
     """And joins as one convolution."""
     monkeypatch.setattr(cuda_conv, "_op", lambda name: getattr(cuda_ops.registered(), name).default)
     joins = {name: Kernel(getattr(cuda_conv, name), DATA_DTYPES) for name in ("conv_add_relu", "conv_add_relu_")}
-    yield from emulated(monkeypatch, cuda_ops.kernels() | joins)
+    kernels = {name: kernel for name, kernel in cuda_ops.kernels().items() if name != "conv_values"}
+    yield from emulated(monkeypatch, kernels | joins)
 
 
 def network(kind):
@@ -78,16 +80,21 @@ def check(got, want, near, dtype):
         assert ours <= 2 * theirs + torch.finfo(dtype).eps * value.double().norm(), name
 
 
+def compare(stock, size, dtype, plans=contextlib.nullcontext()):
+    """A step of a fused copy of `stock`, and one of it, with a step in float64."""
+    exact, fused = copy.deepcopy(stock).double(), resnet_fused.fuse(copy.deepcopy(stock))
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with resnet_fused.use("emulated"), plans:
+        got = observe(fused, x)
+    check(got, observe(exact, x.double()), observe(stock, x), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
 def test_a_step_is_as_exact_as_stock(ran, kind, dtype):
     """Output, gradients and running statistics at twice stock's own error, each by name; within an ulp or so."""
     stock = network(kind).to(dtype)
-    exact, fused = copy.deepcopy(stock).double(), resnet_fused.fuse(copy.deepcopy(stock))
-    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    with resnet_fused.use("emulated"):
-        got = observe(fused, x)
-    check(got, observe(exact, x.double()), observe(stock, x), dtype)
+    compare(stock, 64, dtype)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
     assert ran["bn_stats"] == norms
     once = {"norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_apply"}
@@ -103,12 +110,22 @@ def test_a_step_with_gram_joins_is_as_exact_as_stock(ran_with_joins):
     stock.layer3 = stock.layer4 = nn.Identity()  # of wide weights the small matrices take long on a CPU
     stock.fc = nn.Linear(512, 4)
     stock = stock.to(dtype)
-    exact, fused = copy.deepcopy(stock).double(), resnet_fused.fuse(copy.deepcopy(stock))
-    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grams = choose.tuning(lambda call: Variant(gram=True, gram_shortcut=True))
-    with resnet_fused.use("emulated"), grams:
-        got = observe(fused, x)
-    check(got, observe(exact, x.double()), observe(stock, x), dtype)
+    compare(stock, 64, dtype, choose.tuning(lambda call: Variant(gram=True, gram_shortcut=True)))
     branches = 3 + 2  # of the blocks, and projections
     assert [ran[op] for op in ("gram", "gram_norm", "gram_grad")] == [branches] * 3
     assert ran["conv_add_relu"] + ran["conv_add_relu_"] >= branches
+
+
+@pytest.mark.parametrize("ran", [["conv_values"]], indirect=True)
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_a_step_with_convolutions_on_values_is_as_exact_as_stock(ran, kind):
+    """No batch norm has a pass of its own forward, and none is read for its statistics."""
+    stock = network(kind)
+    stock.layer3 = stock.layer4 = nn.Identity()
+    stock.fc = nn.Linear(128 * kind.expansion, 4)
+    stock = stock.to(torch.bfloat16)
+    compare(stock, 48, torch.bfloat16)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
+    assert ran["conv_values"] == norms and not ran["bn_stats"] and not ran["bn_affine"]
+    within = 3 * (1 if kind is BasicBlock else 2)  # blocks, which are written backward, for the weight's gradient
+    assert ran["norm_add_relu"] == 3 + within

@@ -5,7 +5,7 @@ import torch
 
 from resnet_fused import backends
 from resnet_fused.backends import onednn
-from resnet_fused.library import COMPILED_OPS, Library, status
+from resnet_fused.library import CPU_OPS, Library, status
 from resnet_fused.ops import OPS
 from resnet_fused.ops.contract import channels_last_like
 from resnet_fused.testing import cases
@@ -34,7 +34,7 @@ def narrow(value):
 
 
 @needs_library
-@pytest.mark.parametrize("op", [*COMPILED_OPS, *onednn.NAMES])
+@pytest.mark.parametrize("op", [*CPU_OPS, *onednn.NAMES])
 def test_opcheck(op):
     """Schema (aliasing, mutation) and fake kernel, by torch's own tool."""
     for case in [case for case in cases(op, torch.float32) if "empty" not in case.name][::7]:

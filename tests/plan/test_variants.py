@@ -13,11 +13,11 @@ from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.variants import Variant
 
 
-def kinds(chain, tensors, x=None, factor=None):
+def kinds(chain, tensors, x=None, factor=None, taps=False):
     x = torch.randn(2, 6, 4, 4) if x is None else x
     *found, last = lower.allowed(call_of(chain, x, tensors, factor=factor))
     assert last == Variant(stock=True)
-    return [(v.values, v.gram, v.gram_shortcut, v.keep) for v in found]
+    return [(v.values, v.gram, v.gram_shortcut, v.keep) for v in found if v.taps == taps]
 
 
 def joins(*pairs):
@@ -47,6 +47,22 @@ def test_variants_on_values():
         one = [(False,) * 4, (True, False, False, True), (True, True, False, True)]
         assert kinds(Chain((step,)), single([own])) == one
         assert kinds(*bottleneck(kernel=3)) == joins((0, 0))
+
+
+def test_variants_with_all_convolutions_on_values(monkeypatch):
+    """Where nothing is written for a convolution, nothing can be kept."""
+    assert kinds(*bottleneck(), taps=True) == []
+    with choose.planning_for(DEVICES["h100"]):
+        every = [(False, False, False, False), *((True, *gram, True) for gram in ((0, 0), (1, 0), (1, 1)))]
+        assert kinds(*bottleneck(), taps=True) == every
+        assert kinds(*bottleneck(kernel=3), taps=True) == joins((0, 0))
+        call = bottleneck_call(torch.randn(2, 6, 4, 4))
+        assert variants.modelled(call, call.shapes()).taps
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+            assert kinds(*bottleneck(), taps=True) == []
+        unsound(monkeypatch, "conv_values")
+        assert not variants.modelled(call, call.shapes()).taps
 
 
 def one_pass(x):

@@ -40,6 +40,7 @@ class Chain:
     gram_shortcut: bool = False
     keep: bool = False
     one_pass: bool = False
+    taps: bool = False
     stock: bool = False
 
     @property

@@ -210,6 +210,8 @@ def pixelwise_calls(at):
     affine = at.vectors(k, "b", "d", "scale", "shift")
     options = affine | at.factor() | {"residual": at.data(k)}
     yield "lazy_grad_apply", "affine, sign, factor, residual", (z, at.data(k), v), options
+    yield "lazy_grad_apply", "bits, affine", (z, at.data(k), v), at.vectors(k, "b", "d") | {"mask": at.bits(k)}
+    yield "lazy_grad_apply", "bits, residual", (z, None, None), {"mask": at.bits(k), "residual": at.data(k)}
     yield from gate_calls(at)
     yield from act_calls(at)
 

@@ -1,11 +1,12 @@
 // z = x^ weight' rounded, x^ being x or relu(x_scale*x + x_shift), and the batch statistics of z: a 1x1 convolution for
 // training on tensor cores, in one read and one write. Data in bfloat16 or float16; float32 is rounded to TF32. The
-// kernel takes any filter: what lies outside the image is zero behind the prologue too.
+// kernel takes any filter, and conv_values is it too: what lies outside the image is zero behind the prologue as well.
 //
 // Bytes: the pixels of x once from memory (again for each tile of outputs, from L2), weight and z once. Partial
 // statistics are 12 bytes per output and chunk of rows, written once and read once, at most a fiftieth of the rest but
 // in small tensors. FLOPs 2*M*K*C. The widest of ResNet-50, 64 to 256 channels at 56x56, batch 256, bf16: 103 MB read
-// and 411 MB written, 0.15 ms at 3.35 TB/s, and 26 GFLOP.
+// and 411 MB written, 0.15 ms at 3.35 TB/s, and 26 GFLOP. Of a filter of several taps each is read once more, from L2,
+// and goes through the prologue again.
 //
 // A block takes a tile of outputs of a chunk of consecutive row tiles; blocks of the same chunk follow one another, so
 // that x comes from memory once. The order of a sum depends on the shape, and that of the statistics on the number of

@@ -72,6 +72,10 @@ def _lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("affine, sign, factor", (tail.data(), tail.data(), tail.vector()), options)
     options = {**options, "residual": tail.data()}
     yield Case("affine, sign, factor, residual", (tail.data(), tail.data(), tail.vector()), options)
+    bits = {"mask": pack_mask(tail.data() > 0), "residual": tail.data()}
+    yield Case("bits, residual, no a", (tail.data(), None, None), bits)
+    affine = {name: odd.vector() for name in ("b", "d")} | {"mask": pack_mask(odd.data() > 0)}
+    yield Case("bits, affine, odd channels", (odd.data(), odd.data(), odd.vector()), affine)
 
 
 def _conv_add_relu(dtype: torch.dtype) -> Iterator[Case]:
@@ -209,6 +213,7 @@ _CASES = {
     "gate_add_relu_": gate_cases.gate_add_relu,
     "gate_add_relu_backward": gate_cases.gate_add_relu_backward,
     "gram": lazy_cases.gram,
+    "conv_values": conv_cases.conv_values,
     "conv1x1": lazy_cases.conv1x1,
     "conv1x1_join": lazy_cases.conv1x1_join,
     "conv1x1_dgrad": lazy_cases.conv1x1_dgrad,

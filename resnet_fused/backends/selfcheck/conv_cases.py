@@ -55,6 +55,26 @@ def conv1x1_tiles(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"{name}, lazy, batch norm", (draw.data(), weight), options | norm)
 
 
+def conv_values(dtype: torch.dtype) -> Iterator[Case]:
+    """Filters of several taps that reach outside the image, as `conv1x1_tiles` has of one."""
+    for name, shape, kernel, stride, padding in (
+        ("largest tiles, two steps", _MANY, (136, 8, 3, 3), 1, 1),
+        ("narrow tiles, two to a chunk", (2, 8, 440, 440), (16, 8, 3, 3), 1, 1),
+        ("small tiles, several steps, stride 2", (3, 72, 17, 14), (136, 72, 3, 3), 2, 1),
+        ("7x7 on three channels", (2, 3, 21, 19), (64, 3, 7, 7), 2, 3),
+        ("odd channels, taps apart", (3, 65, 9, 7), (33, 65, 3, 3), 1, 2),
+    ):
+        draw = Draw(shape)
+        options = {"x_scale": draw.vector(), "x_shift": draw.vector().abs(), "stride": [stride] * 2}
+        options |= {"padding": [padding] * 2, "dilation": [2 if "apart" in name else 1] * 2}
+        norm = {"gamma": draw.vector(kernel[0]), "beta": draw.vector(kernel[0]), "eps": 1e-3}
+        yield Case(f"{name}, lazy, batch norm", (draw.data(), draw.data(kernel) / 16), options | norm)
+    draw = Draw((2, 40, 9, 7))
+    not_finite = draw.data()
+    not_finite[0, 3, 4, 4] = torch.nan
+    yield Case("NaN, plain", (not_finite, draw.data((24, 40, 3, 3)) / 16), {"padding": [1, 1]})
+
+
 def conv1x1_join_tiles(dtype: torch.dtype) -> Iterator[Case]:
     """Of the compiled `conv1x1_join`: its tiles, of one product and of two."""
     for name, shape, outputs, projects in (

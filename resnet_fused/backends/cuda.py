@@ -46,8 +46,9 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
         runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
     made = {name: Kernel(run, *accepted(name), needs_selfcheck=True, build=build) for name, run in runs.items()}
     for name in CONVOLUTIONS if "conv_norm_add_relu" in runs else ():
-        run, reasons = runs.get(name) or getattr(cuda_conv, name), CONVOLUTION_REASONS[name]
-        made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
+        run, reasons = runs.get(name) or getattr(cuda_conv, name, None), CONVOLUTION_REASONS[name]
+        if run is not None:
+            made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
     for name in [op for op in PRODUCTS if op in runs]:
         settings = {"needs_selfcheck": True, "build": build, "mode": cuda_conv.mode}
         made[name] = Kernel(runs[name], DATA_DTYPES, **PRODUCTS[name], **settings)
@@ -59,6 +60,7 @@ CONVOLUTION_REASONS = {
     "conv_norm_add_relu_": cuda_conv.conv_norm_reasons_,
     "conv_add_relu": cuda_conv.conv_reasons,
     "conv_add_relu_": cuda_conv.conv_reasons_,
+    "conv_chain": cuda_conv.chain_reasons,
 }
 CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
 #: Of training's products on tensor cores: plans go by Triton's, whichever of these are built.

@@ -70,6 +70,9 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? beta, float eps, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
       "bool relu=False) -> Tensor out");
   m.def(
+      "conv_chain(Tensor x, Tensor? residual, Tensor?[] tensors, int[] steps, float[] eps) "
+      "-> Tensor out");
+  m.def(
       "conv_norm_relu_pool(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, "
       "Tensor? beta, float eps, int[2] stride=1, int[2] padding=0, int[2] pool_kernel=3, int[2] pool_stride=2, "
       "int[2] pool_padding=1) -> Tensor out");

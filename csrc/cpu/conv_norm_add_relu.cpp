@@ -1,25 +1,17 @@
 // Convolution with the weight as its module keeps it; batch norm, sum and ReLU on the accumulator: products of panels
 // for 1x1, dot products where pixels are few.
+#include "conv_norm_add_relu.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
 #include "../checks/conv_norm_add_relu.h"
 #include "alloc.h"
-#include "conv_few_pixels.h"
 #include "conv_pointwise.h"
 #include "rows.h"
 
 namespace resnet_fused::cpu {
-namespace {
-
-// Everything behind the convolution but the residual, as tensors.
-struct Vectors {
-  const OptionalTensor &bias, &mean, &var, &gamma, &beta;
-  double eps;
-};
-
-constexpr int64_t kFewPixels = 8;  // up to which dot products of a 1x1 are at least as fast: measured at 512 to 2048
 
 ConvShape shape_of_conv(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
@@ -41,13 +33,16 @@ ConvShape shape_of_conv(const Tensor& x, const Tensor& weight, const std::vector
           is_channels_last(weight)};
 }
 
+namespace {
+
+constexpr int64_t kFewPixels = 8;  // up to which dot products of a 1x1 are at least as fast: measured at 512 to 2048
+
 template <class A>
-void compute_as(const Tensor& out, const Tensor& x, const Tensor& weight, const ConvShape& shape, const Vectors& v,
-                const Tensor* residual, bool relu) {
-  const Behind<A> behind{data<A>(v.bias), data<A>(v.mean),
-                         data<A>(v.var),  data<A>(v.gamma),
-                         data<A>(v.beta), residual ? data<A>(*residual) : nullptr,
-                         A(v.eps),        relu};
+void convolve_as(const Tensor& out, const Tensor& x, const Tensor& weight, const ConvShape& shape, const BehindConv& v,
+                 const Tensor* residual) {
+  const Behind<A> behind{data<A>(v.bias),  data<A>(v.mean), data<A>(v.var),
+                         data<A>(v.gamma), data<A>(v.beta), residual ? data<A>(*residual) : nullptr,
+                         A(v.eps),         v.relu};
   if constexpr (std::is_same_v<A, float>) {
     const bool pointwise = shape.R * shape.S == 1 && shape.padding[0] + shape.padding[1] == 0;
     if (pointwise && shape.pixels() > kFewPixels) {
@@ -58,12 +53,16 @@ void compute_as(const Tensor& out, const Tensor& x, const Tensor& weight, const 
   convolve_few_pixels<A>(data<A>(out), data<A>(x), data<A>(weight), shape, behind);
 }
 
-void compute(const Tensor& out, const Tensor& x, const Tensor& weight, const ConvShape& shape, const Vectors& v,
-             const Tensor* residual, bool relu) {
+}  // namespace
+
+void convolve(const Tensor& out, const Tensor& x, const Tensor& weight, const ConvShape& shape,
+              const BehindConv& behind, const Tensor* residual) {
   if (out.numel() == 0) return;
-  const auto as = x.scalar_type() == ScalarType::Double ? compute_as<double> : compute_as<float>;
-  as(out, x, weight, shape, v, residual, relu);
+  const auto as = x.scalar_type() == ScalarType::Double ? convolve_as<double> : convolve_as<float>;
+  as(out, x, weight, shape, behind, residual);
 }
+
+namespace {
 
 Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& mean,
                           const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
@@ -74,7 +73,7 @@ Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalT
   const ConvShape c = shape_of_conv(x, weight, stride, padding, dilation);
   Tensor out = empty_images(c.N, c.K, c.P, c.Q, x.scalar_type());
   check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
-  compute(out, x, weight, c, {bias, mean, var, gamma, beta, eps}, residual ? &*residual : nullptr, relu);
+  convolve(out, x, weight, c, {bias, mean, var, gamma, beta, eps, relu}, residual ? &*residual : nullptr);
   return out;
 }
 
@@ -91,7 +90,7 @@ void conv_norm_add_relu_(const Tensor& out, const Tensor& x, const Tensor& weigh
   check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
   check_apart(op, "x", x, out), check_apart(op, "weight", weight, out);
   if (residual) check_apart(op, "residual", *residual, out);
-  compute(out, x, weight, c, {bias, mean, var, gamma, beta, eps}, adds ? &out : residual ? &*residual : nullptr, relu);
+  convolve(out, x, weight, c, {bias, mean, var, gamma, beta, eps, relu}, adds ? &out : residual ? &*residual : nullptr);
 }
 
 }  // namespace

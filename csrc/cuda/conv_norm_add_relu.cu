@@ -2,21 +2,13 @@
 // resnet_fused/ops/conv_norm_add_relu.py, the kernel in kernels/.
 
 #include "../checks/conv_norm_add_relu.h"
-#include "conv_geometry.h"
+#include "convolve.h"
 #include "kernels/conv_norm_add_relu.cuh"
 
 namespace resnet_fused::cuda {
-namespace {
 
-// What follows the convolution but the residual, as the op has it.
-struct Behind {
-  const OptionalTensor &bias, &mean, &var, &gamma, &beta;
-  double eps;
-  bool relu;
-};
-
-void compute(const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const ConvGeometry& geometry,
-             const Behind& b, const OptionalTensor& residual) {
+void convolve(const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const ConvGeometry& geometry,
+              const BehindConv& b, const OptionalTensor& residual) {
   const Tensor rows = in_rows(weight);
   const ConvNormAddReluParams params{geometry,
                                      x.numel() ? x.const_data_ptr() : nullptr,
@@ -34,6 +26,8 @@ void compute(const char* op, const Tensor& out, const Tensor& x, const Tensor& w
   launch_as(op, x, [&](auto t) { launch_conv_norm_add_relu<decltype(t)>(params, stream); });
 }
 
+namespace {
+
 Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& mean,
                           const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
                           double eps, const OptionalTensor& residual, std::vector<int64_t> stride,
@@ -44,7 +38,7 @@ Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalT
   const DeviceGuard guard(x.get_device_index());
   Tensor out = empty_like(x, {g.n, g.k, g.p, g.q}, x.scalar_type(), torch::headeronly::MemoryFormat::ChannelsLast);
   check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
-  compute(op, out, x, weight, g, {bias, mean, var, gamma, beta, eps, relu}, residual);
+  convolve(op, out, x, weight, g, {bias, mean, var, gamma, beta, eps, relu}, residual);
   return out;
 }
 
@@ -62,7 +56,7 @@ void conv_norm_add_relu_(const Tensor& out, const Tensor& x, const Tensor& weigh
   check_apart(op, "x", x, out), check_apart(op, "weight", weight, out);
   if (residual) check_apart(op, "residual", *residual, out);
   const DeviceGuard guard(x.get_device_index());
-  compute(op, out, x, weight, g, {bias, mean, var, gamma, beta, eps, relu}, adds ? OptionalTensor(out) : residual);
+  convolve(op, out, x, weight, g, {bias, mean, var, gamma, beta, eps, relu}, adds ? OptionalTensor(out) : residual);
 }
 
 }  // namespace

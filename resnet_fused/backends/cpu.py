@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..library import CPU_OPS, status
-from ..ops import OPS, lazy_grad_apply, norm_relu_coefficients
+from ..ops import OPS, conv_chain, lazy_grad_apply, norm_relu_coefficients
 from ..ops.contract import is_channels_last, is_slice, takes_arguments_of
 from . import dense, onednn
 from .declaration import Backend, Kernel, check_complete
@@ -105,6 +105,12 @@ def unfolded_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
     return reasons if all(t.dtype == x.dtype for t in (weight, *tensors)) else [*reasons, "takes one dtype only"]
 
 
+def chain_reasons(*args, **kwargs) -> list[str]:
+    """As :func:`unfolded_reasons`, of each convolution."""
+    parts = conv_chain.parts(*args, **kwargs)
+    return [*dict.fromkeys(reason for _, given in parts for reason in unfolded_reasons(*given))]
+
+
 def stem_reasons(x, weight, *args, **kwargs) -> list[str]:
     """As :func:`loop_reasons` for the activations; the weight may be in any layout, but is of their dtype."""
     vectors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
@@ -172,6 +178,7 @@ _OTHERS = {
     "lazy_grad_apply_": lazy_apply_reasons,
     "conv_norm_add_relu": unfolded_reasons,
     "conv_norm_add_relu_": unfolded_reasons_,
+    "conv_chain": chain_reasons,
     "conv_norm_relu_pool": stem_reasons,
     "conv_weight_grad": weight_grad_reasons,
     "grouped_conv3x3": grouped_reasons,
@@ -193,7 +200,8 @@ _OTHERS = {
 #: Kernels that do not take every dtype of the loops.
 _FLOAT32 = ("winograd_", "grouped_", "conv1x1", "stem_", "conv_norm_relu_pool", "dense_")
 _DTYPES = {name: (torch.float32,) for name in CPU_OPS if name.startswith(_FLOAT32)}
-_DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_"), VECTOR_DTYPES)  # nothing rounds to 16 bits
+#: Nothing rounds to 16 bits.
+_DTYPES |= dict.fromkeys(("conv_norm_add_relu", "conv_norm_add_relu_", "conv_chain"), VECTOR_DTYPES)
 
 
 def _declared(name: str) -> Kernel:

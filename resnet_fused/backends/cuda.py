@@ -56,8 +56,9 @@ def _kernels(status: library.Status) -> dict[str, Kernel]:
         runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
     made = {name: Kernel(run, *accepted(name), needs_selfcheck=True, build=build) for name, run in runs.items()}
     for name in CONVOLUTIONS if "conv_norm_add_relu" in runs else ():
-        run, reasons = runs.get(name) or getattr(cuda_conv, name), CONVOLUTION_REASONS[name]
-        made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
+        run, reasons = runs.get(name) or getattr(cuda_conv, name, None), CONVOLUTION_REASONS[name]
+        if run is not None:
+            made[name] = Kernel(run, DATA_DTYPES, reasons, needs_selfcheck=True, build=build, mode=cuda_conv.mode)
     for name in [op for op in PRODUCTS if op in runs]:
         settings = {"needs_selfcheck": True, "build": build, "mode": cuda_conv.mode}
         made[name] = Kernel(runs[name], DATA_DTYPES, **PRODUCTS[name], **settings)
@@ -71,6 +72,7 @@ CONVOLUTION_REASONS = {
     "conv_norm_add_relu_": cuda_conv.conv_norm_reasons_,
     "conv_add_relu": cuda_conv.conv_reasons,
     "conv_add_relu_": cuda_conv.conv_reasons_,
+    "conv_chain": cuda_conv.chain_reasons,
 }
 CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
 #: Of training's products on tensor cores. Those of 1x1 are in plans where Triton's would be, whichever are built.

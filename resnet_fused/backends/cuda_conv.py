@@ -9,6 +9,7 @@ import torch
 
 from .. import library
 from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu, conv_values, gram
+from ..ops import conv_chain as chain
 from ..ops.contract import is_channels_last, takes_arguments_of
 from ..ops.conv_add_relu import output_shape
 from . import cards, tf32
@@ -91,6 +92,14 @@ def conv_norm_reasons_(out, *args, adds=False, **kwargs) -> list[str]:
     found, x = conv_norm_reasons(*args, **kwargs), args[0]
     fits = is_channels_last(out) and out.dtype == x.dtype
     return found if fits else [*found, "takes a channels_last tensor of x's dtype for the result only"]
+
+
+@takes_arguments_of(chain.reference)
+def chain_reasons(a) -> list[str]:
+    """Reasons against `conv_chain`: those against any of its convolutions."""
+    with cards.assuming(cards.of(a.x.device)):  # what is between them is on the meta device
+        parts = chain.parts(a.x, a.residual, a.tensors, a.steps, a.eps)
+        return [*dict.fromkeys(reason for _, given in parts for reason in conv_norm_reasons(*given))]
 
 
 def conv_reasons(

@@ -32,7 +32,8 @@ def form(op: str, backend: str, args: tuple, kwargs: dict) -> Hashable:
         return None
     parts: list[Hashable] = [op, backend, *kwargs, cards.assumed(), args[0].device]
     add = parts.append  # one flat list, and one index for a device: this runs at every call of an op
-    for value in (*args, *kwargs.values()) if kwargs else args:
+    values = [*args, *kwargs.values()]
+    for value in values:  # which grow by what is in lists
         if value is None:
             add(value)
             continue
@@ -47,6 +48,9 @@ def form(op: str, backend: str, args: tuple, kwargs: dict) -> Hashable:
             add(not value.data_ptr() & 15)
         elif isinstance(value, Tensor):
             return None
+        elif kind is list and any([isinstance(one, Tensor) for one in value]):  # noqa: C419 (is faster)
+            add(len(value))
+            values += value
         else:
             add(tuple(value) if kind is list else value)
     return tuple(parts)

@@ -68,6 +68,8 @@ class Op:
     full_flops: Callable = none_in_full
     sums_of_rounded: bool = False  # its sums are of values rounded to the activations' dtype first, see :mod:`.lazy`
     ulps: int = 1  # units in the last place by which a rounded activation may differ from the exact one
+    #: Same arguments -> the calls of other ops, name and arguments, as which it is counted; None: it is one itself.
+    parts: Callable | None = None
 
     def __repr__(self) -> str:
         return f"Op({self.name})"

@@ -42,7 +42,7 @@ from ..ops import stat_dtype
 from ..steps import stem, unfolded, winograd
 from ..steps.evaluation_flow import Lowered
 from ..steps.evaluation_kinds import NormValue
-from ..steps.gpu_evaluation_kinds import CompiledConvolution, Product
+from ..steps.gpu_evaluation_kinds import CompiledConvolution, Product, chained
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import averages, choose, too_small, words
 from .evaluation_steps import Steps, carries_sum
@@ -172,13 +172,13 @@ def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
     lowered = Steps(program, pointwise, whole=whole).lowered()
     compiled = _compiled(call, whole)
     if compiled is not None and _cost(call, compiled) <= _cost(call, lowered) and not _lacking(call, compiled, place):
-        return compiled, words.of_evaluation(compiled)
+        return _in_one_call(call, compiled, place)
     missing = found = _lacking(call, lowered, place)
     if missing == "conv1x1_join":
         lowered = Steps(program, {}, whole=whole).lowered()
         found = _lacking(call, lowered, place)
     if found and compiled is not None and not _lacking(call, compiled, place):
-        return compiled, words.of_evaluation(compiled)
+        return _in_one_call(call, compiled, place)
     lacks = f" (no sound kernel of {missing})" if missing else ""
     return (None, f"stock{lacks}") if found else (lowered, f"{words.of_evaluation(lowered)}{lacks}")
 
@@ -198,6 +198,18 @@ def _compiled(call: Call, whole: frozenset[int]) -> Lowered | None:
         if node.conv.groups == 1 and own.weight.dtype == x.dtype and fits:
             taken.add(value)
     return Steps(program, {}, unfolded=frozenset(taken), whole=whole).lowered() if taken else None
+
+
+def _in_one_call(call: Call, lowered: Lowered, place: torch.device | None) -> tuple[Lowered, str]:
+    """Compiled convolutions that are all of a program as one call, where there is a kernel of that."""
+    name, checks = call.program.backend, not isinstance(call.x, FakeTensor)
+    if len(lowered.steps) > 1 and all(isinstance(step, CompiledConvolution) for step in lowered.steps):
+        if name == "auto":
+            lacks = soundness.lacking(("conv_chain",), call.x.dtype, place, checks)
+        else:
+            lacks = "conv_chain" not in backends()[name].kernels
+        lowered = lowered if lacks else chained(lowered)
+    return lowered, words.of_evaluation(lowered)
 
 
 def _cost(call: Call, lowered: Lowered) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..steps import evaluation_flow
 from ..steps.directions import Lowered
+from ..steps.gpu_evaluation_kinds import Chain
 from ..steps.join import JOINS, Join
 from ..steps.kinds import Kind
 from ..steps.program import Program
@@ -24,7 +25,9 @@ def of_steps(lowered: Lowered) -> str:
 
 def of_evaluation(lowered: evaluation_flow.Lowered) -> str:
     """How a program runs in evaluation: its steps in order, with what each does beside."""
-    return "evaluation: " + "; ".join(map(_with_beside, lowered.steps))
+    steps = [link for step in lowered.steps for link in (step.links if isinstance(step, Chain) else (step,))]
+    text = "evaluation: " + "; ".join(map(_with_beside, steps))
+    return text if len(steps) == len(lowered.steps) else f"{text}; in one call"
 
 
 def _with_beside(step: evaluation_flow.ForwardStep) -> str:

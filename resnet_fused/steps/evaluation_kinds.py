@@ -124,6 +124,12 @@ class WinogradConvolution(_OfFolded):
         e.bound(self, made.enlarges, made.bound)
 
 
+def dense(weight: Tensor) -> Tensor:
+    """`weight`, or a copy of one that is neither contiguous nor in channels_last."""
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight if is_dense else weight.contiguous()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnfoldedConvolution(ForwardStep):
     """The convolution of `main`, its norm if there is one, sum and ReLU, with nothing made of the weight.
@@ -147,9 +153,7 @@ class UnfoldedConvolution(ForwardStep):
         return self.main.norm is not None
 
     def forward(self, e: Evaluation, made: None) -> None:
-        weight = e.own(self.main.conv).weight
-        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
-            weight = weight.contiguous()
+        weight = dense(e.own(self.main.conv).weight)
         other, out = None if self.other is None else e.values[self.other], None
         if self.value == e.program.output and e.into is not None:
             out = e.into

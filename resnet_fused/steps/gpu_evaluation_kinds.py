@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from ..backends import run
+from ..ops.conv_chain import Link
 from .conv import channels_last
-from .evaluation_flow import Evaluation, ForwardStep, parts
-from .evaluation_kinds import UnfoldedConvolution
+from .evaluation_flow import Evaluation, ForwardStep, Lowered, parts
+from .evaluation_kinds import UnfoldedConvolution, dense
 from .folding import Part
 
 Tensor = torch.Tensor
@@ -78,6 +79,40 @@ class CompiledConvolution(UnfoldedConvolution):
     """The convolution of the compiled library, on tensor cores: with norm, sum and ReLU one launch."""
 
     word = "compiled convolution"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain(ForwardStep):
+    """The compiled convolutions `links`, which are all of a program: one call. `order`: what the op calls `steps`."""
+
+    ops: ClassVar[tuple[str, ...]] = ("conv_chain",)
+    word = "chain"
+
+    links: tuple[CompiledConvolution, ...]
+    order: tuple[int, ...]
+
+    def forward(self, e: Evaluation, made: None) -> None:
+        tensors, each_eps = [], []
+        for link in self.links:
+            *vectors, eps = e.behind(link.main)
+            tensors += [dense(e.own(link.main.conv).weight), *vectors]
+            each_eps.append(eps)
+        residual = None if self.other is None else e.values[self.other]
+        e.values[self.value] = e.run("conv_chain", e.values[self.source], residual, tensors, [*self.order], each_eps)
+
+
+def chained(lowered: Lowered) -> Lowered:
+    """The steps as one, all of them being compiled convolutions."""
+    program, links = lowered.program, lowered.steps
+    numbers = {value: value for value in range(program.inputs)}
+    numbers |= {link.value: program.inputs + i for i, link in enumerate(links)}
+    order = []
+    for link in links:
+        added = -1 if link.other is None else numbers[link.other]
+        order += Link(numbers[link.source], added, link.relu, *link.conv.args[:3]).integers
+    other = 1 if program.inputs > 1 else None
+    step = Chain(program.output, 0, other, links=links, order=tuple(order))
+    return lowered._replace(steps=(step,), dead=((),))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,6 +288,8 @@ for _file in sorted(pathlib.Path(__file__).parent.glob("*_cases.py")):  # every 
 
 def _exact(value):
     """Channels_last strides that say so also where a dimension of size 1 allows others."""
+    if isinstance(value, list):
+        return list(map(_exact, value))
     chosen = (
         isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
     )

@@ -40,7 +40,8 @@ def poisoned_allocations() -> Iterator[bool]:
 
 def tensors_of(case: Case) -> list[Tensor]:
     """All tensors among the arguments."""
-    return [value for value in (*case.args, *case.kwargs.values()) if isinstance(value, torch.Tensor)]
+    values = (*case.args, *case.kwargs.values())
+    return [t for value in values for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)]
 
 
 def broken_guards(t: Tensor) -> bool:

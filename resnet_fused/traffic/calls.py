@@ -72,9 +72,20 @@ class _Listener(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == opaque.NAMESPACE:
-            call = Call(func._schema.name.split("::")[1], _arguments(func._schema, args, kwargs))
-            self.found[call] = self.found.get(call, 0) + 1
+            for call in _calls_of(func, args, kwargs):
+                self.found[call] = self.found.get(call, 0) + 1
         return func(*args, **kwargs)
+
+
+def _calls_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[Call]:
+    """One op, or those that it stands for."""
+    name = func._schema.name.split("::")[1]
+    if OPS[name].parts is None:
+        return [Call(name, _arguments(func._schema, args, kwargs))]
+    room = getattr(torch.ops, opaque.NAMESPACE)
+    return [
+        Call(part, _arguments(getattr(room, part).default._schema, given, {})) for part, given in OPS[name].parts(*args)
+    ]
 
 
 def _arguments(schema: torch.FunctionSchema, args: tuple, kwargs: dict) -> tuple[tuple[str, object], ...]:

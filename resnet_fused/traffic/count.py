@@ -78,7 +78,8 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace in _OWN and func._schema.name.split("::")[1] in OPS:
-            self.note(func, args, kwargs, out, own_operation(func, args, kwargs, out))
+            for counted in own_operations(func, args, kwargs, out):
+                self.note(func, args, kwargs, out, counted)
         elif func.namespace != "prim" and not is_free(func, args, kwargs, out):
             self.note(func, args, kwargs, out, operation(func, args, kwargs, out))
         return out
@@ -100,6 +101,14 @@ def is_free(func, args, kwargs, out) -> bool:
     memory = {storage(t) for t in tensors((args, kwargs))}
     results = tensors(out)
     return bool(results) and all(storage(t) in memory for t in results)
+
+
+def own_operations(func, args, kwargs, out) -> list[Operation]:
+    """One of this package's ops, or those that it stands for."""
+    parts, dtype = OPS[func._schema.name.split("::")[1]].parts, data_dtype(args, kwargs, out)
+    if parts is None:
+        return [own_operation(func, args, kwargs, out)]
+    return [Operation(name, OPS[name].bytes(*given), OPS[name].flops(*given), dtype, 1) for name, given in parts(*args)]
 
 
 def own_operation(func, args, kwargs, out) -> Operation:

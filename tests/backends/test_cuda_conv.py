@@ -8,6 +8,7 @@ from resnet_fused.backends.cards import Card, assuming
 from resnet_fused.backends.selfcheck import conv_cases, judge
 from resnet_fused.backends.selfcheck.draws import Case
 from resnet_fused.ops import OPS, lazy
+from resnet_fused.ops.conv_chain import Link
 
 LAST = torch.channels_last
 
@@ -112,7 +113,8 @@ def test_the_self_check_meets_every_tile():
         else:
             met.add("large" if outputs > 64 and tiles[0] >= 188 else "narrow" if tiles[1] >= 188 else "small")
     assert met == {"elements", "large", "narrow", "small"}
-    assert cuda.CONVOLUTIONS == ("conv_norm_add_relu", "conv_norm_add_relu_", "conv_add_relu", "conv_add_relu_")
+    serves = "conv_norm_add_relu", "conv_norm_add_relu_", "conv_add_relu", "conv_add_relu_", "conv_chain"
+    assert serves == cuda.CONVOLUTIONS
 
 
 def test_what_stands_against_a_training_product():
@@ -227,3 +229,20 @@ def test_the_self_check_of_a_join_meets_every_tile():
         many = -(-n * h * w // 128) * -(-k // 64) >= 188
         met.add(("elements" if c % 8 or k % 8 else "many" if many else "few", "x2" in case.kwargs))
     assert met == {(kind, second) for kind in ("elements", "many", "few") for second in (False, True)}
+
+
+def test_what_stands_against_a_convolution_stands_against_a_chain():
+    x, one, three = data(2, 16, 5, 5), data(8, 16, 1, 1), data(16, 8, 3, 3)
+    links = Link(0, -1, True, (1, 1), (0, 0), (1, 1)), Link(1, 0, True, (1, 1), (1, 1), (1, 1))
+    steps, none = [number for link in links for number in link.integers], [None] * 5
+
+    def found(x=x, three=three, steps=steps):
+        return cuda_conv.chain_reasons(x, None, [one, *none, three, *none], steps, [1.0, 1.0])
+
+    assert found() == []
+    assert found(x=x.contiguous()) == ["takes channels_last tensors only"]
+    assert found(three=three.half()) == ["takes weight and x of one dtype, not torch.float16 and torch.bfloat16"]
+    far = [*steps[:-6], 1 << 15, *steps[-5:]]
+    assert [one for one in found(steps=far) if "of less than 32768 pixels to a side" in one]
+    with assuming(Card(arch=100)):
+        assert found() == [cuda_conv.unbuilt(100, "9.0")]

@@ -38,6 +38,11 @@ def test_values_names_and_assumed_cards_are_in_the_form():
         assert form(BASE) != before
 
 
+def test_tensors_in_lists_count_by_their_form():
+    assert form(BASE, [BASE, None]) == form(BASE, [BASE.clone(), None]) != form(BASE, [BASE[:1], None])
+    assert form(BASE, [BASE], None) != form(BASE, [BASE, None]) and form(BASE, [torch.eye(2).to_sparse()]) is None
+
+
 class Subclass(torch.Tensor):
     pass
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gpu_evaluated import MODELS, counted, faked, images, on_gpu, trained
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
 from resnet_fused.backends import cuda, soundness
@@ -97,3 +98,51 @@ def test_a_cuda_build_of_torch_without_the_library_is_planned_for_without_it(mon
     soundness.forget()
     assert WORD not in plan_of(nn.Sequential(Bottleneck(8, 2)))
     soundness.forget()
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of our ops, as they are called."""
+
+    sees_fused_ops = True
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name().split("::")[1]] if func.namespace == "resnet_fused_auto" else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["identity bottleneck", "identity basic block", "projected basic block"])
+def test_a_block_is_one_call(name):
+    """Counted as the convolutions that it starts; and by themselves where the call is not sound."""
+    model = resnet_fused.fuse(trained(nn.Sequential(MODELS[name][0]()).float(), torch.float32))
+    mode, x = faked(model, 56)
+    with mode, torch.no_grad(), choose.planning_for(DEVICES["h100"]), choose.observing() as notes:
+        with Dispatched() as seen:
+            model(x)
+        convolutions = notes[0].count(WORD)
+        assert seen.names == ["conv_chain"] and notes[0].endswith("; in one call")
+        total = counted(model, x)
+        assert total.launches == convolutions > 1
+        assert {operation.name for operation in total.operations} == {"conv_norm_add_relu"}
+
+
+def test_without_a_sound_chain_each_convolution_is_called(monkeypatch):
+    def lacking(ops, *where):
+        return next((op for op in ops if op not in cuda.CONVOLUTIONS or op == "conv_chain"), "")
+
+    monkeypatch.setattr(soundness, "lacking", lacking)
+    assert plan_of(nn.Sequential(BasicBlock(8, 8))).count(WORD) == 2
+    assert "one call" not in plan_of(nn.Sequential(BasicBlock(8, 8)))
+
+
+def test_a_chain_is_compiled_in_one_graph():
+    torch.compiler.reset()
+    model, x = resnet_fused.fuse(trained(MODELS["identity basic block"][0]())), images()
+    want, (note,) = on_gpu(model, x)
+    assert note.endswith("; in one call")
+    with torch.no_grad(), choose.planning_for(DEVICES["h100"]), resnet_fused.use("reference"):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        torch.testing.assert_close(compiled(x), want, rtol=1e-10, atol=1e-10)

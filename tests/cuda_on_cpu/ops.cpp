@@ -40,6 +40,7 @@ using namespace ::resnet_fused::cuda;  // instructions.h
 #include "../../csrc/cuda/bn_stats.cu"
 #include "../../csrc/cuda/conv1x1.cu"
 #include "../../csrc/cuda/conv1x1_join.cu"
+#include "../../csrc/cuda/conv_chain.cu"
 #include "../../csrc/cuda/conv_norm_add_relu.cu"
 #include "../../csrc/cuda/conv_values.cu"
 #include "../../csrc/cuda/gram.cu"

@@ -11,7 +11,8 @@ import torch
 
 from resnet_fused.backends import Backend, Kernel, cuda, cuda_conv
 from resnet_fused.backends.selfcheck.compare import check_case
-from resnet_fused.ops import DATA_DTYPES
+from resnet_fused.backends.selfcheck.draws import place
+from resnet_fused.ops import DATA_DTYPES, conv_chain
 from resnet_fused.testing import cases, check, poisoned_allocations
 
 pytestmark = on_cpu.needed
@@ -184,3 +185,63 @@ def test_in_place_shares_no_memory_with_the_residual(backend):
     g = activation()
     with pytest.raises(RuntimeError, match=r"^lazy_grad_apply_: residual shares memory with g"):
         backend.kernels["lazy_grad_apply_"].run(g, None, torch.ones(4), residual=g)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_chain_is_its_convolutions_to_the_bit(backend, dtype):
+    for case in cases("conv_chain", dtype):
+        x, residual, tensors, steps, eps = place(case, dtype, torch.device("cpu")).args
+        values = [x] if residual is None else [x, residual]
+        for i, link in enumerate(conv_chain.links(steps)):
+            given = conv_chain.arguments(values, tensors[6 * i : 6 * i + 6], link, eps[i])
+            values.append(backend.kernels["conv_norm_add_relu"].run(*given))
+        got = backend.kernels["conv_chain"].run(x, residual, tensors, steps, eps)
+        assert torch.equal(got, values[-1]) and got.stride() == values[-1].stride(), case.name
+
+
+def chain(steps=(0, -1, 1, *[1] * 6), weights=None, residual=None, eps=1):
+    """Arguments of a chain of two 3x3 convolutions with `steps` for the second."""
+    x = activation(8).half()
+    weight = torch.ones(8, 8, 3, 3).half()
+    tensors = [t for w in (weights or [weight, weight]) for t in (w, *[None] * 5)]
+    return x, residual, tensors, [0, -1, 1, *[1] * 6, *steps], [1e-5] * 2 * eps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (chain(steps=(2, -1, 1, *[1] * 6)), ", convolution 2 of 2: reads the values 2 and -1; pass those .* below 2"),
+        (chain(steps=(1, 2, 1, *[1] * 6)), ", convolution 2 of 2: reads the values 1 and 2;"),
+        (chain(steps=(1, -1)), ": got 12 tensors, 11 integers and 2 eps; pass 6, 9 and 1 for each convolution"),
+        (chain(eps=0), ": got 12 tensors, 18 integers and 0 eps; pass"),
+        (chain(weights=[torch.ones(8, 8, 3, 3).half(), None]), ", convolution 2 of 2: has no weight; pass one"),
+        (
+            chain(weights=[torch.ones(6, 8, 3, 3).half(), torch.ones(8, 8, 3, 3).half()], steps=(1, -1, *[1] * 7)),
+            r", convolution 2 of 2: weight \[8, 8, 3, 3\] does not fit x \[2, 6, 3, 3\]; pass",
+        ),
+        (
+            chain(steps=(0, 1, 1, 2, 2, *[1] * 4)),
+            r", convolution 2 of 2: residual has shape \[2, 8, 3, 3\] but the result has \[2, 8, 2, 2\]",
+        ),
+    ],
+)
+def test_a_chain_refuses_and_names_the_convolution(backend, arguments, message):
+    with pytest.raises(RuntimeError, match=f"^conv_chain{message}"):
+        backend.kernels["conv_chain"].run(*arguments)
+
+
+def test_a_chain_frees_what_it_has_read(backend):
+    """Of eight convolutions never more than two results are there."""
+    from torch.profiler import profile
+
+    weight, link = torch.randn(8, 8, 1, 1).half(), [1, 1, 0, 0, 1, 1]
+    steps = [number for i in range(8) for number in (i, -1, 1, *link)]
+    x = torch.randn(1, 8, 64, 64).half().contiguous(memory_format=torch.channels_last)
+    with profile(profile_memory=True) as found:
+        backend.kernels["conv_chain"].run(x, None, [weight, *[None] * 5] * 8, steps, [1.0] * 8)
+    at = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            at += event.nbytes()
+            most = max(most, at)
+    assert most <= 2 * x.numel() * x.element_size() + 1024

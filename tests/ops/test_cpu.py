@@ -30,6 +30,8 @@ def late(z):
 
 
 def narrow(value):
+    if isinstance(value, list):
+        return list(map(narrow, value))
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

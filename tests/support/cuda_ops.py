@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import on_cpu
 import torch
 
 import build_support
-from resnet_fused.backends import Kernel, cuda
+from resnet_fused.backends import Backend, Kernel, backends, cuda, dispatch, place, soundness
 from resnet_fused.ops import OPS, norm_relu_coefficients
+from resnet_fused.plan import choose
 
 NAMESPACE = "resnet_fused_cuda_on_cpu"
 FILES = {path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cu")}
@@ -27,8 +31,8 @@ def _schemas() -> torch.library.Library:
 
 
 @functools.cache
-def registered():
-    """Their namespace in ``torch.ops``."""
+def registered(*more: str):
+    """Their namespace in ``torch.ops``. `more`: flags of the compiler, the same in every call."""
     _schemas()
     _, torch_dir = build_support.find_torch()
     # our stream and guard, not those of torch
@@ -36,13 +40,26 @@ def registered():
     as_built = ["-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags = [*as_built, "-isystem", str(torch_dir / "include")]
     with tempfile.TemporaryDirectory() as directory:
-        torch.ops.load_library(on_cpu.compiled("ops.cpp", Path(directory), *flags, *link))
+        torch.ops.load_library(on_cpu.compiled("ops.cpp", Path(directory), *flags, *link, *more))
     return getattr(torch.ops, NAMESPACE)
 
 
-def kernels() -> dict[str, Kernel]:
+def kernels(*flags: str) -> dict[str, Kernel]:
     """As :mod:`resnet_fused.backends.cuda` declares them, but for the convolutions' reasons."""
-    runs = {name: getattr(registered(), name).default for name in NAMES}
+    runs = {name: getattr(registered(*flags), name).default for name in NAMES}
     two = runs["norm_add_relu_backward"], runs["bn_coefficients"]
     runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
     return {name: Kernel(run, *cuda.accepted(name)) for name, run in runs.items()}
+
+
+@contextlib.contextmanager
+def emulated(*flags: str) -> Iterator[None]:
+    """Within it, the backend "cuda" is these kernels on CPU tensors, and plans are made as on a GPU."""
+    backend = Backend("cuda", ("cpu",), kernels(*flags))
+    with contextlib.ExitStack() as stack:
+        patched = [(dispatch, "_backends", {**backends(), "cuda": backend}), (choose, "on_gpu", lambda x: True)]
+        for place_of, name, value in [*patched, (place.planned, "elsewhere", True)]:
+            stack.enter_context(mock.patch.object(place_of, name, value))
+        stack.callback(soundness.forget)
+        soundness.forget()
+        yield

@@ -223,6 +223,7 @@ _CASES = {
     "conv_add_relu_": _conv_add_relu_inplace,
     "conv_norm_add_relu": _conv_norm_add_relu,
     "conv_norm_add_relu_": _conv_norm_add_relu_inplace,
+    "conv_chain": conv_cases.conv_chain,
     "conv_norm_relu_pool": _conv_norm_relu_pool,
     "conv_weight_grad": _conv_weight_grad,
     "stem_conv": _stem_conv,

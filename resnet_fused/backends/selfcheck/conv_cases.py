@@ -9,9 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .draws import Case, Draw
+from ...ops.conv_chain import Link
+from .draws import ODD, Case, Draw
+
+Tensor = torch.Tensor
 
 _MANY = (2, 8, 112, 109)  # more pixels than 190 tiles of 128 have, and no multiple of them
+_SUMS = ((0, 1), (2, 2), (3, 2))  # of a chain: what is read, and what is added
 
 
 def _behind(draw: Draw, outputs: int) -> tuple:
@@ -95,3 +99,28 @@ def conv1x1_join_tiles(dtype: torch.dtype) -> Iterator[Case]:
             options |= {"residual": draw.data((n, outputs, h, w)), **vectors}
         weight = draw.data((outputs, c, 1, 1)) / 16
         yield Case(name, (draw.data(), weight, draw.vector(outputs), draw.vector(outputs)), options)
+
+
+def chained(x: Tensor, residual: Tensor | None, *convolutions: tuple) -> tuple:
+    """Arguments of `conv_chain`. Of each convolution: weight, what is behind it (six, eps last), and its link."""
+    tensors = [t for weight, behind, _ in convolutions for t in (weight, *behind[:5])]
+    steps = [number for *_, link in convolutions for number in link.integers]
+    return x, residual, tensors, steps, [behind[5] for _, behind, _ in convolutions]
+
+
+def conv_chain(dtype: torch.dtype) -> Iterator[Case]:
+    """A bottleneck with a projection, which its sum overwrites; and values that are read twice, or not its own."""
+    draw, one, three = Draw((2, 40, 9, 7)), ((1, 1), (0, 0), (1, 1)), ((2, 2), (1, 1), (1, 1))
+    projected = [
+        (draw.data((24, 40, 1, 1)) / 8, _behind(draw, 24), Link(0, -1, True, *one)),
+        (draw.data((24, 24, 3, 3)) / 16, _behind(draw, 24), Link(1, -1, True, *three)),
+        (draw.data((56, 40, 1, 1)) / 8, _behind(draw, 56), Link(0, -1, False, (2, 2), *one[1:])),
+        (draw.data((56, 24, 1, 1)) / 8, _behind(draw, 56), Link(2, 3, True, *one)),
+    ]
+    yield Case("projected bottleneck", chained(draw.data(), None, *projected), {})
+    odd, none = Draw(ODD), (*[None] * 5, 1.0)
+    weights = [odd.data((7, 7, 1, 1)) / 8 for _ in range(3)]
+    sums = [
+        (weight, none, Link(source, added, True, *one)) for weight, (source, added) in zip(weights, _SUMS, strict=True)
+    ]
+    yield Case("odd channels, values read twice", chained(odd.data(), odd.data(), *sums), {})

@@ -68,6 +68,8 @@ def place(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
     """The case on `device`, activations in `dtype` and vectors in the dtype of statistics, poison around every one."""
 
     def move(key, value):
+        if isinstance(value, list):
+            return [move(None, one) for one in value]
         if not isinstance(value, torch.Tensor):
             return value
         kept, aligned = case.likes.get(key, (None, True))

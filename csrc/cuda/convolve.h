@@ -1,0 +1,19 @@
+// The launch of conv_norm_add_relu, for all ops that have it.
+#pragma once
+
+#include "conv_geometry.h"
+
+namespace resnet_fused::cuda {
+
+// What follows the convolution but the residual, as the op has it.
+struct BehindConv {
+  const OptionalTensor &bias, &mean, &var, &gamma, &beta;
+  double eps;
+  bool relu;
+};
+
+// Everything has been checked, and the device is guarded. `residual` may be `out`.
+void convolve(const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const ConvGeometry& geometry,
+              const BehindConv& behind, const OptionalTensor& residual);
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,119 @@
+"""Several convolutions, each with all that follows it, one after another: a block in evaluation as one call.
+
+Values are numbered: `x` is 0, `residual`, if given, the next, then the results of the convolutions in their order.
+Convolution i is :mod:`.conv_norm_add_relu` of what `tensors`, `steps` and `eps` hold for it::
+
+    tensors  weight, bias, mean, var, gamma, beta                            (all but the weight may be None)
+    steps    value read, value added (-1: none), whether it has a ReLU, and two each of stride, padding and dilation
+    eps      that of its batch norm
+
+`out` is the result of the last. Results before it are rounded to the dtype of `x`; each goes as soon as it was read for
+the last time, or is overwritten by the sum that is the last to read it.
+
+Nothing is folded and nothing kept: a GPU's kernel has scale and shift in its epilogue, where they cost nothing. A
+folded weight would be rounded once more, in 16 bits, and compared with its origin at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import conv_norm_add_relu
+from .contract import Tensor, channels_last_strides, define
+from .conv_add_relu import output_shape
+
+SCHEMA = "(Tensor x, Tensor? residual, Tensor?[] tensors, int[] steps, float[] eps) -> Tensor out"
+INTS, TENSORS = 9, 6  # of a convolution
+
+
+class Link(NamedTuple):
+    """One convolution of a chain."""
+
+    source: int  # the value that it reads
+    residual: int  # the value that it adds; -1: none
+    relu: bool
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        """Its entries in `steps`."""
+        return self.source, self.residual, int(self.relu), *self.stride, *self.padding, *self.dilation
+
+
+def links(steps: Sequence[int]) -> list[Link]:
+    """The convolutions that `steps` are of."""
+    found = (steps[i : i + INTS] for i in range(0, len(steps), INTS))
+    return [Link(*s[:2], bool(s[2]), *(tuple(s[i : i + 2]) for i in (3, 5, 7))) for s in found]
+
+
+def arguments(
+    values: Sequence[Tensor], tensors: Sequence[Tensor | None], link: Link, eps: float
+) -> tuple[Tensor | float | bool | tuple | None, ...]:
+    """Of `conv_norm_add_relu`, for one convolution. `tensors`: its own."""
+    residual = None if link.residual < 0 else values[link.residual]
+    return values[link.source], *tensors, eps, residual, *link[3:], link.relu
+
+
+def parts(
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    steps: Sequence[int],
+    eps: Sequence[float],
+) -> Iterator[tuple[str, tuple]]:
+    """The ops that a chain stands for, with their arguments; what each makes is a meta tensor to the next."""
+    values = [x] if residual is None else [x, residual]
+    for i, (link, own) in enumerate(zip(links(steps), eps, strict=True)):
+        given = arguments(values, tensors[TENSORS * i : TENSORS * (i + 1)], link, own)
+        yield "conv_norm_add_relu", given
+        read = values[link.source]
+        shape = output_shape(read.shape, given[1].shape, *link[3:])
+        made = torch.empty_strided(shape, channels_last_strides(shape), dtype=x.dtype, device="meta")
+        values.append(made)
+
+
+def reference(
+    x: Tensor, residual: Tensor | None, tensors: list[Tensor | None], steps: list[int], eps: list[float]
+) -> Tensor:
+    values = [x] if residual is None else [x, residual]
+    for i, (link, own) in enumerate(zip(links(steps), eps, strict=True)):
+        given = arguments(values, tensors[TENSORS * i : TENSORS * (i + 1)], link, own)
+        values.append(conv_norm_add_relu.reference(*given))
+    return values[-1]
+
+
+def fake(
+    x: Tensor, residual: Tensor | None, tensors: list[Tensor | None], steps: list[int], eps: list[float]
+) -> Tensor:
+    shapes = [x.shape] if residual is None else [x.shape, residual.shape]
+    for i, link in enumerate(links(steps)):
+        shapes.append(output_shape(shapes[link.source], tensors[TENSORS * i].shape, *link[3:]))
+    return x.new_empty_strided(shapes[-1], channels_last_strides(shapes[-1]))
+
+
+def bytes(*args) -> int:
+    """Of its convolutions, which write and read what is between them."""
+    return sum(conv_norm_add_relu.bytes(*given) for _, given in parts(*args))
+
+
+def flops(*args) -> int:
+    """Of its convolutions."""
+    return sum(conv_norm_add_relu.flops(*given) for _, given in parts(*args))
+
+
+OP = define(
+    "conv_chain",
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    bytes=bytes,
+    flops=flops,
+    compiled=True,
+    parts=parts,
+    ulps=8,
+)

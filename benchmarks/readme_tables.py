@@ -187,6 +187,18 @@ def traffic() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def machine_code() -> str:
+    """What the newest run of `machine_code.py` predicts, by kind of kernel: its summaries, without a line a launch."""
+    read = [run for run in runs.read(RESULTS) if run.kind == "machine_code"]
+    if not read:
+        return "No run is recorded yet."
+    newest = max(read, key=lambda run: run.provenance["date"])
+    parts = re.findall(r"^## (.*)\n\n((?:\|.*\n)+)", newest.result, re.MULTILINE)
+    tables = [f"Predicted by machine code, {name}:\n\n{table.rstrip()}" for name, table in parts]
+    place = f"[`{newest.place}`](benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number})"
+    return "\n\n".join([*tables, f"From {place}, with a line for each launch."])
+
+
 def gpu_reports() -> dict[pathlib.Path, Document]:
     """The recorded files of ``gpu-report``, by path."""
     return {path: Document.from_file(path) for path in sorted((RESULTS / "gpu").glob("*.json"))}
@@ -250,6 +262,8 @@ def written(text: str) -> str:
     tables = {"results": results, "family": family, "coverage": coverage, "traffic": traffic, "support": support}
     if gpu_reports() or "<!-- gpu -->" in text:
         tables["gpu"] = gpu
+    if "<!-- machine code -->" in text:
+        tables["machine code"] = machine_code
     for name, table in tables.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
         text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)

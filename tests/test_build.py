@@ -108,8 +108,8 @@ def test_nvcc_is_found_in_cuda_home_or_refused(no_tools, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("wanted", "architectures"),
     [
-        (None, ["8.0", "8.6", "9.0", "10.0+PTX"]),
-        ("", ["8.0", "8.6", "9.0", "10.0+PTX"]),
+        (None, ["8.0", "9.0", "10.0+PTX"]),
+        ("", ["8.0", "9.0", "10.0+PTX"]),
         ("7.5", ["7.5"]),
         ("8.0;9.0a+PTX", ["8.0", "9.0a+PTX"]),
         ("8.0 8.6, 9.0", ["8.0", "8.6", "9.0"]),

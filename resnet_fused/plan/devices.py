@@ -141,7 +141,7 @@ DEVICES = {
 
 #: FLOP per clock and SM by compute capability, in 16-bit tensor cores and in float32 outside of them; TF32 has half the
 #: former, none before 8.0. From the same white papers: rate / SMs / boost clock.
-_PER_CLOCK = {
+PER_CLOCK = {
     (7, 0): (1024, 128),
     (7, 5): (1024, 128),
     (8, 0): (2048, 128),
@@ -176,7 +176,7 @@ def probe(device: torch.device) -> Device:
     """
     told = torch.cuda.get_device_properties(device)
     capability, sms = (told.major, told.minor), told.multi_processor_count
-    half, single = _PER_CLOCK[max((known for known in _PER_CLOCK if known <= capability), default=(7, 0))]
+    half, single = PER_CLOCK[max((known for known in PER_CLOCK if known <= capability), default=(7, 0))]
     clocks = sms * (1e3 * getattr(told, "clock_rate", 0) or _CLOCK)
     wires, tick = getattr(told, "memory_bus_width", 0), 1e3 * getattr(told, "memory_clock_rate", 0)
     alike = min(DEVICES.values(), key=lambda d: abs(10 * (d.capability[0] - told.major) + d.capability[1] - told.minor))

@@ -58,7 +58,7 @@ def test_entries_are_dense_rates(name):
     assert 1.9 <= known.half / known.tf32 <= 2.1
     assert known.single <= known.tf32
     per_clock = known.half / known.sms / (CLOCKS[name][0] * 1e6)
-    assert per_clock <= devices._PER_CLOCK[known.capability][0] * 1.02
+    assert per_clock <= devices.PER_CLOCK[known.capability][0] * 1.02
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -54,11 +54,11 @@ __device__ inline void add_stage(float (&sums)[4][4], unsigned char* left, unsig
 #pragma unroll
     for (int k = 0; k < Stage::kRows; k += 16) {
       uint32_t columns[4];
-      load_transposed(columns, b + k * Stage::kPitch);
+      load_matrices_transposed(columns, b + k * Stage::kPitch);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t rows[4];
-        load_transposed(rows, a + k * Stage::kPitch + 16 * i * static_cast<int>(sizeof(T)));
+        load_matrices_transposed(rows, a + k * Stage::kPitch + 16 * i * static_cast<int>(sizeof(T)));
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const uint32_t pair[2] = {columns[j], columns[j + 2]};

@@ -122,7 +122,7 @@ def options(call: Call, on_tensors: bool = False) -> Options | None:
     values = device is not None or (not on_tensors and bool(joins(call.program)) and cpu_values.serve(call))
     values = values and not values_obstacle(call)
     x, stem = call.x, isinstance(call.program.nodes[-1], Pooling)
-    compiled = None if values or device is not None or stem else choose.join_device(call.program.backend, x)
+    compiled = None if values or stem else choose.join_device(call.program.backend, x)
     if compiled is not None:
         return Options(compiled, False, *gram_branches(call, False))
     served = (

@@ -5,7 +5,7 @@ import torch
 
 from resnet_fused.backends import Backend, Kernel, cuda, cuda_conv
 from resnet_fused.backends.cards import Card, assuming
-from resnet_fused.backends.selfcheck import conv_cases, judge
+from resnet_fused.backends.selfcheck import conv_cases, gram_cases, judge
 from resnet_fused.backends.selfcheck.draws import Case
 from resnet_fused.ops import OPS, lazy
 from resnet_fused.ops.conv_chain import Link
@@ -246,3 +246,45 @@ def test_what_stands_against_a_convolution_stands_against_a_chain():
     assert [one for one in found(steps=far) if "of less than 32768 pixels to a side" in one]
     with assuming(Card(arch=100)):
         assert found() == [cuda_conv.unbuilt(100, "9.0")]
+
+
+def test_what_stands_against_a_gram_matrix(monkeypatch):
+    """Float32 is multiplied in full, so that no setting matters."""
+    a, vector = data(2, 8, 5, 5), torch.empty(8, device="meta")
+    assert cuda_conv.gram_reasons(a, vector) == [] and cuda_conv.gram_reasons(a, vector, vector, vector, [2, 2]) == []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert cuda_conv.gram_reasons(data(2, 8, 5, 5, dtype=torch.float32), vector) == []
+    for args, reason in (
+        ((a.contiguous(), vector), "takes channels_last tensors only"),
+        ((a, vector.half()), "takes contiguous float32 vectors only"),
+        ((a, vector, vector.half(), vector), "takes contiguous float32 vectors only"),
+        ((data(1 << 16, 8, 64, 64), vector), "takes less than 2^31 elements a tensor"),
+    ):
+        assert [one for one in cuda_conv.gram_reasons(*args) if reason in one]
+    with assuming(Card(arch=75)):
+        assert cuda_conv.gram_reasons(a, vector) == [cuda_conv.unbuilt(75, "9.0")]
+
+
+def test_what_stands_against_a_gram_joins_matrices():
+    weight, square, vector = data(16, 8, 1, 1), torch.empty(8, 8, device="meta"), torch.empty(8, device="meta")
+    a = torch.empty(2, 8, 5, 5, device="meta")  # of which the shape is read
+    for op in ("gram_norm", "gram_grad"):
+        reasons = cuda.accepted(op)[1]
+        assert reasons(weight, square, vector, vector, a) == []
+        assert reasons(weight, square.T[:4], vector, vector, a) == ["takes contiguous tensors only"]
+        assert reasons(data(8, 16, 1, 1).transpose(0, 1), square, vector, vector, a) == [
+            "takes contiguous tensors only"
+        ]
+
+
+def test_the_self_check_of_the_gram_family_meets_several_tiles_and_splits():
+    """Pairs off the diagonal, rows that end within a split's last stage, chunks and elements; wide weights."""
+    met = set()
+    for case in gram_cases.gram(torch.bfloat16):
+        a, stride = case.args[0], case.kwargs.get("stride", (1, 1))
+        n, c, h, w = lazy.strided_shape(a, a.shape[1], stride)
+        assert c > 64 and n * h * w >= 2 * 256 and n * h * w % 64
+        met.add(("elements" if c % 8 else "chunks", tuple(stride) != (1, 1), "scale" in case.kwargs))
+    assert met == {("chunks", False, True), ("elements", True, False)}
+    weights = [case.args[0].shape for op in ("gram_norm", "gram_grad") for case in cuda.GRAM[op]["more_cases"](None)]
+    assert all(outputs > 64 and inputs > 128 for outputs, inputs, *_ in weights) and len(weights) == 2

@@ -11,9 +11,14 @@
 namespace resnet_fused::cuda {
 
 template <class T>
-__device__ inline T activated(T x, float scale, float shift) {
+__device__ inline float activation(T x, float scale, float shift) {
   const float y = fmaf(scale, to_float(x), shift);  // by name: the backward recomputes this sign and must round alike
-  return from_float<T>(y < 0.f ? 0.f : y);          // not fmaxf, which would drop NaN
+  return y < 0.f ? 0.f : y;                         // not fmaxf, which would drop NaN
+}
+
+template <class T>
+__device__ inline T activated(T x, float scale, float shift) {
+  return from_float<T>(activation(x, scale, shift));
 }
 
 // A prologue is called with an element of the reduction within a run, and says by InPlace what becomes of the chunks of

@@ -101,12 +101,15 @@ class GramRows {
         T v[kElements];
       } chunk;
       *reinterpret_cast<uint4*>(&chunk) = load_chunk(at);
+      float x[kElements];
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const T x = p.scale ? activated(chunk.v[j], scale_[j], shift_[j]) : chunk.v[j];
-        const float d = to_float(x) - centre_[j];
-        if constexpr (kDiagonal) total_[j] += d;
-        chunk.v[j] = from_float<T>(d);
+      for (int j = 0; j < kElements; ++j) x[j] = to_float(chunk.v[j]);
+      if (p.scale) activate(x);
+#pragma unroll
+      for (int j = 0; j < kElements; j += 2) {
+        const float first = x[j] - centre_[j], second = x[j + 1] - centre_[j + 1];
+        if constexpr (kDiagonal) total_[j] += first, total_[j + 1] += second;
+        round_pair(chunk.v + j, first, second);
       }
       store_chunk(at, *reinterpret_cast<const uint4*>(&chunk));
     }
@@ -135,6 +138,17 @@ class GramRows {
   }
 
  private:
+  // relu(scale*x + shift), rounded as if it had been written.
+  __device__ void activate(float (&x)[kElements]) const {
+#pragma unroll
+    for (int j = 0; j < kElements; j += 2) {
+      alignas(4) T pair[2];
+      round_pair(pair, activation(x[j], scale_[j], shift_[j]), activation(x[j + 1], scale_[j + 1], shift_[j + 1]));
+      x[j] = to_float(pair[0]);
+      x[j + 1] = to_float(pair[1]);
+    }
+  }
+
   // Which of the image's pixels that of number `pixel` is.
   __device__ static int source(const PixelGrid& g, const GramSplits& s, int pixel) {
     if (s.dense) return pixel;

@@ -75,8 +75,8 @@ __device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
                : "memory");
 }
 
-// The same of 16-bit values, each matrix transposed: a lane receives two neighbours of a column.
-__device__ inline void load_transposed(uint32_t (&to)[4], SharedAddress row) {
+// Their transposes, of 16-bit values: each lane receives of every matrix two neighbours of column i / 4.
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -41,6 +42,23 @@ __device__ inline __half from_float<__half>(float v) {
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
+}
+
+// Two neighbours, rounded by one instruction where data have 16 bits.
+template <class T>
+__device__ inline void round_pair(T* to, float first, float second) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (std::is_same_v<T, __half>) {
+      *reinterpret_cast<__half2*>(to) = __floats2half2_rn(first, second);
+    } else {
+      *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(first, second);
+    }
+    return;
+  }
+#endif
+  to[0] = from_float<T>(first);
+  to[1] = from_float<T>(second);
 }
 
 // Eight channels of one row, as loaded.

@@ -169,7 +169,7 @@ def test_an_identity_bottleneck_takes_24_launches_in_every_layer(inputs, size):
     assert explained.model.fused.launches <= 24  # which wants no gradient of the input
 
 
-@pytest.mark.parametrize(("kind", "megabytes", "launches"), [(resnet18, 68, 200), (resnet50, 184, 420)])
+@pytest.mark.parametrize(("kind", "megabytes", "launches"), [(resnet18, 68, 200), (resnet50, 184, 422)])
 def test_training_moves_less_where_every_convolution_is_on_values(kind, megabytes, launches):
     """As a GPU with the compiled convolution is planned for; nothing is read for its statistics alone."""
     explained = resnet_fused.explain(kind(), (256, 3, 224, 224), dtype=torch.bfloat16, device="h100")
@@ -180,17 +180,21 @@ def test_training_moves_less_where_every_convolution_is_on_values(kind, megabyte
 
 def test_a_basic_block_takes_18_launches():
     """Forward and backward: statistics come with convolutions, coefficients with sums, masks with what reads."""
-    model = nn.Sequential(block(64, 64, kind=BasicBlock))
+    model = nn.Sequential(block(64, 64, kind=BasicBlock)).to(memory_format=torch.channels_last)
     (only,) = resnet_fused.explain(model, (256, 64, 56, 56), dtype=torch.bfloat16, device="h100").blocks
     assert only.fused.launches <= 18 < only.stock.launches
 
 
-def test_the_step_of_resnet50_is_predicted_as_its_machine_code_was_read():
+def test_the_step_of_resnet50_is_predicted_as_its_machine_code_was_read(monkeypatch):
     """The review's 36 to 48 ms lie within the range but for what was saved since, and the host's time is not forgotten.
 
     It read 464 launches; those that were saved since took 2 us each, and 62 us of the host, which takes less for each.
+    The 3x3 convolutions were cuDNN's.
     """
+    monkeypatch.setattr(cuda, "ASSUMED", frozenset())
+    soundness.forget()
     explained = resnet_fused.explain(resnet50(), (256, 3, 224, 224), dtype=torch.bfloat16, device="h100")
+    soundness.forget()
     (row,) = explained.predictions
     saved = 464 - explained.model.fused.launches
     assert saved > 0

@@ -9,9 +9,9 @@ import torch
 from .. import library
 from ..ops import DATA_DTYPES, OPS, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
-from . import cuda_conv
+from . import cuda_conv, cuda_gradients
 from .declaration import Backend, Kernel, check_complete
-from .selfcheck import conv_cases
+from .selfcheck import conv_cases, conv_gradient_cases
 
 
 def layout_reasons(*args, **kwargs) -> list[str]:
@@ -61,10 +61,12 @@ CONVOLUTION_REASONS = {
     "conv_add_relu_": cuda_conv.conv_reasons_,
 }
 CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
-#: Of training's products on tensor cores: plans go by Triton's, whichever of these are built.
+#: Of training's products on tensor cores: what a plan needs of a backend is in :mod:`...plan.choose`.
 PRODUCTS = {
     "conv1x1": {"unsupported": cuda_conv.conv1x1_reasons, "more_cases": conv_cases.conv1x1_tiles},
     "conv1x1_join": {"unsupported": cuda_conv.conv1x1_join_reasons, "more_cases": conv_cases.conv1x1_join_tiles},
+    "conv1x1_dgrad": {"unsupported": cuda_gradients.dgrad_reasons, "more_cases": conv_gradient_cases.dgrad_tiles},
+    "conv1x1_wgrad": {"unsupported": cuda_gradients.wgrad_reasons, "more_cases": conv_gradient_cases.wgrad_tiles},
 }
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this

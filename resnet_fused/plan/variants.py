@@ -1,6 +1,7 @@
 """What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
 
-*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, and on CPUs where
+*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, or the compiled ones where
+these are forced or Triton is not there, and on CPUs where
 :mod:`.cpu_values` says so. The CPU's other programs are on tensors; their Gram joins go through oneDNN.
 
 In 16 bits the gradients of narrow convolutions come from one pass, which moves fewer bytes and multiplies as much.
@@ -132,6 +133,8 @@ def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[i
 
     There a projection can only beside a branch that is one: no pass would add a product to a normalised tensor.
     """
+    if values and not choose.forced_has("gram", call):
+        return frozenset(), frozenset()
     main, projections = set(), set()
     for _, terms in joins(call.program):
         branch, *projection = terms.norms
@@ -199,7 +202,7 @@ def _has_narrow(call: Call) -> bool:
     ours = [(node, own) for _, node, own in call.convolutions if serves(node.conv, own)]
     if not any(pointwise.narrow(node.conv, own.weight) for node, own in ours):
         return False
-    return not choose.lacking(("conv1x1_backward",), call.x)
+    return choose.forced_has("conv1x1_backward", call) and not choose.lacking(("conv1x1_backward",), call.x)
 
 
 def every(call: Call) -> list[Variant]:

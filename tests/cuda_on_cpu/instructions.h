@@ -57,22 +57,45 @@ void wait_for_copies() {
   copies.erase(copies.begin(), later);
 }
 
+// What a lane brings to ldmatrix.
+struct MatrixLane {
+  uint32_t* to;
+  const unsigned char* row;
+};
+
 // Four 8x8 matrices of 16-bit values. Lane i names row i % 8 of matrix i / 8, and receives of every matrix two
 // neighbours of row i / 4: those of columns 2 * (i % 4) and the next.
 inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
-  struct Lane {
-    uint32_t* to;
-    const void* row;
-  } mine{to, row};
+  MatrixLane mine{to, row};
   check_shared(row);
-  on_cpu::together("ldmatrix", mine, [](Lane* const* lanes) {
+  on_cpu::together("ldmatrix", mine, [](MatrixLane* const* lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const auto* from = static_cast<const unsigned char*>(lanes[8 * matrix + lane / 4]->row);
-        std::memcpy(&lanes[lane]->to[matrix], from + 4 * (lane % 4), 4);
+        std::memcpy(&lanes[lane]->to[matrix], lanes[8 * matrix + lane / 4]->row + 4 * (lane % 4), 4);
       }
     }
   });
+}
+
+// Their transposes: two neighbours of column i / 4, of rows 2 * (i % 4) and the next.
+inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+  MatrixLane mine{to, row};
+  check_shared(row);
+  on_cpu::together("ldmatrix.trans", mine, [](MatrixLane* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 8; ++i) {  // of a pair of each matrix one value
+        const unsigned char* from = lanes[8 * (i / 2) + 2 * (lane % 4) + i % 2]->row + 2 * (lane / 4);
+        std::memcpy(reinterpret_cast<unsigned char*>(lanes[lane]->to) + 2 * i, from, 2);
+      }
+    }
+  });
+}
+
+inline uint32_t load_word(SharedAddress from) {
+  check_shared(from - (from - on_cpu::shared.data()) % 16);
+  uint32_t word;
+  std::memcpy(&word, from, 4);
+  return word;
 }
 
 inline int anew(int value) { return value; }

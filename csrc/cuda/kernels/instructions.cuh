@@ -75,6 +75,20 @@ __device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
                : "memory");
 }
 
+// Their transposes, of 16-bit values: each lane receives of every matrix two neighbours of column i / 4.
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ inline uint32_t load_word(SharedAddress from) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(from) : "memory");
+  return word;
+}
+
 // The same number, of which the compiler does not know so: what follows from it is computed where it stands, instead of
 // once before a loop, to be kept in registers that the loop needs.
 __device__ inline int anew(int value) {

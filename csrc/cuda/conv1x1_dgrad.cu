@@ -7,7 +7,7 @@
 namespace resnet_fused::cuda {
 namespace {
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using DgradResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // What there is room for beside grad_x: empty where it is not asked for.
 struct Found {
@@ -20,14 +20,14 @@ struct Found {
   }
 };
 
-Results conv1x1_dgrad(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& mask,
-                      const OptionalTensor& z, const OptionalTensor& a, const OptionalTensor& b,
-                      const OptionalTensor& d, const OptionalTensor& scale, const OptionalTensor& shift,
-                      const OptionalTensor& sample_factor, const OptionalTensor& x, const OptionalTensor& x_scale,
-                      const OptionalTensor& x_shift, const OptionalTensor& x_mean, const OptionalTensor& coupling,
-                      const OptionalTensor& constant, const OptionalTensor& residual,
-                      const OptionalTensor& residual_mask, std::vector<int64_t> residual_stride,
-                      std::vector<int64_t> x_stride, const OptionalTensor& x_rstd, bool weight_grad) {
+DgradResults conv1x1_dgrad(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& mask,
+                           const OptionalTensor& z, const OptionalTensor& a, const OptionalTensor& b,
+                           const OptionalTensor& d, const OptionalTensor& scale, const OptionalTensor& shift,
+                           const OptionalTensor& sample_factor, const OptionalTensor& x, const OptionalTensor& x_scale,
+                           const OptionalTensor& x_shift, const OptionalTensor& x_mean, const OptionalTensor& coupling,
+                           const OptionalTensor& constant, const OptionalTensor& residual,
+                           const OptionalTensor& residual_mask, std::vector<int64_t> residual_stride,
+                           std::vector<int64_t> x_stride, const OptionalTensor& x_rstd, bool weight_grad) {
   const char* op = "conv1x1_dgrad";
   check_gradient(op, g, mask, z, a, b, d, scale, shift, sample_factor, true);
   check_conv1x1_dgrad(g, weight, {x, x_scale, x_shift, x_mean, x_rstd, x_stride},

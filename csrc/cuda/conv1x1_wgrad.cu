@@ -28,10 +28,10 @@ namespace {
 #define RESNET_FUSED_TEXT_OF(name) #name
 #define RESNET_FUSED_TEXT(name) RESNET_FUSED_TEXT_OF(name)
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using WgradResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // What gram_grad makes of the sums over pixels.
-Results join_grad(const std::array<const Tensor*, 9>& arguments, const Tensor& sum_g) {
+WgradResults join_grad(const std::array<const Tensor*, 9>& arguments, const Tensor& sum_g) {
   std::array<StableIValue, 9> stack;
   std::transform(arguments.begin(), arguments.end(), stack.begin(),
                  [](const Tensor* t) { return torch::stable::detail::from(*t); });
@@ -42,13 +42,14 @@ Results join_grad(const std::array<const Tensor*, 9>& arguments, const Tensor& s
   return {grad_weight, sum_g, grad_gamma, coupling, constant};
 }
 
-Results conv1x1_wgrad(const Tensor& g, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& z,
-                      const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& d,
-                      const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& sample_factor,
-                      const OptionalTensor& x_scale, const OptionalTensor& x_shift, std::vector<int64_t> stride,
-                      bool rounded, const OptionalTensor& join_weight, const OptionalTensor& gram,
-                      const OptionalTensor& total, const OptionalTensor& centre, const OptionalTensor& join_scale,
-                      const OptionalTensor& join_rstd) {
+WgradResults conv1x1_wgrad(const Tensor& g, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& z,
+                           const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& d,
+                           const OptionalTensor& scale, const OptionalTensor& shift,
+                           const OptionalTensor& sample_factor, const OptionalTensor& x_scale,
+                           const OptionalTensor& x_shift, std::vector<int64_t> stride, bool rounded,
+                           const OptionalTensor& join_weight, const OptionalTensor& gram, const OptionalTensor& total,
+                           const OptionalTensor& centre, const OptionalTensor& join_scale,
+                           const OptionalTensor& join_rstd) {
   const char* op = "conv1x1_wgrad";
   check_gradient(op, g, mask, z, a, b, d, scale, shift, sample_factor, true);
   check_conv1x1_wgrad(g, x, x_scale, x_shift, stride, {&join_weight, &gram, &total, &centre, &join_scale, &join_rstd},

@@ -35,7 +35,8 @@ def _sizes(g: Tensor, x: Tensor | None, outputs: int, inputs: int) -> list[str]:
     """What csrc/cuda/conv1x1_gradients.h checks."""
     rows = g.shape[0] * g.shape[2] * g.shape[3]
     sizes = rows * max(outputs, inputs), 0 if x is None else x.numel(), (outputs + 1) * inputs, inputs * inputs
-    return ["takes less than 2^31 elements a tensor; pass a smaller batch"] if max(sizes) >= cuda_conv.MOST_ELEMENTS else []
+    fits = max(sizes) < cuda_conv.MOST_ELEMENTS
+    return [] if fits else ["takes less than 2^31 elements a tensor; pass a smaller batch"]
 
 
 def _gradient_vectors(a) -> tuple:

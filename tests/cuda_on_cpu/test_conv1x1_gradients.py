@@ -38,7 +38,9 @@ def drawn(shape, outputs, dtype, stride):
     """g, x, the rest of a lazy gradient, and scale and shift of a lazy x; every product of them is exact in float32."""
     draw = Pointwise(shape, outputs)
     x = draw.data(draw.dense(shape[1], (stride, stride)))
-    case = place(Case("", (draw.data(draw.wide), x), draw.gradient("recompute", "abd", True) | draw.lazy()), dtype, "cpu")
+    case = place(
+        Case("", (draw.data(draw.wide), x), draw.gradient("recompute", "abd", True) | draw.lazy()), dtype, "cpu"
+    )
     options = dict(case.kwargs)
     return *case.args, options, (options.pop("x_scale"), options.pop("x_shift"))
 
@@ -74,6 +76,8 @@ def expected(g, x, options, applied, stride):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "tile"), CASES, ids=[f"{case}, tile {tile}" for case, tile in CASES])
 def test_weight_gradient(kernel, case, tile, dtype):
+    if tile == HIGH and dtype == torch.float32:
+        pytest.skip("of 32 bits it would lack registers, and there is none")
     (shape, outputs, multiprocessors), stride = case, 2 if case == SEVERAL_TILES else 1
     given = (*drawn(shape, outputs, dtype, stride), stride)
     grad, sums, splits = run(kernel, *given, tile, multiprocessors)

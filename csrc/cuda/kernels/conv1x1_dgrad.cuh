@@ -89,7 +89,8 @@ __device__ inline int beside(const Conv1x1DgradParams& p, int row) {
   return (sample * height + h / down) * width + w / across;
 }
 
-// sums += dz, where that is the product: one channel at a time, as it is for a correction alone, and registers are rare.
+// sums += dz, where that is the product: one channel at a time, as it is for a correction alone, and registers are
+// rare.
 template <class T>
 __device__ inline void add_gradient(float* sums, const LazyGradient& p, int row, Channels c) {
   const float factor = factor_of(p, row);
@@ -98,7 +99,8 @@ __device__ inline void add_gradient(float* sums, const LazyGradient& p, int row,
     const int channel = static_cast<int>(c.first) + i, at = row * p.channels + channel;
     const float z = p.z ? to_float(static_cast<const T*>(p.z)[at]) : 0.f;
     float dz = to_float(static_cast<const T*>(p.g)[at]);
-    if (!is_plain(p)) dz = GradientVectors<false>(p, channel).apply(p, 0, dz, z, keep_bits(p, row, channel) & 1u, factor);
+    if (!is_plain(p))
+      dz = GradientVectors<false>(p, channel).apply(p, 0, dz, z, keep_bits(p, row, channel) & 1u, factor);
     sums[i] += to_float(from_float<T>(dz));
   }
 }
@@ -144,7 +146,7 @@ __device__ inline void finish_dgrad_tile(const typename Shape::Sums& sums, float
   for (int i = 0; i < Shape::kWarpRows / kPatchRows; ++i) {
     int row = anew(first_row) + patch.row + i * kPatchRows;
     int found_at = c.count > 0 ? beside(p, row) : -1, next_at = c.count > 0 ? beside(p, row + 8) : -1;
-    Group<T> other = load_if<kVectors, T>(found_at >= 0, from, found_at, p.input.channels, c);  // on their way while
+    Group<T> other = load_if<kVectors, T>(found_at >= 0, from, found_at, p.input.channels, c);     // on their way while
     const Group<T> next = load_if<kVectors, T>(next_at >= 0, from, next_at, p.input.channels, c);  // sums are exchanged
     patch.spread(sums, i);
 #pragma unroll 1
@@ -193,8 +195,8 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
                                                   first_row, first_col);
       }
       if (p.coupling) {
-        add_product<T, Shape, kVectors, Input>(sums, shared_address(shared), p.input, p.coupling, p.input.channels, first_row,
-                                               first_col);
+        add_product<T, Shape, kVectors, Input>(sums, shared_address(shared), p.input, p.coupling, p.input.channels,
+                                               first_row, first_col);
       }
       LaneSums found;
       finish_dgrad_tile<T, Shape, kVectors>(sums, patches, vectors, p, first_row, first_col, found);
@@ -235,8 +237,8 @@ void conv1x1_dgrad_as(const Conv1x1DgradParams& p, cudaStream_t stream) {
   if (p.partial) launch_add_gradient_sums(p.partial, tiles.chunks, p.found, stream);
 }
 
-// f(Shape{}, whether chunks of 16 bytes are whole): tiles of 64 pixels, as what is on its way of dz takes registers, and
-// of 128 channels where there are as many tiles as SMs: dz is made once for each.
+// f(Shape{}, whether chunks of 16 bytes are whole): tiles of 64 pixels, as what is on its way of dz takes registers,
+// and of 128 channels where there are as many tiles as SMs: dz is made once for each.
 template <class T, class F>
 void with_dgrad_shape(const Conv1x1DgradParams& p, const F& f) {
   const int k = p.gradient.channels, c = p.input.channels;
@@ -249,7 +251,9 @@ void with_dgrad_shape(const Conv1x1DgradParams& p, const F& f) {
   f(TileShape<64, 64>{}, std::true_type{});
 }
 
-inline bool conv1x1_dgrad_is_empty(const Conv1x1DgradParams& p) { return p.gradient.rows == 0 || p.input.channels == 0; }
+inline bool conv1x1_dgrad_is_empty(const Conv1x1DgradParams& p) {
+  return p.gradient.rows == 0 || p.input.channels == 0;
+}
 
 // Floats of scratch for the sums, all else in `p` being set.
 template <class T>

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
   const int tile = static_cast<int>(blockIdx.x) % tiles;
   const int first_output = tile / splits.across * kOutputs, first_input = tile % splits.across * kInputs;
   const int begin = split * splits.rows, left = p.gradient.rows - begin;
-  const int steps = ((left < splits.rows ? left : splits.rows) + kDepth - 1) / kDepth;
+  const int end = begin + (left < splits.rows ? left : splits.rows);
   GradientTile<T, kDepth, kOutputs, kVectors> dz;
   InputTile<T, kDepth, kInputs, kVectors> x;
   float total[kChunkElements<T>] = {};
@@ -114,26 +114,26 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
 #pragma unroll
     for (int i = 0; i < kChunkElements<T>; ++i) total[i] += chunk.value(i);
   };
-  const auto fetch = [&](int step) {
-    dz.fetch(p.gradient, begin + step * kDepth, first_output);
-    x.fetch(p.input, begin + step * kDepth, first_input);
+  const auto fetch = [&](int row) {
+    dz.fetch(p.gradient, row, first_output);
+    x.fetch(p.input, row, first_input);
   };
-  const auto store = [&](int step, SharedAddress stage) {
-    dz.store(p.gradient, stage, begin + step * kDepth, first_output, add);
-    x.store(p.input, stage + Outputs::kBytes, begin + step * kDepth, first_input);
+  const auto store = [&](int row, SharedAddress stage) {
+    dz.store(p.gradient, stage, row, first_output, add);
+    x.store(p.input, stage + Outputs::kBytes, row, first_input);
   };
   typename Shape::Sums sums{};
   const auto stage_of = [&](int step) { return shared_address(shared) + step % 2 * kWgradStageBytes<T, Shape>; };
-  fetch(0);
-  store(0, stage_of(0));
+  fetch(begin);
+  store(begin, stage_of(0));
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0, row = begin; row < end; ++step, row += kDepth) {
     __syncthreads();  // this stage is there, and all are done with the other one
-    if (step + 1 < steps) fetch(step + 1);
+    if (row + kDepth < end) fetch(row + kDepth);
     const ColumnFragments<T, kDepth, true> rows(stage_of(step), Shape::warp_row());
     const ColumnFragments<T, kDepth, false> columns(stage_of(step) + Outputs::kBytes, Shape::warp_col());
     multiply_fragments<T, kDepth / kFragmentDepth<T>>(sums, rows, columns);
-    if (step + 1 < steps) store(step + 1, stage_of(step + 1));
+    if (row + kDepth < end) store(row + kDepth, stage_of(step + 1));
   }
   const int size = p.gradient.channels * p.input.channels;
   float* partial = p.partial + static_cast<int64_t>(split) * (size + p.gradient.channels);
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
 #endif
 }
 
-// f(Shape{}, whether chunks of 16 bytes are whole): tiles as large as the weight is and as registers allow; of 128 inputs
-// rather than outputs, as dz is made once for each.
+// f(Shape{}, whether chunks of 16 bytes are whole): tiles as large as the weight is and as registers allow; of 128
+// inputs rather than outputs, as dz is made once for each.
 template <class T, class F>
 void with_wgrad_shape(const Conv1x1WgradParams& p, const F& f) {
   const int k = p.gradient.channels, c = p.input.channels;
@@ -155,7 +155,9 @@ void with_wgrad_shape(const Conv1x1WgradParams& p, const F& f) {
     return f(TileShape<64, 64>{}, std::false_type{});
   }
   if (c > 64) return f(TileShape<64, 128>{}, std::true_type{});
-  if (k > 64) return f(TileShape<128, 64>{}, std::true_type{});
+  if constexpr (sizeof(T) == 2) {  // of 32 bits it would lack registers
+    if (k > 64) return f(TileShape<128, 64>{}, std::true_type{});
+  }
   f(TileShape<64, 64>{}, std::true_type{});
 }
 

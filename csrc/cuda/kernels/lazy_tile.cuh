@@ -168,7 +168,8 @@ class GradientTile {
           const float factor = factor_of(p, row);
           const unsigned bits = bits_ >> (8 * i + four);
           g_[i].change_four([&](T g, int j) {
-            const float z = p.z ? z_[i].value(j) : 0.f, dz = vectors.apply(p, j, to_float(g), z, bits >> j & 1u, factor);
+            const float z = p.z ? z_[i].value(j) : 0.f,
+                        dz = vectors.apply(p, j, to_float(g), z, bits >> j & 1u, factor);
             return from_float<T>(j < count ? dz : 0.f);
           });
           g_[i].turn();

@@ -20,9 +20,9 @@ __device__ inline float sum_over_rows(float value) {
 // A lane's view of its warp's patch, one of those at `patches`; and what it has of the tile when sums were spread.
 template <class Shape>
 struct WarpPatch {
-  float* to;          // where the lane's sums go
-  float* from;        // its eight outputs of a pixel of the first eight
-  int row, col;       // of that pixel and of these outputs, in the tile
+  float* to;     // where the lane's sums go
+  float* from;   // its eight outputs of a pixel of the first eight
+  int row, col;  // of that pixel and of these outputs, in the tile
 
   __device__ explicit WarpPatch(float* patches) {
     const int lane = Shape::lane();

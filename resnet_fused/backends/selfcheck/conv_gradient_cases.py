@@ -1,4 +1,4 @@
-"""Cases of the compiled gradients of 1x1 convolutions for GPUs: their tiles, several steps, splits and chunks, ragged ends.
+"""Cases of the compiled gradients of 1x1 convolutions for GPUs: tiles, several steps, splits and chunks, ragged ends.
 
 As in :mod:`.conv_cases`; the largest known GPU has 188 multiprocessors.
 """
@@ -12,8 +12,8 @@ import torch
 from ...ops.contract import pack_mask
 from .draws import Case, Draw
 
-_MANY = (2, 72, 112, 109)  # more pixels than 190 tiles of 128 have, and no multiple of them
-_CHUNKS = (2, 8, 440, 440)  # 16 such tiles for each multiprocessor
+_MANY = (2, 72, 112, 109)  # more pixels than 190 tiles of 64 have, and no multiple of them
+_CHUNKS = (2, 8, 440, 440)  # 32 such tiles for each multiprocessor
 _FEW = (3, 72, 9, 7)
 
 
@@ -49,8 +49,8 @@ def _through(draw: Draw) -> dict:
 def dgrad_tiles(dtype: torch.dtype) -> Iterator[Case]:
     """Of the compiled `conv1x1_dgrad`."""
     for name, shape, outputs in (
-        ("narrow tiles, several steps", _MANY, 136),
-        ("narrow tiles, two to a chunk", _CHUNKS, 8),
+        ("wide tiles, several steps", _MANY, 136),
+        ("small tiles, several to a chunk", _CHUNKS, 8),
         ("small tiles, several steps", _FEW, 136),
         ("odd channels", (3, 65, 9, 7), 33),
     ):
@@ -59,7 +59,7 @@ def dgrad_tiles(dtype: torch.dtype) -> Iterator[Case]:
         more = {"weight_grad": True} if shape == _FEW else {}
         yield Case(f"{name}, coefficients", (g, _weight(draw, outputs)), options | _through(draw) | more)
     for name, (n, c, h, w), outputs in (
-        ("narrow tiles, several across", (2, 136, 112, 109), 24),
+        ("wide tiles, several across", (2, 136, 112, 109), 24),
         ("small tiles, several steps", _FEW, 136),
         ("odd channels", (3, 65, 9, 7), 33),
     ):
@@ -76,9 +76,9 @@ def dgrad_tiles(dtype: torch.dtype) -> Iterator[Case]:
 def wgrad_tiles(dtype: torch.dtype) -> Iterator[Case]:
     """Of the compiled `conv1x1_wgrad`."""
     for name, shape, outputs in (
-        ("largest tiles, several splits", (2, 136, 40, 41), 136),
-        ("wide tiles, many splits", (2, 56, 112, 109), 136),
-        ("small tiles, many splits", (2, 72, 112, 109), 56),
+        ("wide tiles, several across", (2, 136, 40, 41), 136),
+        ("high tiles, many splits", (2, 56, 112, 109), 136),
+        ("small tiles, many splits", (2, 56, 112, 109), 40),
         ("one split", (3, 136, 3, 5), 200),
         ("odd channels", (3, 65, 19, 17), 33),
     ):

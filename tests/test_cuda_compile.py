@@ -151,7 +151,7 @@ def test_the_convolutions_run_on_tensor_cores(op, tmp_path):
 
 @pytest.mark.parametrize("op", GRADIENTS)
 def test_the_gradients_run_on_tensor_cores(op, tmp_path):
-    """Each product has its dtype's instruction, 16-bit columns come by transposing ldmatrix; no atomics; sm_75 builds."""
+    """Each product has its dtype's instruction, columns of 16 bits come by transposing ldmatrix. sm_75 builds."""
     ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_80")
     found = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
     kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]

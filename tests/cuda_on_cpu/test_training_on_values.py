@@ -83,7 +83,7 @@ def test_bottlenecks_train_on_values(ran):
 def test_float32_is_on_values_where_it_may_be_rounded_to_tf32(ran, monkeypatch):
     x, found = torch.randn(1, 16, 12, 12), []
     for allowed in (False, True):
-        monkeypatch.setattr(soundness.tf32, "allowed", lambda: allowed)
+        monkeypatch.setattr(soundness.tf32, "allowed", lambda allowed=allowed: allowed)
         found.append([choose.value_device("cuda", t) for t in (x, x.bfloat16())])
     there = devices.DEVICES["h100"]
     assert found == [[None, there], [there, there]]

@@ -18,7 +18,9 @@ REGISTERS = {
     "bn_coefficients": 80,
     "bn_stats": 80,
     "conv1x1": 128,
+    "conv1x1_dgrad": 128,
     "conv1x1_join": 128,
+    "conv1x1_wgrad": 128,
     "conv_norm_add_relu": 128,
     "gram": 128,
     "gram_grad": 128,
@@ -35,7 +37,9 @@ KERNELS = {
     "bn_coefficients": 1,
     "bn_stats": 3 * 2 + 1,
     "conv1x1": 2 * (2 * 3 + 1) + (2 * 2 + 1) + 1,  # plain or lazy where chunks are copied; and the merge
+    "conv1x1_dgrad": 3 * 3 + 1,  # and the sums
     "conv1x1_join": 3 * (2 * 2 + 1 + 2 + 1),  # so too of one product and of two
+    "conv1x1_wgrad": 2 * 4 + 3 + 3,  # and what adds splits
     "conv_norm_add_relu": 2 * 4 + 3,
     "gram": 3 * 2 + 2,  # and the merge of few splits or many
     "gram_grad": 3,
@@ -50,6 +54,7 @@ KERNELS = {
 #: Of vectors alone: no function for each dtype of activations.
 VECTORS = ("bn_affine", "bn_coefficients")
 CONVOLUTIONS = ("conv_norm_add_relu", "conv1x1", "conv1x1_join")
+GRADIENTS = ("conv1x1_dgrad", "conv1x1_wgrad")
 #: Passes over activations: kernels that access 16 bytes at a time, and whether they write activations.
 PASSES = {
     "bn_stats": (3, False),
@@ -61,6 +66,8 @@ PASSES = {
     "norm_relu_pool_backward": (3, False),
 }
 TYPES = ("float", "__half", "__nv_bfloat16")
+#: The products of each dtype on tensor cores, by its name in a kernel's.
+PRODUCTS = {"f": "m16n8k8.*tf32.tf32", "6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
 
 
 def nvcc() -> str:
@@ -140,10 +147,9 @@ def test_the_convolutions_run_on_tensor_cores(op, tmp_path):
     found = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
     kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]
     assert len(found) == KERNELS[op] and len(kernels) == KERNELS[op] - (op == "conv1x1")
-    products = {"f": "m16n8k8.*tf32.tf32", "6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
     for kernel in kernels:
         dtype, vectors = re.match(rf"\w*{op}_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
-        assert re.search(f"mma.sync.aligned.{products[dtype]}", kernel) and "ldmatrix" in kernel
+        assert re.search(f"mma.sync.aligned.{PRODUCTS[dtype]}", kernel) and "ldmatrix" in kernel
         assert ("cp.async.cg" in kernel) == (vectors == "1")
         assert not re.search(r"\b(atom|red)\.", kernel)
     compile_kernels(op, tmp_path, "-ptx", "-arch=sm_75")
@@ -164,6 +170,22 @@ def test_the_gram_matrix_runs_on_tensor_cores(tmp_path):
         assert ("cp.async.cg" in kernel) == (vectors == "1")
         assert not re.search(r"\b(atom|red)\.", kernel)
     compile_kernels("gram", tmp_path, "-ptx", "-arch=sm_75")
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_the_gradients_run_on_tensor_cores(op, tmp_path):
+    """Each product has its dtype's instruction, columns of 16 bits come by transposing ldmatrix. sm_75 builds."""
+    ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_80")
+    found = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
+    kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]
+    assert len(found) == KERNELS[op] and len(kernels) == {"conv1x1_dgrad": 9, "conv1x1_wgrad": 11}[op]
+    for kernel in kernels:
+        dtype, vectors = re.match(rf"\w*{op}_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
+        assert re.search(f"mma.sync.aligned.{PRODUCTS[dtype]}", kernel)
+        assert ("ldmatrix.sync.aligned.m8n8.x4.trans" in kernel) == (dtype != "f")
+        assert vectors == "0" or re.search(r"ld\.global\S*\.v4", kernel)
+    assert not any(re.search(r"\b(atom|red)\.", kernel) for kernel in found)
+    compile_kernels(op, tmp_path, "-ptx", "-arch=sm_75")
 
 
 @pytest.mark.parametrize(("op", "count", "writes"), [(op, *rest) for op, rest in PASSES.items()])

@@ -19,12 +19,13 @@ inline void check_bits(const char* op, const char* name, const OptionalTensor& m
   }
 }
 
+// `rounds`: whether the kernel takes 16-bit data too.
 inline void check_gradient(const char* op, const Tensor& g, const OptionalTensor& mask, const OptionalTensor& z,
                            const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& d,
                            const OptionalTensor& scale, const OptionalTensor& shift,
-                           const OptionalTensor& sample_factor) {
+                           const OptionalTensor& sample_factor, bool rounds = false) {
   check_data(op, "g", g);
-  check_float(op, "g", g);
+  if (!rounds) check_float(op, "g", g);
   check_bits(op, "mask", mask, g.size(0) * g.size(2) * g.size(3), g.size(1), g);
   if (z) check_like(op, "z", *z, "g", g);
   if (a) check_vector(op, "a", *a, g);

@@ -10,9 +10,9 @@ import torch
 from .. import library
 from ..ops import DATA_DTYPES, OPS, bn_coefficients, norm_relu_coefficients
 from ..ops.contract import is_channels_last
-from . import cuda_conv
+from . import cuda_conv, cuda_gradients
 from .declaration import Backend, Kernel, check_complete
-from .selfcheck import conv_cases, gram_cases
+from .selfcheck import conv_cases, conv_gradient_cases, gram_cases
 
 
 def layout_reasons(*args, **kwargs) -> list[str]:
@@ -75,10 +75,12 @@ CONVOLUTION_REASONS = {
     "conv_chain": cuda_conv.chain_reasons,
 }
 CONVOLUTIONS = tuple(CONVOLUTION_REASONS)
-#: Of training's products on tensor cores. Those of 1x1 are in plans where Triton's would be, whichever are built.
+#: Of training's products on tensor cores: what a plan needs of a backend is in :mod:`...plan.choose`.
 PRODUCTS = {
     "conv1x1": {"unsupported": cuda_conv.conv1x1_reasons, "more_cases": conv_cases.conv1x1_tiles},
     "conv1x1_join": {"unsupported": cuda_conv.conv1x1_join_reasons, "more_cases": conv_cases.conv1x1_join_tiles},
+    "conv1x1_dgrad": {"unsupported": cuda_gradients.dgrad_reasons, "more_cases": conv_gradient_cases.dgrad_tiles},
+    "conv1x1_wgrad": {"unsupported": cuda_gradients.wgrad_reasons, "more_cases": conv_gradient_cases.wgrad_tiles},
     "conv_values": {"unsupported": cuda_conv.conv_values_reasons},
 }
 #: Of the Gram join, whose products of float32 are in full whatever is allowed for convolutions.

@@ -64,11 +64,17 @@ def limits(x: torch.Size, weight: torch.Size, stride, padding, dilation) -> list
     return reasons
 
 
-def _reasons(x, weight, vectors, residual, stride, padding, dilation) -> list[str]:
+def device_reasons(x: Tensor) -> list[str]:
+    """Reasons against tensor cores where `x` is, or with its dtype."""
     lacks = _unbuilt(cards.of(x.device).arch)
     found = [lacks] if lacks else []
     if x.dtype == torch.float32 and not tf32.allowed():
         found.append(FULL_FLOAT32)
+    return found
+
+
+def _reasons(x, weight, vectors, residual, stride, padding, dilation) -> list[str]:
+    found = device_reasons(x)
     if not all(is_channels_last(t) for t in (x, residual) if t is not None):
         found.append("takes channels_last tensors only")
     if weight.dtype != x.dtype:

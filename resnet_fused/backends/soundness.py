@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from ..ops import DATA_DTYPES, OPS
-from . import cuda
+from . import cuda, tf32
 from .constant import constant_in_graphs
 from .declaration import Backend, Kernel
 from .dispatch import backends, objection
@@ -52,6 +52,14 @@ def lacking(
             return op
     _sound[question] = judge.count_of_changes()
     return ""
+
+
+@constant_in_graphs
+def compiled(ops: tuple[str, ...], dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels for GPUs have all of `ops`, and take activations of `dtype`; float32 as TF32."""
+    found = backends()["cuda"]
+    has = not found.unavailable and all(op in found.kernels for op in ops)
+    return has and (dtype != torch.float32 or tf32.allowed())
 
 
 def takes(op: str, outputs: int, inputs: int, coupled: bool = False) -> bool:

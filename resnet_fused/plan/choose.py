@@ -106,7 +106,18 @@ def value_device(backend: str, x: Tensor) -> Device | None:
         return None
     if _settings.target is not None:
         return _settings.target
-    return devices.of(x.device) if _HAS_TRITON and backend in ("auto", "triton") else None
+    there = _HAS_TRITON and backend in ("auto", "triton")
+    there = there or (backend in ("auto", "cuda") and soundness.compiled(VALUE_OPS, x.dtype))
+    return devices.of(x.device) if there else None
+
+
+#: What 1x1 convolutions on values need, forward and backward.
+VALUE_OPS = ("conv1x1", "conv1x1_join", "conv1x1_dgrad", "conv1x1_wgrad")
+
+
+def forced_has(op: str, call) -> bool:
+    """Whether the compiled kernels have `op`, where they were forced on `call`; else others may serve."""
+    return call.program.backend != "cuda" or soundness.compiled((op,), call.x.dtype)
 
 
 #: What a Gram join on tensors runs, beside what a written one does.

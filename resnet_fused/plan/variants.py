@@ -1,9 +1,9 @@
 """What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
 
-*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, and on CPUs where
-:mod:`.cpu_values` says so. Other programs are on tensors: on a CPU, where Gram joins go through oneDNN, and on GPUs
-without Triton, where they go through the compiled convolutions. On GPUs all other convolutions are on values too where
-:mod:`.gpu_values` says so.
+*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, or the compiled ones where
+these are forced or Triton is not there, and on CPUs where :mod:`.cpu_values` says so. Other programs are on tensors: on
+a CPU, where Gram joins go through oneDNN, and on GPUs whose kernels of 1x1 convolutions are none of these, where they
+go through the compiled convolutions. On GPUs all other convolutions are on values too where :mod:`.gpu_values` says so.
 
 In 16 bits the gradients of narrow convolutions come from one pass, which moves fewer bytes and multiplies as much.
 
@@ -138,6 +138,8 @@ def gram_branches(call: Call, values: bool) -> tuple[frozenset[int], frozenset[i
 
     There a projection can only beside a branch that is one: no pass would add a product to a normalised tensor.
     """
+    if values and not choose.forced_has("gram", call):
+        return frozenset(), frozenset()
     main, projections = set(), set()
     for _, terms in joins(call.program):
         branch, *projection = terms.norms
@@ -207,7 +209,7 @@ def _has_narrow(call: Call) -> bool:
     ours = [(node, own) for _, node, own in call.convolutions if serves(node.conv, own)]
     if not any(pointwise.narrow(node.conv, own.weight) for node, own in ours):
         return False
-    return not choose.lacking(("conv1x1_backward",), call.x)
+    return choose.forced_has("conv1x1_backward", call) and not choose.lacking(("conv1x1_backward",), call.x)
 
 
 def every(call: Call) -> list[Variant]:

@@ -170,7 +170,6 @@ def test_the_self_check_of_a_training_product_meets_every_tile():
         else:
             met.add("small" if narrow < 188 else "chunks" if narrow >= 16 * 188 else "narrow")
     assert met == {"elements", "large", "chunks", "small"}
-    assert list(cuda.PRODUCTS) == ["conv1x1", "conv1x1_join", "conv_values"]
 
 
 def test_the_self_check_of_a_convolution_on_values_meets_every_tile():

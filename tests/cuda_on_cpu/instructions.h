@@ -91,6 +91,13 @@ inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
   });
 }
 
+inline uint32_t load_word(SharedAddress from) {
+  check_shared(from - (from - on_cpu::shared.data()) % 16);
+  uint32_t word;
+  std::memcpy(&word, from, 4);
+  return word;
+}
+
 inline int anew(int value) { return value; }
 
 inline float from_lane_xor(float value, int mask) {

@@ -1,5 +1,5 @@
-// Batch norm's per-channel arithmetic, forward: of bn_affine, and of the kernels that take statistics themselves. Its
-// meaning is in resnet_fused/ops/bn_affine.py.
+// Batch norm's per-channel arithmetic: of bn_affine and bn_coefficients, and of the kernels that take statistics or
+// sums themselves. Its meaning is in resnet_fused/ops/bn_affine.py and bn_coefficients.py.
 #pragma once
 
 #include "tile.cuh"
@@ -46,6 +46,20 @@ __device__ inline void store_statistics(const StatisticsParams& p, int64_t chann
   } else {
     store_affine(p.affine, channel, p.rows, mean, m2);
   }
+}
+
+// Backward, of a channel with these sums of its gradient.
+__device__ inline void store_coefficients(const BnCoefficientsParams& p, int64_t channel, float sum_g, float sum_gz) {
+  const float rstd = p.rstd[channel], grad_gamma = rstd * sum_gz;
+  float b = 0.f, d = 0.f;
+  if (p.rows > 0) {
+    const float unit = p.scale[channel] / static_cast<float>(p.rows);
+    b = -unit * (rstd * grad_gamma);
+    d = fmaf(-b, p.mean[channel], -unit * sum_g);  // of b as rounded
+  }
+  p.b[channel] = b;
+  p.d[channel] = d;
+  p.grad_gamma[channel] = grad_gamma;
 }
 
 }  // namespace resnet_fused::cuda

@@ -4,24 +4,14 @@
 // launch, which stands for about ten of PyTorch's.
 #pragma once
 
-#include "tile.cuh"
+#include "affine.cuh"
 
 namespace resnet_fused::cuda {
 
 template <int kChannels>
 __global__ void __launch_bounds__(kChannels) bn_coefficients_kernel(const BnCoefficientsParams p) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x;
-  if (channel >= p.channels) return;
-  const float rstd = p.rstd[channel], grad_gamma = rstd * p.sum_gz[channel];
-  float b = 0.f, d = 0.f;
-  if (p.rows > 0) {
-    const float unit = p.scale[channel] / static_cast<float>(p.rows);
-    b = -unit * (rstd * grad_gamma);
-    d = fmaf(-b, p.mean[channel], -unit * p.sum_g[channel]);  // of b as rounded
-  }
-  p.b[channel] = b;
-  p.d[channel] = d;
-  p.grad_gamma[channel] = grad_gamma;
+  if (channel < p.channels) store_coefficients(p, channel, p.sum_g[channel], p.sum_gz[channel]);
 }
 
 // Nothing is launched for no channels.

@@ -64,13 +64,6 @@ struct TileMoments {
   }
 };
 
-// Of all lanes that have the same outputs: each gets the same bits.
-__device__ inline float sum_over_rows(float value) {
-#pragma unroll
-  for (int mask = 4; mask < kWarpThreads; mask *= 2) value += from_lane_xor(value, mask);
-  return value;
-}
-
 // What this warp has of a tile of which `rows` rows are pixels: origin, sum and squares of each of its outputs.
 template <class Shape>
 __device__ inline void find_warp_moments(const typename Shape::Sums& sums, const TileMoments<Shape>& moments,

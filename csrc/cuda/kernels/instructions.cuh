@@ -83,6 +83,12 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress
                : "memory");
 }
 
+__device__ inline uint32_t load_word(SharedAddress from) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(from) : "memory");
+  return word;
+}
+
 // The same number, of which the compiler does not know so: what follows from it is computed where it stands, instead of
 // once before a loop, to be kept in registers that the loop needs.
 __device__ inline int anew(int value) {

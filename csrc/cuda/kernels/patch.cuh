@@ -10,12 +10,19 @@ constexpr int kPatchRows = 16, kPatchStride = 40;  // floats: 16-byte aligned, a
 constexpr int kPatchBytes = kPatchRows * kPatchStride * static_cast<int>(sizeof(float));
 constexpr int kPatchesBytes = kConvThreads / kWarpThreads * kPatchBytes;  // of all warps of a block
 
+// Of all lanes of a warp that have the same outputs: each gets the same bits.
+__device__ inline float sum_over_rows(float value) {
+#pragma unroll
+  for (int mask = 4; mask < kWarpThreads; mask *= 2) value += from_lane_xor(value, mask);
+  return value;
+}
+
 // A lane's view of its warp's patch, one of those at `patches`; and what it has of the tile when sums were spread.
 template <class Shape>
 struct WarpPatch {
-  float* to;          // where the lane's sums go
-  const float* from;  // its eight outputs of a pixel of the first eight
-  int row, col;       // of that pixel and of these outputs, in the tile
+  float* to;     // where the lane's sums go
+  float* from;   // its eight outputs of a pixel of the first eight
+  int row, col;  // of that pixel and of these outputs, in the tile
 
   __device__ explicit WarpPatch(float* patches) {
     const int lane = Shape::lane();
@@ -39,7 +46,7 @@ struct WarpPatch {
   }
 
   // The lane's eight outputs of its pixel of the first eight, or of the others.
-  __device__ const float* group(int half) const { return from + 8 * half * kPatchStride; }
+  __device__ float* group(int half) const { return from + 8 * half * kPatchStride; }
 
   // Which of `outputs` these are, of a tile that begins at `first_col`.
   __device__ Channels channels(int first_col, int outputs) const {

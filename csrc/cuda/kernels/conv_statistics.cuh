@@ -18,7 +18,12 @@ __device__ inline void round_sums(WarpSums<kRows, kCols>& sums) {
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
 #pragma unroll
-      for (float& sum : sums.v[i][j]) sum = to_float(from_float<T>(sum));
+      for (int e = 0; e < 4; e += 2) {
+        alignas(4) T pair[2];
+        round_pair(pair, sums.v[i][j][e], sums.v[i][j][e + 1]);
+        sums.v[i][j][e] = to_float(pair[0]);
+        sums.v[i][j][e + 1] = to_float(pair[1]);
+      }
     }
   }
 }

@@ -5,9 +5,9 @@
 // pair of tiles, half of that on the diagonal, written once and read once: of one wave of blocks, 4 MB. FLOPs
 // M*C*(C+64), of which the symmetric matrix needs M*C*(C+1). The largest of ResNet-50, 64 channels at 56x56, batch 256,
 // bf16: 103 MB, 0.03 ms at 3.35 TB/s, and 7 GFLOP; the widest, 512 channels at 7x7: 13 MB, from L2 103, and 7 GFLOP.
-// By its machine code for sm_90 a block issues some 310 instructions a warp for 64 rows of one tile, 470 for two, most of
-// them to make d, which each pair does anew: 0.03 ms of an H100's issue slots for either of these and all between, as
-// much as memory takes for the narrowest. Not measured.
+// By its machine code for sm_90 a block issues some 310 instructions a warp for 64 rows of one tile, 470 for two, most
+// of them to make d, which each pair does anew: 0.03 ms of an H100's issue slots for either of these and all between,
+// as much as memory takes for the narrowest. Not measured.
 //
 // Rows are copied to shared memory ahead of the products and become d where they lie, by the thread that copied them,
 // which sums d before it is rounded. Both operands of the products are then read transposed, as it is pixels that are

@@ -53,6 +53,8 @@ KERNELS = {
 }
 #: Of vectors alone: no function for each dtype of activations.
 VECTORS = ("bn_affine", "bn_coefficients")
+#: On small matrices, far below their limit of registers: one architecture is enough.
+SMALL = ("gram_grad", "gram_norm")
 CONVOLUTIONS = ("conv_norm_add_relu", "conv1x1", "conv1x1_join")
 GRADIENTS = ("conv1x1_dgrad", "conv1x1_wgrad")
 #: Passes over activations: kernels that access 16 bytes at a time, and whether they write activations.
@@ -112,11 +114,12 @@ def resources(log: str) -> dict[tuple[str, str], tuple[int, int]]:
 
 @pytest.mark.parametrize("op", REGISTERS)
 def test_registers_and_spills(op, tmp_path):
-    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    architectures = ARCHITECTURES[1:2] if op in SMALL else ARCHITECTURES
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     _, log = compile_kernels(op, tmp_path, "-Xptxas=-v", "-c", *gencode)
     used = resources(log)
-    assert {architecture for _, architecture in used} == set(ARCHITECTURES)
-    assert len(used) == KERNELS[op] * len(ARCHITECTURES), sorted(used)
+    assert {architecture for _, architecture in used} == set(architectures)
+    assert len(used) == KERNELS[op] * len(architectures), sorted(used)
     print(f"{op}: at most {max(r for r, _ in used.values())} registers")
     assert {k: v for k, v in used.items() if v[0] > REGISTERS[op] or v[1]} == {}
     assert "warning" not in log
@@ -169,7 +172,6 @@ def test_the_gram_matrix_runs_on_tensor_cores(tmp_path):
             assert "mma.sync" not in kernel and "fma.rn.f32" in kernel and "ld.shared.v4" in kernel
         assert ("cp.async.cg" in kernel) == (vectors == "1")
         assert not re.search(r"\b(atom|red)\.", kernel)
-    compile_kernels("gram", tmp_path, "-ptx", "-arch=sm_75")
 
 
 @pytest.mark.parametrize("op", GRADIENTS)

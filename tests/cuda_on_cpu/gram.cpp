@@ -30,6 +30,8 @@ void run_as(GramParams p, bool by_elements) {
 
 }  // namespace
 
+#ifndef RESNET_FUSED_SANITIZED
+
 extern "C" int gram(int dtype, bool by_elements, int multiprocessors, bool copies_wait, const int* grid, int channels,
                     const void* a, const float* centre, const float* scale, const float* shift, float* gram,
                     float* total) {
@@ -40,7 +42,7 @@ extern "C" int gram(int dtype, bool by_elements, int multiprocessors, bool copie
   return cuda_on_cpu::with_type(dtype, [&](auto t) { run_as<decltype(t)>(p, by_elements); });
 }
 
-#ifdef RESNET_FUSED_SANITIZED
+#else
 
 namespace {
 

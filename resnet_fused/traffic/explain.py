@@ -154,7 +154,7 @@ def explain(
             one.
         device: plan for and predict the time on a GPU, one of "a100", "h100", "h200", "b200", "rtx4090", or a
             :class:`~resnet_fused.plan.devices.Device` that describes another, where Triton and all of its kernels, and
-            the compiled convolution, are taken to be sound; None plans for where the model is and, in 16-bit, adds a
+            the compiled convolutions, are taken to be sound; None plans for where the model is and, in 16-bit, adds a
             prediction for each of them.
 
     Raises:

@@ -174,6 +174,14 @@ def test_parameters_are_of_any_floating_dtype_and_at_any_stride(backend):
         ("bn_affine", (torch.ones(4), torch.ones(5), None, None, activation(), 1e-5), r"m2 is Float of shape \[5\]"),
         ("bn_coefficients", (*torch.ones(5, 4).double(), activation()), "sum_g is Double; pass Float"),
         ("lazy_grad_apply", (activation(), None, *torch.ones(3, 4)), "got b without z; pass z too"),
+        (
+            "lazy_grad_apply",
+            (activation(), None, *[None] * 7, torch.zeros(18, 2, dtype=torch.uint8)),
+            r"mask has shape \[18, 2\]; pass the .* \[18, 1\] mask",
+        ),
+        ("lazy_grad_apply", (activation(), None, *[None] * 7, activation()), "mask is Float; pass packed bits, Byte"),
+        ("conv_values", (activation(), torch.ones(4, 2, 3, 3)), "^conv_values: weight .* without groups"),
+        ("conv_values", (activation(), torch.ones(4, 4, 3, 3), torch.ones(4)), "got x_scale without x_shift"),
         ("norm_relu_pool", (activation(), *torch.ones(2, 5)), r"scale has shape \[5\]"),
     ],
 )

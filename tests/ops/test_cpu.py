@@ -38,9 +38,11 @@ def narrow(value):
 @needs_library
 @pytest.mark.parametrize("op", [*CPU_OPS, *onednn.NAMES])
 def test_opcheck(op):
-    """Schema (aliasing, mutation) and fake kernel, by torch's own tool."""
+    """Schema (aliasing, mutation) and fake kernel, by torch's own tool; of what the CPU takes."""
     for case in [case for case in cases(op, torch.float32) if "empty" not in case.name][::7]:
         args, kwargs = tuple(map(narrow, case.args)), {key: narrow(value) for key, value in case.kwargs.items()}
+        if op.startswith("lazy_grad_apply") and CPU.reasons(op, args, kwargs):
+            continue
         packet = getattr(torch.ops.resnet_fused, op).default
         torch.library.opcheck(packet, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 

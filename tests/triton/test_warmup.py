@@ -49,7 +49,8 @@ def test_everything_that_a_step_starts_is_compiled(compiled):
     assert warmed.kernels == len(compiled[90]) == warmed.compiled + 1 > 20  # one of them was compiled before
     started = set()
     for call in calls(model, x, True, devices.find("h100"), torch.bfloat16):
-        started |= {launch.binary for launch in room.kernels()[call.op].launches(call.args, {}, cards.H100)}
+        if call.op in room.kernels():
+            started |= {launch.binary for launch in room.kernels()[call.op].launches(call.args, {}, cards.H100)}
     assert len(started) > 10 and started <= compiled[90]
     assert type(model) is Bottleneck and model.conv1.weight.dtype == torch.float32, "touched the model"
 

@@ -180,15 +180,16 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
   const TileSums<Shape> kept{reinterpret_cast<float*>(shared + kPatchesBytes), reinterpret_cast<float*>(behind)};
   float* vectors = reinterpret_cast<float*>(behind + TileSums<Shape>::kChunkBytes);
   if (p.weight_grad.partial) add_weight_splits<T>(p.weight_grad, shared);
+  const int across = tiles.walk.across, places = tiles.chunks * across;
 #pragma unroll 1
-  for (TilePlace at(tiles.walk); at.down < tiles.chunks; at.advance(tiles.walk)) {
-    const int first_col = at.across * Shape::kTileCols, begin = at.down * tiles.rows_of_chunk;
-    const int left = p.gradient.rows - begin;
-    const int end = begin + (left < tiles.rows_of_chunk ? left : tiles.rows_of_chunk);
-    load_dgrad_vectors<Shape>(vectors, p, first_col);
+  for (int place = static_cast<int>(blockIdx.x); place < places; place += static_cast<int>(gridDim.x)) {
+    load_dgrad_vectors<Shape>(vectors, p, place % across * Shape::kTileCols);
     __syncthreads();
 #pragma unroll 1
-    for (int first_row = begin; first_row < end; first_row += Shape::kTileRows) {
+    for (int row = 0; row < tiles.rows_of_chunk; row += Shape::kTileRows) {
+      const int at = anew(place), chunk = at / across;  // again for each tile: one number is kept for all
+      const int first_row = chunk * tiles.rows_of_chunk + row, first_col = (at - chunk * across) * Shape::kTileCols;
+      if (first_row >= p.gradient.rows) break;
       typename Shape::Sums sums{};
       if (p.weight) {
         add_product<T, Shape, kVectors, Gradient>(sums, shared_address(shared), p.gradient, p.weight, p.input.channels,
@@ -203,11 +204,13 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
       if (p.partial) {
         store_lane_sums<Shape>(found, kept);
         __syncthreads();
-        add_to_chunk<Shape>(kept, first_row == begin);
+        add_to_chunk<Shape>(kept, row == 0);
       }
       __syncthreads();  // the next tile overwrites patches and sums
     }
-    if (p.partial) store_chunk_sums<Shape>(kept, p.partial, at.down, p.input.channels, first_col);
+    if (!p.partial) continue;
+    const int at = anew(place), chunk = at / across;
+    store_chunk_sums<Shape>(kept, p.partial, chunk, p.input.channels, (at - chunk * across) * Shape::kTileCols);
   }
 #else
   __trap();  // its declaration refuses such GPUs
@@ -246,8 +249,10 @@ void with_dgrad_shape(const Conv1x1DgradParams& p, const F& f) {
   if (k == 0 || k % kGroup != 0 || c % kGroup != 0 || !read || !aligned(p.residual) || !aligned(p.grad_x)) {
     return f(TileShape<64, 64>{}, std::false_type{});
   }
-  const int64_t pixels = p.gradient.rows, tiles = (pixels + 63) / 64 * ((c + 127) / 128);
-  if (c > 64 && tiles >= multiprocessors()) return f(TileShape<64, 128>{}, std::true_type{});
+  if constexpr (sizeof(T) == 2) {  // of 32 bits the largest tile lacks registers
+    const int64_t pixels = p.gradient.rows, tiles = (pixels + 63) / 64 * ((c + 127) / 128);
+    if (c > 64 && tiles >= multiprocessors()) return f(TileShape<64, 128>{}, std::true_type{});
+  }
   f(TileShape<64, 64>{}, std::true_type{});
 }
 

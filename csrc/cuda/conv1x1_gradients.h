@@ -17,7 +17,7 @@ inline void check_sizes(const char* op, const Tensor& g, const OptionalTensor& x
   if (rows * most >= kMostElements || read >= kMostElements || (outputs + 1) * inputs >= kMostElements ||
       inputs * inputs >= kMostElements) {
     fail(op, ": g of shape ", shape_of(g),
-         ", x, the result or a matrix has 2^31 elements or more; pass a smaller batch, ", "or use another backend");
+         ", x, the result or a matrix has 2^31 elements or more; pass a smaller batch, or use another backend");
   }
 }
 

@@ -33,12 +33,12 @@ constexpr int conv1x1_dgrad_shared_bytes() {
 template <class Shape>
 __device__ inline void load_dgrad_vectors(float* to, const Conv1x1DgradParams& p, int first_col) {
   static_assert(Shape::kTileCols <= kConvThreads);
-  if (threadIdx.x >= Shape::kTileCols) return;
-  const int c = first_col + static_cast<int>(threadIdx.x);
+  const int thread = anew(static_cast<int>(threadIdx.x)), c = first_col + thread;
+  if (thread >= Shape::kTileCols) return;
   const float* const vectors[kDgradVectors] = {p.constant, p.input.scale, p.input.shift, p.x_mean};
 #pragma unroll
   for (int i = 0; i < kDgradVectors; ++i) {
-    to[i * Shape::kTileCols + threadIdx.x] = vectors[i] && c < p.input.channels ? vectors[i][c] : 0.f;
+    to[i * Shape::kTileCols + thread] = vectors[i] && c < p.input.channels ? vectors[i][c] : 0.f;
   }
 }
 
@@ -77,7 +77,6 @@ __device__ inline void add_product(typename Shape::Sums& sums, SharedAddress sta
 
 // Which row of what is added, or of x, belongs to a row of grad_x; -1: none does.
 __device__ inline int beside(const Conv1x1DgradParams& p, int row) {
-  if (row >= p.gradient.rows) return -1;
   if (p.input.scale) return pixel_of(p.input, row);
   if (!p.residual) return -1;
   const int down = p.residual_stride_h, across = p.residual_stride_w;
@@ -87,6 +86,13 @@ __device__ inline int beside(const Conv1x1DgradParams& p, int row) {
   if (h % down != 0 || w % across != 0) return -1;
   const int height = (p.input.p + down - 1) / down, width = (p.input.q + across - 1) / across;
   return (sample * height + h / down) * width + w / across;
+}
+
+// Of row `at` of x or of what is added, the channels `c`; zeros where there is none.
+template <class T, bool kVectors>
+__device__ inline LazyGroup<T> load_beside(const Conv1x1DgradParams& p, int at, Channels c) {
+  const int first = at < 0 ? 0 : at * p.input.channels + static_cast<int>(c.first);
+  return load_group_of<T, kVectors>(p.input.scale ? p.input.x : p.residual, first, at < 0 ? 0 : c.count);
 }
 
 // sums += dz, where that is the product: one channel at a time, as it is for a correction alone, and registers are
@@ -108,7 +114,7 @@ __device__ inline void add_gradient(float* sums, const LazyGradient& p, int row,
 // Eight channels of a pixel. `other`: of x or of the residual, at row `beside`.
 template <class T, class Shape, bool kVectors>
 __device__ inline void finish_dgrad(const Conv1x1DgradParams& p, float* sums, const float* vectors,
-                                    const Group<T>& other, int beside, int row, Channels c, LaneSums& found) {
+                                    const LazyGroup<T>& other, int beside, int row, Channels c, LaneSums& found) {
   const auto vector = [&](DgradVector which, int i) { return vectors[which * Shape::kTileCols + i]; };
   if (!p.weight && p.gradient.channels > 0) add_gradient<T>(sums, p.gradient, row, c);
   unsigned bits = 0xFFu;
@@ -118,7 +124,7 @@ __device__ inline void finish_dgrad(const Conv1x1DgradParams& p, float* sums, co
   Group<T> out;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    const float beyond = to_float(other.v[i]);
+    const float beyond = other.value(i);
     float value = sums[i] + vector(kConstant, i);
     if (p.input.scale) {  // fmaf as in the forward, whose sign this is
       if (fmaf(vector(kInputScale, i), beyond, vector(kInputShift, i)) <= 0.f) value = 0.f;
@@ -141,22 +147,16 @@ __device__ inline void finish_dgrad_tile(const typename Shape::Sums& sums, float
                                          const Conv1x1DgradParams& p, int first_row, int first_col, LaneSums& found) {
   const WarpPatch<Shape> patch(patches);
   const Channels c = patch.channels(first_col, p.input.channels);
-  const void* from = p.input.scale ? p.input.x : p.residual;
 #pragma unroll
   for (int i = 0; i < Shape::kWarpRows / kPatchRows; ++i) {
     int row = anew(first_row) + patch.row + i * kPatchRows;
-    int found_at = c.count > 0 ? beside(p, row) : -1, next_at = c.count > 0 ? beside(p, row + 8) : -1;
-    Group<T> other = load_if<kVectors, T>(found_at >= 0, from, found_at, p.input.channels, c);     // on their way while
-    const Group<T> next = load_if<kVectors, T>(next_at >= 0, from, next_at, p.input.channels, c);  // sums are exchanged
     patch.spread(sums, i);
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      if (row < p.gradient.rows && c.count > 0) {
-        finish_dgrad<T, Shape, kVectors>(p, patch.group(half), vectors + patch.col, other, found_at, row, c, found);
-      }
-      row += 8;
-      other = next;
-      found_at = next_at;
+#pragma unroll 1  // two pixels' values at a time would take registers
+    for (int half = 0; half < 2; ++half, row += 8) {
+      if (row >= p.gradient.rows || c.count == 0) continue;
+      const int at = beside(p, row);
+      const LazyGroup<T> other = load_beside<T, kVectors>(p, at, c);
+      finish_dgrad<T, Shape, kVectors>(p, patch.group(half), vectors + patch.col, other, at, row, c, found);
     }
     __syncwarp();
   }
@@ -180,15 +180,16 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
   const TileSums<Shape> kept{reinterpret_cast<float*>(shared + kPatchesBytes), reinterpret_cast<float*>(behind)};
   float* vectors = reinterpret_cast<float*>(behind + TileSums<Shape>::kChunkBytes);
   if (p.weight_grad.partial) add_weight_splits<T>(p.weight_grad, shared);
+  const int across = tiles.walk.across, places = tiles.chunks * across;
 #pragma unroll 1
-  for (TilePlace at(tiles.walk); at.down < tiles.chunks; at.advance(tiles.walk)) {
-    const int first_col = at.across * Shape::kTileCols, begin = at.down * tiles.rows_of_chunk;
-    const int left = p.gradient.rows - begin;
-    const int end = begin + (left < tiles.rows_of_chunk ? left : tiles.rows_of_chunk);
-    load_dgrad_vectors<Shape>(vectors, p, first_col);
+  for (int place = static_cast<int>(blockIdx.x); place < places; place += static_cast<int>(gridDim.x)) {
+    load_dgrad_vectors<Shape>(vectors, p, place % across * Shape::kTileCols);
     __syncthreads();
 #pragma unroll 1
-    for (int first_row = begin; first_row < end; first_row += Shape::kTileRows) {
+    for (int row = 0; row < tiles.rows_of_chunk; row += Shape::kTileRows) {
+      const int at = anew(place), chunk = at / across;  // again for each tile: one number is kept for all
+      const int first_row = chunk * tiles.rows_of_chunk + row, first_col = (at - chunk * across) * Shape::kTileCols;
+      if (first_row >= p.gradient.rows) break;
       typename Shape::Sums sums{};
       if (p.weight) {
         add_product<T, Shape, kVectors, Gradient>(sums, shared_address(shared), p.gradient, p.weight, p.input.channels,
@@ -203,11 +204,13 @@ __global__ void __launch_bounds__(kConvThreads, kGradientBlocks)
       if (p.partial) {
         store_lane_sums<Shape>(found, kept);
         __syncthreads();
-        add_to_chunk<Shape>(kept, first_row == begin);
+        add_to_chunk<Shape>(kept, row == 0);
       }
       __syncthreads();  // the next tile overwrites patches and sums
     }
-    if (p.partial) store_chunk_sums<Shape>(kept, p.partial, at.down, p.input.channels, first_col);
+    if (!p.partial) continue;
+    const int at = anew(place), chunk = at / across;
+    store_chunk_sums<Shape>(kept, p.partial, chunk, p.input.channels, (at - chunk * across) * Shape::kTileCols);
   }
 #else
   __trap();  // its declaration refuses such GPUs
@@ -246,8 +249,10 @@ void with_dgrad_shape(const Conv1x1DgradParams& p, const F& f) {
   if (k == 0 || k % kGroup != 0 || c % kGroup != 0 || !read || !aligned(p.residual) || !aligned(p.grad_x)) {
     return f(TileShape<64, 64>{}, std::false_type{});
   }
-  const int64_t pixels = p.gradient.rows, tiles = (pixels + 63) / 64 * ((c + 127) / 128);
-  if (c > 64 && tiles >= multiprocessors()) return f(TileShape<64, 128>{}, std::true_type{});
+  if constexpr (sizeof(T) == 2) {  // of 32 bits the largest tile lacks registers
+    const int64_t pixels = p.gradient.rows, tiles = (pixels + 63) / 64 * ((c + 127) / 128);
+    if (c > 64 && tiles >= multiprocessors()) return f(TileShape<64, 128>{}, std::true_type{});
+  }
   f(TileShape<64, 64>{}, std::true_type{});
 }
 

@@ -49,7 +49,7 @@ __device__ inline void store_lane_sums(const LaneSums& sums, const TileSums<Shap
 // The warps' to the chunk's, which begins with this tile if it is `first`.
 template <class Shape>
 __device__ inline void add_to_chunk(const TileSums<Shape>& sums, bool first) {
-  for (int i = static_cast<int>(threadIdx.x); i < TileSums<Shape>::kFloats; i += kConvThreads) {
+  for (int i = anew(static_cast<int>(threadIdx.x)); i < TileSums<Shape>::kFloats; i += kConvThreads) {
     float sum = first ? 0.f : sums.chunk[i];
 #pragma unroll
     for (int down = 0; down < TileSums<Shape>::kWarpsDown; ++down) {
@@ -63,7 +63,7 @@ __device__ inline void add_to_chunk(const TileSums<Shape>& sums, bool first) {
 template <class Shape>
 __device__ inline void store_chunk_sums(const TileSums<Shape>& sums, float* partial, int64_t chunk, int channels,
                                         int first_col) {
-  for (int i = static_cast<int>(threadIdx.x); i < TileSums<Shape>::kFloats; i += kConvThreads) {
+  for (int i = anew(static_cast<int>(threadIdx.x)); i < TileSums<Shape>::kFloats; i += kConvThreads) {
     const int channel = first_col + i % Shape::kTileCols;
     if (channel >= channels) continue;
     partial[(chunk * kGradientSums + i / Shape::kTileCols) * channels + channel] = sums.chunk[i];

@@ -72,6 +72,26 @@ __device__ inline LazyChunk<T> load_chunk_of(const void* base, int at, int count
   return chunk;
 }
 
+// Eight values on their way.
+template <class T>
+struct LazyGroup {
+  static constexpr int kParts = kGroup / kChunkElements<T>;
+  LazyChunk<T> parts[kParts];
+
+  __device__ float value(int i) const { return parts[i / kChunkElements<T>].value(i % kChunkElements<T>); }
+};
+
+template <class T, bool kVectors>
+__device__ inline LazyGroup<T> load_group_of(const void* base, int at, int count) {
+  LazyGroup<T> group;
+#pragma unroll
+  for (int i = 0; i < LazyGroup<T>::kParts; ++i) {
+    const int first = i * kChunkElements<T>;
+    group.parts[i] = load_chunk_of<T, kVectors>(base, count > first ? at + first : 0, count - first);
+  }
+  return group;
+}
+
 // Four values of a vector from `at` on, `absent` where there is none; zeros behind the last of `size`.
 template <bool kVectors>
 __device__ inline void load_four(float (&to)[4], const float* vector, int at, int size, float absent) {

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from torch import nn
 
 import resnet_fused
+from resnet_fused.convert import settled_stage
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
 from resnet_fused.plan import lower_evaluation
 
@@ -36,8 +38,8 @@ def stage(kind: Callable[[], nn.Module], blocks: int) -> nn.Module:
     return made
 
 
-def microseconds(model: nn.Module) -> float:
-    """CPU time of a call: the median over repeats of some calls."""
+def microseconds(model: nn.Module) -> tuple[float, float]:
+    """CPU time of a call: the median and the least of some repeats of some calls."""
     x = torch.randn(SIZE).bfloat16().contiguous(memory_format=torch.channels_last)
     found = []
     for repeat in range(3 + REPEATS):
@@ -46,13 +48,13 @@ def microseconds(model: nn.Module) -> float:
             model(x)
         if repeat >= 3:
             found.append(1e6 * (time.process_time() - begun) / CALLS)
-    return median(found)
+    return median(found), min(found)
 
 
-def one_more(make: Callable[[int], nn.Module]) -> float:
-    """CPU time of a block more."""
-    one, more = (microseconds(make(blocks)) for blocks in (1, BLOCKS))
-    return (more - one) / (BLOCKS - 1)
+def one_more(kind: Callable[[], nn.Module]) -> str:
+    """CPU time of a block more, as two cells of a table."""
+    one, more = (microseconds(resnet_fused.fuse(stage(kind, blocks))) for blocks in (1, BLOCKS))
+    return " | ".join(f"{(b - a) / (BLOCKS - 1):.1f}" for a, b in zip(one, more, strict=True))
 
 
 def measure() -> None:
@@ -60,14 +62,13 @@ def measure() -> None:
     import cuda_ops
 
     kinds = {"identity bottleneck": lambda: Bottleneck(256, 64), "identity basic block": lambda: BasicBlock(256, 256)}
-    print("| evaluation with launches stubbed, one block more | us of the host |\n| --- | ---: |")
-    in_one_call = lower_evaluation._in_one_call
+    print("| evaluation, launches stubbed, one block more | us of the host, median | least |\n| --- | ---: | ---: |")
     with torch.no_grad(), cuda_ops.emulated(*FLAGS), resnet_fused.use("cuda"):
         for name, kind in kinds.items():
-            print(f"| {name}, one call | {one_more(lambda n, k=kind: resnet_fused.fuse(stage(k, n))):.1f} |")
-        lower_evaluation._in_one_call = lambda call, lowered, place: (lowered, "")
-        for name, kind in kinds.items():
-            print(
-                f"| {name}, a call a convolution | {one_more(lambda n, k=kind: resnet_fused.fuse(stage(k, n))):.1f} |"
-            )
-        lower_evaluation._in_one_call = in_one_call
+            print(f"| {name} | {one_more(kind)} |")
+        with mock.patch.object(settled_stage, "settle", lambda *args: None):
+            for name, kind in kinds.items():
+                print(f"| {name}, each block asked for itself | {one_more(kind)} |")
+            with mock.patch.object(lower_evaluation, "_in_one_call", lambda call, lowered, place: (lowered, "")):
+                for name, kind in kinds.items():
+                    print(f"| {name}, so too, and a call a convolution | {one_more(kind)} |")

@@ -2,7 +2,7 @@
 
 Of a whole ResNet-50, and of one identity bottleneck more in a stage, forward and backward apart.
 
-Run:  OMP_NUM_THREADS=1 python benchmarks/host_time.py [--record benchmarks/results]
+Run:  OMP_NUM_THREADS=1 python benchmarks/host_time.py [--evaluation] [--record benchmarks/results]
 
 Triton's launches are stubbed, so a ResNet-50 of very narrow layers runs its GPU plan on CPU tensors with little else to
 do than to be dispatched; eager, beside it, does all of its arithmetic. Of what the bottleneck's 3x3 convolution takes,
@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its ops then take CPU tensors
 
+import host_evaluation
 import torch
 from torch import nn
 
@@ -96,9 +97,10 @@ def stub() -> Callable[[], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_option(parser)
+    parser.add_argument("--evaluation", action="store_true", help="of evaluation by the compiled kernels")
     options = parser.parse_args()
     with runs.printing("host_time", options.record, dtype="bf16"):
-        measure()
+        host_evaluation.measure() if options.evaluation else measure()
 
 
 def stage(blocks: int) -> nn.Module:

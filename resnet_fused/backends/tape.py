@@ -84,6 +84,13 @@ class Tape:
         exec(compile(self.code, "<tape>", "exec"), names)  # a GraphModule's code is kept for ever
         self.repeat: Callable[..., list[Tensor | None]] = functools.partial(names["forward"], None)
 
+    @property
+    def runs_on(self) -> tuple | None:
+        """What :meth:`holds` looks at, the same for tapes of which one answers for all; None where `takes` asks too."""
+        return (
+            None if self._twice else (self._gpu, *((id(found), op, id(kernel)) for found, op, kernel in self._kernels))
+        )
+
     def holds(self) -> bool:
         """Whether the same kernels would run our ops, and allocations come from the current GPU."""
         if self._gpu is not None and self._gpu != torch.cuda.current_device():

@@ -38,6 +38,7 @@ class Ready(NamedTuple):
     clamped: bool
     like_weights: bool  # a weight on the main branch is in channels_last
     pointwise: bool
+    repeated: tape.Repeated | None = None  # what repeats it, in evaluation that folds nothing
 
     def __call__(self, x: Placed, residual: Tensor | None, factor: Tensor | None) -> Placed | None:
         """What leaves; None where values decide that stock's operations run."""
@@ -73,14 +74,14 @@ def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) ->
         return None
     device = value.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    own = None if residual is None else (residual is value, is_wrapper(residual), *_facts(residual))
+    own = None if residual is None else (residual is value, is_wrapper(residual), *facts(residual))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
     settings = choose.target(), choose.fuses_all(), measured.changes(), site.backend, site.precision, *dispatch.state()
     draws = drop_paths.draws(site.drop_path)
-    return *_facts(value), x.moments is None, own, draws, *modes, *settings, *known.memory()
+    return *facts(value), x.moments is None, own, draws, *modes, *settings, *known.memory()
 
 
-def _facts(t: Tensor) -> tuple:
+def facts(t: Tensor) -> tuple:
     return type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() % ALIGNED
 
 
@@ -118,14 +119,23 @@ def keep_evaluation(site: Site, form: tuple, call: Call, dtype: torch.dtype | No
                 return repeated(once, (x, residual, *tensors))[0][0]
             return evaluated(x, residual, tensors, handed)
 
-    _keep(site, form, call, dtype, dtype is not None and not way.folds, run)  # which casts what is folded
+    casts = dtype is not None and not way.folds  # which casts what is folded
+    _keep(site, form, call, dtype, casts, run, repeated if repeats else None)
 
 
-def _keep(site: Site, form: tuple, call: Call, dtype: torch.dtype | None, casts: bool, run: Callable) -> None:
+def _keep(
+    site: Site,
+    form: tuple,
+    call: Call,
+    dtype: torch.dtype | None,
+    casts: bool,
+    run: Callable,
+    repeated: tape.Repeated | None = None,
+) -> None:
     tensors, places = present(flatten(call.tensors))
     width = len(StepTensors._fields)
     cast = [place for i, place in enumerate(places) if casts and place is not None and i % width < 2]
     like_weights = any(suggests_channels_last(call.tensors[node].weight) for node in call.program.main_convolutions)
     known = site.kept.unchanged
     clamped, pointwise = call.program.clamped, is_pointwise(call.program)
-    known.ready[form] = Ready(run, known.slots(tensors), tuple(cast), dtype, clamped, like_weights, pointwise)
+    known.ready[form] = Ready(run, known.slots(tensors), tuple(cast), dtype, clamped, like_weights, pointwise, repeated)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo.guards import TensorGuards, dict_version
 
 from . import proven
 
@@ -32,6 +33,9 @@ _FACTS = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__cla
 _ASKED = torch.Tensor.stride, torch.Tensor.is_inference, torch.Tensor.is_neg
 _PLAIN = (torch.Tensor, nn.Parameter)
 is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor  # of a transform, which may have ended
+#: CPython gives a dictionary another version, which no other has, at every write; from 3.12 on PyTorch counts, in
+#: the dictionaries that it is asked for.
+_HAS_VERSIONS = sys.implementation.name == "cpython" and sys.version_info < (3, 12)
 _FIXED = (bool, int, float, str, type(None))
 
 
@@ -40,35 +44,49 @@ def _is_fixed(value: object) -> bool:
     return type(value) in _FIXED or (type(value) is tuple and all(type(item) in _FIXED for item in value))
 
 
-class _Same:
-    """Modules and the dictionaries that they consist of, whose entries are to be the very objects they were."""
+class Same:
+    """Modules and the dictionaries that they consist of, whose entries are to be the very objects they were.
 
-    def __init__(self, modules: list[nn.Module], inner: bool) -> None:
+    `inner`: by their names, those of the dictionaries within a module that are compared too.
+    """
+
+    def __init__(self, modules: list[nn.Module], inner: tuple[str, ...] = ()) -> None:
         self.modules, self.classes = modules, [*map(type, modules)]
         self.owns = [*map(_OWN, modules)]
-        self.inner = [own[name] for own in self.owns for name in _INNER] if inner else []
+        self.inner = [own[name] for own in self.owns for name in inner]
         self.dicts = [*self.owns, *self.inner]
         self.sizes, self.keys = [*map(len, self.dicts)], [*itertools.chain.from_iterable(self.dicts)]
         self.values = [*itertools.chain.from_iterable(map(dict.values, self.owns))]
         self.ids = self._ids()
+        self.versions: list[int] | None = None  # of the dictionaries, when they were last compared
 
     def _ids(self) -> list[int]:
         """Of the tensors, which are not kept: one in the memory of another that has gone is read as that was."""
         return [*map(id, itertools.chain.from_iterable(map(dict.values, self.inner)))]
 
     def holds(self) -> bool:
-        """Compare what there is now; every loop is C's."""
+        """Compare what there is now; every loop is C's. Of dictionaries that nobody wrote to only the versions."""
+        types, owns = map(type, self.modules), map(_OWN, self.modules)
+        if not (all(map(operator.is_, types, self.classes)) and all(map(operator.is_, owns, self.owns))):
+            return False
+        versions = [*map(dict_version, self.dicts)] if _HAS_VERSIONS else None
+        if versions is not None and versions == self.versions:
+            return True
+        if not self._holds_object_by_object():
+            return False
+        self.versions = versions
+        return True
+
+    def _holds_object_by_object(self) -> bool:
         return (
-            all(map(operator.is_, map(type, self.modules), self.classes))
-            and all(map(operator.is_, map(_OWN, self.modules), self.owns))
-            and [*map(len, self.dicts)] == self.sizes
+            [*map(len, self.dicts)] == self.sizes
             and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.owns)), self.values))
             and self._ids() == self.ids
             and all(map(operator.is_, itertools.chain.from_iterable(self.dicts), self.keys))
         )
 
 
-class _Class:
+class Methods:
     """The methods that a call of a class goes through, and how many attributes its bases have."""
 
     def __init__(self, cls: type) -> None:
@@ -82,6 +100,11 @@ class _Class:
             if place.get(name) is not function:
                 return False
         return all(map(operator.is_, self.get(self.cls), self.methods)) and [*map(len, self.bases)] == self.counts
+
+
+def hooks_of(owns: Iterable[dict]) -> list[dict]:
+    """Where hooks are kept, of modules that have these dictionaries."""
+    return [hooks for own in owns for hooks in _HOOKS(own)]
 
 
 class Forms(dict):
@@ -104,11 +127,11 @@ class Unchanged:
     def __init__(self, modules: Iterable[nn.Module], bypassed: Iterable[nn.Module]) -> None:
         self.ready = Forms()  # how a call runs
         self.sizes = Forms()  # of the program's values, by the shape of what enters
-        self._run = _Same(list(modules), inner=True)
-        self._bypassed = _Same(list(bypassed), inner=False)
+        self._run = Same(list(modules), _INNER)
+        self._bypassed = Same(list(bypassed))
         owns = [*self._run.owns, *self._bypassed.owns]
-        self._classes = [*map(_Class, {*self._run.classes, *self._bypassed.classes})]
-        self._hooks = [hooks for own in owns for hooks in _HOOKS(own)]
+        self.classes = [*map(Methods, {*self._run.classes, *self._bypassed.classes})]
+        self._hooks = hooks_of(owns)
         self._facts, self._guards = self._read_facts(), None
 
     def _tensors(self) -> list[torch.Tensor]:
@@ -168,6 +191,6 @@ class Unchanged:
             not any(self._hooks)
             and self._run.holds()
             and self._bypassed.holds()
-            and all(map(_Class.holds, self._classes))
+            and all(map(Methods.holds, self.classes))
             and self.facts_hold()
         )

@@ -25,7 +25,7 @@ from ..blocks.layers import globally_hooked
 from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
-from . import as_stock, swap
+from . import as_stock, settled_stage, swap
 from .fused_module import FusedModule, Running, entry_obstacle, is_entered, is_stock_forced, placed, run_block, runnable
 from .swap import is_fused
 
@@ -167,6 +167,8 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
         return left(out)
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
+    if (out := settled_stage.settle(stage, entries, x)) is not None:
+        return out
     with bounds.private():
         images = images_in_piece(entries, x)
         if 0 < images < x.shape[0]:
@@ -189,6 +191,8 @@ class _Stage(swap.Swapped):
         traced = not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()
         if is_stock_forced() or globally_hooked() or traced:
             return super().forward(x)
+        if (out := settled_stage.output(self, x)) is not None:
+            return out
         if as_stock.is_known(self, x):
             return as_stock.run(super().forward, x)
         return run_stage(self, x)

@@ -1,0 +1,166 @@
+"""Stages of which all blocks repeat tapes, as on a GPU, with the CPU's kernels: whatever changes is seen."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import resnet_fused
+from resnet_fused.convert import settled_stage, stock_forward
+from resnet_fused.library import status
+from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.plan import choose
+
+pytestmark = pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}")
+X = torch.randn(2, 16, 6, 5, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(choose, "on_gpu", lambda x: True)
+    with torch.no_grad(), resnet_fused.use("cpu"):
+        yield
+
+
+def is_settled(stage):
+    return any(isinstance(one, settled_stage.Settled) for one in settled_stage._kept.get(stage, {}).values())
+
+
+@pytest.fixture
+def stage():
+    """One that has been called often enough."""
+    torch.manual_seed(0)
+    made = nn.Sequential(Bottleneck(16, 4), BasicBlock(16, 16), Bottleneck(16, 4))
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for t in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(t)
+    made = resnet_fused.fuse(nn.Sequential(made).to(memory_format=torch.channels_last).eval())[0]
+    for _ in range(settled_stage.CALLS + 1):
+        made(X)
+    assert is_settled(made)
+    return made
+
+
+def close_to_stock(stage, x=X):
+    with stock_forward():
+        want = stage(x)
+    got = stage(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    return got
+
+
+def test_it_is_what_the_blocks_give_one_by_one(monkeypatch, stage):
+    got = close_to_stock(stage)
+    again = stage(X)
+    assert is_settled(stage) and torch.equal(again, got)
+    monkeypatch.setattr(settled_stage, "output", lambda *args: None)
+    monkeypatch.setattr(settled_stage, "settle", lambda *args: None)
+    assert torch.equal(stage(X), got)
+
+
+def test_values_are_read_at_every_call(stage):
+    before = close_to_stock(stage)
+    for t in (*stage.parameters(), *stage.buffers()):
+        if t.is_floating_point():
+            t.data.mul_(1.25)
+    assert not torch.equal(close_to_stock(stage), before) and is_settled(stage)
+
+
+def exchange_weight(stage):
+    stage[0].conv2.weight = nn.Parameter(stage[0].conv2.weight * 2)
+
+
+def exchange_memory(stage):
+    stage[0].conv2.weight.data = stage[0].conv2.weight.data.clone() * 2
+
+
+def exchange_block(stage):
+    stage[1] = copy.deepcopy(stage[2])
+
+
+def exchange_convolution(stage):
+    stage[2].conv1 = nn.Conv2d(16, 4, 1, bias=True)
+
+
+def own_forward(stage):
+    stage[1].forward = lambda x: x * 2
+
+
+def longer(stage):
+    stage.append(nn.Tanh())
+
+
+CHANGES = {
+    "a setting": lambda stage: setattr(stage[1].bn2, "eps", 0.5),
+    "a parameter": exchange_weight,
+    "its memory": exchange_memory,
+    "a block": exchange_block,
+    "a convolution": exchange_convolution,
+    "a forward of its own": own_forward,
+    "one more module": longer,
+    "a norm in training": lambda stage: stage[0].bn1.train(),
+    "a hook": lambda stage: stage[2].conv2.register_forward_hook(lambda module, args, out: out * 3),
+    "a hook of a block": lambda stage: stage[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+    "a shortcut": lambda stage: setattr(stage[0], "downsample", nn.Identity()),
+    "a constant that the forward reads": lambda stage: setattr(stage[0], "drop_path", nn.Hardtanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(stage, change):
+    before, norms = stage(X), [m.running_mean.clone() for m in stage.modules() if isinstance(m, nn.BatchNorm2d)]
+    CHANGES[change](stage)
+    with stock_forward():
+        state = copy.deepcopy(stage.state_dict())
+        want = stage(X)
+        stage.load_state_dict(state)
+    got = stage(X)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert change == "a shortcut" or not torch.equal(got, before)
+    assert not is_settled(stage) and len(norms) == 8
+
+
+def test_classes_and_functions_are_asked_for(monkeypatch, stage):
+    before = stage(X)
+    for place, name, value in (
+        (nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: F.conv2d(x, weight, bias, padding=self.padding) * 2),
+        (F, "batch_norm", lambda x, *args: x),
+        (BasicBlock, "forward", lambda self, x: x * 2),
+        (BasicBlock, "conv2", nn.Identity()),
+    ):
+        for _ in range(settled_stage.CALLS + 1):
+            stage(X)
+        assert is_settled(stage)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value, raising=False)
+            with stock_forward():
+                want = stage(X)
+            torch.testing.assert_close(stage(X), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+            assert not is_settled(stage), name
+    assert torch.equal(stage(X), before)
+
+
+def test_other_calls_go_their_own_way(stage):
+    close_to_stock(stage, X[:1])
+    close_to_stock(stage, X.contiguous())
+    with torch.enable_grad():
+        assert stage(X).requires_grad
+    with torch.inference_mode():
+        assert stage(X).is_inference()
+    with resnet_fused.use("reference"):
+        close_to_stock(stage)
+    assert is_settled(stage)
+
+
+def test_who_is_copied_or_gone_keeps_nothing(stage):
+    other, kept = copy.deepcopy(stage), len(settled_stage._kept)
+    assert not is_settled(other) and is_settled(stage)
+    torch.testing.assert_close(other(X), stage(X))
+    del stage, other
+    import gc
+
+    gc.collect()
+    assert len(settled_stage._kept) < kept or kept == 1

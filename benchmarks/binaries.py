@@ -36,6 +36,7 @@ class Binary:
     shared: int
     warps: int
     stages: int
+    spilled: int  # bytes of stack and local memory of a thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,12 @@ def cuobjdump() -> str:
 
 def told(cubin: pathlib.Path, option: str) -> str:
     return subprocess.run([cuobjdump(), option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def resources(usage: str) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory, of the first function that cuobjdump tells of."""
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
 
 
 # Of Triton ----------------------------------------------------------------------------------------------------------
@@ -86,9 +93,9 @@ def of_triton(launch: trace.Launch, arch: int) -> Binary:
             cubin = pathlib.Path(folder, "kernel.cubin")
             cubin.write_bytes(built.asm["cubin"])
             code = next(iter(sass.functions(told(cubin, "-sass")).values()))
-            registers = int(re.search(r"REG:(\d+)", told(cubin, "-res-usage"))[1])
+            registers, spilled = resources(told(cubin, "-res-usage"))
         warps, stages = job.options["num_warps"], job.options["num_stages"]
-        _of_triton[key] = Binary(tuple(code), registers, built.metadata.shared, warps, stages)
+        _of_triton[key] = Binary(tuple(code), registers, built.metadata.shared, warps, stages, spilled)
     return _of_triton[key]
 
 
@@ -150,9 +157,9 @@ def convolutions(arch: int) -> dict[str, Binary]:
         if not (shape := re.search(r"TileShapeILi(\d+)ELi(\d+)E\w*ELb([01])E", name)):
             continue
         rows, cols, vectors = shape.groups()
-        registers = int(re.search(rf"{name}:.*?REG:(\d+)", usage, re.DOTALL)[1])
+        registers, spilled = resources(usage.partition(f"{name}:")[2])
         shared = CONV_STAGES * (int(rows) + int(cols)) * 128 + 8 * int(cols)
-        found[f"{rows}x{cols} {vectors}"] = Binary(tuple(code), registers, shared, CONV_WARPS, CONV_STAGES)
+        found[f"{rows}x{cols} {vectors}"] = Binary(tuple(code), registers, shared, CONV_WARPS, CONV_STAGES, spilled)
     return found
 
 

@@ -136,6 +136,7 @@ def by_launch(rows: list[Row]) -> str:
         "shape; tile; arguments",
         "times",
         "registers",
+        "spilled",
         "shared KB",
         "blocks an SM",
         "KB in flight, needed",
@@ -146,7 +147,7 @@ def by_launch(rows: list[Row]) -> str:
     for each in sorted(rows, key=lambda r: (r.start.kernel, -r.count * r.low)):
         b, binary = each.bounds, each.start.binary
         cells = [each.start.kernel.removesuffix("_kernel"), each.start.shape, str(each.count)]
-        cells += [str(binary.registers), f"{binary.shared / 1024:.0f}", str(each.resident)]
+        cells += [str(binary.registers), str(binary.spilled or ""), f"{binary.shared / 1024:.0f}", str(each.resident)]
         cells += [f"{each.in_flight / 1024:.0f} of {each.needed / 1024:.0f}", str(each.instructions)]
         cells += [str(each.kinds[kind]) for kind in COUNTS] + [f"{each.tensor_clocks:.0f}"]
         cells += [f"{1e6 * t:.0f}" for t in (b.issue, b.pipes, b.shared, b.tensor, b.memory)]
@@ -175,8 +176,13 @@ def report(name: str, training: bool, kernel: str) -> str:
     device = devices.find(name)
     rows = [row(start, count, device) for start, count in starts(device, training, kernel)]
     step = "training step" if training else "evaluation"
-    texts = [f"## ResNet-50, {step}, batch {SHAPE[0]}, bf16, {device.name}", by_kernel(rows), by_launch(rows)]
-    return "\n\n".join(texts)
+    texts = [f"## ResNet-50, {step}, batch {SHAPE[0]}, bf16, {device.name}", by_kernel(rows)]
+    if not kernel:
+        low, high = (sum(row.count * getattr(row, name) for row in rows) for name in ("low", "high"))
+        least, most = others(device, training)
+        whole = f"{1e3 * (low + least):.0f} to {1e3 * (high + most):.0f} ms"
+        texts.append(f"With {1e3 * least:.1f} to {1e3 * most:.1f} ms for what others compute: {whole} predicted.")
+    return "\n\n".join([*texts, by_launch(rows)])
 
 
 def main() -> None:

@@ -193,7 +193,7 @@ def machine_code() -> str:
     if not read:
         return "No run is recorded yet."
     newest = max(read, key=lambda run: run.provenance["date"])
-    parts = re.findall(r"^## (.*)\n\n((?:\|.*\n)+)", newest.result, re.MULTILINE)
+    parts = re.findall(r"^## (.*)\n\n((?:\|.*\n)+(?:\nWith .*)?)", newest.result, re.MULTILINE)
     tables = [f"Predicted by machine code, {name}:\n\n{table.rstrip()}" for name, table in parts]
     place = f"[`{newest.place}`](benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number})"
     return "\n\n".join([*tables, f"From {place}, with a line for each launch."])

@@ -213,6 +213,29 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrow_pairs(x, dtype: tl.constexpr):
+    """As `narrow`, two bfloat16 by one instruction.
+
+    Of what ``tl.where`` made, the compiler would else round what is selected from, a value at a time, select among 16
+    bits and pack those. Whether that is worse was counted kernel by kernel, by ``benchmarks/machine_code.py``.
+    """
+    if not _INTERPRETING and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return narrow(x, dtype)
+
+
+@triton.jit
+def widen_pairs(x):
+    """As `widen`, two bfloat16 by two instructions, where the compiler takes three."""
+    if not _INTERPRETING and x.dtype == tl.bfloat16:
+        asm: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return widen(x)
+
+
+@triton.jit
 def clamp_below_zero(y):
     """ReLU as stock has it: NaN and -0.0 pass, which a maximum would drop."""
     return tl.where(y < 0, 0.0, y)

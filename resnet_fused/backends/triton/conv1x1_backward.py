@@ -21,9 +21,9 @@ from ...ops import conv1x1_backward as op
 from ...ops.contract import Tensor, channels_last_strides, nbytes
 from .. import cards
 from . import checks, common, configs, conv1x1_wgrad, data_gradient, gemm, limits, splits
-from .common import first_row, load_factor, narrow, rows_in, widen
+from .common import first_row, load_factor, narrow, rows_in, widen, widen_pairs
 from .data_gradient import add_product, check_additions, load_matrix, load_residual, residual_rows
-from .gemm import apply_activation, dot, tile_of
+from .gemm import apply_activation_in, dot, tile_of
 from .lazy_tiles import load_row, load_tile, read_gradient, store_tile
 from .split_sums import fold_rows
 
@@ -73,7 +73,7 @@ def conv1x1_backward_kernel(
         x_shift = load_row(x_shift_ptr, column, C, BLOCK_C) if x_shift_ptr is not None else None
         activation = x
         if x_scale_ptr is not None:  # relu(shift) of a row that does not exist may be infinite, and times zero is NaN
-            activation = tl.where(in_rows[:, None], apply_activation(x, x_scale, x_shift, dtype), 0.0)
+            activation = apply_activation_in(in_rows, x, x_scale, x_shift, dtype)
         y = tl.zeros((BLOCK_C, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_C), tl.float32)
         added, sums = (), ()
         for part in tl.static_range(PARTS):
@@ -81,7 +81,7 @@ def conv1x1_backward_kernel(
             dz = read_gradient(g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
                                row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
             added = added + (dot(tl.trans(dz), activation, grad_weight[part], PRECISION),)  # noqa: RUF005
-            sums = sums + (sum_dz[part] + fold_rows(widen(dz), FOLDED, BLOCK_M, BLOCK_K),)  # noqa: RUF005
+            sums = sums + (sum_dz[part] + fold_rows(widen_pairs(dz), FOLDED, BLOCK_M, BLOCK_K),)  # noqa: RUF005
             if weight_scale_ptr is not None:
                 dz = narrow(widen(dz) * load_row(weight_scale_ptr, k, K, BLOCK_K), dtype)
             weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_C)

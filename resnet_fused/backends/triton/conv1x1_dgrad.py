@@ -89,7 +89,7 @@ def conv1x1_dgrad_kernel(
         if weight_ptr is not None:
             for k in tl.range(0, K, BLOCK_K):
                 dz = read_gradient(g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
-                                   row, k, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
+                                   row, k, in_rows, K, BLOCK_M, BLOCK_K, False)  # fmt: skip
                 weight = load_matrix(weight_ptr, k, column, K, C, BLOCK_K, BLOCK_N)
                 acc = add_product(acc, dz, weight, PRECISION, TRANSPOSED)
         x_rows = None

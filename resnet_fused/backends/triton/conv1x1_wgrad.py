@@ -25,8 +25,8 @@ from ...ops import lazy
 from ...ops.contract import Tensor
 from .. import cards
 from . import checks, common, gemm, gram_grad, splits
-from .common import first_row, load_factor, rows_in, widen
-from .gemm import apply_activation, dot, tile_of
+from .common import first_row, load_factor, rows_in, widen_pairs
+from .gemm import apply_activation_in, dot, tile_of
 from .gram_coefficients import Join
 from .lazy_tiles import load_gradient, load_row
 from .split_sums import FOLD, MERGE, fold_rows, merge_tile
@@ -75,10 +75,10 @@ def conv1x1_wgrad_kernel(
             offsets = tl.arange(0, BLOCK_M)[:, None] * C + cols[None, :]
             x = tl.load(x_ptr + row * C + offsets, mask=inside, other=0.0)
         if x_scale_ptr is not None:  # relu(shift) of a row that does not exist may be infinite, and times zero is NaN
-            x = tl.where(in_rows[:, None], apply_activation(x, x_scale, x_shift, x_ptr.dtype.element_ty), 0.0)
+            x = apply_activation_in(in_rows, x, x_scale, x_shift, x_ptr.dtype.element_ty)
         acc = dot(tl.trans(dz), x, acc, PRECISION)
         if c == 0:
-            total += fold_rows(widen(dz), FOLDED, BLOCK_M, BLOCK_K)
+            total += fold_rows(widen_pairs(dz), FOLDED, BLOCK_M, BLOCK_K)
     outs = k + tl.arange(0, BLOCK_K)
     in_outs = outs < K
     where = weight_ptr + (split.to(tl.int64) * K + k) * C

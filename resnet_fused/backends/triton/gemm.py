@@ -15,7 +15,7 @@ import triton.language as tl
 from ...ops.contract import Tensor
 from .. import tf32
 from . import checks, common, configs
-from .common import _INTERPRETING, narrow, widen
+from .common import _INTERPRETING, narrow, narrow_pairs, widen, widen_pairs
 from .configs import Config
 
 # Host side ------------------------------------------------------------------------------------------------------
@@ -96,6 +96,13 @@ def apply_activation(x, scale, shift, dtype: tl.constexpr):
     """``relu(scale*x + shift)`` of a loaded tile, rounded to `dtype`; scale and shift broadcast along rows."""
     y = tl.fma(widen(x), scale, shift)
     return narrow(tl.where(y < 0, 0.0, y), dtype)
+
+
+@triton.jit
+def apply_activation_in(in_rows, x, scale, shift, dtype: tl.constexpr):
+    """The same, zero in rows that do not exist: for sums over rows, as there relu(shift) may be infinite."""
+    y = tl.fma(widen_pairs(x), scale, shift)
+    return narrow_pairs(tl.where(in_rows[:, None], tl.where(y < 0, 0.0, y), 0.0), dtype)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import narrow, widen
+from .common import narrow_pairs, widen_pairs
 from .gemm import apply_activation
 from .norm_add_relu_backward import load_bits
 
@@ -48,19 +48,22 @@ def load_gradient(
     a, b, d, scale, shift,  # rows of `load_row`, each or None
     factor,  # column [BLOCK_M, 1] of `common.load_factor`, or None
     row, column, in_rows, K,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ZERO_ROWS: tl.constexpr = True,
 ):  # fmt: skip
     """``dz = factor*a*keep*g + (b*z + d)``, rounded to the dtype of g; zero in rows and columns that do not exist.
 
     `keep` is the bit of the mask, else ``not (scale*z + shift <= 0)`` where scale is given. Pass z with b or scale.
+    Without ZERO_ROWS rows that do not exist hold d: for products whose rows are rows of dz, and masked where they go.
     """
     g = load_tile(g_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_K)
     if z_ptr is None and mask_ptr is None and a is None and factor is None:
         return g
+    elif z_ptr is None and a is None and factor is None:  # bits select among 16 bits as well as among 32
+        return tl.where(load_bits(mask_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_K), g, 0.0)
     else:
-        dz = widen(g)
+        dz = widen_pairs(g)
         if z_ptr is not None:
-            z = widen(load_tile(z_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_K))
+            z = widen_pairs(load_tile(z_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_K))
         if mask_ptr is not None:
             dz = tl.where(load_bits(mask_ptr, row, column, in_rows, K, BLOCK_M, BLOCK_K), dz, 0.0)
         elif scale is not None:
@@ -70,15 +73,17 @@ def load_gradient(
         if a is not None:
             dz = dz * a
         if b is not None:  # d would show in rows that do not exist; in such columns it is zero
-            dz = tl.where(in_rows[:, None], dz + tl.fma(z, b, d), 0.0)
-        return narrow(dz, g_ptr.dtype.element_ty)
+            dz = dz + tl.fma(z, b, d)
+            if ZERO_ROWS:
+                dz = tl.where(in_rows[:, None], dz, 0.0)
+        return narrow_pairs(dz, g_ptr.dtype.element_ty)
 
 
 @triton.jit
 def read_gradient(
     g_ptr, z_ptr, mask_ptr, a_ptr, b_ptr, d_ptr, scale_ptr, shift_ptr, factor,
     row, column, in_rows, K,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ZERO_ROWS: tl.constexpr = True,
 ):  # fmt: skip
     """As `load_gradient`, and its vectors ([K] each, or None) with it: where a loop over columns needs others."""
     a = load_row(a_ptr, column, K, BLOCK_K) if a_ptr is not None else None
@@ -87,7 +92,7 @@ def read_gradient(
     scale = load_row(scale_ptr, column, K, BLOCK_K) if scale_ptr is not None else None
     shift = load_row(shift_ptr, column, K, BLOCK_K) if shift_ptr is not None else None
     return load_gradient(g_ptr, z_ptr, mask_ptr, a, b, d, scale, shift, factor,
-                         row, column, in_rows, K, BLOCK_M, BLOCK_K)  # fmt: skip
+                         row, column, in_rows, K, BLOCK_M, BLOCK_K, ZERO_ROWS)  # fmt: skip
 
 
 @triton.jit

@@ -189,28 +189,21 @@ def norm_relu_coefficients(dtype: torch.dtype) -> Iterator[Case]:
 def lazy_grad_apply(dtype: torch.dtype) -> Iterator[Case]:
     def options(draw: Draw, affine: bool, masked: bool, factor: bool, residual: bool) -> dict:
         names = (("b", "d") if affine else ()) + (("scale", "shift") if masked else ())
-        given = {name: draw.vector() for name in names} | ({"sample_factor": _factor(draw)} if factor else {})
-        return given | ({"residual": draw.data()} if residual else {})
+        given = ({"sample_factor": _factor(draw)} if factor else {}) | ({"residual": draw.data()} if residual else {})
+        return {name: draw.vector() for name in names} | given
 
     for affine, masked, factor, residual in itertools.product(*[(False, True)] * 4):
-        draw = NormalDraw(ODD)
-        z = draw.data() if affine or masked else None
-        chosen = options(draw, affine, masked, factor, residual)
-        name = f"affine {affine}, masked {masked}, factor {factor}, residual {residual}"
-        yield Case(name, (draw.data(), z, draw.vector()), chosen)
+        draw, name = NormalDraw(ODD), f"affine {affine}, masked {masked}, factor {factor}, residual {residual}"
+        args = (draw.data(), draw.data() if affine or masked else None, draw.vector())
+        yield Case(name, args, options(draw, affine, masked, factor, residual))
     for (name, draw), residual in itertools.product(_shapes(), (False, True)):
-        chosen = options(draw, True, True, True, residual)
-        yield Case(f"{name}, residual {residual}", (draw.data(), draw.data(), draw.vector()), chosen)
-    for name, draw in _shapes():
-        bits = {"mask": pack_mask(draw.data() > 0)}
-        given = options(draw, True, False, True, True)
-        yield Case(f"{name}, bits", (draw.data(), draw.data(), draw.vector()), given | bits)
-        yield Case(f"{name}, bits, residual alone", (draw.data(), None, None), {"residual": draw.data()} | bits)
+        args = (draw.data(), draw.data(), draw.vector())
+        yield Case(f"{name}, residual {residual}", args, options(draw, True, True, True, residual))
+        kept = draw.data() > 0
+        args = (torch.where(kept, draw.data(), torch.nan), draw.data(), draw.vector() if residual else None)
+        bits = {"mask": pack_mask(kept)} | options(draw, residual, False, residual, True)
+        yield Case(f"{name}, bits, a {residual}", args, bits)
     draw = NormalDraw((2, 24, 3, 5))
-    kept = _specials(draw) > 0
-    yield Case(
-        "NaN where masked by bits", (torch.where(kept, draw.data(), torch.nan), None, None), {"mask": pack_mask(kept)}
-    )
     yield Case("not finite", (draw.data(), _specials(draw), draw.vector()), options(draw, False, True, False, False))
     yield Case("residual not finite", (draw.data(), None, draw.vector()), {"residual": _specials(draw)})
 
@@ -279,8 +272,7 @@ def conv_weight_grad(dtype: torch.dtype) -> Iterator[Case]:
 
 
 _CASES = {f.__name__: f for f in (bn_stats, norm_add_relu, norm_add_relu_backward, lazy_grad_apply, gram)}
-_CASES["norm_relu_coefficients"] = norm_relu_coefficients
-_CASES |= {f.__name__: f for f in (conv_add_relu, conv_add_relu_, conv_weight_grad)}
+_CASES |= {f.__name__: f for f in (norm_relu_coefficients, conv_add_relu, conv_add_relu_, conv_weight_grad)}
 _CASES |= {"lazy_grad_apply_": lazy_grad_apply, "add_stats_": add_stats_}
 for _file in sorted(pathlib.Path(__file__).parent.glob("*_cases.py")):  # every one has a table of its own
     _CASES |= importlib.import_module(f".{_file.stem}", __package__).CASES

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from nets import BasicBlock, block, small_resnet
+from nets import block, small_resnet
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -167,22 +167,6 @@ def test_an_identity_bottleneck_takes_24_launches_in_every_layer(inputs, size):
     (only,) = explained.blocks
     assert only.fused.launches <= 24 < only.stock.launches
     assert explained.model.fused.launches <= 24  # which wants no gradient of the input
-
-
-@pytest.mark.parametrize(("kind", "megabytes", "launches"), [(resnet18, 68, 200), (resnet50, 184, 422)])
-def test_training_moves_less_where_every_convolution_is_on_values(kind, megabytes, launches):
-    """As a GPU with the compiled convolution is planned for; nothing is read for its statistics alone."""
-    explained = resnet_fused.explain(kind(), (256, 3, 224, 224), dtype=torch.bfloat16, device="h100")
-    assert explained.model.fused.bytes <= megabytes * 1e6 * 256 and explained.model.fused.launches <= launches
-    assert all("convolution on values" in block.plan for block in explained.blocks)
-    assert "conv_values" in {operation.name for operation in explained.model.fused.operations}
-
-
-def test_a_basic_block_takes_18_launches():
-    """Forward and backward: statistics come with convolutions, coefficients with sums, masks with what reads."""
-    model = nn.Sequential(block(64, 64, kind=BasicBlock)).to(memory_format=torch.channels_last)
-    (only,) = resnet_fused.explain(model, (256, 64, 56, 56), dtype=torch.bfloat16, device="h100").blocks
-    assert only.fused.launches <= 18 < only.stock.launches
 
 
 def test_the_step_of_resnet50_is_predicted_as_its_machine_code_was_read(monkeypatch):

@@ -1,8 +1,8 @@
 """What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
 
-*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, or the compiled ones where
-these are forced or Triton is not there, and on CPUs where
-:mod:`.cpu_values` says so. The CPU's other programs are on tensors; their Gram joins go through oneDNN.
+*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs Triton's, or the compiled ones where
+these are forced or Triton is not there, and on CPUs where :mod:`.cpu_values` says so. The CPU's other programs are on
+tensors; their Gram joins go through oneDNN.
 
 In 16 bits the gradients of narrow convolutions come from one pass, which moves fewer bytes and multiplies as much.
 

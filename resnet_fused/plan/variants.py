@@ -1,6 +1,6 @@
 """What a program can be run as: on values or on tensors, with written joins or Gram joins; and what the model expects.
 
-*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs with Triton, or the compiled ones where
+*On values* where the 1x1 kernels that apply normalisation on load run: on GPUs Triton's, or the compiled ones where
 these are forced or Triton is not there, and on CPUs where :mod:`.cpu_values` says so. Other programs are on tensors: on
 a CPU, where Gram joins go through oneDNN, and on GPUs whose kernels of 1x1 convolutions are none of these, where they
 go through the compiled convolutions. On GPUs all other convolutions are on values too where :mod:`.gpu_values` says so.

@@ -33,6 +33,17 @@ inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
+// Activations like `like`, of another shape: without the dispatcher's boxes, which take longer than the allocation.
+inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t sizes[4] = {n, c, h, w}, strides[4] = {h * w * c, 1, w * c, c};
+  int32_t dtype = 0, device = 0;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 // Exact channels_last strides, also for ambiguous shapes.
 inline Tensor empty_channels_last(const Tensor& like) {
   return empty_like(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type(),

@@ -15,9 +15,7 @@ Tensor convolve_step(const ChainConvolution& c) {
   const auto& [stride, padding, dilation] = std::tie(c.step.stride, c.step.padding, c.step.dilation);
   check_conv_norm_add_relu(c.op, c.x, c.weight, stride, padding, dilation, true);
   const ConvGeometry g = geometry_of(c.op, c.x, c.weight, stride, padding, dilation);
-  const Tensor out = c.target({g.n, g.k, g.p, g.q}, [&] {
-    return empty_like(c.x, {g.n, g.k, g.p, g.q}, c.x.scalar_type(), torch::headeronly::MemoryFormat::ChannelsLast);
-  });
+  const Tensor out = c.target({g.n, g.k, g.p, g.q}, [&] { return empty_images(c.x, g.n, g.k, g.p, g.q); });
   const OptionalTensor* b = c.behind;
   check_behind_conv(c.op, out, b[0], b[1], b[2], b[3], b[4], c.residual);
   convolve(c.op, out, c.x, c.weight, g, {b[0], b[1], b[2], b[3], b[4], c.eps, c.step.relu}, c.residual);

@@ -36,7 +36,7 @@ Tensor conv_norm_add_relu(const Tensor& x, const Tensor& weight, const OptionalT
   check_conv_norm_add_relu(op, x, weight, stride, padding, dilation, true);
   const ConvGeometry g = geometry_of(op, x, weight, stride, padding, dilation);
   const DeviceGuard guard(x.get_device_index());
-  Tensor out = empty_like(x, {g.n, g.k, g.p, g.q}, x.scalar_type(), torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor out = empty_images(x, g.n, g.k, g.p, g.q);
   check_behind_conv(op, out, bias, mean, var, gamma, beta, residual);
   convolve(op, out, x, weight, g, {bias, mean, var, gamma, beta, eps, relu}, residual);
   return out;

@@ -282,9 +282,8 @@ def _exact(value):
     """Channels_last strides that say so also where a dimension of size 1 allows others."""
     if isinstance(value, list):
         return list(map(_exact, value))
-    chosen = (
-        isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
-    )
+    images = isinstance(value, torch.Tensor) and value.dim() == 4
+    chosen = images and value.is_contiguous(memory_format=torch.channels_last)
     one_pixel = chosen and value.stride() == (value.shape[1], 1, 1, 1)
     return value.as_strided(value.shape, channels_last_strides(value.shape)) if chosen and not one_pixel else value
 

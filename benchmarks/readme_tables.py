@@ -188,15 +188,14 @@ def traffic() -> str:
 
 
 def machine_code() -> str:
-    """What the newest run of `machine_code.py` predicts, by kind of kernel: its summaries, without a line a launch."""
-    read = [run for run in runs.read(RESULTS) if run.kind == "machine_code"]
-    if not read:
-        return "No run is recorded yet."
-    newest = max(read, key=lambda run: run.provenance["date"])
-    parts = re.findall(r"^## (.*)\n\n((?:\|.*\n)+(?:\nWith .*)?)", newest.result, re.MULTILINE)
-    tables = [f"Predicted by machine code, {name}:\n\n{table.rstrip()}" for name, table in parts]
-    place = f"[`{newest.place}`](benchmarks/results/{newest.machine}/{runs.FILE}#L{newest.number})"
-    return "\n\n".join([*tables, f"From {place}, with a line for each launch."])
+    """What the newest runs of `machine_code.py` predict of each step and GPU, by kernel, without a line a launch."""
+    read = sorted((run for run in runs.read(RESULTS) if run.kind == "machine_code"), key=lambda r: r.provenance["date"])
+    tables = {}
+    for run in read:
+        place = f"[`{run.place}`](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"
+        for name, table in re.findall(r"^## (.*)\n\n((?:\|.*\n)+(?:\nWith .*)?)", run.result, re.MULTILINE):
+            tables[name] = f"Predicted by machine code, {name}, from {place}:\n\n{table.rstrip()}"
+    return "\n\n".join(tables.values()) or "No run is recorded yet."
 
 
 def gpu_reports() -> dict[pathlib.Path, Document]:

@@ -60,7 +60,7 @@ class Build(build_ext):
         directory.mkdir(parents=True, exist_ok=True)
         steps = self.cpu_steps(directory)
         if self.nvcc:
-            steps += self.cuda_steps(directory)
+            steps = [*self.cuda_steps(directory), *steps]  # those that take longest begin first
         else:
             self.extensions = [ext for ext in self.extensions if ext.name != "resnet_fused._cuda"]
             if self.editable_mode:  # one of an earlier build would be loaded beside the new _C
@@ -116,7 +116,10 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     skip = os.environ.get("RESNET_FUSED_SKIP_COMPILE") == "1"
-    libraries = {"_C": [*sources("*.cpp"), *sources("cpu/*.cpp")], "_cuda": sources("cuda/*.cu")}
+    libraries = {
+        "_C": [*sources("*.cpp"), *sources("cpu/*.cpp")],
+        "_cuda": [*sources("cuda/kernels/*.cu"), *sources("cuda/*.cpp")],
+    }
     setup(
         ext_modules=[] if skip else [Extension(f"resnet_fused.{name}", files) for name, files in libraries.items()],
         cmdclass={"build_ext": Build},

@@ -87,7 +87,25 @@ class Build(build_ext):
         lines = [f'{{"{name}", R"({value})"}},\n' for name, value in facts.items()]
         write_if_changed(directory / "build_facts.inc", "".join(lines))
         command = [self.compiler_name, *flags, *self.includes, f"-I{directory}"]
-        return self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
+        steps = self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
+        return self.precompiled(command, directory, steps)
+
+    def precompiled(self, command: list[str], directory: Path, steps: list[Step]) -> list[Step]:
+        """`steps` of `command` so that torch's headers are read once for all of them, if GCC compiles them.
+
+        GCC takes `precompiled.h.gch` for `precompiled.h`, which is there should it not do so.
+        """
+        if "Free Software Foundation" not in output_of([self.compiler_name, "--version"]):
+            return steps
+        source, header = ROOT / "csrc/precompiled.h", directory / "precompiled.h"
+        write_if_changed(header, f'#include "{source}"\n')
+        target, depfile = directory / "precompiled.h.gch", directory / "precompiled.d"
+        make = [*command, "-MD", "-MF", str(depfile), "-x", "c++-header", str(header), "-o", str(target)]
+        for step in steps:
+            if step.depfile:
+                step.command[1:1] = ["-include", str(header)]
+                step.needs.append(target)
+        return [Step(make, [header], target, depfile), *steps]
 
     def cuda_steps(self, directory: Path) -> list[Step]:
         command = [self.nvcc, f"-ccbin={self.compiler_name}", *NVCC_FLAGS, STABLE_ABI, *self.includes]

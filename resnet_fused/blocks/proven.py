@@ -213,6 +213,8 @@ def why_changed(module: nn.Module, base: type | None = None) -> str:
     for place, name, function in () if torch.compiler.is_compiling() else known.called:
         if place.get(name) is not function:
             return f"{name}, which {cls.__name__} calls, was replaced"
-    if known.hidden.isdisjoint(module.__dict__):
-        return ""
-    return f"{', '.join(known.hidden.intersection(module.__dict__))} of its {cls.__name__} was replaced"
+    if torch.compiler.is_compiling():  # whose isdisjoint compares each name with each, in Python: seconds for a block
+        hiding = [name for name in module.__dict__ if name in known.hidden]
+    else:
+        hiding = () if known.hidden.isdisjoint(module.__dict__) else known.hidden.intersection(module.__dict__)
+    return f"{', '.join(hiding)} of its {cls.__name__} was replaced" if hiding else ""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -165,6 +165,7 @@ class Step:
     inputs: list[Path]
     output: Path
     depfile: Path | None = None  # None: the step links, and runs after those that it links
+    needs: list[Path] = field(default_factory=list)  # outputs of steps that must have run, as those of `inputs` have
 
 
 def jobs() -> int:
@@ -185,7 +186,8 @@ def run_steps(steps: list[Step], directory: Path) -> None:
             subprocess.run([ninja, "-C", str(directory), "-j", str(jobs())], check=True)
             return
         with ThreadPoolExecutor(jobs()) as pool:
-            list(pool.map(_run, [step for step in steps if step.depfile]))
+            for needing in (False, True):
+                list(pool.map(_run, [step for step in steps if step.depfile and bool(step.needs) == needing]))
         for step in steps:
             if not step.depfile:
                 _run(step)
@@ -211,7 +213,8 @@ def ninja_text(steps: list[Step]) -> str:
 
     for step in steps:
         rule = "compile" if step.depfile else "link"
-        lines.append(f"build {escape(step.output)}: {rule} {' '.join(map(escape, step.inputs))}")
+        inputs = [*map(escape, step.inputs), *(["|", *map(escape, step.needs)] if step.needs else [])]
+        lines.append(f"build {escape(step.output)}: {rule} {' '.join(inputs)}")
         lines.append(f"  cmd = {shlex.join(step.command).replace('$', '$$')}")
         if step.depfile:
             lines.append(f"  dep = {escape(step.depfile)}")

@@ -60,7 +60,7 @@ class Build(build_ext):
         directory.mkdir(parents=True, exist_ok=True)
         steps = self.cpu_steps(directory)
         if self.nvcc:
-            steps += self.cuda_steps(directory)
+            steps = [*self.cuda_steps(directory), *steps]  # those that take longest begin first
         else:
             self.extensions = [ext for ext in self.extensions if ext.name != "resnet_fused._cuda"]
             if self.editable_mode:  # one of an earlier build would be loaded beside the new _C
@@ -87,7 +87,25 @@ class Build(build_ext):
         lines = [f'{{"{name}", R"({value})"}},\n' for name, value in facts.items()]
         write_if_changed(directory / "build_facts.inc", "".join(lines))
         command = [self.compiler_name, *flags, *self.includes, f"-I{directory}"]
-        return self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
+        steps = self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
+        return self.precompiled(command, directory, steps)
+
+    def precompiled(self, command: list[str], directory: Path, steps: list[Step]) -> list[Step]:
+        """`steps` of `command` so that torch's headers are read once for all of them, if GCC compiles them.
+
+        GCC takes `precompiled.h.gch` for `precompiled.h`, which is there should it not do so.
+        """
+        if "Free Software Foundation" not in output_of([self.compiler_name, "--version"]):
+            return steps
+        source, header = ROOT / "csrc/precompiled.h", directory / "precompiled.h"
+        write_if_changed(header, f'#include "{source}"\n')
+        target, depfile = directory / "precompiled.h.gch", directory / "precompiled.d"
+        make = [*command, "-MD", "-MF", str(depfile), "-x", "c++-header", str(header), "-o", str(target)]
+        for step in steps:
+            if step.depfile:
+                step.command[1:1] = ["-include", str(header)]
+                step.needs.append(target)
+        return [Step(make, [header], target, depfile), *steps]
 
     def cuda_steps(self, directory: Path) -> list[Step]:
         command = [self.nvcc, f"-ccbin={self.compiler_name}", *NVCC_FLAGS, STABLE_ABI, *self.includes]
@@ -116,7 +134,10 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     skip = os.environ.get("RESNET_FUSED_SKIP_COMPILE") == "1"
-    libraries = {"_C": [*sources("*.cpp"), *sources("cpu/*.cpp")], "_cuda": sources("cuda/*.cu")}
+    libraries = {
+        "_C": [*sources("*.cpp"), *sources("cpu/*.cpp")],
+        "_cuda": [*sources("cuda/kernels/*.cu"), *sources("cuda/*.cpp")],
+    }
     setup(
         ext_modules=[] if skip else [Extension(f"resnet_fused.{name}", files) for name, files in libraries.items()],
         cmdclass={"build_ext": Build},

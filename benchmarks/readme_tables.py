@@ -54,7 +54,7 @@ FAMILY = (
 #: The lines in which `all_models.py` counts verdicts, file by file.
 COUNTED = re.compile(r"^(own|torchvision|timm)'s (\w+): (\d.*)$", re.MULTILINE)
 #: Ops with a CUDA C++ kernel and with a Triton kernel: those that have a source file of their name.
-CUDA_OPS = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+CUDA_OPS = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")))
 TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" / "triton" / f"{name}.py").exists())
 
 

@@ -142,11 +142,19 @@ def test_max_jobs(monkeypatch, value):
 
 
 def copying_steps(directory: Path) -> list[Step]:
-    """Compile a to b, link b to c; `cp` plays the compiler. The directory's name has a space."""
-    a, b, c = (directory / name for name in "abc")
+    """Compile a to b, which needs h, made of a; link b to c. `cp` plays the compiler. The directory has a space."""
+    a, b, c, h = (directory / name for name in "abch")
     a.write_text("source")
-    compile_command = ["sh", "-c", f"cp '{a}' '{b}' && echo '{str(b).replace(' ', chr(92) + ' ')}:' > '{b}.d'"]
-    return [Step(compile_command, [a], b, directory / "b.d"), Step(["cp", str(b), str(c)], [b], c)]
+
+    def copy(source: Path, target: Path) -> list[str]:
+        return [
+            "sh",
+            "-c",
+            f"cp '{source}' '{target}' && echo '{str(target).replace(' ', chr(92) + ' ')}:' > '{target}.d'",
+        ]
+
+    compiled = Step(copy(h, b), [a], b, directory / "b.d", needs=[h])
+    return [compiled, Step(copy(a, h), [a], h, directory / "h.d"), Step(["cp", str(b), str(c)], [b], c)]
 
 
 @pytest.mark.parametrize("ninja", [True, False])
@@ -222,6 +230,16 @@ def test_libraries_keep_to_the_stable_abi():
         result = subprocess.run([tool, "--check", "torch", str(path)], capture_output=True, text=True)
         assert result.returncode == 0, result.stdout
         assert "Min torch:   2.10.0" in result.stdout
+
+
+@built
+def test_every_cuda_launch_that_an_op_makes_is_compiled():
+    """A linker leaves what a library lacks to others; nobody else has ours."""
+    path, tool = ROOT / "resnet_fused/_cuda.so", shutil.which("nm")
+    if tool is None or not path.exists():
+        pytest.skip("needs binutils' nm, and the CUDA kernels")
+    missing = subprocess.run([tool, "-uDC", str(path)], capture_output=True, text=True, check=True).stdout
+    assert "resnet_fused" not in missing, missing
 
 
 # What is loaded -------------------------------------------------------------------------------------------------

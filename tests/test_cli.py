@@ -10,7 +10,7 @@ import torch
 from resnet_fused.bench import named, runs
 from resnet_fused.bench.errors import Refused
 from resnet_fused.bench.records import Report
-from resnet_fused.cli import parser
+from resnet_fused.cli import main, parser
 
 TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
 
@@ -271,14 +271,34 @@ MISTAKES = {
 }
 
 
+#: What argparse refuses, what a command does, and what a model's first run does.
+IN_A_PROCESS = ("no command", "unknown model", "too small to tune")
+NOT_SHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # by a process, by default
+
+
+def is_one_line(code, out, err, expected):
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert expected in err
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line(mistake):
+def test_mistakes_are_one_line(mistake, capfd, recwarn):
+    """And nothing is warned of beside it; in this process, as a new one takes seconds to find its first mistake."""
+    arguments, expected = MISTAKES[mistake]
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    is_one_line(code, *capfd.readouterr(), expected)
+    assert [w.message for w in recwarn if not issubclass(w.category, NOT_SHOWN)] == []
+
+
+@pytest.mark.parametrize("mistake", IN_A_PROCESS)
+def test_mistakes_end_a_process_with_one_line(mistake):
     arguments, expected = MISTAKES[mistake]
     ran = resnet_fused(*arguments)
-    assert ran.returncode == 2
-    assert ran.stdout == ""
-    assert len(ran.stderr.strip().splitlines()) == 1
-    assert expected in ran.stderr
+    is_one_line(ran.returncode, ran.stdout, ran.stderr, expected)
 
 
 @pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("maskrcnn_resnet50_fpn", 64)])

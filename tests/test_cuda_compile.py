@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import once
 import pytest
 
 import build_support
+from resnet_fused import library
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("80", "90", "100")
@@ -53,8 +57,6 @@ KERNELS = {
 }
 #: Of vectors alone: no function for each dtype of activations.
 VECTORS = ("bn_affine", "bn_coefficients")
-#: On small matrices, far below their limit of registers: one architecture is enough.
-SMALL = ("gram_grad", "gram_norm")
 CONVOLUTIONS = ("conv_norm_add_relu", "conv1x1", "conv1x1_join")
 GRADIENTS = ("conv1x1_dgrad", "conv1x1_wgrad")
 #: Passes over activations: kernels that access 16 bytes at a time, and whether they write activations.
@@ -70,6 +72,11 @@ PASSES = {
 TYPES = ("float", "__half", "__nv_bfloat16")
 #: The products of each dtype on tensor cores, by its name in a kernel's.
 PRODUCTS = {"f": "m16n8k8.*tf32.tf32", "6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
+#: Bytes of stack that are no spill: pointers that a loop goes through.
+STACK = {"fold_partial_kernelILi2E": 40, "fold_partial_kernelILi4E": 56}
+#: CUDA's own tool, which Triton brings along.
+TRITON = importlib.util.find_spec("triton")
+CUOBJDUMP = Path(TRITON.origin).parent / "backends/nvidia/bin/cuobjdump" if TRITON else Path("no Triton")
 
 
 def nvcc() -> str:
@@ -79,42 +86,134 @@ def nvcc() -> str:
     return found
 
 
-def instantiation(op: str) -> str:
-    """A source that compiles every kernel of `op`, with nothing but its own header."""
-    params = "".join(part.capitalize() for part in op.split("_")) + "Params"
-    lines = [f'#include "csrc/cuda/kernels/{op}.cuh"', "namespace resnet_fused::cuda {"]
-    if op in VECTORS:
-        lines += [f"void launch(const {params}& p, cudaStream_t stream) {{ launch_{op}(p, stream); }}"]
-    else:
-        lines += [f"template void launch_{op}<{t}>(const {params}&, cudaStream_t);" for t in TYPES]
-    return "\n".join([*lines, "}"])
-
-
-def compile_kernels(op: str, directory: Path, *flags: str) -> tuple[Path, str]:
-    source, output = directory / f"{op}.cu", directory / f"{op}.out"
-    source.write_text(instantiation(op))
+def run_nvcc(source: Path, output: Path, *flags: str) -> str:
+    """What nvcc says while it compiles `source`, of which nothing is a warning."""
     command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT}", *flags, str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return output, result.stdout + result.stderr
+    log = result.stdout + result.stderr
+    assert result.returncode == 0 and "warning" not in log, log
+    return log
 
 
-def resources(log: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kernel, architecture) -> (registers, spilled bytes), from the report of ``-Xptxas -v``."""
+def compile_kernels(op: str, output: Path, *flags: str) -> str:
+    """Every kernel of `op`, from nothing but its own headers."""
+    return run_nvcc(ROOT / "csrc/cuda/kernels" / f"{op}.cu", output, *flags)
+
+
+def ptx(op: str, tmp_path_factory, architecture: str) -> str:
+    """The PTX of all kernels of `op`, compiled once."""
+
+    def make(path):
+        compile_kernels(op, path, "-ptx", f"-arch=sm_{architecture}")
+
+    return once.made(tmp_path_factory, f"{op}.{architecture}.ptx", make).read_text()
+
+
+Used = dict[
+    tuple[str, str], tuple[int, int]
+]  # (kernel, architecture) -> (registers, bytes of stack, of which spills are part)
+
+
+def resources_compiled(op: str, directory: Path) -> Used:
+    """From the report of ``-Xptxas -v``."""
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    log = compile_kernels(op, directory / f"{op}.o", "-Xptxas=-v", "-c", *gencode)
     found, kernel = {}, None
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
-            kernel, spilled = match.groups(), 0
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spilled = sum(map(int, match.groups()))
+            kernel, stack = match.groups(), 0
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack = sum(map(int, match.groups()))
         elif match := re.search(r"Used (\d+) registers", line):
-            found[kernel] = (int(match.group(1)), spilled)
+            found[kernel] = (int(match.group(1)), stack)
     return found
 
 
-def check_gradients(op: str, ptx: str) -> None:
+def object_built(op: str) -> Path | None:
+    """The object of an installed library of the very sources that are here; None if there is none."""
+    info = library.status().build_info
+    architectures = info.get("cuda_architectures", "").replace(".", "").replace("+PTX", "").split()
+    if not set(architectures) >= set(ARCHITECTURES) or info["sources"] != build_support.hash_of(ROOT / "csrc"):
+        return None
+    found = ROOT.glob(f"build/*-{sys.implementation.cache_tag}/csrc-cuda-kernels-{op}.cu.o")
+    return next(found, None) if CUOBJDUMP.exists() else None
+
+
+def resources_built(path: Path) -> Used:
+    """From what the build made."""
+    said = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found, architecture, kernel = {}, None, None
+    for line in said.splitlines():
+        if match := re.search(r"^arch = sm_(\w+)", line):
+            (architecture,) = match.groups()
+        elif match := re.search(r"Function (\w+):", line):
+            (kernel,) = match.groups()
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            registers, *stack = map(int, match.groups())
+            if architecture in ARCHITECTURES:
+                found[kernel, architecture] = (registers, sum(stack))
+    return found
+
+
+@pytest.fixture
+def used(request, tmp_path) -> Used:
+    """Of the op of a test's parameters, as the build made it, else compiled here."""
+    nvcc()
+    op = request.node.callspec.params["op"]
+    built = object_built(op)
+    return resources_built(built) if built else resources_compiled(op, tmp_path)
+
+
+@pytest.mark.parametrize("op", REGISTERS)
+def test_registers_and_spills(op, used):
+    assert {architecture for _, architecture in used} == set(ARCHITECTURES)
+    assert len(used) == KERNELS[op] * len(ARCHITECTURES), sorted(used)
+    print(f"{op}: at most {max(r for r, _ in used.values())} registers")
+    stack = {key: next((size for name, size in STACK.items() if name in key[0]), 0) for key in used}
+    assert {key: v for key, v in used.items() if v[0] > REGISTERS[op] or v[1] > stack[key]} == {}
+
+
+@pytest.mark.parametrize("op", VECTORS)
+def test_kernels_on_vectors_compile_without_a_warning(op, tmp_path_factory):
+    """As all others do in the tests of their PTX."""
+    assert ptx(op, tmp_path_factory, "90").count(".visible .entry") == KERNELS[op]
+
+
+@pytest.mark.parametrize("op", CONVOLUTIONS[:2])
+def test_smallest_tiles_leave_room_for_a_third_block(op, used, tmp_path):
+    """Of a convolution: 64x64 outputs a block, for layers of few pixels; and its shared memory."""
+    smallest = {
+        kernel: registers for (kernel, at), (registers, _) in used.items() if "Li64ELi64E" in kernel and at == "90"
+    }
+    assert len(smallest) == {"conv_norm_add_relu": 3, "conv1x1": 6}[op] and max(smallest.values()) <= 80
+    source, name = tmp_path / "bytes.cu", "conv" if op == "conv_norm_add_relu" else op
+    lines = [
+        f"static_assert({name}_shared_bytes<TileShape<{rows}, {cols}>>() <= {kilobytes} * 1024);"
+        for rows, cols, kilobytes in ((128, 128, 99), (128, 64, 81), (64, 64, 53))  # one, two and three of 164 KB
+    ]
+    text = [f'#include "csrc/cuda/kernels/{op}.cuh"', "namespace resnet_fused::cuda {", *lines, "}"]
+    source.write_text("\n".join(text))
+    run_nvcc(source, tmp_path / "bytes.o", "-c", "-arch=sm_80")
+
+
+@pytest.mark.parametrize("op", CONVOLUTIONS)
+def test_the_convolutions_run_on_tensor_cores(op, tmp_path_factory):
+    """Each kernel has its dtype's products, fragments by ldmatrix, and copies past registers. sm_75 builds."""
+    found = re.split(r"\.visible \.entry ", ptx(op, tmp_path_factory, "80"))[1:]
+    kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]
+    assert len(found) == KERNELS[op] and len(kernels) == KERNELS[op] - (op == "conv1x1")
+    for kernel in kernels:
+        dtype, vectors = re.match(rf"\w*{op}_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
+        assert re.search(f"mma.sync.aligned.{PRODUCTS[dtype]}", kernel) and "ldmatrix" in kernel
+        assert ("cp.async.cg" in kernel) == (vectors == "1")
+        assert not re.search(r"\b(atom|red)\.", kernel)
+    assert ptx(op, tmp_path_factory, "75").count(".visible .entry") == KERNELS[op]
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_the_gradients_run_on_tensor_cores(op, tmp_path_factory):
     """Each product has its dtype's instruction, columns of 16 bits come by transposing ldmatrix; no atomics."""
-    found = re.split(r"\.visible \.entry ", ptx)[1:]
+    found = re.split(r"\.visible \.entry ", ptx(op, tmp_path_factory, "80"))[1:]
     kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]
     assert len(found) == KERNELS[op] and len(kernels) == {"conv1x1_dgrad": 8, "conv1x1_wgrad": 11}[op]
     for kernel in kernels:
@@ -125,60 +224,10 @@ def check_gradients(op: str, ptx: str) -> None:
     assert not any(re.search(r"\b(atom|red)\.", kernel) for kernel in found)
 
 
-@pytest.mark.parametrize("op", REGISTERS)
-def test_registers_and_spills(op, tmp_path):
-    architectures = ARCHITECTURES[1:2] if op in SMALL else ARCHITECTURES
-    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    kept = ["--keep", f"--keep-dir={tmp_path}"] if op in GRADIENTS else []  # PTX too: compiling takes long
-    _, log = compile_kernels(op, tmp_path, "-Xptxas=-v", "-c", *gencode, *kept)
-    used = resources(log)
-    assert {architecture for _, architecture in used} == set(architectures)
-    assert len(used) == KERNELS[op] * len(architectures), sorted(used)
-    print(f"{op}: at most {max(r for r, _ in used.values())} registers")
-    assert {k: v for k, v in used.items() if v[0] > REGISTERS[op] or v[1]} == {}
-    assert "warning" not in log
-    if op in GRADIENTS:
-        (ptx,) = tmp_path.glob("*compute_80*.ptx")
-        check_gradients(op, ptx.read_text())
-
-
-@pytest.mark.parametrize("op", CONVOLUTIONS[:2])
-def test_smallest_tiles_leave_room_for_a_third_block(op, tmp_path):
-    """Of a convolution: 64x64 outputs a block, for layers of few pixels; and its shared memory."""
-    _, log = compile_kernels(op, tmp_path, "-Xptxas=-v", "-c", "-arch=sm_90")
-    used = {kernel: registers for (kernel, _), (registers, _) in resources(log).items() if "Li64ELi64E" in kernel}
-    assert len(used) == {"conv_norm_add_relu": 3, "conv1x1": 6}[op] and max(used.values()) <= 80
-    source, name = tmp_path / "bytes.cu", "conv" if op == "conv_norm_add_relu" else op
-    lines = [
-        f"static_assert({name}_shared_bytes<TileShape<{rows}, {cols}>>() <= {kilobytes} * 1024);"
-        for rows, cols, kilobytes in ((128, 128, 99), (128, 64, 81), (64, 64, 53))  # one, two and three of 164 KB
-    ]
-    text = [f'#include "csrc/cuda/kernels/{op}.cuh"', "namespace resnet_fused::cuda {", *lines, "}"]
-    source.write_text("\n".join(text))
-    command = [nvcc(), "-std=c++20", f"-I{ROOT}", "-c", "-arch=sm_80", str(source), "-o", str(tmp_path / "bytes.o")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("op", CONVOLUTIONS)
-def test_the_convolutions_run_on_tensor_cores(op, tmp_path):
-    """Each kernel has its dtype's products, fragments by ldmatrix, and copies past registers. sm_75 builds."""
-    ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_80")
-    found = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
-    kernels = [kernel for kernel in found if re.match(rf"\w*{op}_kernelI", kernel)]
-    assert len(found) == KERNELS[op] and len(kernels) == KERNELS[op] - (op == "conv1x1")
-    for kernel in kernels:
-        dtype, vectors = re.match(rf"\w*{op}_kernelI(\w+?)NS0_9TileShape\w+?ELb([01])E", kernel).groups()
-        assert re.search(f"mma.sync.aligned.{PRODUCTS[dtype]}", kernel) and "ldmatrix" in kernel
-        assert ("cp.async.cg" in kernel) == (vectors == "1")
-        assert not re.search(r"\b(atom|red)\.", kernel)
-    compile_kernels(op, tmp_path, "-ptx", "-arch=sm_75")
-
-
-def test_the_gram_matrix_runs_on_tensor_cores(tmp_path):
+def test_the_gram_matrix_runs_on_tensor_cores(tmp_path_factory):
     """Of 16 bits, from transposed fragments; float32 is multiplied in full. Rows are copied past registers."""
-    ptx, _ = compile_kernels("gram", tmp_path, "-ptx", "-arch=sm_80")
-    kernels = [k for k in re.split(r"\.visible \.entry ", ptx.read_text())[1:] if re.match(r"\w*gram_kernelI", k)]
+    found = re.split(r"\.visible \.entry ", ptx("gram", tmp_path_factory, "80"))[1:]
+    kernels = [kernel for kernel in found if re.match(r"\w*gram_kernelI", kernel)]
     assert len(kernels) == 6
     products = {"6__half": "m16n8k16.*f16.f16", "13__nv_bfloat16": "m16n8k16.*bf16.bf16"}
     for kernel in kernels:
@@ -192,9 +241,8 @@ def test_the_gram_matrix_runs_on_tensor_cores(tmp_path):
 
 
 @pytest.mark.parametrize(("op", "count", "writes"), [(op, *rest) for op, rest in PASSES.items()])
-def test_vector_kernels_access_sixteen_bytes(op, count, writes, tmp_path):
-    ptx, _ = compile_kernels(op, tmp_path, "-ptx", "-arch=sm_90")
-    kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
+def test_vector_kernels_access_sixteen_bytes(op, count, writes, tmp_path_factory):
+    kernels = re.split(r"\.visible \.entry ", ptx(op, tmp_path_factory, "90"))[1:]
     vectors = [k for k in kernels if re.match(rf"\w*{op}_kernelI(?:f|6__half|13__nv_bfloat16)Lb1E", k)]
     assert len(vectors) == count
     for kernel in vectors:

@@ -1,4 +1,4 @@
-// What every csrc/cuda/<op>.cu does around its kernel: outputs, pointers, stream, and the error of a launch.
+// What every csrc/cuda/<op>.cpp does around its kernel: outputs, pointers, stream, and the error of a launch.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -8,7 +8,7 @@
 
 #include "../checks/common.h"
 #include "../params.h"
-#include "kernels/tile.cuh"  // CUDA's own headers
+#include "launches.h"
 
 namespace resnet_fused::cuda {
 

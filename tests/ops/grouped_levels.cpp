@@ -159,7 +159,9 @@ int64_t different(const std::vector<float>& a, const std::vector<float>& b) {
 LEVEL(128, , Level128, false)
 #ifdef RESNET_FUSED_LEVEL_512
 LEVEL(256, RESNET_FUSED_TARGET_256, Level256, true)
+#ifndef RESNET_FUSED_WITHOUT_512
 LEVEL(512, RESNET_FUSED_TARGET_512, Level512, true)
+#endif
 #endif
 
 }  // namespace
@@ -175,7 +177,9 @@ int main() {
         found += wrong_128(t);
 #ifdef RESNET_FUSED_LEVEL_512
         if (level != "baseline") found += wrong_256(t);
+#ifndef RESNET_FUSED_WITHOUT_512
         if (level == "avx512") found += wrong_512(t);
+#endif
 #endif
         ++shapes;
       }

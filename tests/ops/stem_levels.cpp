@@ -23,7 +23,9 @@ using Correlate = void (*)(const Stem&, const float* const*, const float*, int64
 
 LEVEL(128, , Level128)
 LEVEL(256, RESNET_FUSED_TARGET_256, Level256)
+#ifndef RESNET_FUSED_WITHOUT_512
 LEVEL(512, RESNET_FUSED_TARGET_512, Level512)
+#endif
 
 std::vector<float> numbers(int64_t size, int64_t step, int64_t modulus) {
   std::vector<float> found(size);
@@ -95,7 +97,9 @@ int main() {
         for (const bool finite : {true, false}) {
           bad += wrong(s, Level128::panel, convolve_128, correlate_128, finite);
           if (level != "baseline") bad += wrong(s, Level256::panel, convolve_256, correlate_256, finite);
+#ifndef RESNET_FUSED_WITHOUT_512
           if (level == "avx512") bad += wrong(s, Level512::panel, convolve_512, correlate_512, finite);
+#endif
           ++shapes;
         }
       }

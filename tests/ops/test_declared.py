@@ -77,9 +77,16 @@ def test_compiled_ops_are_those_of_ops_cpp():
 def test_every_compiled_op_has_its_checks_in_a_file_of_its_own(op):
     assert f"check_{op}(" in (CSRC / "checks" / f"{op}.h").read_text()
     on_cpu = OPS.get(op, OPS.get(f"{op}_")).on_cpu
-    sources = [*([CSRC / "cpu" / f"{op}.cpp"] if on_cpu else []), *(CSRC / "cuda").glob(f"{op}.cu")]
+    sources = [*([CSRC / "cpu" / f"{op}.cpp"] if on_cpu else []), *(CSRC / "cuda").glob(f"{op}.cpp")]
     assert sources
     assert all(f'#include "../checks/{op}.h"' in path.read_text() for path in sources)
+
+
+def test_cuda_kernels_are_compiled_apart_from_their_ops():
+    """By nvcc, which would take minutes for torch's headers: see csrc/cuda/launches.h."""
+    ops, kernels = stems(CSRC / "cuda", "*.cpp"), stems(CSRC / "cuda" / "kernels", "*.cu")
+    assert ops - kernels == {"conv_chain", "conv_values"}  # which start the kernels of others
+    assert kernels <= ops and not stems(CSRC / "cuda", "*.cu")
 
 
 def test_triton_kernels_are_the_files_with_an_ops_name():

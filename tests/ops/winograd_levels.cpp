@@ -137,13 +137,19 @@ int64_t wrong(const Shape& s, int64_t panel, Inputs inputs, Weights weights, Out
   return found;
 }
 
+#ifndef RESNET_FUSED_WITHOUT_512
 LEVEL(512, RESNET_FUSED_TARGET_512, Level512, Tiles2)
+#endif
 LEVEL(256, RESNET_FUSED_TARGET_256, Level256, Tiles2)
 LEVEL(128, , Level128, Tiles2)
+#ifndef RESNET_FUSED_WITHOUT_512
 LEVEL(512, RESNET_FUSED_TARGET_512, Level512, Tiles4)
+#endif
 LEVEL(256, RESNET_FUSED_TARGET_256, Level256, Tiles4)
 LEVEL(128, , Level128, Tiles4)
+#ifndef RESNET_FUSED_WITHOUT_512
 LEVEL(512, RESNET_FUSED_TARGET_512, Level512, Strided)
+#endif
 LEVEL(256, RESNET_FUSED_TARGET_256, Level256, Strided)
 LEVEL(128, , Level128, Strided)
 
@@ -161,7 +167,9 @@ int main() {
               const Shape s{C, K, H, W, padding, block, transposed, transposed ? 0 : 32};
               found += wrong_128_Tiles2(s) + wrong_128_Tiles4(s) + wrong_128_Strided(s);
               if (level != "baseline") found += wrong_256_Tiles2(s) + wrong_256_Tiles4(s) + wrong_256_Strided(s);
+#ifndef RESNET_FUSED_WITHOUT_512
               if (level == "avx512") found += wrong_512_Tiles2(s) + wrong_512_Tiles4(s) + wrong_512_Strided(s);
+#endif
               ++shapes;
             }
           }

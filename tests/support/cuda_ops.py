@@ -18,7 +18,7 @@ from resnet_fused.ops import OPS, norm_relu_coefficients
 from resnet_fused.plan import choose
 
 NAMESPACE = "resnet_fused_cuda_on_cpu"
-FILES = {path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cu")}
+FILES = {path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cpp")}
 NAMES = sorted(name for name in OPS if name.removesuffix("_") in FILES)
 
 

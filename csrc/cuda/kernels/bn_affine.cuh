@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kChannels) bn_affine_kernel(const BnAffinePara
 }
 
 // Nothing is launched for no channels.
-inline void launch_bn_affine(const BnAffineParams& p, cudaStream_t stream) {
+void launch_bn_affine(const BnAffineParams& p, cudaStream_t stream) {
   if (p.channels == 0) return;
   constexpr int kChannels = 128;
   const dim3 grid(static_cast<unsigned>((p.channels + kChannels - 1) / kChannels));

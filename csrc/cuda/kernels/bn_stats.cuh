@@ -14,7 +14,7 @@ inline Tiling bn_stats_tiling(const Extent& extent) { return Tiling(extent, 1024
 inline RowChunks bn_stats_chunks(const Extent& extent) {
   return extent.channels == 0 ? RowChunks(0, 0) : chunks_of(extent, bn_stats_tiling(extent));
 }
-inline int64_t bn_stats_partial_floats(const Extent& e) { return bn_stats_chunks(e).count * kMoments * e.channels; }
+int64_t bn_stats_partial_floats(const Extent& e) { return bn_stats_chunks(e).count * kMoments * e.channels; }
 
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kThreads) bn_stats_kernel(const BnStatsParams p, int64_t chunk_rows) {

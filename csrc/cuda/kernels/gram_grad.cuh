@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kPanelThreads) gram_grad_kernel(const GramGrad
 }
 
 // Floats of scratch: none where one launch suffices.
-inline int64_t gram_grad_scratch_floats(int outputs, int channels) {
+int64_t gram_grad_scratch_floats(int outputs, int channels) {
   return channels <= kNarrowChannels ? 0 : 2 * static_cast<int64_t>(outputs);
 }
 

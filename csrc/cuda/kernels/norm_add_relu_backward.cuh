@@ -13,7 +13,7 @@ namespace resnet_fused::cuda {
 inline Tiling norm_add_relu_backward_tiling(const Extent& extent) { return Tiling(extent, 1024, 8); }
 
 // Floats of scratch: one row of `sums` vectors of C channels for every block down.
-inline int64_t partial_floats(const Extent& e, bool residual) {
+int64_t partial_floats(const Extent& e, bool residual) {
   return norm_add_relu_backward_tiling(e).row_blocks * (residual ? 4 : 2) * e.channels;
 }
 

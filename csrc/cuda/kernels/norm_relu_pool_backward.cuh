@@ -12,7 +12,7 @@
 namespace resnet_fused::cuda {
 
 inline Tiling norm_relu_pool_backward_tiling(const PoolGeometry& g) { return Tiling(pixels_of(g), 1024, 8); }
-inline int64_t pool_partial_floats(const PoolGeometry& g) {
+int64_t pool_partial_floats(const PoolGeometry& g) {
   return norm_relu_pool_backward_tiling(g).row_blocks * 2 * g.channels;
 }
 

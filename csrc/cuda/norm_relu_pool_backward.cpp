@@ -1,7 +1,6 @@
 // norm_relu_pool_backward for CUDA tensors; the meaning is in resnet_fused/ops/norm_relu_pool_backward.py.
 
 #include "../checks/norm_relu_pool_backward.h"
-#include "kernels/norm_relu_pool_backward.cuh"
 #include "pool.h"
 
 namespace resnet_fused::cuda {

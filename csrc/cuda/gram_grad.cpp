@@ -2,7 +2,6 @@
 
 #include "../checks/gram_grad.h"
 #include "common.h"
-#include "kernels/gram_grad.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

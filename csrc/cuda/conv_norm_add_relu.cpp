@@ -3,7 +3,6 @@
 
 #include "../checks/conv_norm_add_relu.h"
 #include "convolve.h"
-#include "kernels/conv_norm_add_relu.cuh"
 
 namespace resnet_fused::cuda {
 

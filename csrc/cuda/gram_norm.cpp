@@ -1,7 +1,6 @@
 // gram_norm for CUDA tensors; the meaning is in resnet_fused/ops/gram_norm.py, the kernel in kernels/.
 
 #include "../checks/gram_norm.h"
-#include "kernels/gram_norm.cuh"
 #include "statistics.h"
 
 namespace resnet_fused::cuda {

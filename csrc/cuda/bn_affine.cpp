@@ -1,7 +1,6 @@
 // bn_affine for CUDA tensors; the meaning is in resnet_fused/ops/bn_affine.py, the kernel in kernels/.
 
 #include "../checks/bn_affine.h"
-#include "kernels/bn_affine.cuh"
 #include "statistics.h"
 
 namespace resnet_fused::cuda {

@@ -2,7 +2,6 @@
 
 #include "../checks/conv1x1_join.h"
 #include "conv_geometry.h"
-#include "kernels/conv1x1_join.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

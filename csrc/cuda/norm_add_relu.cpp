@@ -2,7 +2,6 @@
 
 #include "../checks/norm_add_relu.h"
 #include "common.h"
-#include "kernels/norm_add_relu.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

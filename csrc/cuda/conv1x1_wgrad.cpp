@@ -5,7 +5,6 @@
 
 #include "../checks/conv1x1_wgrad.h"
 #include "conv1x1_gradients.h"
-#include "kernels/conv1x1_wgrad.cuh"
 
 namespace resnet_fused::cuda {
 

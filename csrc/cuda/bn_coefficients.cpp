@@ -2,7 +2,6 @@
 
 #include "../checks/bn_coefficients.h"
 #include "common.h"
-#include "kernels/bn_coefficients.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

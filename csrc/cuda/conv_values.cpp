@@ -3,7 +3,6 @@
 
 #include "../checks/conv_values.h"
 #include "convolve_values.h"
-#include "kernels/conv1x1.cuh"
 
 namespace resnet_fused::cuda {
 

@@ -2,7 +2,6 @@
 
 #include "../checks/gram.h"
 #include "common.h"
-#include "kernels/gram.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

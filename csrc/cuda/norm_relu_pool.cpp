@@ -1,7 +1,6 @@
 // norm_relu_pool for CUDA tensors; the meaning is in resnet_fused/ops/norm_relu_pool.py, the kernel in kernels/.
 
 #include "../checks/norm_relu_pool.h"
-#include "kernels/norm_relu_pool.cuh"
 #include "pool.h"
 
 namespace resnet_fused::cuda {

@@ -1,7 +1,6 @@
 // norm_relu_pool_apply for CUDA tensors; the meaning is in resnet_fused/ops/norm_relu_pool_apply.py.
 
 #include "../checks/norm_relu_pool_apply.h"
-#include "kernels/norm_relu_pool_apply.cuh"
 #include "pool.h"
 
 namespace resnet_fused::cuda {

@@ -1,7 +1,6 @@
 // bn_stats for CUDA tensors; the meaning is in resnet_fused/ops/bn_stats.py, the kernels in kernels/.
 
 #include "../checks/bn_stats.h"
-#include "kernels/bn_stats.cuh"
 #include "statistics.h"
 
 namespace resnet_fused::cuda {

@@ -3,7 +3,6 @@
 
 #include "../checks/lazy_grad_apply.h"
 #include "common.h"
-#include "kernels/lazy_grad_apply.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

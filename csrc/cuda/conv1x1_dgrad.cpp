@@ -2,7 +2,6 @@
 
 #include "../checks/conv1x1_dgrad.h"
 #include "conv1x1_gradients.h"
-#include "kernels/conv1x1_dgrad.cuh"
 
 namespace resnet_fused::cuda {
 namespace {

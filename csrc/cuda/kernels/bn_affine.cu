@@ -1,0 +1,3 @@
+// Compiles the kernel of bn_affine, see ../launches.h.
+
+#include "bn_affine.cuh"

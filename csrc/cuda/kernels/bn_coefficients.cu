@@ -1,0 +1,3 @@
+// Compiles the kernel of bn_coefficients, see ../launches.h.
+
+#include "bn_coefficients.cuh"

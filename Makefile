@@ -8,6 +8,7 @@
 #   ABI_PYTHON=path         interpreter with another torch, for make abi
 #
 # make oldest-triton: compile all Triton kernels with the oldest supported version.
+#   TRITON_ARCHS="90 100"   for these architectures alone
 
 PYTHON ?= python3
 TEST_PROCESSES ?= 2

@@ -1,6 +1,7 @@
 """Which launches of the Triton ops script_compile.py compiles, and for which GPUs."""
 
 import functools
+import os
 import importlib
 
 import torch
@@ -24,7 +25,7 @@ from resnet_fused.backends.triton import bn_stats, lazy_grad_apply, norm_add_rel
 from resnet_fused.plan.choose import setting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ARCHS = (80, 90, 100, 120)
+ARCHS = tuple(map(int, os.environ.get("TRITON_ARCHS", "80 90 100 120").split()))
 NARROW = ((64, 56, 64, 256), (64, 28, 128, 512), (64, 56, 128, 256))  # ResNet-50's, ResNeXt-50's
 MANY = 2**20  # samples, so that rows are counted beyond 2^31
 
@@ -118,7 +119,8 @@ def record(call, arch):
 def chosen():
     """What to compile: (options, dtype, channels, architecture, launch)."""
     for options, dtype, channels, arch, call in (*chosen_pixelwise(), *chosen_products(), *chosen_dense()):
-        yield from ((options, dtype, channels, arch, launch) for launch in record(call, arch))
+        if arch in ARCHS:
+            yield from ((options, dtype, channels, arch, launch) for launch in record(call, arch))
 
 
 def chosen_pixelwise():

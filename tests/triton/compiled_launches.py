@@ -1,8 +1,8 @@
 """Which launches of the Triton ops script_compile.py compiles, and for which GPUs."""
 
 import functools
-import os
 import importlib
+import os
 
 import torch
 from layer_calls import (

@@ -188,14 +188,18 @@ def traffic() -> str:
 
 
 def machine_code() -> str:
-    """What the newest runs of `machine_code.py` predict of each step and GPU, by kernel, without a line a launch."""
+    """What the newest runs of `machine_code.py` predict of each step and GPU, over all of its kernels."""
     read = sorted((run for run in runs.read(RESULTS) if run.kind == "machine_code"), key=lambda r: r.provenance["date"])
-    tables = {}
+    rows, head = {}, None
     for run in read:
-        place = f"[`{run.place}`](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"
+        place = f"[{run.machine}:{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"
         for name, table in re.findall(r"^## (.*)\n\n((?:\|.*\n)+(?:\nWith .*)?)", run.result, re.MULTILINE):
-            tables[name] = f"Predicted by machine code, {name}, from {place}:\n\n{table.rstrip()}"
-    return "\n\n".join(tables.values()) or "No run is recorded yet."
+            head = head or re.match(r"\| kernel \|(.*)\|", table).group(1)
+            (total,) = re.findall(r"^\| all of them \|(.*)\|$", table, re.MULTILINE)
+            rows[name] = f"| {name} |{total}| {place} |"
+    if not rows:
+        return "No run is recorded yet."
+    return "\n".join([f"| step |{head}| run |", "| --- " * (head.count("|") + 3) + "|", *rows.values()])
 
 
 def gpu_reports() -> dict[pathlib.Path, Document]:

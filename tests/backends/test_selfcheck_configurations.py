@@ -27,6 +27,7 @@ def test_every_binary_of_resnet50_is_run_by_the_cases_of_its_calls():
     x = torch.empty(256, 3, 224, 224, device="meta")
     coverage = Coverage(CARD)
     found = calls(resnet50(), x, True, devices.find("h100"), torch.bfloat16)
+    found = [call for call in found if call.op in room.OPS]  # others are the compiled backend's
     assert sum(coverage.add(call) for call in found) > 40
     assert len(coverage.wanted) > 40
     assert coverage.run == coverage.wanted

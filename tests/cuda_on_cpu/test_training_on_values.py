@@ -19,8 +19,7 @@ from resnet_fused.backends import Backend, backends, cuda, cuda_conv, cuda_gradi
 from resnet_fused.plan import choose, devices
 
 pytestmark = on_cpu.needed
-#: Where there are no compiled kernels of Gram joins, one op makes both gradients of each convolution.
-OF_GRAM_JOINS = {"conv1x1_join", "conv1x1_wgrad"}
+OF_GRAM_JOINS = {"conv1x1_join", "conv1x1_wgrad", "gram", "gram_norm"}
 
 
 @pytest.fixture
@@ -75,9 +74,7 @@ def test_bottlenecks_train_on_values(ran):
         ours, theirs = ((found[name].double() - value).norm() for found in (got, near))
         assert ours <= 2 * theirs + torch.finfo(torch.bfloat16).eps * value.double().norm(), name
     assert ran["conv1x1_dgrad"] == 8  # of each 1x1 convolution
-    assert ran.keys() >= {"conv1x1"} and OF_GRAM_JOINS & ran.keys() == (
-        OF_GRAM_JOINS if "gram" in cuda.PRODUCTS else set()
-    )
+    assert ran.keys() >= {"conv1x1", *OF_GRAM_JOINS}
 
 
 def test_float32_is_on_values_where_it_may_be_rounded_to_tf32(ran, monkeypatch):

@@ -69,4 +69,6 @@ def write(context: Context, verdicts: list[judge.Verdict]) -> None:
     """A row for each case."""
     for verdict in verdicts:
         fields = dataclasses.asdict(verdict)
+        if verdict.status == "skipped":
+            fields["reason"] = fields.pop("note")
         context.row(fields.pop("status"), name=fields.pop("op"), **fields)

@@ -7,6 +7,7 @@ in an old one's place) may miss a gain, never a result.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
 import weakref
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from ..backends import current, precision
-from ..blocks import runtime
+from ..blocks import drop_paths, runtime
 from ..blocks.site import Site
 from ..plan import choose, keys, measured
 from .swap import STATE
@@ -26,10 +27,13 @@ _LIMIT = 64  # keys of a module after which they are collected anew
 
 
 class _Kept(NamedTuple):
-    """What is known of a module."""
+    """What is known of a module, as long as it and those within it are what they were."""
 
-    children: tuple[nn.Module | None, ...]  # as they were
-    norms: tuple[nn.Module, ...]
+    modules: tuple[nn.Module, ...]  # it and those within it
+    types: tuple[type, ...]
+    containers: tuple[dict, ...]  # their children by name
+    children: tuple[nn.Module | None, ...]
+    fused: tuple[nn.Module, ...]  # those that carry settings
     parameters: tuple[dict, ...]  # of the convolutions, by name
     keys: set[tuple]
 
@@ -54,7 +58,7 @@ def is_known(module: nn.Module, x: object, part: object = None) -> bool:
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return False
     kept = _current(module)
-    return kept is not None and _key(kept, module, x, part) in kept.keys
+    return kept is not None and _key(kept, x, part) in kept.keys
 
 
 def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -67,17 +71,22 @@ def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch
 
 
 def _current(module: nn.Module) -> _Kept | None:
-    """What is known of `module`, as long as its children are what they were."""
-    kept, now = _kept.get(module), module._modules
-    same = kept is not None and len(now) == len(kept.children) and all(map(operator.is_, now.values(), kept.children))
-    return kept if same else None
+    """What is known of `module`, as long as the modules within it are those that they were, of their classes."""
+    kept = _kept.get(module)
+    if kept is None or not all(map(operator.is_, map(type, kept.modules), kept.types)):
+        return None
+    now = [*itertools.chain.from_iterable(map(dict.values, kept.containers))]
+    return kept if len(now) == len(kept.children) and all(map(operator.is_, now, kept.children)) else None
 
 
-def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple | None:
+_OWN, _TRAINING, _CHILDREN = map(operator.attrgetter, ("__dict__", "training", "_modules"))
+
+
+def _key(kept: _Kept, x: torch.Tensor, part: object) -> tuple | None:
     """All that decides whether the plan leaves a call to stock; None where it must be asked."""
     if choose.is_directed() or not x.is_cpu:
         return None
-    wanting, state = kept.parameters if torch.is_grad_enabled() else (), module.__dict__.get(STATE)
+    wanting = kept.parameters if torch.is_grad_enabled() else ()
     return (
         part,
         x.shape,
@@ -86,14 +95,18 @@ def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         current(),
-        getattr(state, "backend", ""),
-        precision.of(getattr(state, "precision", "default")),
+        precision.of("default"),
         keys.threads(),
         measured.changes(),
-        module.training,
-        *[bool(norm.training) for norm in kept.norms],
+        *[_settings(own.get(STATE)) for own in map(_OWN, kept.fused)],
+        *map(bool, map(_TRAINING, kept.modules)),
         *[getattr(own.get("weight"), "requires_grad", False) for own in wanting],
     )
+
+
+def _settings(state: object) -> tuple | None:
+    """What a fused module was fused with; None of one that was unfused since."""
+    return None if state is None else (state.backend, state.precision, getattr(state, "drop_path", "all"))
 
 
 class Ran(NamedTuple):
@@ -112,26 +125,47 @@ def so_far() -> Ran:
     return Ran(0, 0) if torch.compiler.is_compiling() else Ran(runtime.fused_programs(), runtime.hindered_programs())
 
 
-def note(module: nn.Module, sites: Sequence[Site], x: object, before: Ran, part: object = None) -> bool:
+def note(
+    module: nn.Module, sites: Sequence[Site], x: object, before: Ran, part: object = None, alone: bool = False
+) -> bool:
     """Note that `module`, whose programs are `sites`, ran on `x`, if the plan has left all to stock since `before`.
 
-    Returns whether it has. What kept one from running else, a hook or a mode, may be gone the next time.
+    `alone`: of what is within it, only `sites` ran. Returns whether it has. What else kept one from running, a hook or
+    a mode, may be gone the next time.
     """
     known = before.since() == (0, 0) and not torch.compiler.is_compiling()
     if known:
-        keep(module, sites, x, part)
+        keep(module, sites, x, part, alone)
     return known
 
 
-def keep(module: nn.Module, sites: Sequence[Site], x: object, part: object) -> None:
+def keep(module: nn.Module, sites: Sequence[Site], x: object, part: object, alone: bool = False) -> None:
     """Keep what is known of a call: :func:`is_known` is true of the next that is like it."""
-    if type(x) is not torch.Tensor or any(site.survivors and site.drop_path is not None for site in sites):
-        return  # where its drop path draws, it runs on other samples than stock's forward does
+    if type(x) is not torch.Tensor:
+        return
     kept = _current(module)
     if kept is None or len(kept.keys) >= _LIMIT:
-        parameters = tuple(conv._parameters for site in sites for conv in site.convolutions)
-        norms = tuple(norm for site in sites for norm in site.norms)
-        _kept[module] = kept = _Kept(tuple(module._modules.values()), norms, parameters, set())
-    key = _key(kept, module, x, part)
+        kept = _read(module, sites, alone)
+        chosen = any(getattr(own[STATE], "drop_path", "") == "survivors" for own in map(_OWN, kept.fused))
+        if chosen and any(map(drop_paths.is_one, kept.modules)):
+            return  # where one draws, its block runs on other samples than stock's forward does
+        _kept[module] = kept
+    key = _key(kept, x, part)
     if key is not None:
         kept.keys.add(key)
+
+
+def _read(module: nn.Module, sites: Sequence[Site], alone: bool) -> _Kept:
+    own = [module, *(one for site in sites for one in (*site.norms, *site.convolutions))]
+    modules = own if alone else [*module.modules()]
+    containers = [*map(_CHILDREN, modules)]
+    fused = [one for one in modules if hasattr(one.__dict__.get(STATE), "backend")]
+    return _Kept(
+        tuple(modules),
+        tuple(map(type, modules)),
+        tuple(containers),
+        tuple(itertools.chain.from_iterable(map(dict.values, containers))),
+        tuple(fused),
+        tuple(one._parameters for one in modules if isinstance(one, nn.Conv2d)),
+        set(),
+    )

@@ -175,7 +175,8 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
             return _in_pieces(entries, x, images)
         out = left(_all_images(entries, x))
     sites = [site for entry in entries for site in entry.sites]
-    if not as_stock.note(stage, sites, x, before) and before.since().fused < len(sites):
+    ran = before.since()
+    if not as_stock.note(stage, sites, x, before) and ran.fused < len(sites) and not ran.hindered:
         as_stock.keep(stage, sites, x, _IN_PART)
     return out
 

@@ -100,7 +100,7 @@ class FusedStem(swap.Swapped):
         state: StemState = self.__dict__[STATE]
         site = stem_site(self, stem, state.backend, pools, state.precision)
         out = run_as_stock(site, x)
-        as_stock.note(self, [site], x, before, stem)
+        as_stock.note(self, [site], x, before, stem, alone=True)
         return out if pool is None or pools else pool(out)
 
 

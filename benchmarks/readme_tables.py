@@ -89,6 +89,7 @@ def family() -> str:
 def covering() -> list[runs.Run]:
     """The newest run of `all_models.py`; of one that began above some size, those of the smaller models before it."""
     checked = [run for run in runs.read(RESULTS) if run.kind == "all_models" and COUNTED.search(run.result)]
+    checked = [run for run in checked if "--only" not in run.provenance["command"]]
     checked.sort(key=lambda run: run.provenance["date"], reverse=True)
     found, least = [], None
     for run in checked:

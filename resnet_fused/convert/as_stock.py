@@ -29,11 +29,10 @@ _LIMIT = 64  # keys of a module after which they are collected anew
 class _Kept(NamedTuple):
     """What is known of a module, as long as it and those within it are what they were."""
 
-    modules: tuple[nn.Module, ...]  # it and those within it
-    types: tuple[type, ...]
-    containers: tuple[dict, ...]  # their children by name
-    children: tuple[nn.Module | None, ...]
-    fused: tuple[nn.Module, ...]  # those that carry settings
+    within: tuple[nn.Module, ...]  # not itself, which must not be kept alive
+    types: tuple[type, ...]  # its own, and of those
+    children: tuple[nn.Module | None, ...]  # so too
+    fused: tuple[nn.Module, ...]  # those within that carry settings
     parameters: tuple[dict, ...]  # of the convolutions, by name
     keys: set[tuple]
 
@@ -58,7 +57,7 @@ def is_known(module: nn.Module, x: object, part: object = None) -> bool:
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return False
     kept = _current(module)
-    return kept is not None and _key(kept, x, part) in kept.keys
+    return kept is not None and _key(kept, module, x, part) in kept.keys
 
 
 def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -73,16 +72,21 @@ def run(stock: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch
 def _current(module: nn.Module) -> _Kept | None:
     """What is known of `module`, as long as the modules within it are those that they were, of their classes."""
     kept = _kept.get(module)
-    if kept is None or not all(map(operator.is_, map(type, kept.modules), kept.types)):
+    modules = () if kept is None else (module, *kept.within)
+    if kept is None or not all(map(operator.is_, map(type, modules), kept.types)):
         return None
-    now = [*itertools.chain.from_iterable(map(dict.values, kept.containers))]
+    now = _children_of(modules)
     return kept if len(now) == len(kept.children) and all(map(operator.is_, now, kept.children)) else None
+
+
+def _children_of(modules: Sequence[nn.Module]) -> tuple[nn.Module | None, ...]:
+    return tuple(itertools.chain.from_iterable(map(dict.values, map(_CHILDREN, modules))))
 
 
 _OWN, _TRAINING, _CHILDREN = map(operator.attrgetter, ("__dict__", "training", "_modules"))
 
 
-def _key(kept: _Kept, x: torch.Tensor, part: object) -> tuple | None:
+def _key(kept: _Kept, module: nn.Module, x: torch.Tensor, part: object) -> tuple | None:
     """All that decides whether the plan leaves a call to stock; None where it must be asked."""
     if choose.is_directed() or not x.is_cpu:
         return None
@@ -98,15 +102,15 @@ def _key(kept: _Kept, x: torch.Tensor, part: object) -> tuple | None:
         precision.of("default"),
         keys.threads(),
         measured.changes(),
-        *[_settings(own.get(STATE)) for own in map(_OWN, kept.fused)],
-        *map(bool, map(_TRAINING, kept.modules)),
+        *[_settings(own.get(STATE)) for own in map(_OWN, (module, *kept.fused))],
+        *map(bool, map(_TRAINING, (module, *kept.within))),
         *[getattr(own.get("weight"), "requires_grad", False) for own in wanting],
     )
 
 
-def _settings(state: object) -> tuple | None:
-    """What a fused module was fused with; None of one that was unfused since."""
-    return None if state is None else (state.backend, state.precision, getattr(state, "drop_path", "all"))
+def _settings(state: object) -> tuple[str, ...]:
+    """What a fused module was fused with; a stage's state, and that of one unfused since, have none of it."""
+    return tuple(getattr(state, name, "") for name in ("backend", "precision", "drop_path"))
 
 
 class Ran(NamedTuple):
@@ -146,26 +150,23 @@ def keep(module: nn.Module, sites: Sequence[Site], x: object, part: object, alon
     kept = _current(module)
     if kept is None or len(kept.keys) >= _LIMIT:
         kept = _read(module, sites, alone)
-        chosen = any(getattr(own[STATE], "drop_path", "") == "survivors" for own in map(_OWN, kept.fused))
-        if chosen and any(map(drop_paths.is_one, kept.modules)):
+        chosen = "survivors" in [_settings(own.get(STATE))[-1] for own in map(_OWN, (module, *kept.fused))]
+        if chosen and any(map(drop_paths.is_one, kept.within)):
             return  # where one draws, its block runs on other samples than stock's forward does
         _kept[module] = kept
-    key = _key(kept, x, part)
+    key = _key(kept, module, x, part)
     if key is not None:
         kept.keys.add(key)
 
 
 def _read(module: nn.Module, sites: Sequence[Site], alone: bool) -> _Kept:
-    own = [module, *(one for site in sites for one in (*site.norms, *site.convolutions))]
-    modules = own if alone else [*module.modules()]
-    containers = [*map(_CHILDREN, modules)]
-    fused = [one for one in modules if hasattr(one.__dict__.get(STATE), "backend")]
+    read = [one for site in sites for one in (*site.norms, *site.convolutions)] if alone else module.modules()
+    within = [one for one in read if one is not module]
     return _Kept(
-        tuple(modules),
-        tuple(map(type, modules)),
-        tuple(containers),
-        tuple(itertools.chain.from_iterable(map(dict.values, containers))),
-        tuple(fused),
-        tuple(one._parameters for one in modules if isinstance(one, nn.Conv2d)),
+        tuple(within),
+        tuple(map(type, (module, *within))),
+        _children_of((module, *within)),
+        tuple(one for one in within if hasattr(one.__dict__.get(STATE), "backend")),
+        tuple(one._parameters for one in (module, *within) if isinstance(one, nn.Conv2d)),
         set(),
     )

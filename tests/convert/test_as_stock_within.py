@@ -1,6 +1,8 @@
 """A module around fused stages that ran as stock is asked anew when something within it could change the choice."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -96,3 +98,11 @@ def test_survivors_are_drawn_within_what_was_known():
         ours = model(x)
         torch.manual_seed(1)
         assert ours.equal(fresh(x)) and not as_stock.is_known(model, x)
+
+
+def test_what_is_known_is_not_kept_alive():
+    model, _ = _known_around()
+    gone = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)

@@ -7,7 +7,6 @@ be fused.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pickle
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from ..blocks import dense, drop_paths, proven, runtime
 from ..blocks.by_modules import called
 from ..blocks.layers import hooked, hooked_within, why_not_passed
 from ..blocks.site import CHANGED, Site, find, module_obstacle, sites_in, value_obstacle
-from ..plan.choose import setting
 from ..steps.gate import Gated
 from ..steps.layout import Placed, arrived, left
-from . import as_stock, gates, swap
+from . import as_stock, forced, gates, swap
 from .dropouts import TRAINING, are_quiet
 from .instructions import OUTDATED, Form, GateCall, GatedSum, Ref, ShapeCall, StockCall, resolve
 from .opened import obstacle
@@ -32,25 +30,6 @@ from .order import module_effect
 from .outside import Outside, globals_reader
 from .swap import STATE
 from .trace import fingerprint, value_of
-
-
-class _Settings:
-    """Process-wide: a plain attribute is what ``torch.compile`` can guard on."""
-
-    stock = False
-
-
-_settings = _Settings()
-
-
-def stock_forward() -> contextlib.AbstractContextManager[None]:
-    """Run every fused module's stock forward within a ``with`` block: how to compare without a second model."""
-    return setting(_settings, "stock", True)
-
-
-def is_stock_forced() -> bool:
-    """Whether a :func:`stock_forward` block is open."""
-    return _settings.stock
 
 
 @dataclasses.dataclass
@@ -142,7 +121,7 @@ def choose(block: nn.Module, state: FusedState) -> tuple[Running | None, str]:
 def runnable(block: nn.Module) -> Running | None:
     """What `block` runs fused now, if its input allows; None where it runs its stock forward."""
     state: FusedState | None = block.__dict__.get(STATE)
-    if state is None or _settings.stock:
+    if state is None or forced.is_stock_forced():
         return None
     return choose(block, state)[0]
 

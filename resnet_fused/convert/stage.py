@@ -26,7 +26,8 @@ from ..ops.contract import is_channels_last
 from ..steps.layout import Placed, left
 from ..steps.program import Pooling
 from . import as_stock, settled_stage, swap
-from .fused_module import FusedModule, Running, entry_obstacle, is_entered, is_stock_forced, placed, run_block, runnable
+from .forced import is_stock_forced
+from .fused_module import FusedModule, Running, entry_obstacle, is_entered, placed, run_block, runnable
 from .swap import is_fused
 
 #: Bytes from which glibc maps an allocation anew, and the most that a result within a piece may have. ResNet-50 at

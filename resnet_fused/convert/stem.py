@@ -30,7 +30,7 @@ from ..blocks.runtime import run_as_stock
 from ..blocks.shape import Shape, remembered, residual_shape
 from ..blocks.site import Site, find, module_obstacle, sites_in, value_obstacle
 from . import as_stock, source, swap
-from .fused_module import is_stock_forced
+from .forced import is_stock_forced
 from .rewrite import Rewriter, Stem
 from .swap import STATE
 

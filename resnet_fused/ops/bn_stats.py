@@ -27,6 +27,15 @@ def reference(
     return bn_affine.after(*_moments(z), gamma, beta, z, eps)
 
 
+def emitted(
+    z: Tensor, emit_stats: bool, gamma: Tensor | None, beta: Tensor | None, eps: float | None
+) -> tuple[Tensor, ...]:
+    """The same of a convolution's result, by its reference; empty without `emit_stats`."""
+    if emit_stats:
+        return reference(z, gamma, beta, eps)
+    return tuple(z.new_empty(0, dtype=stat_dtype(z.dtype)) for _ in range(7))
+
+
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
     acc = z.to(stat_dtype(z.dtype))
     if z.numel() == 0:

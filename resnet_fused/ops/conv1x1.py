@@ -48,9 +48,7 @@ def reference(
 ) -> tuple[Tensor, ...]:
     a = lazy.pixels(lazy.activation(x, x_scale, x_shift), stride)
     z = channels_last(lazy.product(a, weight).to(x.dtype))
-    if emit_stats:
-        return z, *bn_stats.reference(z, gamma, beta, eps)
-    return z, *(x.new_empty(0, dtype=stat_dtype(x.dtype)) for _ in range(7))
+    return z, *bn_stats.emitted(z, emit_stats, gamma, beta, eps)
 
 
 @takes_arguments_of(reference)

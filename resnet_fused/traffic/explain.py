@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..blocks.dense import FusedDenseBlock
 from ..blocks.modules import FusedConvBNReLU, FusedResidualBlock
+from ..convert.forced import stock_forward
 from ..convert.fuse import fuse, report
-from ..convert.fused_module import FusedModule, stock_forward
+from ..convert.fused_module import FusedModule
 from ..convert.stem import FusedStem
 from ..plan import choose, devices
 from ..plan.devices import Device, Expected

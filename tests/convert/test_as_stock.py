@@ -4,7 +4,9 @@ import copy
 import pickle
 
 import pytest
+import small_cache
 import torch
+from small_cache import image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,29 +15,19 @@ from resnet_fused.backends import onednn
 from resnet_fused.convert import as_stock, fused_module, stage
 from resnet_fused.models import BasicBlock, resnet18
 from resnet_fused.plan import choose, measured, too_small
-from resnet_fused.steps import conv
 
 pytestmark = pytest.mark.plans_small
 
 
 @pytest.fixture(autouse=True)
 def where_small_is_stock(monkeypatch):
-    """On the CPU that the limit is for, with a cache of 1 MB."""
-    for module in (too_small, conv):
-        monkeypatch.setattr(module, "HAS_AVX512", True)
-        monkeypatch.setattr(module, "SLOW_PRODUCTS", False)
-    monkeypatch.setattr(too_small, "cache_bytes", lambda: 1 << 20)
+    small_cache.assume(monkeypatch)
 
 
 def pair():
     torch.manual_seed(0)
     stock = BasicBlock(8, 8)
     return stock, resnet_fused.fuse(copy.deepcopy(stock))
-
-
-def image(n=2):
-    torch.manual_seed(1)
-    return torch.randn(n, 8, 6, 6)
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ import gc
 import weakref
 
 import pytest
+import small_cache
 import torch
+from small_cache import image
 from torch import nn
 
 import resnet_fused
@@ -13,23 +15,13 @@ from resnet_fused.convert import as_stock
 from resnet_fused.models import BasicBlock
 from resnet_fused.models.stochastic_depth import StochasticDepth
 from resnet_fused.plan import too_small
-from resnet_fused.steps import conv
 
 pytestmark = pytest.mark.plans_small
 
 
 @pytest.fixture(autouse=True)
 def where_small_is_stock(monkeypatch):
-    """On the CPU that the limit is for, with a cache of 1 MB."""
-    for module in (too_small, conv):
-        monkeypatch.setattr(module, "HAS_AVX512", True)
-        monkeypatch.setattr(module, "SLOW_PRODUCTS", False)
-    monkeypatch.setattr(too_small, "cache_bytes", lambda: 1 << 20)
-
-
-def image():
-    torch.manual_seed(1)
-    return torch.randn(2, 8, 6, 6)
+    small_cache.assume(monkeypatch)
 
 
 class Around(nn.Module):

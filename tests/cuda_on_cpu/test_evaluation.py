@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 
 import cuda_ops
 import on_cpu
@@ -24,18 +23,10 @@ pytestmark = on_cpu.needed
 def ran(monkeypatch):
     """How often each op of the emulated backend "cuda" ran."""
     counts = collections.Counter()
-
-    def counted(name, run):
-        def count(*args, **kwargs):
-            counts[name] += 1
-            return run(*args, **kwargs)
-
-        return count
-
     with cuda_ops.emulated():
         kernels = backends()["cuda"].kernels
-        for name, kernel in [*kernels.items()]:
-            monkeypatch.setitem(kernels, name, dataclasses.replace(kernel, run=counted(name, kernel.run)))
+        for name, kernel in cuda_ops.counted(kernels, counts).items():
+            monkeypatch.setitem(kernels, name, kernel)
         yield counts
 
 

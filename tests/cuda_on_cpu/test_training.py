@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dataclasses
 
 import cuda_ops
 import on_cpu
@@ -27,16 +26,7 @@ pytestmark = on_cpu.needed
 def emulated(monkeypatch, kernels):
     """How often each op ran on the backend "emulated", as if on a GPU."""
     counts = collections.Counter()
-
-    def counted(name, run):
-        def count(*args, **kwargs):
-            counts[name] += 1
-            return run(*args, **kwargs)
-
-        return count
-
-    kernels = {name: dataclasses.replace(k, run=counted(name, k.run)) for name, k in kernels.items()}
-    backend = Backend("emulated", ("cpu",), kernels)
+    backend = Backend("emulated", ("cpu",), cuda_ops.counted(kernels, counts))
     monkeypatch.setattr(dispatch, "_backends", {"emulated": backend, **backends()})
     monkeypatch.setattr(choose, "on_gpu", lambda x: True)  # no step is the CPU's
     monkeypatch.setattr(place.planned, "elsewhere", True)

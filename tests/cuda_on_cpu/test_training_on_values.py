@@ -26,18 +26,9 @@ OF_GRAM_JOINS = {"conv1x1_join", "conv1x1_wgrad", "gram", "gram_norm"}
 def ran(monkeypatch):
     """How often each op ran on the backend "cuda": the kernels of csrc/cuda, on tensors that are taken for a GPU's."""
     counts = collections.Counter()
-
-    def counted(name, run):
-        def count(*args, **kwargs):
-            counts[name] += 1
-            return run(*args, **kwargs)
-
-        return count
-
-    kernels = cuda_ops.kernels()
-    for name, kernel in kernels.items():
-        reasons = cuda.PRODUCTS[name]["unsupported"] if name in cuda.PRODUCTS else kernel.unsupported
-        kernels[name] = dataclasses.replace(kernel, run=counted(name, kernel.run), unsupported=reasons)
+    kernels = cuda_ops.counted(cuda_ops.kernels(), counts)
+    for name in kernels.keys() & cuda.PRODUCTS.keys():
+        kernels[name] = dataclasses.replace(kernels[name], unsupported=cuda.PRODUCTS[name]["unsupported"])
     monkeypatch.setattr(dispatch, "_backends", backends() | {"cuda": Backend("cuda", ("cpu",), kernels)})
     monkeypatch.setattr(cuda_conv, "_unbuilt", lambda arch: "")
     monkeypatch.setattr(cuda_gradients, "_joins", lambda: "gram_grad" in kernels)

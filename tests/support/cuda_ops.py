@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -50,6 +52,19 @@ def kernels(*flags: str) -> dict[str, Kernel]:
     two = runs["norm_add_relu_backward"], runs["bn_coefficients"]
     runs["norm_relu_coefficients"] = norm_relu_coefficients.in_two(*two)
     return {name: Kernel(run, *cuda.accepted(name)) for name, run in runs.items()}
+
+
+def counted(kernels: dict[str, Kernel], counts: collections.Counter) -> dict[str, Kernel]:
+    """The same kernels, of which `counts` tells how often each ran."""
+
+    def counting(name: str, run: Callable) -> Callable:
+        def count(*args, **kwargs):
+            counts[name] += 1
+            return run(*args, **kwargs)
+
+        return count
+
+    return {name: dataclasses.replace(kernel, run=counting(name, kernel.run)) for name, kernel in kernels.items()}
 
 
 @contextlib.contextmanager

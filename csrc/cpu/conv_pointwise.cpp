@@ -15,8 +15,10 @@
 namespace resnet_fused::cpu {
 namespace {
 
+constexpr int64_t kTile = 30;  // rows of a tile, at most: some groups of product.h's
+
 struct Stages {
-  int64_t panel;
+  int64_t panel, rows;  // of a panel: columns; of a tile
   void (*pack)(const Pointwise&, int64_t, float*);
   void (*tile)(const Pointwise&, const Tile&, int64_t, const float*, Later&);
 };
@@ -33,7 +35,7 @@ struct At;
     TARGET static void tile(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed, Later& later) { \
       multiply_tile<LEVEL>(p, tile, panel, packed, later);                                                            \
     }                                                                                                                 \
-    static constexpr Stages stages{LEVEL::panel, pack, tile};                                                         \
+    static constexpr Stages stages{LEVEL::panel, kTile / LEVEL::rows * LEVEL::rows, pack, tile};                      \
   };
 
 RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
@@ -49,14 +51,15 @@ const Stages& stages() {
 // How the work is cut: into tiles of rows, within a line of the image where a stride leaves gaps; blocks of tiles;
 // parts of the weight's panels. A unit is a tile by a part; units come by blocks, then by parts.
 struct Work {
-  static constexpr int64_t kTile = 28, kBlock = 28, kPart = 32 << 10;  // rows; tiles; floats of a part
-  int64_t panel, lines, width, pieces, tiles, panels, packed, part, parts;
+  static constexpr int64_t kBlock = 28, kPart = 32 << 10;  // tiles; floats of a part
+  int64_t panel, rows, lines, width, pieces, tiles, panels, packed, part, parts;
 
-  Work(const Pointwise& p, int64_t columns)
-      : panel(columns),
+  Work(const Pointwise& p, const Stages& at)
+      : panel(at.panel),
+        rows(at.rows),
         lines(p.pixels.dense() ? 1 : p.pixels.rows / p.pixels.width),
         width(p.pixels.rows / lines),
-        pieces((width + kTile - 1) / kTile),
+        pieces((width + rows - 1) / rows),
         tiles(lines * pieces),
         panels((p.K + panel - 1) / panel),
         packed((p.C + 2) * panel),
@@ -66,10 +69,10 @@ struct Work {
   }
 
   Tile tile(const Pointwise& p, int64_t index) const {
-    const int64_t line = index / pieces, begin = index % pieces * kTile, row = line * width + begin;
-    const int64_t rows = std::min(kTile, width - begin);
+    const int64_t line = index / pieces, begin = index % pieces * rows, row = line * width + begin;
+    const int64_t count = std::min(rows, width - begin);
     const float* x = p.x + p.pixels.source(row) * p.C;
-    return {row, rows, x, p.pixels.dense() ? x + rows * p.C : nullptr};
+    return {row, count, x, p.pixels.dense() ? x + count * p.C : nullptr};
   }
 };
 
@@ -138,7 +141,7 @@ void multiply_units(const Pointwise& p, const Stages& at, const Work& w, int64_t
 
 void convolve_pointwise(const Pointwise& p) {
   const Stages& at = stages();
-  const Work w(p, at.panel);
+  const Work w(p, at);
   torch::stable::parallel_for(0, w.tiles * w.parts, 1,
                               [&](int64_t first, int64_t last) { multiply_units(p, at, w, first, last); });
 }

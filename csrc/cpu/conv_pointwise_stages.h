@@ -77,28 +77,34 @@ struct Target {
   float least;  // what is below becomes 0
 };
 
-// What is read later, of which a group of rows fetches a cache line a step: rows of x and of the weight. Where there is
-// nothing of either, something that is near.
+// What is read later, of which a group of rows fetches a cache line every few steps: rows of x and of the weight. Where
+// there is nothing of either, something that is near.
 struct Later {
   const float *x, *weight, *weight_end;
 };
 
-inline constexpr int64_t kLine = 16;  // floats
+// How many steps: so many that a group fetches as many rows as it has.
+template <class L>
+constexpr int64_t steps_apart() {
+  return std::min(kLine / L::rows, L::steps);
+}
 
 // sums[r][j] += a[r][k] * b[k][j] for k in [from, to), for R rows and the first V vectors of a panel.
 template <class L, int64_t R, int64_t V, class Besides>
 RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const float* a, int64_t a_pitch, const float* b,
                                       int64_t from, int64_t to, const Later& later, const Besides& besides) {
   constexpr int64_t kAhead = 16;  // rows of the panel, on their way from the second-level cache
-  for (int64_t k = from; k < to; ++k) {
+  constexpr int64_t kApart = steps_apart<L>();
+  for_steps<L>(from, to, [&](int64_t k, int64_t i) __attribute__((always_inline)) {
     typename L::Vector columns[V];
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < V; ++j) {
-      load_vector<L>(columns[j], b + k * L::panel + j * L::lanes);
-      __builtin_prefetch(b + (k + kAhead) * L::panel + j * L::lanes);
+    for (int64_t j = 0; j < V * L::lanes; j += kLine) __builtin_prefetch(b + (k + kAhead) * L::panel + j);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < V; ++j) load_vector<L>(columns[j], b + k * L::panel + j * L::lanes);
+    if (i % kApart == 0) {
+      __builtin_prefetch(later.x + k * kLine / kApart);
+      __builtin_prefetch(later.weight + k * kLine / kApart, 0, 2);
     }
-    __builtin_prefetch(later.x + k * kLine);
-    __builtin_prefetch(later.weight + k * kLine, 0, 2);
     besides(k);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {
@@ -106,7 +112,7 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const fl
 #pragma GCC unroll 2
       for (int64_t j = 0; j < V; ++j) sums[r][j] += value * columns[j];
     }
-  }
+  });
 }
 
 template <class L, int64_t R, int64_t V, bool adds>
@@ -190,7 +196,7 @@ RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, const Tile& tile, 
     const float* a = tile.x + begin * pitch;
     columns > L::lanes ? finish_columns<L, kVectors, adds>(columns, count, a, pitch, packed, p.C, later, t)
                        : finish_columns<L, 1, adds>(columns, count, a, pitch, packed, p.C, later, t);
-    later.weight += p.C * kLine;
+    later.weight += p.C * kLine / steps_apart<L>();
     if (later.weight >= later.weight_end) later.weight = later.weight_end = packed;
   }
 }

@@ -1,7 +1,8 @@
 // Register-blocked products of rows with a packed panel of columns: what convolutions are made of.
 //
 // A level names the vectors of a machine and how many rows of sums, two vectors wide, its registers hold beside the two
-// of the panel at work and a broadcast value: enough sums in flight to hide the latency of FMA.
+// of the panel at work and a broadcast value: enough sums in flight to hide the latency of FMA. `steps` of a sum are
+// unrolled: where few products hide behind a step's loads, its counting and fetching ahead would show.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +12,22 @@
 namespace resnet_fused::cpu {
 
 inline constexpr int64_t kVectors = 2;  // of a panel's row
+inline constexpr int64_t kLine = 16;    // floats of a cache line
 
 struct Level512 {
   typedef float Vector __attribute__((vector_size(64)));
   typedef float Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
-  static constexpr int64_t lanes = 16, panel = lanes * kVectors, rows = 14;
+  static constexpr int64_t lanes = 16, panel = lanes * kVectors, rows = 14, steps = 1;
 };
 struct Level256 {
   typedef float Vector __attribute__((vector_size(32)));
   typedef float Anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-  static constexpr int64_t lanes = 8, panel = lanes * kVectors, rows = 6;
+  static constexpr int64_t lanes = 8, panel = lanes * kVectors, rows = 6, steps = 4;
 };
 struct Level128 {
   typedef float Vector __attribute__((vector_size(16)));
   typedef float Anywhere __attribute__((vector_size(16), aligned(4), may_alias));
-  static constexpr int64_t lanes = 4, panel = lanes * kVectors, rows = 6;
+  static constexpr int64_t lanes = 4, panel = lanes * kVectors, rows = 6, steps = 4;
 };
 
 // Vectors go in and out by reference: by value their calling convention would depend on the level.
@@ -36,6 +38,17 @@ RESNET_FUSED_INLINE void load_vector(typename L::Vector& v, const float* p) {
 template <class L>
 RESNET_FUSED_INLINE void store_vector(float* p, const typename L::Vector& v) {
   *reinterpret_cast<typename L::Anywhere*>(p) = v;
+}
+
+// step(k, i) for k in [from, to), L::steps of them unrolled, of which it is step i.
+template <class L, class Step>
+RESNET_FUSED_INLINE void for_steps(int64_t from, int64_t to, Step&& step) {
+  int64_t k = from;
+  for (; k + L::steps <= to; k += L::steps) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < L::steps; ++i) step(k + i, i);
+  }
+  for (; k < to; ++k) step(k, 0);
 }
 
 struct Nothing {
@@ -50,21 +63,21 @@ RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const f
   Each at_work = each;            // in registers
   constexpr int64_t kAhead = 12;  // rows of the panel, on their way from the second-level cache
   typename L::Vector sums[R][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k, b += b_pitch) {
+  for_steps<L>(0, depth, [&](int64_t k, int64_t) __attribute__((always_inline)) {
     at_work();
     typename L::Vector columns[kVectors];
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < kVectors; ++j) {
-      load_vector<L>(columns[j], b + j * L::lanes);
-      __builtin_prefetch(b + kAhead * b_pitch + j * L::lanes);
-    }
+    for (int64_t j = 0; j < L::panel; j += kLine) __builtin_prefetch(b + kAhead * b_pitch + j);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kVectors; ++j) load_vector<L>(columns[j], b + j * L::lanes);
+    b += b_pitch;
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {
       const float value = a[r * a_pitch + k];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int64_t r = 0; r < R; ++r) {
 #pragma GCC unroll 2

@@ -1,7 +1,7 @@
 """Whether a CPU's programs run on values: their 1x1 convolutions by our kernels, which apply normalisation on load.
 
 What decides are the passes over activations that are left out, which ``explain`` counts. ``benchmarks/conv1x1.py``
-compares both ways, each with all the passes that it takes. Without AVX-512 nothing is measured, and programs stay on
+compares both ways, each with all the passes that it takes. Without AVX2 nothing is measured, and programs stay on
 tensors.
 """
 
@@ -14,18 +14,20 @@ from ..library import status
 from ..steps.program import Call
 from . import choose, too_small
 
-#: Channels that a vector is filled by; and pixels from which on the weight, which is packed at each call, is the lesser
-#: part: at 49 pixels of 2048 channels both ways took the same time.
-_VECTOR, _LEAST_PIXELS = 16, 196
+_VECTOR = 16  #: Channels that a vector is filled by, of AVX2 two.
+#: Pixels from which on the weight, which is packed at each call, is the lesser part: at 49 pixels of 2048 channels both
+#: ways took the same time. With AVX2 ResNet-50's convolutions at 7x7 took 1.0 to 1.22 of the other way's time at batch
+#: 8, those at 14x14 0.83 to 1.06, the others 0.82 to 1.06.
+_LEAST_PIXELS = {"avx512": 196, "avx2": 1500}
 
 
 def serve(call: Call) -> bool:
-    """Whether the CPU's kernels take the 1x1 convolutions of `call`, at the level that they were measured at."""
+    """Whether the CPU's kernels take the 1x1 convolutions of `call`, at a level that they were measured at."""
     x = call.x
     here = x.device.type == "cpu" and not choose.on_gpu(x) and call.program.backend in ("auto", "cpu")
     if not here or x.dtype != torch.float32:
         return False
-    return level() == "avx512"
+    return level() in _LEAST_PIXELS
 
 
 @constant_in_graphs
@@ -39,7 +41,7 @@ def pay(call: Call, shapes: list[torch.Size]) -> bool:
     """Whether they are expected to be faster than the steps on tensors. `shapes`: of the values."""
     pointwise = [(value, own.weight) for value, node, own in call.convolutions if node.conv.is_pointwise(own.weight)]
     full = all(size % _VECTOR == 0 for _, weight in pointwise for size in weight.shape[:2])
-    return full and all(too_small.pixels(shapes[value]) >= _LEAST_PIXELS for value, _ in pointwise)
+    return full and all(too_small.pixels(shapes[value]) >= _LEAST_PIXELS[level()] for value, _ in pointwise)
 
 
 def pay_averaged(call: Call, conv: int, averaged: torch.Size) -> bool:
@@ -50,4 +52,4 @@ def pay_averaged(call: Call, conv: int, averaged: torch.Size) -> bool:
     """
     own = call.tensors[conv - call.program.inputs]
     full = all(size % _VECTOR == 0 for size in own.weight.shape[:2])
-    return full and own.bias is None and serve(call) and too_small.pixels(averaged) >= _LEAST_PIXELS
+    return full and own.bias is None and serve(call) and too_small.pixels(averaged) >= _LEAST_PIXELS[level()]

@@ -123,11 +123,11 @@ def _unfolded(call: Call) -> frozenset[int]:
     program, x = call.program, call.x
     if x.dtype != torch.float32 or program.backend not in ("auto", "cpu") or not unfolded.IS_FAST:
         return frozenset()
-    found = set()
+    found, shapes = set(), call.shapes()
     for value, node, own in call.convolutions:
         norms = [call.tensors[reader - program.inputs] for reader in program.readers(value)]
         dtypes = {t.dtype for each in (own, *norms) for t in each[:6] if t is not None}
-        if dtypes == {torch.float32} and unfolded.pays(own.weight, node.conv):
+        if dtypes == {torch.float32} and unfolded.pays(own.weight, node.conv, too_small.pixels(shapes[value])):
             found.add(value)
     return frozenset(found)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,34 @@ from ..ops.contract import is_channels_last
 from .layout import Moments
 from .spec import Conv
 
-#: Whether the library is there, and for the vectors that all was measured with.
-IS_BUILT = status().cpu.loaded and status().build_info["cpu_level"] == "avx512"
-_LANES = 16
-#: Channels of groups of which whole ones fill a vector: by what share of our time oneDNN and a read for statistics take
-#: longer, forward and for either gradient; where that varies, about the least.
-_PART = {4: 1.0, 8: 0.6, 16: 0.3}
+_LEVEL = status().build_info["cpu_level"] if status().cpu.loaded else ""
+#: Whether the library is there, and for vectors that all was measured with.
+IS_BUILT = _LEVEL in ("avx512", "avx2")
 _PEAK = 0.6  # the share of a core's products that ours reach
-_MOST = 112  # channels a group; with more, few outputs meet too many weights
-_WIDE = 64  # from so many on, oneDNN's gradient of the weight takes longer for any image
-_LEAST_COLUMNS = 14  # what is written, where the weights of a group are many
+_WIDE = 64  # channels a group from which on oneDNN's gradient of the weight takes longer for any image
+_COLUMNS = 14  # what is written at least, for the weight's gradient, where the weights of a group are many
+
+
+class Measured(NamedTuple):
+    """Where ours are faster, by the vectors of a machine.
+
+    `lanes`: of a vector. `part`: channels of groups of which whole ones fill a vector of 16: by what share of our time
+    oneDNN and a read for statistics take longer, forward and for either gradient; where that varies, about the least.
+    `most`: channels a group, with more, few outputs meet too many weights. `columns`: what is written at least, where
+    the weights of a group are many. `filled`: channels of a group that make a vector, whose weight's gradient oneDNN
+    has as fast for small images.
+    """
+
+    lanes: int
+    part: dict[int, float]
+    most: int
+    columns: int
+    filled: int | None
+
+
+AVX512 = Measured(16, {4: 1.0, 8: 0.6, 16: 0.3}, 112, _COLUMNS, 16)
+AVX2 = Measured(8, {4: 0.9, 8: 0.3, 16: 0.2}, 48, 1, None)
+_HERE = AVX2 if _LEVEL == "avx2" else AVX512
 
 
 def _is_made_for(weight: Tensor, conv: Conv) -> bool:
@@ -59,18 +79,26 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, 
     ========  =====================  =====================  ======================
 
     24 channels, of which two vectors hold one group, took 0.92 to 1.09. The batch statistics come along for nothing.
+
+    Two threads of a Zen 3 with AVX2 alone (benchmarks/results/GROUPED):
+
+    ========  =====================  =====================  ======================
+    channels  larger than 14x14 out  stride 2               14x14, and 7x7
+    ========  =====================  =====================  ======================
+    4         TODO
+    ========  =====================  =====================  ======================
     """
     if not _serves(x, weight, conv, backend):
         return False
     width = weight.shape[1]
-    if width in _PART:
+    if width in _HERE.part:
         return True
     written = x.shape[3] if conv.stride == (1, 1) else (x.shape[3] - 1) // 2 + 1
     if read is not None:
         if conv.stride == (2, 2):
-            return width % _LANES == 0
+            return width % _HERE.lanes == 0
         written = read[1]
-    return width % _LANES == 0 and width <= _MOST and written >= _LEAST_COLUMNS
+    return width % _HERE.lanes == 0 and width <= _HERE.most and written >= _HERE.columns
 
 
 def takes_gradient(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
@@ -82,22 +110,20 @@ def takes_gradient(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend:
     if not _serves(x, weight, conv, backend) or not is_channels_last(grad) or grad.dtype != x.dtype:
         return False
     width = weight.shape[1]
-    if width < _LANES:
-        return width in _PART
-    if width == _LANES:
-        return conv.stride == (2, 2) or grad.shape[3] > _LEAST_COLUMNS
-    large = conv.stride == (2, 2) or width >= _WIDE or grad.shape[3] >= _LEAST_COLUMNS
-    return width % _LANES == 0 and large
+    if width in _HERE.part:
+        return width != _HERE.filled or conv.stride == (2, 2) or grad.shape[3] > _COLUMNS
+    large = conv.stride == (2, 2) or width >= _WIDE or grad.shape[3] >= _COLUMNS
+    return width % _HERE.lanes == 0 and large
 
 
 def saved_products(shape: torch.Size, weight: Tensor, conv: Conv) -> float:
-    """How many products of a core at its peak a convolution in training takes less than oneDNN's, by :data:`_PART`.
+    """How many products of a core at its peak a convolution in training takes less than oneDNN's, by `part`.
 
     `shape`: of what it makes. Tensors are in float32 and on a CPU.
     """
     if not _is_made_for(weight, conv):
         return 0.0
-    return 3 * shape[0] * shape[2] * shape[3] * weight.numel() * _PART.get(weight.shape[1], 0.0) / _PEAK
+    return 3 * shape[0] * shape[2] * shape[3] * weight.numel() * _HERE.part.get(weight.shape[1], 0.0) / _PEAK
 
 
 def convolve(x: Tensor, weight: Tensor, conv: Conv, backend: str, statistics: bool) -> tuple[Tensor, Moments | None]:

@@ -7,20 +7,23 @@ it is, the op packs it on the way, a part at a time into each thread's cache, an
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from . import winograd
 from .conv import HAS_AVX512
 from .spec import Conv
 
-#: Whether the op's products are known to be as fast as oneDNN's. Those of 256-bit vectors were not measured.
-IS_FAST = winograd.IS_BUILT and HAS_AVX512
+#: Whether the op's products are known to be as fast as oneDNN's; up to how many input channels, from how many pixels.
+IS_FAST = winograd.IS_BUILT
+_MOST, _LEAST_PIXELS = (math.inf, 1) if HAS_AVX512 else (512, 1500)
 
 
-def pays(weight: Tensor, conv: Conv) -> bool:
+def pays(weight: Tensor, conv: Conv, pixels: int) -> bool:
     """Whether the op is expected to be faster than oneDNN's convolution with a packed weight and its comparison.
 
-    It is with every 1x1 without padding and groups. Measured on two threads of a Zen 5 with AVX-512, quiet, from
+    With AVX-512 it is with every 1x1 without padding and groups. Measured on two threads of a Zen 5, quiet, from
     interleaved calls, the op's time by that of oneDNN's packed convolution alone:
 
     ==============================================  ===========  ============
@@ -34,5 +37,20 @@ def pays(weight: Tensor, conv: Conv) -> bool:
     ==============================================  ===========  ============
 
     Above 1 is what has large weights for its pixels: there the comparison would take a third of the convolution's time.
+
+    Two threads of a Zen 3 with AVX2 alone, quiet by stopping the rest, two rounds:
+
+    ==============================================  ============  ============
+    convolutions                                    batch 1       batch 8
+    ==============================================  ============  ============
+    ResNet-50's, 56x56, and stride 2 from it        0.87 to 1.16  0.72 to 1.05
+    ResNet-50's, 28x28, of at most 512 channels     0.97 to 1.21  0.86 to 1.03
+    ResNet-50's, 14x14, of 256 channels             1.14 to 1.16  0.91 to 1.03
+    from 1024 channels on                           1.09 to 1.32  1.02 to 1.20
+    ==============================================  ============  ============
+
+    `pixels`: of what it makes, in all images.
     """
+    if weight.shape[1] > _MOST or pixels < _LEAST_PIXELS:
+        return False
     return tuple(weight.shape[2:]) == (1, 1) and conv.padding == (0, 0) and conv.groups == 1

@@ -12,7 +12,7 @@ from resnet_fused.models import resnet18
 from resnet_fused.plan import choose
 from resnet_fused.steps import stem
 
-pytestmark = pytest.mark.skipif(not stem.IS_BUILT, reason="no compiled library, or no AVX-512")
+pytestmark = pytest.mark.skipif(not stem.IS_BUILT, reason="no compiled library for AVX2 or AVX-512")
 ONE_PASS = "convolution of few channels and pool in one pass with norm, ReLU"
 
 
@@ -151,7 +151,7 @@ def test_images_too_small_fail_as_in_stock():
             model(images(1, 3, 7, 7))
 
 
-@pytest.mark.parametrize("outputs", [9, 24])
+@pytest.mark.parametrize("outputs", [9, 20])
 def test_tails_of_vectors_are_folded(outputs):
     stock, fused = pair(outputs=outputs)
     x = images(2, 3, 45, 38)

@@ -13,7 +13,7 @@ from resnet_fused.steps import Conv, Norm, StepTensors, batch_norm, conv, groupe
 from resnet_fused.steps.program import Addition, Call, Convolution, Normalisation, Program
 from resnet_fused.steps.program_node import run_program
 
-pytestmark = pytest.mark.skipif(not grouped.IS_BUILT, reason="no compiled library for AVX-512")
+pytestmark = pytest.mark.skipif(not grouped.IS_BUILT, reason="no compiled library for AVX2 or AVX-512")
 BY_8 = Conv(padding=(1, 1), groups=8)
 BY_8_HALF = dataclasses.replace(BY_8, stride=(2, 2))
 
@@ -51,24 +51,26 @@ def test_narrow_groups_are_always_ours(width, size, stride, backend):
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "stride", "expected"),
+    ("width", "size", "stride", "avx512", "avx2"),
     [
-        (16, 28, 1, (True, True, True)),
-        (16, 14, 1, (True, True, False)),
-        (16, 14, 2, (True, True, True)),
-        (32, 14, 1, (True, True, True)),
-        (32, 7, 1, (False, False, False)),
-        (32, 28, 2, (True, True, True)),
-        (32, 14, 2, (False, True, True)),
-        (64, 7, 1, (False, False, True)),
-        (112, 28, 1, (True, True, True)),
-        (128, 16, 1, (False, False, True)),
-        (24, 28, 1, (False, False, False)),
-        (1, 28, 1, (False, False, False)),
+        (16, 28, 1, (True, True, True), (True, True, True)),
+        (16, 14, 1, (True, True, False), (True, True, True)),
+        (16, 14, 2, (True, True, True), (True, True, True)),
+        (32, 14, 1, (True, True, True), (True, True, True)),
+        (32, 7, 1, (False, False, False), (True, True, False)),
+        (32, 28, 2, (True, True, True), (True, True, True)),
+        (32, 14, 2, (False, True, True), (True, True, True)),
+        (64, 7, 1, (False, False, True), (False, False, True)),
+        (112, 28, 1, (True, True, True), (False, False, True)),
+        (128, 16, 1, (False, False, True), (False, False, True)),
+        (24, 28, 1, (False, False, False), (True, True, True)),
+        (1, 28, 1, (False, False, False), (False, False, False)),
     ],
 )
-def test_wide_groups_are_ours_where_that_is_faster(width, size, stride, expected):
-    assert taken(width, size, stride) == expected
+def test_wide_groups_are_ours_where_that_is_faster(monkeypatch, width, size, stride, avx512, avx2):
+    for level, expected in ((grouped.AVX512, avx512), (grouped.AVX2, avx2)):
+        monkeypatch.setattr(grouped, "_HERE", level)
+        assert taken(width, size, stride) == expected
 
 
 @pytest.mark.parametrize(

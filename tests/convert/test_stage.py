@@ -206,6 +206,7 @@ def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_
     stock = nn.Sequential(*[Bottleneck(64, 16) for _ in range(3)]).eval().to(memory_format=memory_format)
     fused = resnet_fused.fuse(copy.deepcopy(stock))
     monkeypatch.setattr(unfolded, "IS_FAST", unfolds)
+    monkeypatch.setattr(unfolded, "_LEAST_PIXELS", 1)
     over, packed, run = [], onednn.conv_packed, Evaluation.run
 
     def watched(x, weight, bias, conv, relu, bound, residual=None, in_place=False, act=None):
@@ -241,6 +242,7 @@ def test_in_evaluation_joins_write_over_what_only_they_read(monkeypatch, memory_
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_pieces_write_their_images_into_the_whole(monkeypatch, memory_format):
     monkeypatch.setattr(unfolded, "IS_FAST", True)
+    monkeypatch.setattr(unfolded, "_LEAST_PIXELS", 1)
     monkeypatch.setattr(stage, "MAPPED", 1 << 18)
     monkeypatch.setattr(stage, "PIECE", 1 << 18)
     monkeypatch.setattr(stage, "NEAR", (1 << 18, 1 << 30, 1 << 18))

@@ -1,4 +1,4 @@
-"""What the processes that run timm's tests do for ``timm_tests.py``: make models, fused or not, and look at failures."""
+"""Models for ``timm_tests.py``, fused or not, and a look at failures: what processes that run timm's tests do."""
 
 from __future__ import annotations
 

@@ -196,9 +196,7 @@ def test_warmup_compiles_for_a_gpu_that_is_elsewhere(monkeypatch):
     pytest.importorskip("triton")
 
     def compile_all(launches, arch, workers, tell):
-        done = [
-            compile.Done(launch.kernel.fn.__name__, 0.1, error="no luck") for launch in compile.different(launches)
-        ]
+        done = [compile.Done(launch.kernel.fn.__name__, 0.1, error="no luck") for launch in compile.different(launches)]
         for each in done:
             tell(each, len(done))
         return done

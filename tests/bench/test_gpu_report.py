@@ -166,11 +166,12 @@ def test_the_whole_command_on_a_cpu(tmp_path):
 
 
 def test_interpreted_kernels_take_part(tmp_path, monkeypatch, injected):
-    """Without a GPU Triton's kernels run through the same parts, on tiny shapes; a few: tests/triton checks them all."""
+    """Without a GPU Triton's kernels run through the same parts, on tiny shapes: a few, as tests/triton checks all."""
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    document = runner.run([injected("interpreted", item_seconds=200.0, checks=True)], TINY, 400, tmp_path / "report.json")
+    part = injected("interpreted", item_seconds=200.0, checks=True)
+    document = runner.run([part], TINY, 400, tmp_path / "report.json")
     rows = rows_of(document, "interpreted")
     assert {(row["backend"], row["status"]) for row in rows} == {("triton", "passed")}
     assert {row["name"] for row in rows} == set(injected_parts.INTERPRETED)

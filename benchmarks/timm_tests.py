@@ -5,7 +5,7 @@
     python benchmarks/timm_tests.py --tests pytorch-image-models/tests --quick --max-parameters 60 -- -k backward
 
 Every model that timm's ``create_model`` hands to a test goes through ``resnet_fused.fuse`` first
-(``timm_tests_plugin.py``); the tests themselves run from where they lie, with the timm that is installed here. Exits
+(``timm_tests_models.py``); the tests themselves run from where they lie, with the timm that is installed here. Exits
 with 1 where stock passes and fused does not. Tests that ask for equal bits are listed apart, each with the difference
 that it saw: a fused chain sums in another order. Words behind ``--`` go to pytest. Needs pytest, pytest-xdist and timm.
 ``--record benchmarks/results`` keeps the tables.
@@ -73,7 +73,7 @@ def run_tests(options: argparse.Namespace, side: str, log: pathlib.Path, only: l
     command += ["--fused-as-planned"] if options.as_planned else []
     command += ["-k", DOWNLOADS] if "-k" not in options.pytest else []
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.workers)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, options.workers))), **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         if only is not None:
@@ -140,7 +140,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", type=pathlib.Path, required=True, help="the folder tests/ of a checkout of timm")
     parser.add_argument("--filter", action="append", default=[], metavar="PATTERN", help="models by name; repeatable")
-    parser.add_argument("--workers", type=int, default=2, help="processes, default 2")
+    parser.add_argument("--workers", type=int, default=2, help="processes, default 2; 0: none but pytest's own")
     parser.add_argument("--max-parameters", type=float, default=0, metavar="MILLIONS", help="leave larger models out")
     parser.add_argument(
         "--quick",

@@ -1,5 +1,9 @@
-"""The command line as a user runs it."""
+"""The command line as a user runs it: in a process of its own where that matters, else in this one, for the seconds
+that a process takes to import torch.
+"""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -7,22 +11,39 @@ import sys
 import pytest
 import torch
 
+from resnet_fused.backends import Backend, Kernel, dispatch, reference
+from resnet_fused.backends.triton import compile
 from resnet_fused.bench import named, runs
 from resnet_fused.bench.errors import Refused
+from resnet_fused.bench.peers import fused
 from resnet_fused.bench.records import Report
-from resnet_fused.cli import parser
+from resnet_fused.cli import main, parser, verify
+from resnet_fused.plan import measured, timing
+
+pytestmark = pytest.mark.plans_small  # as a process
 
 TINY = ["--model", "resnet18", "--quick", "--size", "64", "--batch", "2"]
 
 
-def resnet_fused(*arguments, timeout=600, code=None):
-    """Run ``python -m resnet_fused`` with `arguments`, or Python source `code` with them as sys.argv."""
-    command = [sys.executable, *(["-m", "resnet_fused"] if code is None else ["-c", code]), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+def in_a_process(*arguments):
+    """Run ``python -m resnet_fused`` with `arguments`."""
+    command = [sys.executable, "-m", "resnet_fused", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def resnet_fused(*arguments):
+    """The same without a process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def test_info():
-    ran = resnet_fused("info")
+    ran = in_a_process("info")
     assert ran.returncode == 0, ran.stderr
     assert "| reference | available |" in ran.stdout
     assert "norm_add_relu_backward" in ran.stdout
@@ -78,12 +99,6 @@ def test_commands_share_their_arguments():
     assert all(shared == found["bench"] for shared in found.values())
 
 
-def test_a_model_may_be_named_without_its_option():
-    options = ("--batch", "2", "--size", "32", "--device", "cpu")
-    ran = resnet_fused("resnet18", *options, code=TUNE_WITH_A_FAKE_CLOCK)
-    assert ran.returncode == 0, ran.stderr
-
-
 @pytest.mark.slow
 def test_verify():
     ran = resnet_fused("verify", "--device", "cpu")
@@ -92,23 +107,17 @@ def test_verify():
     assert "Bottleneck, 8 groups, bf16" in ran.stdout
 
 
-BREAK_A_KERNEL = """
-import sys
-from resnet_fused.backends import reference
-from resnet_fused.backends.declaration import Kernel
-kernel = reference.BACKEND.kernels["gram"]
-def wrong(*args):
-    gram, total = kernel.run(*args)
-    return gram * 1.001, total
-reference.BACKEND.kernels["gram"] = Kernel(wrong, kernel.dtypes)
-from resnet_fused.cli import main, verify
-verify.BLOCKS.clear()
-sys.exit(main(sys.argv[1:]))
-"""
+def test_verify_fails_on_a_wrong_kernel(monkeypatch):
+    kernel = reference.BACKEND.kernels["gram"]
 
+    def wrong(*args):
+        gram, total = kernel.run(*args)
+        return gram * 1.001, total
 
-def test_verify_fails_on_a_wrong_kernel():
-    ran = resnet_fused("verify", "--device", "cpu", code=BREAK_A_KERNEL)
+    alone = Backend("reference", ("cpu",), {"gram": Kernel(wrong, kernel.dtypes)})
+    monkeypatch.setattr(dispatch, "_backends", {"reference": alone})
+    monkeypatch.setattr(verify, "BLOCKS", {})
+    ran = resnet_fused("verify", "--device", "cpu")
     assert ran.returncode == 1, ran.stderr
     assert "FAILED" in ran.stdout
     assert "reference gram (float32)" in ran.stdout
@@ -120,7 +129,7 @@ def test_bench(tmp_path):
     pytest.importorskip("matplotlib")
     files = tmp_path / "rows.json", tmp_path / "bars.png"
     outputs = "--json", str(files[0]), "--plot", str(files[1]), "--record", str(tmp_path)
-    ran = resnet_fused("bench", *TINY, "--device", "cpu", *outputs)
+    ran = in_a_process("bench", *TINY, "--device", "cpu", *outputs)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("| measurement | eager ms (q10-q90) | fused ms (q10-q90) |")
     report = json.loads(files[0].read_text())
@@ -142,43 +151,35 @@ def test_bench(tmp_path):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
-BREAK_THE_MODEL = """
-import sys
-import torch
-from resnet_fused.bench.peers import fused
-right = fused.prepare
-def wrong(model):
-    with torch.no_grad():
-        model.layer3[0].bn2.bias += 0.01
-    return right(model)
-fused.prepare = wrong
-from resnet_fused.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_bench_fails_when_the_numbers_disagree():
+def test_bench_fails_when_the_numbers_disagree(monkeypatch):
     pytest.importorskip("skimage")
-    ran = resnet_fused("bench", *TINY, "--device", "cpu", code=BREAK_THE_MODEL)
+    right = fused.prepare
+
+    def wrong(model):
+        with torch.no_grad():
+            model.layer3[0].bn2.bias += 0.01
+        return right(model)
+
+    monkeypatch.setattr(fused, "prepare", wrong)
+    ran = resnet_fused("bench", *TINY, "--device", "cpu")
     assert ran.returncode == 1, ran.stderr
     assert "fused and stock disagree in" in ran.stderr
     assert "output in training: fused error" in ran.stderr
     assert ran.stdout == ""
 
 
-TUNE_WITH_A_FAKE_CLOCK = """
-import sys
-from resnet_fused.plan import timing
-timing.milliseconds = lambda step, device: 1.0 + step.args[0].gram_shortcut
-from resnet_fused.cli import main
-sys.exit(main(["tune", *sys.argv[1:]]))
-"""
-
-
-def test_tune(tmp_path, monkeypatch):
+@pytest.fixture
+def fake_clock(tmp_path, monkeypatch):
+    """Choices are kept in `tmp_path`, and decided by this instead of by time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ("--model", "resnet18", "--batch", "2", "--size", "32", "--device", "cpu")
-    ran = resnet_fused(*options, code=TUNE_WITH_A_FAKE_CLOCK)
+    monkeypatch.setattr(timing, "milliseconds", lambda step, device: 1.0 + step.args[0].gram_shortcut)
+    measured.forget()
+    yield
+    measured.forget()
+
+
+def test_tune(tmp_path, fake_clock):
+    ran = resnet_fused("tune", "resnet18", "--batch", "2", "--size", "32", "--device", "cpu")  # no --model
     assert ran.returncode == 0, ran.stderr
     row = next(
         line
@@ -191,42 +192,28 @@ def test_tune(tmp_path, monkeypatch):
     assert f"Kept in {file}" in ran.stdout
 
 
-WARM_UP_WITHOUT_A_COMPILER = """
-import sys
-from resnet_fused.backends.triton import compile
-def compile_all(launches, arch, workers, tell):
-    done = [compile.Done(launch.kernel.fn.__name__, 0.1, error="no luck") for launch in compile.different(launches)]
-    for each in done:
-        tell(each, len(done))
-    return done
-compile.compile_all = compile_all
-from resnet_fused.cli import main
-sys.exit(main(["warmup", *sys.argv[1:]]))
-"""
-
-
-def test_warmup_compiles_for_a_gpu_that_is_elsewhere():
+def test_warmup_compiles_for_a_gpu_that_is_elsewhere(monkeypatch):
     pytest.importorskip("triton")
-    options = ("resnet50", "--batch", "8", "--device", "h100")
-    ran = resnet_fused(*options, code=WARM_UP_WITHOUT_A_COMPILER)
+
+    def compile_all(launches, arch, workers, tell):
+        done = [compile.Done(launch.kernel.fn.__name__, 0.1, error="no luck") for launch in compile.different(launches)]
+        for each in done:
+            tell(each, len(done))
+        return done
+
+    monkeypatch.setattr(compile, "compile_all", compile_all)
+    ran = resnet_fused("warmup", "resnet50", "--batch", "8", "--device", "h100")
     assert ran.returncode == 1, ran.stderr
     first, *failures = ran.stdout.splitlines()
     assert first.startswith(f"{len(failures)} Triton kernels, 0 of them compiled") and len(failures) > 50
     assert "  does not compile: conv1x1_backward_kernel: no luck" in failures
 
 
-VERIFY_A_MODEL = """
-import sys
-from resnet_fused.cli import main, verify
-verify.BLOCKS.clear()
-verify.check_all = lambda device, dtype: []
-sys.exit(main(["verify", *sys.argv[1:]]))
-"""
-
-
-def test_verify_names_the_kernels_of_a_model():
+def test_verify_names_the_kernels_of_a_model(monkeypatch):
     pytest.importorskip("triton")
-    ran = resnet_fused("resnet50", "--batch", "8", "--device", "cpu", code=VERIFY_A_MODEL)
+    monkeypatch.setattr(verify, "BLOCKS", {})
+    monkeypatch.setattr(verify, "check_all", lambda device, dtype: [])
+    ran = resnet_fused("verify", "resnet50", "--batch", "8", "--device", "cpu")
     assert ran.returncode == 0, ran.stderr
     checked, of, the, wanted = ran.stdout.split()[:4]
     assert (of, the) == ("of", "the") and checked == wanted and int(wanted) > 40

@@ -38,7 +38,9 @@ def obstacle(program: Program) -> str:
     for value, node in program.numbered:
         if any(not 0 <= read < value for read in node.reads):
             return f"node {value - program.inputs} reads a value that nobody made before it"
-        if value < program.output and not program.readers(value):
+    readers = program.every_reader
+    for value, node in program.numbered:
+        if value < program.output and not readers[value]:
             return "a value that nobody reads"
         reason = _node_obstacle(program, value, node)
         if reason:

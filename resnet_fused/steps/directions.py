@@ -45,8 +45,8 @@ def _kept(program: Program, f: Forward, folded: set[int]) -> list[Value | None]:
         return [None, *f.values[1:-1], f.values[-1] if f.wanted[-1] else None]
     kept: list[Value | None] = []
     apart = {program.maker(conv).source for conv in folded if not f.wanted[conv]}
-    for number, value in enumerate(f.values):
-        node, readers = program.maker(number), program.readers(number)
+    for number, (value, readers) in enumerate(zip(f.values, program.every_reader, strict=True)):
+        node = program.maker(number)
         kinds = (Convolution, Normalisation) if node is None else Convolution  # a norm has its source with it
         read = any(f.wanted[reader] and isinstance(program.maker(reader), kinds) for reader in readers)
         clamps = isinstance(node, Addition | Normalisation) and node.relu and f.wanted[number]

@@ -48,7 +48,7 @@ class _Flow:
         self.winners: dict[int, Tensor] = {}
         self.folded: dict[int, Folded] = {}  # norms whose convolution was never written
         self.activated: dict[int, Lazy] = {}  # what norms with an activation but ReLU read, whose values are written
-        self._left = [len(program.readers(value)) for value in range(program.output + 1)]
+        self._left = [len(readers) for readers in program.every_reader]
         self._written: dict[int, Tensor] = {}  # activations written for convolutions, each until its last reader had it
 
     def tensor(self, number: int) -> Tensor:

@@ -134,11 +134,20 @@ class Program:
     def readers(self, value: int) -> tuple[int, ...]:
         """The values whose nodes read `value`."""
         if torch.compiler.is_compiling():  # which keeps nothing: for this value alone
-            return self._find_readers(value)
-        return self._once("_readers", lambda: [*map(self._find_readers, range(self.output + 1))])[value]
+            return tuple([number for number, node in self.numbered if value in node.reads])
+        return self.every_reader[value]
 
-    def _find_readers(self, value: int) -> tuple[int, ...]:
-        return tuple([number for number, node in self.numbered if value in node.reads])
+    @property
+    def every_reader(self) -> list[tuple[int, ...]]:
+        """The same of each value; in a graph that is traced as much work as of one."""
+        return self._once("_readers", self._find_readers)
+
+    def _find_readers(self) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = [()] * (self.output + 1)
+        for number, node in self.numbered:
+            for value in dict.fromkeys(node.reads):
+                found[value] += (number,)
+        return found
 
     def _once(self, name: str, find: Callable[[], list]) -> list:
         """What `find` finds, found once; a cached property takes a lock, which no graph can be traced through."""

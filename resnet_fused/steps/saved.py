@@ -33,21 +33,18 @@ class Recorder:
         if isinstance(item, Tensor):
             self.flat.append(item)
             return True
-        if type(item) is list:
-            return [self._walk(child) for child in item]
-        return type(item), [self._walk(child) for child in item]
+        children = [None if child is None else self._walk(child) for child in item]
+        return children if type(item) is list else (type(item), children)
 
     @staticmethod
     def rebuild(shape: object, flat: Iterator[Tensor]) -> object:
         """The structure again; consumes `flat` from its front."""
-        if shape is None:
-            return None
-        if shape is True:
-            return next(flat)
-        if type(shape) is list:
-            return [Recorder.rebuild(child, flat) for child in shape]
-        kind, children = shape
-        return kind(*[Recorder.rebuild(child, flat) for child in children])
+        kind, children = (None, shape) if type(shape) is list else shape
+        found = [  # calls of itself for none but structures: of one, a graph's tracing takes a millisecond
+            None if child is None else next(flat) if child is True else Recorder.rebuild(child, flat)
+            for child in children
+        ]
+        return found if kind is None else kind(*found)
 
 
 def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:

@@ -56,10 +56,10 @@ def test_a_failed_check_and_its_repeal_are_seen(only):
     injected = only("bn_stats")
     assert lacking("bn_stats") == ""
     injected.change = a_bit_off
-    dispatch.check_all(CPU)  # as `verify` does
+    judge.check_all(CPU, [injected.backend])  # as `verify` does, of all backends
     assert lacking("bn_stats") == "bn_stats"
     injected.change = lambda results, *args, **kwargs: results
-    dispatch.check_all(CPU)
+    judge.check_all(CPU, [injected.backend])
     assert lacking("bn_stats") == ""
 
 

@@ -1,9 +1,9 @@
 """A sample of timm's ResNets, one for each of its options; `benchmarks/all_models.py` runs them all."""
 
 import copy
+import importlib.util
 import pathlib
 import re
-import subprocess
 import sys
 import warnings
 
@@ -144,14 +144,23 @@ def test_ends_its_process(model_name):
 """
 
 
+@pytest.fixture(scope="module")
+def timm_tests():
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "timm_tests.py"
+    spec = importlib.util.spec_from_file_location("timm_tests", path)
+    sys.modules["timm_tests"] = module = importlib.util.module_from_spec(spec)  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["timm_tests"]
+
+
 @pytest.mark.slow
-def test_timms_own_tests_are_compared(tmp_path):
+def test_timms_own_tests_are_compared(tmp_path, timm_tests, capfd):
     (tmp_path / "test_models.py").write_text(TESTS)
-    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "timm_tests.py"
-    command = [sys.executable, script, "--tests", tmp_path, "--workers", "1"]
-    ran = subprocess.run([*command, "--quick"], capture_output=True, text=True, check=False)
-    assert ran.returncode == 1, ran.stdout + ran.stderr
-    rows = dict(re.findall(r"^\| (test_\w+|all) \| (.*) \|$", ran.stdout, flags=re.MULTILINE))
+    options = ["--tests", str(tmp_path), "--workers"]
+    assert timm_tests.main([*options, "1", "--quick"]) == 1
+    said = capfd.readouterr().out
+    rows = dict(re.findall(r"^\| (test_\w+|all) \| (.*) \|$", said, flags=re.MULTILINE))
     # models, with fused modules, stock passed, fused passed, skipped, left out, bitwise, worse
     assert {name: [int(cell) for cell in row.split(" | ")] for name, row in rows.items()} == {
         "test_agrees": [2, 1, 0, 1, 0, 1, 0, 0],
@@ -160,8 +169,7 @@ def test_timms_own_tests_are_compared(tmp_path):
         "test_ends_its_process": [2, 0, 1, 0, 0, 1, 0, 1],
         "all": [8, 3, 3, 1, 0, 4, 1, 2],
     }
-    assert "test_asks_for_equal_bits[test_resnet]: failed; torch.equal(a, b): largest difference" in ran.stdout
-    assert "\n8 tests: 2 fail fused where stock passes\n" in ran.stdout
-    ran = subprocess.run([*command, "--filter", "*vit"], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "| all | 4 | 0 | 4 | 4 | 0 | 0 | 0 | 0 |" in ran.stdout
+    assert "test_asks_for_equal_bits[test_resnet]: failed; torch.equal(a, b): largest difference" in said
+    assert "\n8 tests: 2 fail fused where stock passes\n" in said
+    assert timm_tests.main([*options, "0", "--filter", "*vit"]) == 0
+    assert "| all | 4 | 0 | 4 | 4 | 0 | 0 | 0 | 0 |" in capfd.readouterr().out

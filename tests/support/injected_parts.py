@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from resnet_fused.bench.gpu_report import selfcheck
 from resnet_fused.bench.gpu_report.context import Context, Settings
 from resnet_fused.bench.gpu_report.parts import BY_NAME
 from resnet_fused.bench.gpu_report.stream import Stream
@@ -83,7 +84,16 @@ def waits(context):
     yield "waits", lambda: time.sleep(600)
 
 
-PARTS = (aborts, hangs, raises, slow, waits)
+INTERPRETED = ("conv1x1", "conv1x1_join", "gram")
+
+
+def interpreted(context):
+    """Of the self-checks those of some kernels of Triton's."""
+    wanted = {f"triton {op} float32" for op in INTERPRETED}
+    yield from (item for item in selfcheck.items(context) if item[0] in wanted)
+
+
+PARTS = (aborts, hangs, interpreted, raises, slow, waits)
 
 
 def install(directory: pathlib.Path) -> None:

@@ -21,13 +21,13 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def run(name, options, cache, interpret):
-    """Run a file of tests/triton in Python with `options`, remembering nothing but in the folder `cache`."""
+def run(names, options, cache, interpret):
+    """Run files of tests/triton in Python with `options`, remembering nothing but in the folder `cache`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), environment.get("PYTHONPATH")]))
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    command = [sys.executable, *options, str(FOLDER / name)]
+    command = [sys.executable, *options, *(str(FOLDER / name) for name in names)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-4000:]
     return ran.stdout
@@ -35,7 +35,7 @@ def run(name, options, cache, interpret):
 
 def rows_of(script, cache, interpret=False):
     """The JSON rows that a script prints, one a line."""
-    return [json.loads(line) for line in run(script, ("-W", "ignore"), cache, interpret).splitlines()]
+    return [json.loads(line) for line in run([script], ("-W", "ignore"), cache, interpret).splitlines()]
 
 
 def rows_for_all(script, tmp_path_factory, interpret=False):
@@ -47,7 +47,7 @@ def rows_for_all(script, tmp_path_factory, interpret=False):
     return json.loads(once.made(tmp_path_factory, f"{script}.json", make).read_text())
 
 
-def run_suite(suite, cache):
-    """Collect and run a suite in the interpreter; what pytest said."""
+def run_suites(suites, cache):
+    """Collect and run suites in the interpreter; what pytest said."""
     options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning")
-    return run(suite, options, cache, interpret=True)
+    return run(suites, options, cache, interpret=True)

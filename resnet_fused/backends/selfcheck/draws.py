@@ -31,6 +31,11 @@ class Case:
     likes: dict = dataclasses.field(default_factory=dict)
     card: Card | None = None  # that launches are shaped for; None: the device's own
 
+    @property
+    def fills_gpus(self) -> bool:
+        """Whether there are as many pixels as a GPU needs to be given the largest tiles."""
+        return isinstance(self.args[0], Tensor) and self.args[0].dim() == 4 and self.args[0][:, 0].numel() > 2**14
+
 
 class Draw:
     """Random tensors on a grid, from a generator of its own: the global random state stays untouched."""

@@ -104,8 +104,8 @@ def conv_norm_reasons_(out, *args, adds=False, **kwargs) -> list[str]:
 def chain_reasons(a) -> list[str]:
     """Reasons against `conv_chain`: those against any of its convolutions."""
     with cards.assuming(cards.of(a.x.device)):  # what is between them is on the meta device
-        parts = chain.parts(a.x, a.residual, a.tensors, a.steps, a.eps)
-        return [*dict.fromkeys(reason for _, given in parts for reason in conv_norm_reasons(*given))]
+        each = chain.convolutions(a.x, a.residual, a.tensors, a.steps, a.eps)
+        return [*dict.fromkeys(reason for given in each for reason in conv_norm_reasons(*given))]
 
 
 def conv_reasons(

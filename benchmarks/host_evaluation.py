@@ -69,6 +69,6 @@ def measure() -> None:
         with mock.patch.object(settled_stage, "settle", lambda *args: None):
             for name, kind in kinds.items():
                 print(f"| {name}, each block asked for itself | {one_more(kind)} |")
-            with mock.patch.object(lower_evaluation, "_in_one_call", lambda call, lowered, place: (lowered, "")):
+            with mock.patch.object(lower_evaluation, "_in_one_call", lambda call, lowered, place: lowered):
                 for name, kind in kinds.items():
                     print(f"| {name}, so too, and a call a convolution | {one_more(kind)} |")

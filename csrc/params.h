@@ -183,6 +183,16 @@ struct Conv1x1Params {
   StatisticsParams found;  // of z; its mean null: none are asked for
 };
 
+// What follows a convolution in evaluation: its bias, and batch norm with running statistics.
+struct RunningNorm {
+  const float* bias;   // [k] or null
+  const float* mean;   // [k] or null: no batch norm
+  const float* var;    // [k], null without mean
+  const float* gamma;  // [k] or null
+  const float* beta;   // [k] or null
+  float eps;           //
+};
+
 struct Conv1x1JoinParams {
   ConvGeometry geometry;       // of x
   const void* x;               // [n, h, w, c]
@@ -199,6 +209,8 @@ struct Conv1x1JoinParams {
   void* out;                   // [n, p, q, k]
   uint8_t* mask;               // [n*p*q, ceil(k/8)] or null
   bool relu;
+  bool makes_vectors;    // whether scale and shift, and those of x2, are made of the following
+  RunningNorm norms[2];  // of x and of x2
 };
 
 // The pixels [::stride_h, ::stride_w] of images, `rows` times `columns` of each.

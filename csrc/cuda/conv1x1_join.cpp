@@ -37,7 +37,9 @@ std::tuple<Tensor, Tensor> conv1x1_join(const Tensor& x, const Tensor& weight, c
                                  pointer<float>(sample_factor),
                                  output<void>(out),
                                  output<uint8_t>(mask),
-                                 relu};
+                                 relu,
+                                 false,
+                                 {}};
   const cudaStream_t stream = current_stream(x);
   launch_as(op, x, [&](auto t) { launch_conv1x1_join<decltype(t)>(params, stream); });
   return {out, mask};

@@ -107,8 +107,8 @@ def unfolded_reasons(x, weight, *args, residual=None, **kwargs) -> list[str]:
 
 def chain_reasons(*args, **kwargs) -> list[str]:
     """As :func:`unfolded_reasons`, of each convolution."""
-    parts = conv_chain.parts(*args, **kwargs)
-    return [*dict.fromkeys(reason for _, given in parts for reason in unfolded_reasons(*given))]
+    each = conv_chain.convolutions(*args, **kwargs)
+    return [*dict.fromkeys(reason for given in each for reason in unfolded_reasons(*given))]
 
 
 def stem_reasons(x, weight, *args, **kwargs) -> list[str]:

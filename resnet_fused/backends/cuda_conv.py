@@ -24,6 +24,24 @@ FULL_FLOAT32 = (
 )
 
 
+#: Tiles of 32 inputs by 32 outputs would hold groups block by block and multiply 32 / (channels a group) times as much.
+#: Of ResNeXt-50 32x4d (bf16, batch 256, H100) the 3x3 of 128 channels at 56x56, 4 to a group, counted so, in us; each
+#: of the next three stages halves all of them::
+#:
+#:     cuDNN's, if it is as fast as memory, with the norms' passes        361   5 reads and writes of 205 MB
+#:     the same in evaluation                                             289   4
+#:     tiles, memory                                                      144   2
+#:     tiles, tensor cores (``mma.sync``; on an A100 190)                  97   59 GFLOP, 8 times 7.4
+#:     tiles, shared memory; with the norm on load                  240, 380
+#:     tiles, issue slots; with the norm on load                    220, 480
+#:
+#: The last two are those of the dense 3x3 of 64 channels there, which multiplies as much (207 and 182 us, see
+#: benchmarks/results/epyc-avx2-2core/runs.jsonl:14), with twice the pixels to copy for each output. So in training they
+#: lose against memory's bound of what is there; in evaluation they are at 240 to 384 us no sure gain. Products are not
+#: what forbids it: a kernel that copies an image's patch once for all nine taps would have to be another.
+NO_GROUPS = "takes no groups: in tiles of 32 channels they would be no faster than by cuDNN"
+
+
 def mode(dtype: torch.dtype) -> str:
     """What a setting of PyTorch's makes of float32 products; nothing for other dtypes."""
     return "tf32" if dtype == torch.float32 and tf32.allowed() else ""
@@ -52,7 +70,7 @@ def _unbuilt(arch: int) -> str:
 def limits(x: torch.Size, weight: torch.Size, stride, padding, dilation) -> list[str]:
     """Reasons against sizes, from the shapes of `x` and `weight`."""
     if weight[1] != x[1]:
-        return ["takes no groups"]
+        return [NO_GROUPS]
     out = torch.Size(output_shape(x, weight, stride, padding, dilation))
     padded = [size + 2 * p for size, p in zip(x[2:], padding, strict=True)]
     reasons = []
@@ -104,8 +122,8 @@ def conv_norm_reasons_(out, *args, adds=False, **kwargs) -> list[str]:
 def chain_reasons(a) -> list[str]:
     """Reasons against `conv_chain`: those against any of its convolutions."""
     with cards.assuming(cards.of(a.x.device)):  # what is between them is on the meta device
-        parts = chain.parts(a.x, a.residual, a.tensors, a.steps, a.eps)
-        return [*dict.fromkeys(reason for _, given in parts for reason in conv_norm_reasons(*given))]
+        each = chain.convolutions(a.x, a.residual, a.tensors, a.steps, a.eps)
+        return [*dict.fromkeys(reason for given in each for reason in conv_norm_reasons(*given))]
 
 
 def conv_reasons(
@@ -113,7 +131,7 @@ def conv_reasons(
 ) -> list[str]:
     """Reasons against `conv_add_relu`."""
     if groups != 1:
-        return [f"takes no groups, not {groups}"]
+        return [NO_GROUPS]
     return _reasons(x, weight, (shift,), residual, stride, padding, dilation)
 
 

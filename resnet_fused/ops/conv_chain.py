@@ -8,7 +8,9 @@ Convolution i is :mod:`.conv_norm_add_relu` of what `tensors`, `steps` and `eps`
     eps      that of its batch norm
 
 `out` is the result of the last. Results before it are rounded to the dtype of `x`; each goes as soon as it was read for
-the last time, or is overwritten by the sum that is the last to read it.
+the last time, or is overwritten by the sum that is the last to read it. A projection, a 1x1 convolution without ReLU
+that a 1x1 convolution of stride 1 adds, and nobody else reads, is an exception (:func:`joined`): a GPU's kernel makes
+both in one launch, :mod:`.conv1x1_join`, and never writes nor rounds it.
 
 Nothing is folded and nothing kept: a GPU's kernel has scale and shift in its epilogue, where they cost nothing. A
 folded weight would be rounded once more, in 16 bits, and compared with its origin at every call.
@@ -16,13 +18,14 @@ folded weight would be rounded once more, in 16 bits, and compared with its orig
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from . import conv_norm_add_relu
-from .contract import Tensor, channels_last_strides, define
+from .contract import OPS, Tensor, channels_last_strides, define
 from .conv_add_relu import output_shape
 
 SCHEMA = "(Tensor x, Tensor? residual, Tensor?[] tensors, int[] steps, float[] eps) -> Tensor out"
@@ -59,22 +62,54 @@ def arguments(
     return values[link.source], *tensors, eps, residual, *link[3:], link.relu
 
 
-def parts(
+def joined(chain: Sequence[Link], weights: Sequence[torch.Size], inputs: int) -> dict[int, int]:
+    """The projections that are never written, by the convolution that adds each: places in the chain.
+
+    `weights`: their shapes, `inputs`: how many values are there before the chain. csrc/conv_chain.h has the same rule.
+    """
+    reads = collections.Counter(value for link in chain for value in (link.source, link.residual))
+    found = {}
+    for i, link in enumerate(chain):
+        made = link.residual - inputs
+        plain = weights[i][2:] == (1, 1) and link.padding == (0, 0)
+        if made < 0 or not plain or link.stride != (1, 1) or reads[link.residual] > 1:
+            continue
+        other = chain[made]
+        if other.residual < 0 and not other.relu and weights[made][2:] == (1, 1) and other.padding == (0, 0):
+            found[i] = made
+    return found
+
+
+def convolutions(
     x: Tensor,
     residual: Tensor | None,
     tensors: Sequence[Tensor | None],
     steps: Sequence[int],
     eps: Sequence[float],
-) -> Iterator[tuple[str, tuple]]:
-    """The ops that a chain stands for, with their arguments; what each makes is a meta tensor to the next."""
+) -> Iterator[tuple]:
+    """Of each convolution the arguments that `conv_norm_add_relu` has; what one makes is a meta tensor to the next."""
     values = [x] if residual is None else [x, residual]
     for i, (link, own) in enumerate(zip(links(steps), eps, strict=True)):
         given = arguments(values, tensors[TENSORS * i : TENSORS * (i + 1)], link, own)
-        yield "conv_norm_add_relu", given
+        yield given
         read = values[link.source]
         shape = output_shape(read.shape, given[1].shape, *link[3:])
         made = torch.empty_strided(shape, channels_last_strides(shape), dtype=x.dtype, device="meta")
         values.append(made)
+
+
+def parts(*args) -> Iterator[tuple[str, tuple]]:
+    """The ops that a chain stands for on a GPU, with their arguments; of scales and shifts there are none yet."""
+    _, residual, tensors, steps, _ = args
+    chain, given = links(steps), [*convolutions(*args)]
+    second = joined(chain, [t.shape for t in tensors[::TENSORS]], 1 if residual is None else 2)
+    for i, own in enumerate(given):
+        if i in second:
+            other, link = given[second[i]], chain[second[i]]
+            none, relu = [None] * 2, chain[i].relu
+            yield "conv1x1_join", (*own[:2], *none, *none, *none, None, *other[:2], *none, link.stride, None, relu)
+        elif i not in second.values():
+            yield "conv_norm_add_relu", own
 
 
 def reference(
@@ -98,12 +133,12 @@ def fake(
 
 def bytes(*args) -> int:
     """Of its convolutions, which write and read what is between them."""
-    return sum(conv_norm_add_relu.bytes(*given) for _, given in parts(*args))
+    return sum(OPS[name].bytes(*given) for name, given in parts(*args))
 
 
 def flops(*args) -> int:
     """Of its convolutions."""
-    return sum(conv_norm_add_relu.flops(*given) for _, given in parts(*args))
+    return sum(OPS[name].flops(*given) for name, given in parts(*args))
 
 
 OP = define(

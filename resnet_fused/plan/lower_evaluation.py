@@ -18,7 +18,8 @@ from the running statistics at every call, by one small kernel, so a write throu
 CUDA graph is seen. A program becomes:
 
 * Convolutions without groups, where the compiled library is: `conv_norm_add_relu`, one launch for each with bias, batch
-  norm, sum and ReLU in it, if that moves no more than what follows does.
+  norm, sum and ReLU in it, if that moves no more than what follows does. A program of nothing else is one call,
+  `conv_chain`, in which a 1x1 projection is part of the 1x1 convolution's launch that adds it.
 * 1x1 convolutions of stride 1: `conv1x1_join`, whose epilogue scales, shifts, adds and clamps the float32 accumulator;
   with a 1x1 projection in the same kernel. A norm before them is applied on load.
 * Other convolutions: ATen's, written raw. `norm_add_relu` normalises in one pass, with the sum behind it, or
@@ -40,9 +41,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..backends import backends, onednn, soundness, tf32
 from ..ops import stat_dtype
 from ..steps import stem, unfolded, winograd
-from ..steps.evaluation_flow import Lowered
+from ..steps.evaluation_flow import ForwardStep, Lowered
 from ..steps.evaluation_kinds import NormValue
-from ..steps.gpu_evaluation_kinds import CompiledConvolution, Product, chained
+from ..steps.gpu_evaluation_kinds import Chain, CompiledConvolution, Product, chained
 from ..steps.program import Addition, Call, Convolution, Normalisation
 from . import averages, choose, too_small, words
 from .evaluation_steps import Steps, carries_sum
@@ -170,20 +171,20 @@ def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
     if program.backend != "auto" and "conv1x1_join" not in backends()[program.backend].kernels:
         pointwise = {}
     lowered = Steps(program, pointwise, whole=whole).lowered()
-    compiled = _compiled(call, whole)
+    compiled = _compiled(call, whole, place)
     if compiled is not None and _cost(call, compiled) <= _cost(call, lowered) and not _lacking(call, compiled, place):
-        return _in_one_call(call, compiled, place)
+        return compiled, words.of_evaluation(compiled)
     missing = found = _lacking(call, lowered, place)
     if missing == "conv1x1_join":
         lowered = Steps(program, {}, whole=whole).lowered()
         found = _lacking(call, lowered, place)
     if found and compiled is not None and not _lacking(call, compiled, place):
-        return _in_one_call(call, compiled, place)
+        return compiled, words.of_evaluation(compiled)
     lacks = f" (no sound kernel of {missing})" if missing else ""
     return (None, f"stock{lacks}") if found else (lowered, f"{words.of_evaluation(lowered)}{lacks}")
 
 
-def _compiled(call: Call, whole: frozenset[int]) -> Lowered | None:
+def _compiled(call: Call, whole: frozenset[int], place: torch.device | None) -> Lowered | None:
     """The steps with the compiled convolution for all that it takes; None where it takes none."""
     program, x = call.program, call.x
     if program.backend != "auto" and "conv_norm_add_relu" not in backends()[program.backend].kernels:
@@ -197,10 +198,11 @@ def _compiled(call: Call, whole: frozenset[int]) -> Lowered | None:
         fits = all(t is None or t.dtype == stat_dtype(x.dtype) for t in vectors)
         if node.conv.groups == 1 and own.weight.dtype == x.dtype and fits:
             taken.add(value)
-    return Steps(program, {}, unfolded=frozenset(taken), whole=whole).lowered() if taken else None
+    lowered = Steps(program, {}, unfolded=frozenset(taken), whole=whole).lowered() if taken else None
+    return None if lowered is None else _in_one_call(call, lowered, place)
 
 
-def _in_one_call(call: Call, lowered: Lowered, place: torch.device | None) -> tuple[Lowered, str]:
+def _in_one_call(call: Call, lowered: Lowered, place: torch.device | None) -> Lowered:
     """Compiled convolutions that are all of a program as one call, where there is a kernel of that."""
     name, checks = call.program.backend, not isinstance(call.x, FakeTensor)
     if len(lowered.steps) > 1 and all(isinstance(step, CompiledConvolution) for step in lowered.steps):
@@ -208,19 +210,27 @@ def _in_one_call(call: Call, lowered: Lowered, place: torch.device | None) -> tu
             lacks = soundness.lacking(("conv_chain",), call.x.dtype, place, checks)
         else:
             lacks = "conv_chain" not in backends()[name].kernels
-        lowered = lowered if lacks else chained(lowered)
-    return lowered, words.of_evaluation(lowered)
+        weights = {value: own.weight.shape for value, _, own in call.convolutions}
+        lowered = lowered if lacks else chained(lowered, weights)
+    return lowered
 
 
 def _cost(call: Call, lowered: Lowered) -> tuple[int, int]:
     """Elements of activations that steps read and write, and how many launches they are."""
     sizes = [shape.numel() for shape in call.shapes()]
-    moved = launches = 0
-    for step in lowered.steps:
+    chains = [step for step in lowered.steps if isinstance(step, Chain)]
+    unwritten = [value for chain in chains for value in chain.joined]
+    moved, launches = -2 * sum(sizes[value] for value in unwritten), -len(unwritten)
+    for step in _each(lowered):
         value = isinstance(step, NormValue)  # is of vectors alone
         moved += 0 if value else sizes[step.value] + sum(sizes[read] for read in step.reads)
         launches += 1 + (isinstance(step, Product) and sum(p is not None and p.norm is not None for p in step.parts))
     return moved, launches
+
+
+def _each(lowered: Lowered) -> list[ForwardStep]:
+    """The steps, those of chains one by one."""
+    return [link for step in lowered.steps for link in (step.links if isinstance(step, Chain) else (step,))]
 
 
 def _lacking(call: Call, lowered: Lowered, place: torch.device | None) -> str:
@@ -229,7 +239,7 @@ def _lacking(call: Call, lowered: Lowered, place: torch.device | None) -> str:
     if program.backend != "auto":
         return ""
     if choose.on_gpu(call.x):
-        behind = {step.main.norm for step in lowered.steps if isinstance(step, CompiledConvolution)}
+        behind = {step.main.norm for step in _each(lowered) if isinstance(step, CompiledConvolution)}
         for (value, node), own in zip(program.numbered, call.tensors, strict=True):
             norm = isinstance(node, Normalisation) and value not in behind
             if norm and soundness.lacking(("running_affine",), own.running_mean.dtype, place, checks):

@@ -262,8 +262,8 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     if found is None:
         return Variant(taps=bool(on_load))
     main, projection = (_pay(call, norms, shapes, found) for norms in (found.main, found.projections))
-    if not found.values:
-        return Variant(False, main, projection)
+    if not found.values:  # a projection's Gram join alone spares less than what all norms' passes move
+        return Variant(taps=True) if on_load and not main else Variant(False, main, projection)
     # on a CPU keeping what a 3x3 reads would add to what is saved, and one op makes two gradients
     on_gpu = found.device is not CPU_CORE
     keep, one_pass = on_gpu and _keeps(call, shapes, on_load), on_gpu and _has_narrow(call)

@@ -25,7 +25,7 @@ def of_steps(lowered: Lowered) -> str:
 
 def of_evaluation(lowered: evaluation_flow.Lowered) -> str:
     """How a program runs in evaluation: its steps in order, with what each does beside."""
-    steps = [link for step in lowered.steps for link in (step.links if isinstance(step, Chain) else (step,))]
+    steps = [link for step in lowered.steps for link in (step.launched if isinstance(step, Chain) else (step,))]
     text = "evaluation: " + "; ".join(map(_with_beside, steps))
     return text if len(steps) == len(lowered.steps) else f"{text}; in one call"
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 
 from ..backends import run
+from ..ops import conv_chain
 from ..ops.conv_chain import Link
 from .conv import channels_last
 from .evaluation_flow import Evaluation, ForwardStep, Lowered, parts
@@ -83,13 +85,22 @@ class CompiledConvolution(UnfoldedConvolution):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chain(ForwardStep):
-    """The compiled convolutions `links`, which are all of a program: one call. `order`: what the op calls `steps`."""
+    """The compiled convolutions `links`, which are all of a program: one call. `order`: what the op calls `steps`.
+
+    `joined`: the projections among their values, which the kernels of the sums compute too and which are never written.
+    """
 
     ops: ClassVar[tuple[str, ...]] = ("conv_chain",)
     word = "chain"
 
     links: tuple[CompiledConvolution, ...]
     order: tuple[int, ...]
+    joined: frozenset[int]
+
+    @property
+    def launched(self) -> tuple[CompiledConvolution, ...]:
+        """The convolutions that are launches of their own."""
+        return tuple([link for link in self.links if link.value not in self.joined])
 
     def forward(self, e: Evaluation, made: None) -> None:
         tensors, each_eps = [], []
@@ -101,17 +112,19 @@ class Chain(ForwardStep):
         e.values[self.value] = e.run("conv_chain", e.values[self.source], residual, tensors, [*self.order], each_eps)
 
 
-def chained(lowered: Lowered) -> Lowered:
-    """The steps as one, all of them being compiled convolutions."""
+def chained(lowered: Lowered, weights: Mapping[int, torch.Size]) -> Lowered:
+    """The steps as one, all of them being compiled convolutions. `weights`: their shapes, by what they make."""
     program, links = lowered.program, lowered.steps
     numbers = {value: value for value in range(program.inputs)}
     numbers |= {link.value: program.inputs + i for i, link in enumerate(links)}
-    order = []
+    chain = []
     for link in links:
         added = -1 if link.other is None else numbers[link.other]
-        order += Link(numbers[link.source], added, link.relu, *link.conv.args[:3]).integers
+        chain.append(Link(numbers[link.source], added, link.relu, *link.conv.args[:3]))
+    second = conv_chain.joined(chain, [weights[link.main.conv] for link in links], program.inputs).values()
+    joined, order = frozenset(links[i].value for i in second), tuple(n for link in chain for n in link.integers)
     other = 1 if program.inputs > 1 else None
-    step = Chain(program.output, 0, other, links=links, order=tuple(order))
+    step = Chain(program.output, 0, other, links=links, order=order, joined=joined)
     return lowered._replace(steps=(step,), dead=((),))
 
 

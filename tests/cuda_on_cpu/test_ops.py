@@ -198,14 +198,38 @@ def test_in_place_shares_no_memory_with_the_residual(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_chain_is_its_convolutions_to_the_bit(backend, dtype):
+    """Or, where it adds a projection, the op that is both."""
+    joins = 0
     for case in cases("conv_chain", dtype):
         x, residual, tensors, steps, eps = place(case, dtype, torch.device("cpu")).args
         values = [x] if residual is None else [x, residual]
-        for i, link in enumerate(conv_chain.links(steps)):
-            given = conv_chain.arguments(values, tensors[6 * i : 6 * i + 6], link, eps[i])
-            values.append(backend.kernels["conv_norm_add_relu"].run(*given))
+        links, inputs = conv_chain.links(steps), len(values)
+        joined = conv_chain.joined(links, [weight.shape for weight in tensors[::6]], inputs)
+        for i, link in enumerate(links):
+            own = tensors[6 * i : 6 * i + 6]
+            if i in joined:
+                other, at = links[joined[i]], 6 * joined[i]
+                its = tensors[at : at + 6]
+                first = values[link.source], own[0], *affine(*own[1:], eps[i], own[0])
+                second = values[other.source], its[0], *affine(*its[1:], eps[joined[i]], its[0])
+                given = (*first, *[None] * 5, *second, other.stride, None, link.relu)
+                values.append(backend.kernels["conv1x1_join"].run(*given)[0])
+                joins += 1
+            else:
+                given = conv_chain.arguments(values, own, link, eps[i])
+                values.append(backend.kernels["conv_norm_add_relu"].run(*given))
         got = backend.kernels["conv_chain"].run(x, residual, tensors, steps, eps)
         assert torch.equal(got, values[-1]) and got.stride() == values[-1].stride(), case.name
+    assert joins >= 2
+
+
+def affine(bias, mean, var, gamma, beta, eps, weight):
+    """Scale and shift of what a convolution gives."""
+    bias = torch.zeros(weight.shape[0]) if bias is None else bias
+    if mean is None:
+        return torch.ones(weight.shape[0]), bias
+    scale = gamma / (var + eps).sqrt()
+    return scale, (bias - mean) * scale + beta
 
 
 def chain(steps=(0, -1, 1, *[1] * 6), weights=None, residual=None, eps=1):

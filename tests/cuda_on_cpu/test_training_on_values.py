@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 
 import cuda_ops
 import on_cpu
@@ -15,7 +14,7 @@ from nets import block, observe
 from torch import nn
 
 import resnet_fused
-from resnet_fused.backends import Backend, backends, cuda, cuda_conv, cuda_gradients, dispatch, place, soundness
+from resnet_fused.backends import soundness
 from resnet_fused.plan import choose, devices
 
 pytestmark = on_cpu.needed
@@ -23,21 +22,11 @@ OF_GRAM_JOINS = {"conv1x1_join", "conv1x1_wgrad", "gram", "gram_norm"}
 
 
 @pytest.fixture
-def ran(monkeypatch):
+def ran():
     """How often each op ran on the backend "cuda": the kernels of csrc/cuda, on tensors that are taken for a GPU's."""
     counts = collections.Counter()
-    kernels = cuda_ops.counted(cuda_ops.kernels(), counts)
-    for name in kernels.keys() & cuda.PRODUCTS.keys():
-        kernels[name] = dataclasses.replace(kernels[name], unsupported=cuda.PRODUCTS[name]["unsupported"])
-    monkeypatch.setattr(dispatch, "_backends", backends() | {"cuda": Backend("cuda", ("cpu",), kernels)})
-    monkeypatch.setattr(cuda_conv, "_unbuilt", lambda arch: "")
-    monkeypatch.setattr(cuda_gradients, "_joins", lambda: "gram_grad" in kernels)
-    monkeypatch.setattr(choose, "on_gpu", lambda x: True)  # no step is the CPU's
-    monkeypatch.setattr(devices, "of", lambda device: devices.DEVICES["h100"])
-    monkeypatch.setattr(place.planned, "elsewhere", True)
-    soundness.forget()
-    yield counts
-    soundness.forget()
+    with cuda_ops.training(counts):
+        yield counts
 
 
 def network():

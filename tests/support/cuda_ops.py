@@ -15,9 +15,9 @@ import on_cpu
 import torch
 
 import build_support
-from resnet_fused.backends import Backend, Kernel, backends, cuda, dispatch, place, soundness
-from resnet_fused.ops import OPS, norm_relu_coefficients
-from resnet_fused.plan import choose
+from resnet_fused.backends import Backend, Kernel, backends, cuda, cuda_conv, cuda_gradients, dispatch, place, soundness
+from resnet_fused.ops import DATA_DTYPES, OPS, norm_relu_coefficients
+from resnet_fused.plan import choose, devices
 
 NAMESPACE = "resnet_fused_cuda_on_cpu"
 FILES = {path.stem for path in (on_cpu.SOURCES.parents[1] / "csrc" / "cuda").glob("*.cpp")}
@@ -74,6 +74,29 @@ def emulated(*flags: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patched = [(dispatch, "_backends", {**backends(), "cuda": backend}), (choose, "on_gpu", lambda x: True)]
         for place_of, name, value in [*patched, (place.planned, "elsewhere", True)]:
+            stack.enter_context(mock.patch.object(place_of, name, value))
+        stack.callback(soundness.forget)
+        soundness.forget()
+        yield
+
+
+@contextlib.contextmanager
+def training(counts: collections.Counter) -> Iterator[None]:
+    """Within it, "cuda" is all that the compiled library declares, planned for as on an H100; `counts` its runs."""
+    made = kernels()
+    for name in made.keys() & cuda.PRODUCTS.keys():
+        made[name] = dataclasses.replace(made[name], unsupported=cuda.PRODUCTS[name]["unsupported"])
+    made |= {name: Kernel(getattr(cuda_conv, name), DATA_DTYPES) for name in ("conv_add_relu", "conv_add_relu_")}
+    with contextlib.ExitStack() as stack:
+        for place_of, name, value in (
+            (dispatch, "_backends", {**backends(), "cuda": Backend("cuda", ("cpu",), counted(made, counts))}),
+            (cuda_conv, "_op", lambda name: getattr(registered(), name).default),
+            (cuda_conv, "_unbuilt", lambda arch: ""),
+            (cuda_gradients, "_joins", lambda: True),
+            (choose, "on_gpu", lambda x: True),  # no step is the CPU's
+            (devices, "of", lambda device: devices.DEVICES["h100"]),
+            (place.planned, "elsewhere", True),
+        ):
             stack.enter_context(mock.patch.object(place_of, name, value))
         stack.callback(soundness.forget)
         soundness.forget()

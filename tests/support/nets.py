@@ -29,6 +29,29 @@ def block(inplanes=8, planes=8, stride=1, kind=Bottleneck):
     return kind(inplanes, planes, stride, shortcut)
 
 
+def thin(model, by):
+    """`model` with so many times fewer channels, in bfloat16 but for norms, parameters as after some training."""
+    torch.manual_seed(0)
+    for module in [*model.modules()]:
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d):
+                inputs = layer.in_channels if layer.in_channels == 3 else layer.in_channels // by
+                settings = layer.kernel_size, layer.stride, layer.padding
+                made = nn.Conv2d(inputs, layer.out_channels // by, *settings, bias=False).bfloat16()
+            elif isinstance(layer, nn.BatchNorm2d):
+                made = nn.BatchNorm2d(layer.num_features // by)
+                for t in (made.weight, made.running_var):
+                    nn.init.uniform_(t, 0.5, 1.5)
+                for t in (made.bias, made.running_mean):
+                    nn.init.normal_(t, 0, 0.3)
+            elif isinstance(layer, nn.Linear):
+                made = nn.Linear(layer.in_features // by, layer.out_features).bfloat16()
+            else:
+                continue
+            setattr(module, name, made)
+    return model.to(memory_format=torch.channels_last)
+
+
 def images(n=4, channels=8, size=10):
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -78,4 +101,5 @@ __all__ = [
     "observe",
     "pair",
     "small_resnet",
+    "thin",
 ]

@@ -73,7 +73,7 @@ WITH, WITHOUT = True, False  # the compiled convolution
 @pytest.mark.parametrize(
     ("kind", "compiled", "share", "launches"),
     [
-        (resnet50, WITH, 0.313, 68),
+        (resnet50, WITH, 0.313, 52),
         (resnet50, WITHOUT, 0.31, 105),
         (resnet18, WITH, 0.389, 23),
         (resnet18, WITHOUT, 0.52, 59),

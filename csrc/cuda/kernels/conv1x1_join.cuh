@@ -1,7 +1,8 @@
 // out = relu(sample_factor*(scale*(x^ weight') + shift) + r) on tensor cores, x^ being x or relu(x_scale*x + x_shift),
 // r a residual, raw or as scale*residual + shift, and a projection: the product of x2 and weight2, with a scale and a
-// shift of its own. The join of a residual block, of which the result and its sign mask alone are written. Data in
-// bfloat16 or float16; float32 is rounded to TF32.
+// shift of its own. The join of a residual block, of which the result and its sign mask alone are written. In a chain
+// of evaluation (conv_chain) both scales and shifts are made of running statistics here. Data in bfloat16 or float16;
+// float32 is rounded to TF32.
 //
 // Bytes: x, the pixels of x2 and residual once from memory (x and x2 again for each tile of outputs, from L2), weights,
 // out and mask once. FLOPs 2*M*K*(C + C2). Of ResNet-50 the largest, 64 to 256 channels at 56x56, batch 256, bf16, with
@@ -11,8 +12,8 @@
 // Blocks take tiles in turn, those of the same pixels one after another. The order of a sum depends on the shape alone.
 #pragma once
 
+#include "conv_epilogue.cuh"
 #include "conv_shapes.cuh"
-#include "patch.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -34,6 +35,10 @@ __device__ inline void load_join_vectors(float* to, const Conv1x1JoinParams& p, 
   for (int i = 0; i < kJoinVectors; ++i) {
     to[i * Shape::kTileCols + threadIdx.x] = p.vectors[i] && k < p.geometry.k ? p.vectors[i][k] : 0.f;
   }
+  if (!p.makes_vectors || k >= p.geometry.k) return;
+  make_affine(to[kScale * Shape::kTileCols + threadIdx.x], to[kShift * Shape::kTileCols + threadIdx.x], p.norms[0], k);
+  make_affine(to[kScale2 * Shape::kTileCols + threadIdx.x], to[kShift2 * Shape::kTileCols + threadIdx.x], p.norms[1],
+              k);
 }
 
 // A warp's sums of one product, in place, as y = scale*sums + shift, by the vectors at `vector` and the next.

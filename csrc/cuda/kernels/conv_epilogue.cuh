@@ -5,19 +5,22 @@
 
 namespace resnet_fused::cuda {
 
-// Of kTileCols outputs from `first` on: batch norm and bias as scale and shift, to shared memory.
+// Batch norm and bias of output k as scale and shift. `p`: a RunningNorm, or what has its members.
+template <class Params>
+__device__ inline void make_affine(float& scale, float& shift, const Params& p, int k) {
+  scale = 1.f;
+  shift = p.bias ? p.bias[k] : 0.f;
+  if (!p.mean) return;
+  scale = (p.gamma ? p.gamma[k] : 1.f) / sqrtf(p.var[k] + p.eps);
+  shift = (shift - p.mean[k]) * scale + (p.beta ? p.beta[k] : 0.f);
+}
+
+// Of kTileCols outputs from `first` on, to shared memory.
 template <int kTileCols>
 __device__ inline void load_affine(float* scale, float* shift, const ConvNormAddReluParams& p, int first) {
   for (int i = threadIdx.x; i < kTileCols; i += kConvThreads) {
-    const int k = first + i;
     float a = 1.f, b = 0.f;
-    if (k < p.geometry.k) {
-      if (p.bias) b = p.bias[k];
-      if (p.mean) {
-        a = (p.gamma ? p.gamma[k] : 1.f) / sqrtf(p.var[k] + p.eps);
-        b = (b - p.mean[k]) * a + (p.beta ? p.beta[k] : 0.f);
-      }
-    }
+    if (first + i < p.geometry.k) make_affine(a, b, p, first + i);
     scale[i] = a;
     shift[i] = b;
   }

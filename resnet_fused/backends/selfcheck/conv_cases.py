@@ -109,7 +109,7 @@ def chained(x: Tensor, residual: Tensor | None, *convolutions: tuple) -> tuple:
 
 
 def conv_chain(dtype: torch.dtype) -> Iterator[Case]:
-    """A bottleneck with a projection, which its sum overwrites; and values that are read twice, or not its own."""
+    """Bottlenecks with a projection, which is part of a GPU's launch of the sum; values read twice, or not its own."""
     draw, one, three = Draw((2, 40, 9, 7)), ((1, 1), (0, 0), (1, 1)), ((2, 2), (1, 1), (1, 1))
     projected = [
         (draw.data((24, 40, 1, 1)) / 8, _behind(draw, 24), Link(0, -1, True, *one)),
@@ -124,3 +124,8 @@ def conv_chain(dtype: torch.dtype) -> Iterator[Case]:
         (weight, none, Link(source, added, True, *one)) for weight, (source, added) in zip(weights, _SUMS, strict=True)
     ]
     yield Case("odd channels, values read twice", chained(odd.data(), odd.data(), *sums), {})
+    pair = [
+        (odd.data((9, 7, 1, 1)) / 8, _behind(odd, 9), Link(0, -1, False, *one)),
+        (odd.data((9, 7, 1, 1)) / 8, none, Link(0, 1, False, *one)),
+    ]
+    yield Case("odd channels, projection", chained(odd.data(), None, *pair), {})

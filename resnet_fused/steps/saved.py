@@ -10,6 +10,7 @@ does not see: nothing that the first backward computes depends on them. A backwa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,13 @@ class Recorder:
             return [Recorder.rebuild(child, flat) for child in shape]
         kind, children = shape
         return kind(*[Recorder.rebuild(child, flat) for child in children])
+
+
+class Source(NamedTuple):
+    """What a node's output can be made of again, see :mod:`.remade`: what backward knows beside tensors, and these."""
+
+    facts: object
+    saved: Sequence[Tensor | None]
 
 
 def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:

@@ -26,11 +26,10 @@ def test_a_basic_block_takes_18_launches():
     assert only.fused.launches <= 18 < only.stock.launches
 
 
-@pytest.mark.parametrize(("prefer", "share"), [("speed", 0.67), ("memory", 0.45)])
-def test_squeeze_excite_saves_less(prefer, share):
-    """As a CPU plans it; what a gate reads is made again where memory is preferred."""
+def test_squeeze_excite_saves_less_where_memory_is_preferred():
+    """As a CPU plans it: what a gate reads is made again. By speed 0.66 is saved."""
     import_torchvision()
     timm = pytest.importorskip("timm")
-    model = resnet_fused.fuse(timm.create_model("seresnet50"), prefer=prefer)
+    model = resnet_fused.fuse(timm.create_model("seresnet50"), prefer="memory")
     explained = resnet_fused.explain(model, (16, 3, 224, 224)).model
-    assert explained.fused_saved <= share * explained.stock_saved
+    assert explained.fused_saved <= 0.42 * explained.stock_saved

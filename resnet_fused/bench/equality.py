@@ -17,10 +17,11 @@ one of them had a flip and the other had none. So the rule is applied where it m
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -38,6 +39,37 @@ BLOCK_TRIALS = 5
 ZERO = 1e-9
 
 Observed = dict[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def copied(model: nn.Module, double: bool) -> Iterator[nn.Module]:
+    """A copy of `model` to be run; `double`: in float64."""
+    made = copy.deepcopy(model)
+    yield made.double() if double else made
+
+
+@contextlib.contextmanager
+def lent(model: nn.Module, double: bool) -> Iterator[nn.Module]:
+    """The same without memory for the parameters of both: the copy's are the model's own, for as long in float64.
+
+    For models so large that there is no room for more.
+    """
+    parameters = list(model.parameters())
+    before = [(parameter.dtype, parameter.grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        made = copy.deepcopy(model, {id(parameter): parameter for parameter in parameters})
+        yield made.double() if double else made
+    finally:
+        for parameter, (own, grad) in zip(parameters, before, strict=True):
+            parameter.grad = None
+            parameter.data = parameter.data.to(own)
+            parameter.grad = grad
+
+
+#: :func:`copied` or :func:`lent`.
+Copies = Callable[[nn.Module, bool], contextlib.AbstractContextManager[nn.Module]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +96,7 @@ def check(
     names: Iterable[str],
     autocast: torch.dtype | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
+    copies: Copies = copied,
 ) -> list[Difference]:
     """Compare two models by all rules of this module. Neither is changed.
 
@@ -74,22 +107,27 @@ def check(
         names: modules of the model to compare by themselves too, each kind once.
         autocast: run both (but not the float64 reference) under autocast to this dtype.
         progress: told the fraction done.
+        copies: how models are copied for a run, :func:`copied` or :func:`lent`.
     """
-    found = compare([(stock, fused, x)], autocast, FLIP_ALLOWANCE)
+    found = compare([(stock, fused, x)], autocast, FLIP_ALLOWANCE, copies=copies)
     blocks = distinct_blocks(stock, names, x)
     for index, block in enumerate(blocks):
         progress((index + 1) / (len(blocks) + 1))
-        found += check_block(stock.get_submodule(block.name), fused.get_submodule(block.name), block, autocast)
+        pair = stock.get_submodule(block.name), fused.get_submodule(block.name)
+        found += check_block(*pair, block, autocast, copies)
     return found
 
 
-def check_block(stock: nn.Module, fused: nn.Module, block: Block, autocast: torch.dtype | None) -> list[Difference]:
+def check_block(
+    stock: nn.Module, fused: nn.Module, block: Block, autocast: torch.dtype | None, copies: Copies = copied
+) -> list[Difference]:
     """Compare one block by itself on pieces of its activations."""
     made = normalised(stock, block.example)
     elements = BLOCK_ELEMENTS * min(1.0, NORMALISED / made)
     trials = [(stock, fused, piece) for piece in pieces(block.example, elements)]
     decisions = made * trials[0][2].numel()
-    found = compare(trials, autocast, 0.0, min if decisions > 2 * BLOCK_ELEMENTS * NORMALISED else statistics.median)
+    of_trials = min if decisions > 2 * BLOCK_ELEMENTS * NORMALISED else statistics.median
+    found = compare(trials, autocast, 0.0, of_trials, copies)
     return [dataclasses.replace(difference, tensor=f"{block.name}: {difference.tensor}") for difference in found]
 
 
@@ -127,16 +165,18 @@ def compare(
     autocast: torch.dtype | None,
     gradient_allowance: float,
     of_trials: Callable[[Iterable[float]], float] = statistics.median,
+    copies: Copies = copied,
 ) -> list[Difference]:
     """Errors over ``(stock, fused, input)`` trials of outputs, gradients and buffers, and what they may be."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for stock, fused, x in trials:
-        exact = observe(copy.deepcopy(stock).double(), x.double(), None)
-        theirs, ours = observe(copy.deepcopy(stock), x, autocast), observe(copy.deepcopy(fused), x, autocast)
-        for name, expected in exact.items():
-            scale = scale_of(name, exact)
-            pair = error(theirs.get(name), expected, scale), error(ours.get(name), expected, scale)
-            errors.setdefault(name, []).append(pair)
+        exact = _of_copy(copies(stock, True), x.double(), None)
+        sides = []
+        for side in (stock, fused):  # one after the other: of each only the errors stay
+            seen = _of_copy(copies(side, False), x, autocast)
+            sides.append({name: error(seen.pop(name, None), t, scale_of(name, exact)) for name, t in exact.items()})
+        for name in exact:
+            errors.setdefault(name, []).append(tuple(side[name] for side in sides))
     floor = rounding_floor(autocast or trials[0][2].dtype)
     found = []
     for name, pairs in errors.items():
@@ -144,6 +184,13 @@ def compare(
         allowance = floor + (gradient_allowance if name.startswith("gradient") else 0.0)
         found.append(Difference(name, stock_error, fused_error, FACTOR * stock_error + allowance))
     return found
+
+
+def _of_copy(
+    lending: contextlib.AbstractContextManager[nn.Module], x: torch.Tensor, autocast: torch.dtype | None
+) -> Observed:
+    with lending as model:
+        return observe(model, x, autocast)
 
 
 def rounding_floor(dtype: torch.dtype) -> float:

@@ -60,7 +60,8 @@ class Ready(NamedTuple):
             return None
         in_channels_last = lies(out, x.channels_last or self.like_weights, self.pointwise)
         moments = handed.leaving if passed else None
-        return Placed(out, in_channels_last, self.clamped, moments, passed and not out.requires_grad)
+        owned = passed and not out.requires_grad
+        return Placed(out, in_channels_last, self.clamped, moments, owned, source=handed.source)
 
 
 def form_of(site: Site, x: Placed, residual: Tensor | None, just_asked: bool) -> tuple | None:

@@ -120,14 +120,18 @@ def run_site(
     given_factor, factor = factor, draw(site, given) if factor is None else factor
     with scope:
         call = Call(program, given if dtype is None else given.to(dtype), tensors, residual, factor)
-        known = call.x is x.value and program.inputs == 1 and not torch.compiler.is_compiling()
-        handed = Handed(x.moments, x.owned, x.into) if known else None
+        known = call.x is x.value and program.inputs == 1
+        handed = Handed(x.moments, x.owned, x.into) if known else Handed()
+        handed = None if torch.compiler.is_compiling() else handed
         out = _output(site, call, given, dtype, handed, form)
     if out is None:
         return None if factor is given_factor else arrived(called(site, left(x), residual, factor))
     weights = [site.modules[node].weight for node in program.main_convolutions]
     made = behind(out, x, weights, program)
-    return made if handed is None else made._replace(moments=handed.leaving, owned=not out.requires_grad)
+    if handed is None:
+        return made
+    made = made._replace(source=handed.source)
+    return made._replace(moments=handed.leaving, owned=not out.requires_grad) if known else made
 
 
 def run_as_stock(site: Site, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -79,9 +79,9 @@ def fuse(
             where a norm is left with one value a channel. A block that runs its stock forward (hooks, ...), or
             whose row in :func:`report` says so, runs on all. None: as fused before, else "all".
         prefer: "speed", or "memory" where less is to be saved for backward though a step takes longer: blocks end in
-            Gram joins wherever they can, whatever the plan expects of them or `tune` has measured, and dense blocks
-            compute in backward again what lies between the two convolutions of a layer. None: as fused before, else
-            "speed".
+            Gram joins wherever these save any, whatever the plan expects of them or `tune` has measured, dense blocks
+            compute in backward again what lies between the two convolutions of a layer, and squeeze-excite and its
+            kin what they read. None: as fused before, else "speed".
         strict: raise instead of warn when there is nothing to fuse.
 
     Returns:

@@ -206,7 +206,9 @@ def _run_shape(call: ShapeCall, site: Site, values: dict[str, object]) -> object
 
 def _as_others_see(value: object) -> object:
     """A value that stock calls may write to: nothing is known of it afterwards."""
-    return value._replace(moments=None, owned=False, into=None) if isinstance(value, Placed) else value
+    if not isinstance(value, Placed):
+        return value
+    return value._replace(moments=None, owned=False, into=None, source=None)
 
 
 def placed(value: Tensor | Placed) -> Placed:

@@ -139,7 +139,8 @@ def run(block: nn.Module, call: GateCall, y: object, backend: str, run_stock: Ca
     factor = values[call.factor]
     if choose.observers:
         inside = [f"{call.stock.target}.{inner.target}" for inner in call.calls if inner.op == "call_module"]
-        choose.tell(f"mean over pixels; opaque {', '.join(inside) or 'functions'}")
+        again = "; what it is of is made again in backward" if link is not None and link.zeros is not None else ""
+        choose.tell(f"mean over pixels; opaque {', '.join(inside) or 'functions'}{again}")
     n, c = y.value.shape[:2]
     like = isinstance(factor, Tensor) and is_plain(factor) and factor.device == y.value.device
     if not like or factor.shape != (n, c, 1, 1) or torch.promote_types(factor.dtype, mean.dtype) != mean.dtype:

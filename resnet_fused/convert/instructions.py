@@ -115,7 +115,7 @@ class Form:
     shapes: tuple[Shape, ...] = dataclasses.field(init=False)  # the programs among the calls
     first: int | None = dataclasses.field(init=False)  # which of these reads the input, if one does
     is_whole: bool = dataclasses.field(init=False)  # one program and nothing else, with the program's output as it is
-    #: Values that only the call right behind reads, a module or a program: what is known of them stays true for it.
+    #: Values that only the call right behind reads, a module, a program or a gate: what is known of them stays true.
     passed: frozenset[str] = dataclasses.field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
@@ -125,7 +125,8 @@ class Form:
         read = [name for call in self.calls for name in _read_by(call)] + [ref.name for ref in _refs(self.result)]
         passed = set()
         for call, following in itertools.pairwise(self.calls):
-            takes = isinstance(following, ShapeCall) or (isinstance(following, StockCall) and following.takes_one)
+            takes = isinstance(following, ShapeCall | GateCall)
+            takes = takes or (isinstance(following, StockCall) and following.takes_one)
             if takes and read.count(call.output) == 1 and call.output in _read_by(following):
                 passed.add(call.output)
         shapes = tuple(call.shape for call in programs)

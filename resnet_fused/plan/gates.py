@@ -1,10 +1,13 @@
-"""Whether a gate runs in passes of ours."""
+"""Whether a gate runs in passes of ours, and whether it keeps what it reads."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..backends import backends
+from ..steps import remade
+from ..steps.kinds import Kind
+from ..steps.program import Program
 from . import choose, cpu_values
 
 #: Elements from which passes of ours gain on a CPU; below, time is that of calls.
@@ -23,3 +26,8 @@ def obstacle(y: Tensor, backend: str) -> str:
     if not cpu_values.level():
         return "no compiled library"
     return "too small to gain" if y.numel() < LEAST and not choose.fuses_all() else ""
+
+
+def remakes(program: Program, last: Kind) -> bool:
+    """Whether a gate that alone reads the output of `program` makes that again in backward. `last`: its last step."""
+    return program.prefer == "memory" and remade.can_be(program, last)

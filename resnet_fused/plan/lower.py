@@ -27,6 +27,7 @@ from ..steps.program import Addition, Averaging, Call, Convolution, Node, Normal
 from ..steps.value_join import ValueJoin
 from ..steps.value_kinds import ConvolveTaps, ConvolveValue, ConvolveValueAdd
 from . import average_steps, averages, choose, cpu_values, dense, gpu_values, measured, too_small, variants, words
+from .gates import remakes
 from .keys import threads
 from .variants import Variant
 
@@ -109,7 +110,7 @@ def steps_of(call: Call, variant: Variant) -> Lowered:
     steps: list[Kind] = []
     for (value, node), own in zip(program.numbered, call.tensors, strict=True):
         steps += _steps_of_node(call, chosen, value, node, own)
-    return Lowered(program, tuple(steps), in_place=not choose.on_gpu(call.x))
+    return Lowered(program, tuple(steps), not choose.on_gpu(call.x), remakes(program, steps[-1]))
 
 
 def _on_value(call: Call, value: int) -> bool:

@@ -23,12 +23,12 @@ expects it to be slower by more than :data:`TOLERATED`, or :data:`TOLERATED_LAZY
 from __future__ import annotations
 
 import itertools
-import math
 from typing import NamedTuple
 
 import torch
 
 from ..backends import onednn
+from ..ops import stat_dtype
 from ..steps import pointwise
 from ..steps.program import Addition, Call, Convolution, Normalisation, Pooling, Program, Terms
 from ..steps.spec import Conv, StepTensors
@@ -125,9 +125,8 @@ def options(call: Call, on_tensors: bool = False) -> Options | None:
     compiled = None if values or stem else choose.join_device(call.program.backend, x)
     if compiled is not None:
         return Options(compiled, False, *gram_branches(call, False))
-    served = (
-        not stem and call.program.backend in ("auto", "cpu") and x.device.type == "cpu" and x.dtype in onednn.SERVED
-    )
+    served = not stem and call.program.backend in ("auto", "cpu") and x.device.type == "cpu"
+    served = served and x.dtype in onednn.SERVED
     if not values and (device is not None or not served):  # no join with an epilogue: the CPU's are oneDNN's
         return None
     return Options(device or CPU_CORE, values, *gram_branches(call, values))
@@ -175,11 +174,18 @@ def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options
     return (gram - plain) / conv
 
 
+def _saves(call: Call, norm: int, shapes: list[torch.Size]) -> bool:
+    """Whether the Gram matrix, which is kept, takes less memory than what is not written."""
+    inputs, dtype = branch_of(call, norm)[1].weight.shape[1], call.x.dtype
+    return inputs**2 * stat_dtype(dtype).itemsize < shapes[norm].numel() * dtype.itemsize
+
+
 def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Options) -> bool:
     """Whether there are such branches, and Gram joins of all are worth it."""
-    on_gpu = chosen.values and chosen.device is not CPU_CORE
-    tolerated = math.inf if call.program.prefer == "memory" else TOLERATED_LAZY if on_gpu else TOLERATED
+    tolerated = TOLERATED_LAZY if chosen.values and chosen.device is not CPU_CORE else TOLERATED
     measured = [norm for norm in norms if call.program.maker(norm).norm.batch_stats]
+    if call.program.prefer == "memory":
+        return bool(norms) and all(_saves(call, norm, shapes) for norm in measured)
     return bool(norms) and all(_gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
 
 

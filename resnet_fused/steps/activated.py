@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..backends import run
 from .batch_norm import coefficients
 from .flow import Backward, Forward
 from .kinds import Kind, norm_grads, norm_ops, normalised
-from .lazy import Pending
+from .lazy import Lazy, Pending
 from .program import Program
 
 
@@ -38,6 +40,15 @@ class Activate(Kind):
             f.activated[self.value] = lazy
         if self.value == f.program.output:
             f.output = out
+
+    def remade_from(self, b: Backward) -> list[Lazy]:
+        """See :mod:`.remade`."""
+        return [b.activated[self.value]]
+
+    def remade(self, b: Backward) -> Tensor:
+        """The value, as forward made it."""
+        (z, bn, _), act = b.activated[self.value], b.program.maker(self.value).act
+        return run("norm_act", z, bn.scale, bn.shift, *act.args, backend=b.backend)
 
     def backward(self, b: Backward, grad: Pending) -> None:
         node, (z, bn, _) = b.program.maker(self.value), b.activated[self.value]

@@ -33,6 +33,7 @@ class Lowered:
     program: Program
     steps: tuple[Kind, ...] | None
     in_place: bool = True  # whether gradients are written over others: where there is an op that does
+    remakes: bool = False  # whether who alone reads the output, and can make it again, does: see `remade`
 
 
 def _kept(program: Program, f: Forward, folded: set[int]) -> list[Value | None]:

@@ -18,6 +18,7 @@ from .layout import Moments
 from .lazy import EVERY, Folded, Lazy, LazyGrad, Pending, Value
 from .program import Program
 from .running import Update
+from .saved import Source
 from .spec import StepGrads, StepTensors
 
 
@@ -27,12 +28,14 @@ class Handed:
 
     They are those of one tensor as it was written: only for values that nobody else can hold, see :class:`.Placed`.
     `owned`: what enters is such a value, whose memory evaluation may use. `into`: where it may write what leaves.
+    `source`: what makes again what leaves, see :mod:`.remade`.
     """
 
     entering: Moments | None = None
     owned: bool = False
     into: Tensor | None = None
     leaving: Moments | None = None
+    source: Source | None = None
 
 
 class _Flow:

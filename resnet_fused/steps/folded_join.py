@@ -52,12 +52,14 @@ class Branch:
         self.own = flow.tensors[norm]._replace(weight=own.weight, bias=own.bias)
 
     def fold(self, read: Value, stride: Pixels = EVERY, like: Tensor | None = None) -> Folded:
-        """Batch norm of the convolution without the convolution; forward.
+        """Batch norm of the convolution without the convolution; forward, after which it is known.
 
         `read`: what the convolution reads, of all pixels, to be read at `stride`, or of those that it reads. `like`:
         any tensor of as many pixels as its output; None: `read` is.
         """
         f, value, (a, *applied) = self.flow, self.flow.values[self.source], parts(read)
+        if self.norm in f.folded:  # where the output is made again
+            return self.folded
         if not self.settings.batch_stats:
             f.folded[self.norm] = Folded(running_affine(self.own, self.settings, a.dtype, self.backend), None)
             return self.folded

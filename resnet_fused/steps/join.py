@@ -60,12 +60,12 @@ class Join(Kind):
         if packs:
             f.masks[self.value] = mask
 
-    def _pass(self, f: Forward, terms: Terms, options: dict) -> tuple[Tensor, Tensor]:
+    def _pass(self, f: Forward | Backward, terms: Terms, options: dict) -> tuple[Tensor, Tensor]:
         """The join as one pass over the branch's raw output."""
         z, bn = f.values[terms.branch][:2]
         return run("norm_add_relu", z, bn.scale, bn.shift, **self.added(f, terms), **options, backend=f.backend)
 
-    def added(self, f: Forward, terms: Terms) -> dict[str, Tensor]:
+    def added(self, f: Forward | Backward, terms: Terms) -> dict[str, Tensor]:
         """What is added: a tensor, what was written raw, or a projection that is not written before."""
         if terms.other is None:
             return {}
@@ -77,7 +77,7 @@ class Join(Kind):
         z, bn = f.values[terms.other][:2]
         return {"residual": z, "residual_scale": bn.scale, "residual_shift": bn.shift}
 
-    def product(self, f: Forward, terms: Terms, options: dict) -> tuple[Tensor, None]:
+    def product(self, f: Forward | Backward, terms: Terms, options: dict) -> tuple[Tensor, None]:
         """The join as one convolution; a projection's branch is written first and added to in place."""
         branch = TensorBranch(f, terms.branch)
         product, args, added = branch.product(), (*branch.geometry.args, terms.relu), self.added(f, terms)
@@ -89,6 +89,20 @@ class Join(Kind):
             return run("conv_add_relu", *product, out, *args, backend=f.backend), None
         run("conv_add_relu_", out, *product, *args, backend=f.backend)
         return out, None
+
+    def remade_from(self, b: Backward) -> list[object]:
+        """What makes the value again where nothing is added, of what is kept; see :mod:`.remade`."""
+        norm = b.program.terms(self.value).branch
+        if not self.gram:
+            return [b.values[norm]]
+        conv = b.program.maker(norm).source
+        return [b.values[b.program.maker(conv).source], b.tensors[conv], b.folded[norm].bn]
+
+    def remade(self, b: Backward) -> Tensor:
+        """The value, as forward made it."""
+        terms = b.program.terms(self.value)
+        options = {"sample_factor": b.sample_factor if terms.sampled else None, "relu": terms.relu}
+        return (self.product if self.gram else self._pass)(b, terms, options)[0]
 
     def backward(self, b: Backward, grad: Pending) -> None:
         terms = b.program.terms(self.value)

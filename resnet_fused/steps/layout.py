@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .program import Addition, Normalisation, Program
-from .saved import counter_of
+from .saved import Source, counter_of
 
 #: Mean and second moment of a tensor over all but its channels, ``[C]`` each, as `bn_stats` gives them.
 Moments = tuple[Tensor, Tensor]
@@ -45,6 +45,7 @@ class Placed(NamedTuple):
     #: Memory of the shape of the program's output, in channels_last, where evaluation may write that. Who hands it over
     #: looks whether it did.
     into: Tensor | None = None
+    source: Source | None = None  # of `value`, which then who alone reads it need not keep for backward
 
 
 def arrived(x: Tensor) -> Placed:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import dispatch, met, tape
 from ..ops import stat_dtype
-from . import dense, directions, replay, stock
+from . import dense, directions, remade, replay, stock
 from .directions import Facts, Lowered, Needs
 from .flow import Handed
 from .layout import is_transformed, suggests_channels_last, worked_on
@@ -90,6 +90,7 @@ class FusedProgram(torch.autograd.Function):
         (out, mean, m2, *saved), facts = _run(once, None if repeated is None else repeated.forward, inputs)
         if handed is not None:
             handed.leaving = None if mean is None else (mean, m2)
+            handed.source = remade.source_of(facts, saved, out)
         ctx.facts, ctx.repeated, ctx.converted = facts, repeated, given is not None
         ctx.counters = [(tensors[i], version(tensors[i])) for i in facts.counters]
         ctx.others = [tensors[places[i]] for i in facts.aliased]

@@ -10,6 +10,7 @@ does not see: nothing that the first backward computes depends on them. A backwa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class Recorder:
             for child in children
         ]
         return found if kind is None else kind(*found)
+
+
+class Source(NamedTuple):
+    """What a node's output can be made of again, see :mod:`.remade`: what backward knows beside tensors, and these."""
+
+    facts: object
+    saved: Sequence[Tensor | None]
 
 
 def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:

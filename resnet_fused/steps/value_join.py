@@ -50,7 +50,7 @@ class ValueJoin(Join):
         sums = ("norm_add_relu_backward", "norm_relu_coefficients", "lazy_grad_apply")
         return (*product, *sums, *more, *self.gram_ops(program))
 
-    def product(self, f: Forward, terms: Terms, options: dict) -> tuple[Tensor, Tensor]:
+    def product(self, f: Forward | Backward, terms: Terms, options: dict) -> tuple[Tensor, Tensor]:
         """The join as one matrix product, over ``[value | x]`` where the projection is a Gram join too."""
         branch = Branch(f, terms.branch)
         value = f.values[branch.source]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from resnet_fused.models import Bottleneck
 from resnet_fused.testing.vision import import_torchvision
 
 try:
@@ -52,6 +53,28 @@ def test_a_sample_agrees(script, family, module, name, options, fused):
     assert verdict.verdict == script.AGREES, verdict
     assert verdict.text.startswith(f"{fused} convolutions"), verdict.text
     assert "at the call" not in verdict.text
+
+
+def test_a_large_model_is_judged_by_the_same_figures(script, monkeypatch):
+    """Whose parameters exist once."""
+    found, compare = [], script.equality.compare
+
+    def compared(*args, **options):
+        found[-1] += compare(*args, **options)
+        return found[-1][-1:]
+
+    monkeypatch.setattr(script.equality, "compare", compared)
+    for large in (200.0, 0.0):
+        monkeypatch.setattr(script, "LARGE", large)
+        torch.manual_seed(0)
+        model = Net()
+        model[0].append(Bottleneck(8, 2))
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        found.append([])
+        assert script.check(model, 32).verdict == script.AGREES
+        assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if "conv" in name)
+    assert found[0] == found[1] and len(found[0]) > 40
 
 
 @pytest.mark.parametrize(

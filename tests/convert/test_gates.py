@@ -219,10 +219,10 @@ def test_autocast_is_as_exact_as_stock(train):
             assert ours <= 2 * stocks + 0.02, name
 
 
-@pytest.mark.parametrize("gate", [Excite, OwnConv1d])
-def test_compiles_to_one_graph(gate):
+@pytest.mark.parametrize(("gate", "prefer"), [(Excite, "memory"), (OwnConv1d, "speed")])
+def test_compiles_to_one_graph(gate, prefer):
     stock = scattered(Block(8, gate, True)).float()
-    fused, x = resnet_fused.fuse(copy.deepcopy(stock)), image(2, 8, 5, 5).float()
+    fused, x = resnet_fused.fuse(copy.deepcopy(stock), prefer=prefer), image(2, 8, 5, 5).float()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     assert_near(observe(fused, x, compiled), observe(stock, x), rtol=1e-4, atol=1e-4)
 

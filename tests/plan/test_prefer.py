@@ -48,6 +48,12 @@ def test_less_is_saved():
     assert bytes_saved(wide("memory"), x) <= bytes_saved(wide(), x) - raw + 4 * 129 * 128
 
 
+def test_a_gram_matrix_larger_than_what_it_saves_is_not_kept():
+    x = wide_images()[:1, :, :4, :4].contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert ends(wide("memory"), x) == ["plain join (memory is preferred)"]
+    assert bytes_saved(wide("memory"), x) <= bytes_saved(wide(), x)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_numbers_are_stocks(groups):
     fused, x = wide("memory", groups=groups), wide_images()

@@ -154,9 +154,9 @@ def assert_near(found, expected, rtol=1e-9, atol=1e-11):
             assert [found[name].stride(i) for i in sides] == [value.stride(i) for i in sides]
 
 
-def assert_same(block, x, train=True, gated=True, edit=lambda block: None):
+def assert_same(block, x, train=True, gated=True, edit=lambda block: None, prefer=None):
     stock = copy.deepcopy(block).train(train)
-    fused = resnet_fused.fuse(copy.deepcopy(block)).train(train)
+    fused = resnet_fused.fuse(copy.deepcopy(block), prefer=prefer).train(train)
     assert isinstance(fused, FusedModule)
     edit(stock), edit(fused)
     assert ("mean over pixels; opaque" in runs_gate(copy.deepcopy(fused), x)) == gated

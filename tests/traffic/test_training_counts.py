@@ -7,6 +7,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.models import resnet18, resnet50
+from resnet_fused.testing.vision import import_torchvision
 
 
 @pytest.mark.parametrize(("kind", "megabytes", "launches"), [(resnet18, 68, 200), (resnet50, 184, 422)])
@@ -23,3 +24,12 @@ def test_a_basic_block_takes_18_launches():
     model = nn.Sequential(block(64, 64, kind=BasicBlock)).to(memory_format=torch.channels_last)
     (only,) = resnet_fused.explain(model, (256, 64, 56, 56), dtype=torch.bfloat16, device="h100").blocks
     assert only.fused.launches <= 18 < only.stock.launches
+
+
+def test_squeeze_excite_saves_less_where_memory_is_preferred():
+    """As a CPU plans it: what a gate reads is made again. By speed 0.66 is saved."""
+    import_torchvision()
+    timm = pytest.importorskip("timm")
+    model = resnet_fused.fuse(timm.create_model("seresnet50"), prefer="memory")
+    explained = resnet_fused.explain(model, (16, 3, 224, 224)).model
+    assert explained.fused_saved <= 0.42 * explained.stock_saved

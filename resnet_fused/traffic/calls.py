@@ -83,9 +83,14 @@ def _calls_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[Ca
     if OPS[name].parts is None:
         return [Call(name, _arguments(func._schema, args, kwargs))]
     room = getattr(torch.ops, opaque.NAMESPACE)
-    return [
-        Call(part, _arguments(getattr(room, part).default._schema, given, {})) for part, given in OPS[name].parts(*args)
-    ]
+    parts = [(part, getattr(room, part).default._schema, given) for part, given in OPS[name].parts(*args)]
+    return [Call(part, _arguments(schema, given, {})) for part, schema, given in parts if _is_whole(schema, given)]
+
+
+def _is_whole(schema: torch.FunctionSchema, given: tuple) -> bool:
+    """Whether these arguments make a call: a chain's join with its projection has no scales, which its kernel makes."""
+    pairs = zip(schema.arguments, given, strict=False)
+    return all(value is not None or str(argument.type).startswith("Optional") for argument, value in pairs)
 
 
 def _arguments(schema: torch.FunctionSchema, args: tuple, kwargs: dict) -> tuple[tuple[str, object], ...]:

@@ -9,6 +9,8 @@
 #
 # make oldest-triton: compile all Triton kernels with the oldest supported version.
 #   TRITON_ARCHS="90 100"   for these architectures alone
+#
+# make budgets: compile all CUDA kernels for all architectures that they run on: registers, spills, shared memory.
 
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
@@ -23,7 +25,7 @@ ABI_PYTHON ?= .venv-abi/bin/python
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
 SOURCES := $(shell find csrc -type f) setup.py build_support.py pyproject.toml
 
-.PHONY: test bench lint format abi oldest-triton build clean distclean
+.PHONY: test bench lint format abi oldest-triton budgets build clean distclean
 .DEFAULT_GOAL := build
 
 build: build/.installed
@@ -51,6 +53,9 @@ abi: build $(if $(findstring .venv-abi,$(ABI_PYTHON)),.venv-abi/.torch)
 # Register counts are of $(TRITON), for which tiles were chosen; an older one spills a few.
 oldest-triton: build .triton-oldest/.installed
 	PYTHONPATH=$(CURDIR)/.triton-oldest $(PY) -m pytest tests/triton/test_triton_compile.py -k 'not spills'
+
+budgets: build
+	CUDA_ARCHS="80 86 89 90 100 120" $(PY) -m pytest tests/test_cuda_compile.py -k "registers or smallest or shared"
 
 .triton-oldest/.installed:
 	$(PY) -m pip install --no-deps --target .triton-oldest $(OLDEST_TRITON)

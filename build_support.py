@@ -20,7 +20,7 @@ OLDEST_NVCC = (12, 0)  # C++20
 #: One of each major version that has kernels of its own: a binary runs on the later minor versions of its major one, so
 #: 8.0 serves 8.6 and 8.9, 10.0 serves 10.3, and 12.0 serves 12.1. Nothing in csrc/cuda asks for more than 8.0 has:
 #: `mma.sync`, `ldmatrix` and `cp.async` are the same instructions there, of which a binary for 8.6 or 8.9 would be
-#: another order. Each entry costs a sixth to a quarter of the build. PTX is of the last one, for what comes after it.
+#: another order. So all are assembled from one PTX, of 8.0, which is also there for what comes after the last one.
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0"
 
 
@@ -103,11 +103,20 @@ def nvcc_version(nvcc: str) -> str:
     return re.search(r"release (\S+),", output_of([nvcc, "--version"])).group(1)
 
 
+def cuda_headers(nvcc: str) -> str:
+    """Where CUDA's headers are, as nvcc would tell the compiler that it runs."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r'INCLUDES="-I(.+?)"', said)
+    if not found:
+        raise BuildError(f"{nvcc} --dryrun does not say where its headers are; RESNET_FUSED_CUDA=0 builds without CUDA")
+    return os.path.realpath(found.group(1))
+
+
 def cuda_architectures(known: set[str], wanted: str | None = None) -> list[str]:
     """Architectures to build for, such as ``["8.0", "9.0+PTX"]``.
 
     `known` are those of this nvcc ("8.0", ...). `wanted` is TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), taken as it is; by
-    default the sensible ones among `known`, with PTX of the newest for GPUs to come.
+    default the sensible ones among `known`, with PTX for GPUs to come.
     """
     if not wanted:
         chosen = [a for a in DEFAULT_ARCHITECTURES.split() if a in known]
@@ -127,13 +136,22 @@ def known_architectures(nvcc: str) -> set[str]:
 
 
 def gencode_flags(architectures: list[str]) -> list[str]:
-    flags = []
-    for entry in architectures:
-        number = entry.split("+")[0].replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    """One compilation for all that run the instructions of the oldest, from 8.0 on, and an assembly for each of them.
+
+    The kernels ask for nothing newer (DEFAULT_ARCHITECTURES), so that its PTX is theirs, and serves what PTX is asked
+    for too. Older ones lack tensor cores, and those with a letter ask for what no other has: each is compiled apart.
+    """
+    numbers = [entry.split("+")[0].replace(".", "") for entry in architectures]
+    alike = [number for number in numbers if number.isdecimal() and int(number) >= 80]
+    sharing = dict.fromkeys(alike, min(alike, key=int, default=""))
+    codes: dict[str, list[str]] = {}
+    for number in numbers:
+        codes.setdefault(sharing.get(number, number), []).append(f"sm_{number}")
+    for number, entry in zip(numbers, architectures, strict=True):
+        source = sharing.get(number, number)
+        if entry.endswith("+PTX") and f"compute_{source}" not in codes[source]:
+            codes[source].append(f"compute_{source}")
+    return [f"-gencode=arch=compute_{source},code=[{','.join(code)}]" for source, code in codes.items()]
 
 
 def output_of(command: list[str]) -> str:

@@ -22,6 +22,7 @@ from build_support import (  # noqa: E402
     Step,
     check_python_headers,
     cuda_architectures,
+    cuda_headers,
     find_compiler,
     find_nvcc,
     find_torch,
@@ -87,37 +88,40 @@ class Build(build_ext):
         lines = [f'{{"{name}", R"({value})"}},\n' for name, value in facts.items()]
         write_if_changed(directory / "build_facts.inc", "".join(lines))
         command = [self.compiler_name, *flags, *self.includes, f"-I{directory}"]
-        steps = self.steps("resnet_fused._C", command, [self.compiler_name, "-shared"], directory)
-        return self.precompiled(command, directory, steps)
+        steps = self.steps("resnet_fused._C", {".cpp": command}, [self.compiler_name, "-shared"], directory)
+        return self.precompiled("precompiled.h", command, directory, steps)
 
-    def precompiled(self, command: list[str], directory: Path, steps: list[Step]) -> list[Step]:
-        """`steps` of `command` so that torch's headers are read once for all of them, if GCC compiles them.
+    def precompiled(self, source: str, command: list[str], directory: Path, steps: list[Step]) -> list[Step]:
+        """`steps`, of which those of `command` read the headers in `source` once for all, if GCC compiles them.
 
         GCC takes `precompiled.h.gch` for `precompiled.h`, which is there should it not do so.
         """
         if "Free Software Foundation" not in output_of([self.compiler_name, "--version"]):
             return steps
-        source, header = ROOT / "csrc/precompiled.h", directory / "precompiled.h"
-        write_if_changed(header, f'#include "{source}"\n')
-        target, depfile = directory / "precompiled.h.gch", directory / "precompiled.d"
+        header = directory / source.replace("/", "-")
+        write_if_changed(header, f'#include "{ROOT / "csrc" / source}"\n')
+        target, depfile = header.with_suffix(".h.gch"), header.with_suffix(".d")
         make = [*command, "-MD", "-MF", str(depfile), "-x", "c++-header", str(header), "-o", str(target)]
         for step in steps:
-            if step.depfile:
+            if step.command[: len(command)] == command:
                 step.command[1:1] = ["-include", str(header)]
                 step.needs.append(target)
         return [Step(make, [header], target, depfile), *steps]
 
     def cuda_steps(self, directory: Path) -> list[Step]:
-        command = [self.nvcc, f"-ccbin={self.compiler_name}", *NVCC_FLAGS, STABLE_ABI, *self.includes]
-        command += gencode_flags(self.architectures())
-        link = [self.nvcc, f"-ccbin={self.compiler_name}", "-shared", "-cudart=static"]
-        return self.steps("resnet_fused._cuda", command, link, directory)
+        flags = [*NVCC_FLAGS, STABLE_ABI, *gencode_flags(self.architectures())]
+        nvcc = [self.nvcc, f"-ccbin={self.compiler_name}"]
+        headers = cuda_headers(self.nvcc)
+        around = [self.compiler_name, *CXX_FLAGS, "-DUSE_CUDA", STABLE_ABI, *self.includes, "-isystem", headers]
+        commands = {".cu": [*nvcc, *flags], ".cpp": around}
+        steps = self.steps("resnet_fused._cuda", commands, [*nvcc, "-shared", "-cudart=static"], directory)
+        return self.precompiled("cuda/precompiled.h", around, directory, steps)
 
     def architectures(self) -> list[str]:
         return cuda_architectures(known_architectures(self.nvcc), os.environ.get("TORCH_CUDA_ARCH_LIST"))
 
-    def steps(self, name: str, compile_command: list[str], link_command: list[str], directory: Path) -> list[Step]:
-        """One step for every source of the extension `name`, and one that links them."""
+    def steps(self, name: str, commands: dict[str, list[str]], link_command: list[str], directory: Path) -> list[Step]:
+        """One step for every source of the extension `name`, by how it ends, and one that links them."""
         extension = next(ext for ext in self.extensions if ext.name == name)
         library = Path(self.get_ext_fullpath(name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,8 @@ class Build(build_ext):
         for source in extension.sources:
             target = directory / f"{source.replace('/', '-')}.o"
             depfile = target.with_suffix(".d")
-            command = [*compile_command, "-MD", "-MF", str(depfile), "-c", str(ROOT / source), "-o", str(target)]
+            command = [*commands[Path(source).suffix], "-MD", "-MF", str(depfile)]
+            command += ["-c", str(ROOT / source), "-o", str(target)]
             compiles.append(Step(command, [ROOT / source], target, depfile))
         objects = [step.output for step in compiles]
         link = [*link_command, *map(str, objects), "-o", str(library), *self.link_flags]

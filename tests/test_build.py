@@ -125,12 +125,17 @@ def test_unknown_cuda_architectures(wanted):
     assert "7.5 8.0 8.6 9.0 10.0" in text
 
 
-def test_gencode_flags():
-    assert build_support.gencode_flags(["8.0", "9.0a+PTX"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90a,code=compute_90a",
-    ]
+@pytest.mark.parametrize(
+    ("architectures", "flags"),
+    [
+        (["8.0", "9.0", "12.0+PTX"], ["arch=compute_80,code=[sm_80,sm_90,sm_120,compute_80]"]),
+        (["9.0", "8.6"], ["arch=compute_86,code=[sm_90,sm_86]"]),
+        (["8.0", "9.0a+PTX"], ["arch=compute_80,code=[sm_80]", "arch=compute_90a,code=[sm_90a,compute_90a]"]),
+        (["7.5+PTX", "10.0"], ["arch=compute_75,code=[sm_75,compute_75]", "arch=compute_100,code=[sm_100]"]),
+    ],
+)
+def test_gencode_flags(architectures, flags):
+    assert build_support.gencode_flags(architectures) == [f"-gencode={each}" for each in flags]
 
 
 @pytest.mark.parametrize("value", ["0", "many", "-2"])

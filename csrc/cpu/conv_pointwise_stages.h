@@ -163,14 +163,15 @@ RESNET_FUSED_INLINE void finish_group_of(int64_t rows, const float* a, int64_t a
 template <class L, int64_t V, bool adds>
 RESNET_FUSED_INLINE void finish_columns(int64_t columns, int64_t rows, const float* a, int64_t a_pitch, const float* b,
                                         int64_t depth, const Later& later, const Target& t) {
-  if (columns == V * L::lanes) return finish_group_of<L, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, t);
+  const bool whole = columns == V * L::lanes;
   alignas(64) float spare[L::rows * L::panel];
-  for (int64_t r = 0; adds && r < rows; ++r) {
+  for (int64_t r = 0; adds && !whole && r < rows; ++r) {
     float* to = spare + r * L::panel;
     std::fill(std::copy_n(t.residual + r * t.pitch, columns, to), to + L::panel, 0.0f);
   }
-  finish_group_of<L, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, {spare, spare, L::panel, t.least});
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(spare + r * L::panel, columns, t.out + r * t.pitch);
+  const Target to = whole ? t : Target{spare, spare, L::panel, t.least};
+  finish_group_of<L, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, to);  // once: a copy of it is compiled here
+  for (int64_t r = 0; !whole && r < rows; ++r) std::copy_n(spare + r * L::panel, columns, t.out + r * t.pitch);
 }
 
 // Rows of the output, and where their pixels lie in x; `next`: where those of the next tile do, null where gaps are

@@ -17,8 +17,9 @@ struct At;
   template <>                                                                                                  \
   struct At<LEVEL> {                                                                                           \
     TARGET static void convolve(const Stem& p, const float* const* rows, int64_t q, int64_t end, float* out) { \
-      if (p.step == 3) return stem_convolve<LEVEL, 3>(p, rows, q, end, out);                                   \
-      if (p.step == 6) return stem_convolve<LEVEL, 6>(p, rows, q, end, out);                                   \
+      const int64_t step = p.finite && end - q >= kStemGroup<LEVEL> ? p.step : 0;                              \
+      if (step == 3) return stem_convolve<LEVEL, 3>(p, rows, q, end, out);                                     \
+      if (step == 6) return stem_convolve<LEVEL, 6>(p, rows, q, end, out);                                     \
       stem_convolve<LEVEL, 0>(p, rows, q, end, out);                                                           \
     }                                                                                                          \
     TARGET static void correlate(const Stem& p, const float* const* rows, const float* grad, int64_t pitch,    \

@@ -48,10 +48,14 @@ RESNET_FUSED_INLINE void stem_group(const Stem& p, const float* const* rows, int
   }
 }
 
+// The smallest group that so many outputs or more are cut into: no smaller one is compiled for each step.
+template <class L>
+constexpr int64_t kStemGroup = L::rows / 2;
+
 template <class L, int64_t V, int64_t kStep, int64_t M>
 RESNET_FUSED_INLINE void stem_group_of(int64_t outputs, const Stem& p, const float* const* rows, int64_t offset,
                                        StemTaps taps, const float* weight, float* out, int64_t columns) {
-  if constexpr (M > 0) {
+  if constexpr (M >= (kStep ? kStemGroup<L> : 1)) {
     if (outputs == M) return stem_group<L, V, kStep, M>(p, rows, offset, taps, weight, out, columns);
     stem_group_of<L, V, kStep, M - 1>(outputs, p, rows, offset, taps, weight, out, columns);
   }

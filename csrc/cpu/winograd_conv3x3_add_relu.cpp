@@ -46,7 +46,7 @@ struct At;
     }                                                                                                                \
     TARGET static void products(const Problem& p, int64_t block, int64_t sum, const float* v, const float* u,        \
                                 float* m, const float* next) {                                                       \
-      multiply_sum<LEVEL, F>(p, block, sum / F::sums, sum % F::sums, v, u, m, next);                                 \
+      multiply_sum<LEVEL, F, true>(p, block, sum / F::sums, sum % F::sums, v, u, m, next);                           \
     }                                                                                                                \
     TARGET static bool write(const Problem& p, int64_t block, int64_t panel, Problem::Range tiles, float* m,         \
                              const Epilogue& epilogue) {                                                             \

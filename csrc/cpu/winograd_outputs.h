@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "winograd.h"
 #include "winograd_problem.h"
@@ -150,8 +151,8 @@ struct FetchNext {
 
 // m[sum][tile] of sum i in the one and j in the other direction = the products of a block's values with a panel of the
 // weight. What the last makes goes to the second outputs alone: it is left out of tiles that have none. `next`: where
-// the panel lies that comes next, which is fetched meanwhile; or null.
-template <class L, class F>
+// the panel lies that comes next, or null; with `fetches` it is fetched meanwhile.
+template <class L, class F, bool fetches = false>
 RESNET_FUSED_INLINE void multiply_sum(const Problem& p, int64_t block, int64_t i, int64_t j, const float* v,
                                       const float* u, float* m, const float* next = nullptr) {
   constexpr int64_t last = F::sums - 1;
@@ -162,10 +163,17 @@ RESNET_FUSED_INLINE void multiply_sum(const Problem& p, int64_t block, int64_t i
   m += (sum * count + tiles.begin) * p.m_pitch();
   u += first * p.u_plane();
   const int64_t wanted = tiles.end - tiles.begin;
-  if (!next) return multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch());
-  const int64_t steps = (wanted + L::rows - 1) / L::rows * depth, lines = depth * p.u_pitch / 16;
-  multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch(), Nothing{},
-                   FetchNext{next + first * p.u_plane(), std::max<int64_t>(1, steps / lines)});
+  if constexpr (fetches) {
+    constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+    FetchNext fetch{next, kNever, kNever};
+    if (next) {
+      const int64_t steps = (wanted + L::rows - 1) / L::rows * depth, lines = depth * p.u_pitch / 16;
+      fetch = {next + first * p.u_plane(), std::max<int64_t>(1, steps / lines)};
+    }
+    multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch(), Nothing{}, fetch);
+  } else {
+    multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch());
+  }
 }
 
 // The tiles `tiles` of a block, in a panel, from the sums. Returns whether all are finite before the epilogue.

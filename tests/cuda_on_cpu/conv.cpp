@@ -80,8 +80,11 @@ int main() {
   const ConvGeometry stem{1, 9, 11, 3, 5, 7, 7, 5, 6, 2, 2, 3, 3, 1, 1};
   const ConvGeometry apart{1, 6, 6, 65, 8, 3, 3, 6, 6, 1, 1, 2, 2, 2, 2};
   const ConvGeometry pointwise{3, 5, 5, 72, 136, 1, 1, 3, 3, 2, 2, 0, 0, 1, 1};
+  const ConvGeometry many{1, 20, 15, 8, 8, 1, 1, 20, 15, 1, 1, 0, 0, 1, 1};
+  cuda_on_cpu::multiprocessors = 1;  // so that blocks take several tiles
   const bool right = is_right(same, 1) && is_right(same, 2) && is_right(same, 3) && is_right(same, 4) &&
-                     is_right(stem, 0) && is_right(apart, 0) && is_right(pointwise, 1) && is_right(pointwise, 0);
+                     is_right(stem, 0) && is_right(apart, 0) && is_right(pointwise, 1) && is_right(pointwise, 0) &&
+                     is_right(many, 2);
   std::puts(right ? "right" : "wrong");
   return right ? 0 : 1;
 }

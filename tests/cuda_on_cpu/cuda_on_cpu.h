@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cuda/kernels on the CPU, from the very source that nvcc compiles: every CUDA thread is a
-// fiber that runs up to its next barrier, the blocks of a grid run one after another. A missing barrier shows as a
-// wrong value, always the same one. Tensor cores and copies to shared memory are in instructions.h. What this cannot
-// show: speed, coalescing, bank conflicts, memory ordering between blocks.
+// fiber that runs up to its next barrier, the blocks of a grid run one after another. A missing barrier may show as a
+// wrong value, always the same one, and is found by races.cpp whether it does or not. Tensor cores and copies to shared
+// memory are in instructions.h. What this cannot show: speed, coalescing, bank conflicts.
 #pragma once
 
 #include <setjmp.h>
@@ -15,6 +15,8 @@
 #include <cstring>
 #include <functional>
 #include <vector>
+
+#include "races.h"
 
 #define __global__
 #define __device__
@@ -89,6 +91,7 @@ struct Meeting {
 
 // A warp's, with what its lanes brought.
 struct Warp : Meeting {
+  int32_t syncs = 0;  // of them those that order memory
   const char* kind = nullptr;
   void* brought[kWarp];
 };
@@ -123,10 +126,13 @@ inline void release(Meeting& meeting) {
   ++meeting.generation;
 }
 
+inline unsigned thread_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+
 // f(lanes) once for a warp, `lanes` being the arguments of its 32 threads.
 template <class Lane, class F>
 void together(const char* kind, Lane& mine, const F& f) {
-  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const Emulating now;
+  const unsigned thread = thread_number();
   Warp& warp = warps[thread / kWarp];
   if (warp.arrived != 0 && std::strcmp(warp.kind, kind) != 0) stop("the lanes of a warp run different instructions");
   warp.kind = kind;
@@ -136,17 +142,23 @@ void together(const char* kind, Lane& mine, const F& f) {
   release(warp);
 }
 
+inline void meet_block(const char* file, int line) {
+  const Emulating now;
+  if (is_left_out(file, line) || !is_last_to(block_meeting, blockDim.x * blockDim.y * blockDim.z)) return;
+  block_meets();
+  release(block_meeting);
+}
+
+inline void meet_warp(const char* file, int line) {
+  if (is_left_out(file, line)) return;
+  Warp* warp = &warps[thread_number() / kWarp];
+  together("__syncwarp", warp, [](Warp* const* const* lanes) { ++(*lanes[0])->syncs; });
+}
+
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() {
-  using namespace cuda_on_cpu;
-  if (is_last_to(block_meeting, blockDim.x * blockDim.y * blockDim.z)) release(block_meeting);
-}
-
-inline void __syncwarp() {
-  char nothing = 0;
-  cuda_on_cpu::together("__syncwarp", nothing, [](char* const*) {});
-}
+#define __syncthreads() cuda_on_cpu::meet_block(__FILE__, __LINE__)
+#define __syncwarp() cuda_on_cpu::meet_warp(__FILE__, __LINE__)
 
 struct __half {
   _Float16 value;
@@ -173,7 +185,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 namespace cuda_on_cpu {
 
 inline void fiber_main() {
+  kernel_runs(true);
   (*kernel_body)();
+  kernel_runs(false);
   if (!current->copies.empty()) stop("ended before its copies to shared memory had");
   current->done = true;
   for (;;) go(*current, scheduler);
@@ -194,6 +208,7 @@ inline void run_block(std::vector<Fiber>& fibers) {
   std::fill(shared.begin(), shared.end(), 0xFF);  // NaN in every dtype
   warps.assign((fibers.size() + kWarp - 1) / kWarp, Warp());
   block_meeting = Meeting();
+  block_begins();
   for (Fiber& fiber : fibers) start(fiber);
   for (size_t left = fibers.size(); left > 0;) {
     bool moved = false;
@@ -223,6 +238,7 @@ inline void launch(const std::function<void()>& body, dim3 grid, dim3 block, siz
   fibers.resize(block.x * block.y * block.z);
   std::vector<unsigned char>(bytes).swap(shared);  // of just that size: a sanitizer sees what is beyond
   kernel_body = &body;
+  launch_begins();
   blockDim = block;
   gridDim = grid;
   for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {

@@ -16,6 +16,7 @@ using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* p) { return static_cast<unsigned char*>(p); }
 
 inline void make_copy(const on_cpu::Copy& copy) {
+  on_cpu::copy_is_made(copy.to, 16);
   copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
 }
 
@@ -27,29 +28,41 @@ inline void check_shared(const void* p) {
 }
 
 inline void copy_async(SharedAddress to, const void* from, bool there) {
+  const on_cpu::Emulating now;
   check_shared(to);
   if (there && reinterpret_cast<uintptr_t>(from) % 16 != 0) on_cpu::stop("copies from an address that is not aligned");
   const on_cpu::Copy copy{to, there ? from : nullptr, on_cpu::current->group};
-  on_cpu::copies_wait ? on_cpu::current->copies.push_back(copy) : make_copy(copy);
+  if (there) on_cpu::read_memory(from, 16);
+  if (!on_cpu::copies_wait) return make_copy(copy);
+  on_cpu::copy_starts(to, 16);
+  on_cpu::current->copies.push_back(copy);
 }
 
 inline void store_chunk(SharedAddress to, uint4 chunk) {
+  const on_cpu::Emulating now;
   check_shared(to);
+  on_cpu::write_memory(to, 16);
   std::memcpy(to, &chunk, 16);
 }
 
 inline uint4 load_chunk(SharedAddress from) {
+  const on_cpu::Emulating now;
   check_shared(from);
+  on_cpu::read_memory(from, 16);
   uint4 chunk;
   std::memcpy(&chunk, from, 16);
   return chunk;
 }
 
-inline void commit_copies() { ++on_cpu::current->group; }
+inline void commit_copies() {
+  const on_cpu::Emulating now;
+  ++on_cpu::current->group;
+}
 
 // Until at most kGroups of the committed groups of this thread are on their way.
 template <int kGroups>
 void wait_for_copies() {
+  const on_cpu::Emulating now;
   std::vector<on_cpu::Copy>& copies = on_cpu::current->copies;
   const int64_t until = on_cpu::current->group - kGroups;
   const auto later = std::find_if(copies.begin(), copies.end(), [&](const auto& c) { return c.group >= until; });
@@ -66,8 +79,10 @@ struct MatrixLane {
 // Four 8x8 matrices of 16-bit values. Lane i names row i % 8 of matrix i / 8, and receives of every matrix two
 // neighbours of row i / 4: those of columns 2 * (i % 4) and the next.
 inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
+  const on_cpu::Emulating now;
   MatrixLane mine{to, row};
   check_shared(row);
+  on_cpu::read_memory(row, 16);
   on_cpu::together("ldmatrix", mine, [](MatrixLane* const* lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
@@ -79,8 +94,10 @@ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
 
 // Their transposes: two neighbours of column i / 4, of rows 2 * (i % 4) and the next.
 inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+  const on_cpu::Emulating now;
   MatrixLane mine{to, row};
   check_shared(row);
+  on_cpu::read_memory(row, 16);
   on_cpu::together("ldmatrix.trans", mine, [](MatrixLane* const* lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 8; ++i) {  // of a pair of each matrix one value
@@ -92,7 +109,9 @@ inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
 }
 
 inline uint32_t load_word(SharedAddress from) {
+  const on_cpu::Emulating now;
   check_shared(from - (from - on_cpu::shared.data()) % 16);
+  on_cpu::read_memory(from, 4);
   uint32_t word;
   std::memcpy(&word, from, 4);
   return word;

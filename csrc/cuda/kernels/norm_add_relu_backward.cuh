@@ -38,7 +38,7 @@ __device__ inline unsigned keep_bits(const NormAddReluBackwardParams& p, int64_t
 }
 
 template <class T, bool kVectors, bool kRecompute, bool kResidual>
-__global__ void __launch_bounds__(kThreads) norm_add_relu_backward_kernel(const NormAddReluBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) norm_add_relu_backward_kernel(const NormAddReluBackwardParams p) {
   const Channels c = my_channels(p.extent.channels);
   float scale[kGroup], shift[kGroup];
   if constexpr (kRecompute) {

@@ -13,6 +13,8 @@ from triton import language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
+MOST_TYPES = 4096  # kept: each launch brings pointers of its own
+
 
 def install() -> None:
     """For all kernels of this process, which interprets to its end."""
@@ -45,6 +47,8 @@ def _block_types(make):
     def __init__(self, element_ty, shape):
         key = id(element_ty), *(size if type(size) is int else getattr(size, "value", size) for size in shape)
         if key not in known:
+            if len(known) >= MOST_TYPES:
+                known.clear()
             make(self, element_ty, shape)
             known[key] = dict(self.__dict__)  # the element's type among it, so that nothing else comes to have its id
         else:

@@ -10,13 +10,17 @@ import dataclasses
 import functools
 
 from triton import language as tl
+from triton.language import core
 from triton.runtime import interpreter
+
+MOST_TYPES = 4096  # kept: each launch brings pointers of its own
 
 
 def install() -> None:
     """For all kernels of this process, which interprets to its end."""
     interpreter._patch_lang = functools.partial(_patch_once, interpreter._patch_lang, set())
     interpreter._get_np_dtype = functools.partial(_numpy_dtype, interpreter._get_np_dtype, {})
+    core.block_type.__init__ = _block_types(core.block_type.__init__)
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
@@ -33,6 +37,24 @@ def _patch_once(patch, patched, fn):
 @functools.cache
 def _modules(fn):
     return frozenset(value for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+
+def _block_types(make):
+    """What `make` makes of a block's type, which each operation makes anew, in words and all, made once."""
+    known = {}
+
+    @functools.wraps(make)
+    def __init__(self, element_ty, shape):
+        key = id(element_ty), *(size if type(size) is int else getattr(size, "value", size) for size in shape)
+        if key not in known:
+            if len(known) >= MOST_TYPES:
+                known.clear()
+            make(self, element_ty, shape)
+            known[key] = dict(self.__dict__)  # the element's type among it, so that nothing else comes to have its id
+        else:
+            self.__dict__.update(known[key])
+
+    return __init__
 
 
 def _numpy_dtype(find, known, dtype):

@@ -1,8 +1,9 @@
 """Whether a CPU's programs run on values: their 1x1 convolutions by our kernels, which apply normalisation on load.
 
 What decides are the passes over activations that are left out, which ``explain`` counts. ``benchmarks/conv1x1.py``
-compares both ways, each with all the passes that it takes. Without AVX2 nothing is measured, and programs stay on
-tensors.
+compares both ways, each with all the passes that it takes. Without AVX-512 programs stay on tensors: with AVX2 on a
+Zen 3 ResNet-50's step took as long either way (1.29x and 1.34x of eager, benchmarks/results/epyc-avx2-2core/
+runs.jsonl:25 and :18), and values kept 10 MB of 783 more.
 """
 
 from __future__ import annotations
@@ -14,20 +15,18 @@ from ..library import status
 from ..steps.program import Call
 from . import choose, too_small
 
-_VECTOR = 16  #: Channels that a vector is filled by, of AVX2 two.
-#: Pixels from which on the weight, which is packed at each call, is the lesser part: at 49 pixels of 2048 channels both
-#: ways took the same time. With AVX2 ResNet-50's convolutions at 7x7 took 1.0 to 1.22 of the other way's time at batch
-#: 8, those at 14x14 0.83 to 1.06, the others 0.82 to 1.06.
-_LEAST_PIXELS = {"avx512": 196, "avx2": 1500}
+#: Channels that a vector is filled by; and pixels from which on the weight, which is packed at each call, is the lesser
+#: part: at 49 pixels of 2048 channels both ways took the same time.
+_VECTOR, _LEAST_PIXELS = 16, 196
 
 
 def serve(call: Call) -> bool:
-    """Whether the CPU's kernels take the 1x1 convolutions of `call`, at a level that they were measured at."""
+    """Whether the CPU's kernels take the 1x1 convolutions of `call`, at the level that they were measured at."""
     x = call.x
     here = x.device.type == "cpu" and not choose.on_gpu(x) and call.program.backend in ("auto", "cpu")
     if not here or x.dtype != torch.float32:
         return False
-    return level() in _LEAST_PIXELS
+    return level() == "avx512"
 
 
 @constant_in_graphs
@@ -41,7 +40,7 @@ def pay(call: Call, shapes: list[torch.Size]) -> bool:
     """Whether they are expected to be faster than the steps on tensors. `shapes`: of the values."""
     pointwise = [(value, own.weight) for value, node, own in call.convolutions if node.conv.is_pointwise(own.weight)]
     full = all(size % _VECTOR == 0 for _, weight in pointwise for size in weight.shape[:2])
-    return full and all(too_small.pixels(shapes[value]) >= _LEAST_PIXELS[level()] for value, _ in pointwise)
+    return full and all(too_small.pixels(shapes[value]) >= _LEAST_PIXELS for value, _ in pointwise)
 
 
 def pay_averaged(call: Call, conv: int, averaged: torch.Size) -> bool:
@@ -52,4 +51,4 @@ def pay_averaged(call: Call, conv: int, averaged: torch.Size) -> bool:
     """
     own = call.tensors[conv - call.program.inputs]
     full = all(size % _VECTOR == 0 for size in own.weight.shape[:2])
-    return full and own.bias is None and serve(call) and too_small.pixels(averaged) >= _LEAST_PIXELS[level()]
+    return full and own.bias is None and serve(call) and too_small.pixels(averaged) >= _LEAST_PIXELS

@@ -80,13 +80,19 @@ def takes(x: Tensor, weight: Tensor, conv: Conv, backend: str, read: tuple[int, 
 
     24 channels, of which two vectors hold one group, took 0.92 to 1.09. The batch statistics come along for nothing.
 
-    Two threads of a Zen 3 with AVX2 alone (benchmarks/results/GROUPED):
+    Two threads of a Zen 3 with AVX2 alone (benchmarks/results/epyc-avx2-2core/runs.jsonl:23):
 
-    ========  =====================  =====================  ======================
-    channels  larger than 14x14 out  stride 2               14x14, and 7x7
-    ========  =====================  =====================  ======================
-    4         TODO
-    ========  =====================  =====================  ======================
+    ========  ==========================  ==========================  ======================
+    channels  larger than 14x14 out       stride 2                    14x14; 7x7
+    ========  ==========================  ==========================  ======================
+    4         2.0, 2.1 / 2.1, 2.2
+    8         1.3 to 1.7 / 1.4 to 1.7     1.4, 2.0 / 1.4, 2.8
+    16        1.0 to 1.2 / 1.2 to 1.5     0.8 to 1.2 / 1.7 to 2.8     1.0, 1.2 / 1.3, 1.8
+    24        0.9, 1.3 / 0.95, 1.4
+    32                                    1.3 to 1.5 / 1.3 to 1.4     1.1 / 1.1; 1.1, 1.25 / 1.1, 1.2
+    56 to 64  0.9 / 0.9                   1.0 / 1.1                   1.0 / 0.96; 1.0 / 1.0
+    112, 128  0.8, 1.0 / 0.8, 0.9         0.95 / 1.1
+    ========  ==========================  ==========================  ======================
     """
     if not _serves(x, weight, conv, backend):
         return False
@@ -105,7 +111,8 @@ def takes_gradient(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backend:
     """Whether the op `grouped_conv3x3_wgrad` has the weight's gradient, and is faster.
 
     As :func:`takes`: 3.3 to 6.5 with 4 and 8 channels in groups at 56x56, 1.6 to 2.7 at 28x28; with 16 1.1 to 2.7, 0.9
-    to 1.2 at 14x14; with 32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256.
+    to 1.2 at 14x14; with 32 1.1 to 1.8 of stride 2, 1.2 at 14x14, 0.8 to 1.0 at 7x7; 1.1 to 2.1 with 64 to 256. With
+    AVX2 1.1 to 3.0 with at most 24; with 32 0.95 to 1.9, 1.0 at 7x7; 1.0 to 1.7 with 56 to 256.
     """
     if not _serves(x, weight, conv, backend) or not is_channels_last(grad) or grad.dtype != x.dtype:
         return False

@@ -3,7 +3,8 @@
 A gate (:mod:`.gate`) needs its input for the gradient of its factor. Where that is what a program made, it holds in
 its place what makes it: the raw tensor that the last norm read, or, where a Gram join never wrote that, what its
 convolution read, with the weight. The node holds the same tensors, so that nothing more is kept, and a write to the
-weight is noticed as it is there. The ops of the forward run again on the same bits, and give the same.
+weight is noticed as it is there: not one through `.data`, with which the gate's gradients are of another input than its
+forward read. The ops of the forward run again on the same bits, and give the same.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Case:
     @property
     def fills_gpus(self) -> bool:
         """Whether there are as many pixels as a GPU needs to be given the largest tiles."""
-        return isinstance(self.args[0], Tensor) and self.args[0].dim() == 4 and self.args[0][:, 0].numel() > 2**14
+        return any(isinstance(t, Tensor) and t.dim() == 4 and t[:, 0].numel() > 2**14 for t in self.args[:1])
 
 
 class Draw:

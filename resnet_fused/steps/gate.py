@@ -90,8 +90,7 @@ class _Gate(torch.autograd.Function):
         ctx.backend, ctx.facts, ctx.zeros = backend, None, None
         kept = [y]
         if again is not None:
-            (ctx.facts, _), ctx.zeros = again
-            kept = remade.held(again[0])
+            (ctx.facts, kept), ctx.zeros = again
             ctx.layouts = layouts_of(kept)
         ctx.save_for_backward(factor, out if relu else None, *kept)
         return out

@@ -2,9 +2,8 @@
 
 A gate (:mod:`.gate`) needs its input for the gradient of its factor. Where that is what a program made, it holds in
 its place what makes it: the raw tensor that the last norm read, or, where a Gram join never wrote that, what its
-convolution read, with the weight. The node holds the same tensors, so that nothing more is kept, and a write to the
-weight is noticed as it is there: not one through `.data`, with which the gate's gradients are of another input than its
-forward read. The ops of the forward run again on the same bits, and give the same.
+convolution read, with a copy of the weight. But for that the node holds the same tensors, so that nothing more is kept.
+The ops of the forward run again on the same bits, and give the same, whatever was written to a parameter in between.
 """
 
 from __future__ import annotations
@@ -30,10 +29,20 @@ def can_be(program: Program, last: Kind) -> bool:
 
 
 def source_of(facts: Facts, saved: Sequence[Tensor | None], out: Tensor) -> Source | None:
-    """What makes `out` again; None where it is not to be, or is kept anyway. `saved`: by the program's node."""
+    """What makes `out` again; None where it is not to be, is kept anyway, or is smaller. `saved`: by the node.
+
+    Of what that saves, the tensors that make the output are in their places, parameters as copies, and None for others.
+    """
     if not facts.lowered.remakes or any(t is out for t in saved):
         return None
-    return Source(facts, saved)
+    last, b = facts.lowered.steps[-1], _restored(facts, saved)
+    wanted, parameters = ({id(t) for t in Recorder(item).flat} for item in (last.remade_from(b), b.tensors))
+    entering = {id(t) for t in b.values[: facts.lowered.program.inputs]}  # which anybody may write to
+    copied = [t for t in saved if t is not None and id(t) in wanted & parameters]
+    if wanted & entering or sum(t.nbytes for t in copied) >= out.nbytes:
+        return None
+    held = [None if id(t) not in wanted else t.detach().clone() if id(t) in parameters else t for t in saved]
+    return Source(facts, held)
 
 
 def _restored(facts: Facts, saved: Sequence[Tensor | None]) -> Backward:
@@ -41,16 +50,8 @@ def _restored(facts: Facts, saved: Sequence[Tensor | None]) -> Backward:
     return restored(facts, nothing, saved)
 
 
-def held(source: Source) -> list[Tensor | None]:
-    """Of what the node saves, that which makes the output, in its place; None for all else."""
-    facts, saved = source
-    read = Recorder(facts.lowered.steps[-1].remade_from(_restored(facts, saved))).flat
-    wanted = {id(t) for t in read}
-    return [t if id(t) in wanted else None for t in saved]
-
-
 def make(facts: Facts, saved: Sequence[Tensor | None]) -> Tensor:
-    """The output; `saved`: what was :func:`held`."""
+    """The output; `saved`: what a :class:`Source` holds."""
     device = next(t.device.type for t in saved if t is not None)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         return facts.lowered.steps[-1].remade(_restored(facts, saved))

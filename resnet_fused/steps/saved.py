@@ -52,7 +52,7 @@ class Source(NamedTuple):
     """What a node's output can be made of again, see :mod:`.remade`: what backward knows beside tensors, and these."""
 
     facts: object
-    saved: Sequence[Tensor | None]
+    held: Sequence[Tensor | None]
 
 
 def layouts_of(flat: list[Tensor | None]) -> tuple[bool, ...]:

@@ -13,7 +13,7 @@ from resnet_fused.steps import Act, Call, Norm
 from resnet_fused.steps.flow import Handed
 from resnet_fused.steps.program import Convolution, Normalisation, Program
 from resnet_fused.steps.program_node import run_program
-from resnet_fused.steps.remade import held, make
+from resnet_fused.steps.remade import make
 
 GRAM, VALUES, ALL = Variant(gram=True), Variant(True), Variant(True, gram=True)
 #: The last norm, the last convolution, the variant, and the convolution's bias.
@@ -46,12 +46,19 @@ def called(norm, conv, bias, dtype, act=None, relu=False):
 def assert_made_again(call, variant):
     lowered, handed = steps_of(call, variant), Handed()
     out = run_program(lowered, call, handed)
-    kept, place = held(handed.source), out.untyped_storage().data_ptr()
+    (facts, kept), place = handed.source, out.untyped_storage().data_ptr()
     assert all(t is None or t.untyped_storage().data_ptr() != place for t in kept)
-    assert {id(t) for t in kept if t is not None} <= {id(t) for t in handed.source.saved}
-    assert sum(t is not None and t.dim() == 4 and t is not call.tensors[2].weight for t in kept) == 1
-    assert torch.equal(make(handed.source.facts, kept), out)
+    by_node = {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}
+    copies = [t for t in kept if t is not None and t.data_ptr() not in by_node]
+    assert [t.shape for t in copies if t.dim() > 1] == ([call.tensors[2].weight.shape] if variant.gram else [])
+    assert sum(t is not None and t.dim() == 4 for t in kept) == 1 + variant.gram
+    expected = out.detach().clone()
     out.sum().backward()
+    for own in call.tensors:  # which nothing sees
+        for t in own[:4]:
+            if t is not None:
+                t.data.mul_(-1.7)
+    assert torch.equal(make(facts, kept), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -67,6 +74,25 @@ def test_it_is_made_bit_for_bit(end, dtype):
 @pytest.mark.parametrize("act", [None, Act(activation.SILU)])
 def test_with_an_activation(act):
     assert_made_again(called(NORM, P3, False, torch.float32, act, relu=act is None), Variant())
+
+
+def test_none_where_a_copy_of_the_weight_would_be_larger():
+    call = called(NORM, P1, False, torch.float32)
+    small = call._replace(x=call.x.detach()[:1, :, :2, :2].contiguous(memory_format=torch.channels_last))
+    for one, made in ((call, True), (small._replace(x=small.x.requires_grad_()), False)):
+        handed = Handed()
+        run_program(steps_of(one, GRAM), one, handed)
+        assert (handed.source is not None) is made
+
+
+def test_none_of_what_somebody_else_may_write_to():
+    """A Gram join's convolution that reads the program's input."""
+    call = called(NORM, P1, False, torch.float32)
+    program = Program((Convolution(0, P1), Normalisation(1, NORM, False)), backend="auto", prefer="memory")
+    x = torch.randn(3, 8, 6, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    handed, alone = Handed(), call._replace(program=program, x=x, tensors=call.tensors[2:])
+    run_program(steps_of(alone, GRAM), alone, handed)
+    assert handed.source is None
 
 
 def test_none_where_it_is_kept_anyway_or_not_to_be():

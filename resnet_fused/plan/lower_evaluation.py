@@ -203,16 +203,17 @@ def _compiled(call: Call, whole: frozenset[int], place: torch.device | None) -> 
 
 
 def _in_one_call(call: Call, lowered: Lowered, place: torch.device | None) -> Lowered:
-    """Compiled convolutions that are all of a program as one call, where there is a kernel of that."""
+    """Compiled convolutions that are all of a program as one call, where there are kernels of that."""
     name, checks = call.program.backend, not isinstance(call.x, FakeTensor)
-    if len(lowered.steps) > 1 and all(isinstance(step, CompiledConvolution) for step in lowered.steps):
-        if name == "auto":
-            lacks = soundness.lacking(("conv_chain",), call.x.dtype, place, checks)
-        else:
-            lacks = "conv_chain" not in backends()[name].kernels
-        weights = {value: own.weight.shape for value, _, own in call.convolutions}
-        lowered = lowered if lacks else chained(lowered, weights)
-    return lowered
+    if len(lowered.steps) < 2 or not all(isinstance(step, CompiledConvolution) for step in lowered.steps):
+        return lowered
+    chain = chained(lowered, {value: own.weight.shape for value, _, own in call.convolutions})
+    ops = ("conv_chain", "conv1x1_join") if chain.steps[0].joined else ("conv_chain",)  # by whose kernel it is launched
+    if name == "auto":
+        lacks = soundness.lacking(ops, call.x.dtype, place, checks)
+    else:
+        lacks = not backends()[name].kernels.keys() >= set(ops)
+    return lowered if lacks else chain
 
 
 def _cost(call: Call, lowered: Lowered) -> tuple[int, int]:

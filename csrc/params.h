@@ -157,16 +157,21 @@ struct ConvGeometry {
   int dilation_h, dilation_w;
 };
 
+// What follows a convolution in evaluation: its bias, and batch norm with running statistics.
+struct RunningNorm {
+  const float* bias;   // [k] or null
+  const float* mean;   // [k] or null: no batch norm
+  const float* var;    // [k], null without mean
+  const float* gamma;  // [k] or null
+  const float* beta;   // [k] or null
+  float eps;           //
+};
+
 struct ConvNormAddReluParams {
   ConvGeometry geometry;
   const void* x;         // [n, h, w, c]
   const void* weight;    // [k, r, s, c]
-  const float* bias;     // [k] or null
-  const float* mean;     // [k] or null: no batch norm
-  const float* var;      // [k], null without mean
-  const float* gamma;    // [k] or null
-  const float* beta;     // [k] or null
-  float eps;             //
+  RunningNorm norm;      //
   const void* residual;  // [n, p, q, k] or null; may be `out`
   void* out;             // [n, p, q, k]
   bool relu;
@@ -181,16 +186,6 @@ struct Conv1x1Params {
   void* z;                 // [n, p, q, k]
   float* partial;          // scratch, conv1x1_partial_floats() of it; null: no statistics
   StatisticsParams found;  // of z; its mean null: none are asked for
-};
-
-// What follows a convolution in evaluation: its bias, and batch norm with running statistics.
-struct RunningNorm {
-  const float* bias;   // [k] or null
-  const float* mean;   // [k] or null: no batch norm
-  const float* var;    // [k], null without mean
-  const float* gamma;  // [k] or null
-  const float* beta;   // [k] or null
-  float eps;           //
 };
 
 struct Conv1x1JoinParams {

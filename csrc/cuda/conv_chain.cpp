@@ -17,10 +17,9 @@ ConvGeometry checked_geometry(const ChainConvolution& c) {
   return geometry_of(c.op, c.x, c.weight, stride, padding, dilation);
 }
 
-RunningNorm norm_of(const ChainConvolution& c) {
+BehindConv behind(const ChainConvolution& c) {
   const OptionalTensor* b = c.behind;
-  return {pointer<float>(b[0]), pointer<float>(b[1]), pointer<float>(b[2]),
-          pointer<float>(b[3]), pointer<float>(b[4]), static_cast<float>(c.eps)};
+  return {b[0], b[1], b[2], b[3], b[4], c.eps, c.step.relu};
 }
 
 // A sum and the projection that it adds, in one launch.
@@ -43,7 +42,7 @@ Tensor join_step(const ChainConvolution& c) {
   p.weight = c.weight.numel() ? c.weight.const_data_ptr() : nullptr;
   p.x2 = second.x.numel() ? second.x.const_data_ptr() : nullptr;
   p.weight2 = second.weight.numel() ? second.weight.const_data_ptr() : nullptr;
-  p.norms[0] = norm_of(c), p.norms[1] = norm_of(second);
+  p.norms[0] = norm_of(behind(c)), p.norms[1] = norm_of(behind(second));
   p.out = output<void>(out);
   p.relu = c.step.relu;
   const cudaStream_t stream = current_stream(c.x);
@@ -57,7 +56,7 @@ Tensor convolve_step(const ChainConvolution& c) {
   const Tensor out = c.target({g.n, g.k, g.p, g.q}, [&] { return empty_images(c.x, g.n, g.k, g.p, g.q); });
   const OptionalTensor* b = c.behind;
   check_behind_conv(c.op, out, b[0], b[1], b[2], b[3], b[4], c.residual);
-  convolve(c.op, out, c.x, c.weight, g, {b[0], b[1], b[2], b[3], b[4], c.eps, c.step.relu}, c.residual);
+  convolve(c.op, out, c.x, c.weight, g, behind(c), c.residual);
   return out;
 }
 

@@ -12,12 +12,7 @@ void convolve(const char* op, const Tensor& out, const Tensor& x, const Tensor& 
   const ConvNormAddReluParams params{geometry,
                                      x.numel() ? x.const_data_ptr() : nullptr,
                                      rows.numel() ? rows.const_data_ptr() : nullptr,
-                                     pointer<float>(b.bias),
-                                     pointer<float>(b.mean),
-                                     pointer<float>(b.var),
-                                     pointer<float>(b.gamma),
-                                     pointer<float>(b.beta),
-                                     static_cast<float>(b.eps),
+                                     norm_of(b),
                                      pointer<void>(residual),
                                      output<void>(out),
                                      b.relu};

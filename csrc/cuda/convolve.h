@@ -12,6 +12,11 @@ struct BehindConv {
   bool relu;
 };
 
+inline RunningNorm norm_of(const BehindConv& b) {
+  return {pointer<float>(b.bias),  pointer<float>(b.mean), pointer<float>(b.var),
+          pointer<float>(b.gamma), pointer<float>(b.beta), static_cast<float>(b.eps)};
+}
+
 // Everything has been checked, and the device is guarded. `residual` may be `out`.
 void convolve(const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const ConvGeometry& geometry,
               const BehindConv& behind, const OptionalTensor& residual);

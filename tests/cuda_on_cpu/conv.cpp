@@ -27,7 +27,7 @@ extern "C" int conv_norm_add_relu(int dtype, int tile, bool copies_wait, const i
                                   const void* weight, const float* bias, const float* mean, const float* var,
                                   const float* gamma, const float* beta, float eps, const void* residual, void* out,
                                   bool relu) {
-  ConvNormAddReluParams p{{}, x, weight, bias, mean, var, gamma, beta, eps, residual, out, relu};
+  ConvNormAddReluParams p{{}, x, weight, {bias, mean, var, gamma, beta, eps}, residual, out, relu};
   std::memcpy(&p.geometry, geometry, sizeof p.geometry);
   cuda_on_cpu::copies_wait = copies_wait;
   return cuda_on_cpu::with_type(dtype, [&](auto t) { run_as<decltype(t)>(p, tile); });
@@ -49,8 +49,7 @@ bool is_right(const ConvGeometry& g, int tile) {
   const auto residual = drawn(size_t(g.n) * g.p * g.q * g.k);
   std::vector<__nv_bfloat16> out(residual.size());
   const std::vector<float> bias(g.k, 2.f);
-  const ConvNormAddReluParams p{g,       x.data(), weight.data(), bias.data(),     nullptr,    nullptr,
-                                nullptr, nullptr,  0.f,           residual.data(), out.data(), true};
+  const ConvNormAddReluParams p{g, x.data(), weight.data(), {.bias = bias.data()}, residual.data(), out.data(), true};
   run_as<__nv_bfloat16>(p, tile);
   size_t at = 0;
   for (int n = 0; n < g.n; ++n) {

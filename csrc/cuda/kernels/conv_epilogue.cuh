@@ -5,9 +5,8 @@
 
 namespace resnet_fused::cuda {
 
-// Batch norm and bias of output k as scale and shift. `p`: a RunningNorm, or what has its members.
-template <class Params>
-__device__ inline void make_affine(float& scale, float& shift, const Params& p, int k) {
+// Batch norm and bias of output k as scale and shift.
+__device__ inline void make_affine(float& scale, float& shift, const RunningNorm& p, int k) {
   scale = 1.f;
   shift = p.bias ? p.bias[k] : 0.f;
   if (!p.mean) return;
@@ -20,7 +19,7 @@ template <int kTileCols>
 __device__ inline void load_affine(float* scale, float* shift, const ConvNormAddReluParams& p, int first) {
   for (int i = threadIdx.x; i < kTileCols; i += kConvThreads) {
     float a = 1.f, b = 0.f;
-    if (first + i < p.geometry.k) make_affine(a, b, p, first + i);
+    if (first + i < p.geometry.k) make_affine(a, b, p.norm, first + i);
     scale[i] = a;
     shift[i] = b;
   }

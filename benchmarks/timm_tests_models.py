@@ -63,15 +63,20 @@ def leave_out(item: pytest.Item, why: str) -> NoReturn:
     pytest.skip(why)
 
 
+def without_values(create: Callable[..., torch.nn.Module], *args, **kwargs) -> torch.nn.Module | None:
+    """A model of no memory; None of one that reads a value while it is made, which such tensors refuse."""
+    try:
+        with torch.device("meta"):
+            return create(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def size(create: Callable[..., torch.nn.Module], args: tuple, kwargs: dict) -> float:
     """Millions of parameters of a model, made without values where that can be done."""
     key = repr((args, kwargs))
     if key not in _sizes:
-        try:
-            with torch.device("meta"):
-                model = create(*args, **kwargs)
-        except (RuntimeError, NotImplementedError):  # reads a value while it is made
-            model = create(*args, **kwargs)
+        model = without_values(create, *args, **kwargs) or create(*args, **kwargs)
         _sizes[key] = sum(p.numel() for p in model.parameters()) / 1e6
     return _sizes[key]
 
@@ -79,10 +84,8 @@ def size(create: Callable[..., torch.nn.Module], args: tuple, kwargs: dict) -> f
 def untouched(create: Callable[..., torch.nn.Module], name: str) -> bool:
     """Whether ``fuse`` leaves every module of a model the class that it was; asked once, of a model without values."""
     if name not in _untouched:
-        try:
-            with torch.device("meta"):
-                model = create(name)
-        except (RuntimeError, NotImplementedError):  # reads a value while it is made
+        model = without_values(create, name)
+        if model is None:
             return _untouched.setdefault(name, False)
         classes = [type(module) for module in model.modules()]
         with warnings.catch_warnings():

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -52,20 +53,35 @@ def copied(model: nn.Module, double: bool) -> Iterator[nn.Module]:
 def lent(model: nn.Module, double: bool) -> Iterator[nn.Module]:
     """The same without memory for the parameters of both: the copy's are the model's own, for as long in float64.
 
-    For models so large that there is no room for more.
+    For models so large that there is no room for more. Gradients of float64, which every other run is compared with,
+    are moved to a file as they are made.
     """
     parameters = list(model.parameters())
     before = [(parameter.dtype, parameter.grad) for parameter in parameters]
+    filed = []
     try:
         for parameter in parameters:
             parameter.grad = None
         made = copy.deepcopy(model, {id(parameter): parameter for parameter in parameters})
+        if double:
+            filed = [p.register_post_accumulate_grad_hook(move_gradient) for p in parameters if p.requires_grad]
         yield made.double() if double else made
     finally:
+        for handle in filed:
+            handle.remove()
         for parameter, (own, grad) in zip(parameters, before, strict=True):
             parameter.grad = None
             parameter.data = parameter.data.to(own)
             parameter.grad = grad
+
+
+@torch.no_grad()
+def move_gradient(parameter: nn.Parameter) -> None:
+    """Move the gradient of a parameter to a file without a name, mapped: it ends with its last tensor."""
+    grad = parameter.grad
+    with tempfile.NamedTemporaryFile() as file:
+        mapped = torch.from_file(file.name, shared=True, size=max(1, grad.numel()), dtype=grad.dtype)
+    parameter.grad = mapped[: grad.numel()].view(grad.shape).copy_(grad)
 
 
 #: :func:`copied` or :func:`lent`.

@@ -110,7 +110,7 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const fl
     for (int64_t r = 0; r < R; ++r) {
       const float value = a[r * a_pitch + k];
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < V; ++j) sums[r][j] += value * columns[j];
+      for (int64_t j = 0; j < V; ++j) multiply_add(sums[r][j], value, columns[j]);
     }
   });
 }

@@ -75,7 +75,7 @@ RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const f
     for (int64_t r = 0; r < R; ++r) {
       const float value = a[r * a_pitch + k];
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
+      for (int64_t j = 0; j < kVectors; ++j) multiply_add(sums[r][j], value, columns[j]);
     }
   });
 #pragma GCC unroll 16
@@ -128,7 +128,7 @@ RESNET_FUSED_INLINE void multiply_columns_group(const float* a, int64_t a_pitch,
     for (int64_t r = 0; r < R; ++r) {
       const float value = a[r];
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < kVectors; ++j) sums[r][j] += value * columns[j];
+      for (int64_t j = 0; j < kVectors; ++j) multiply_add(sums[r][j], value, columns[j]);
     }
   }
 #pragma GCC unroll 16

@@ -30,7 +30,7 @@ RESNET_FUSED_INLINE void stem_group(const Stem& p, const float* const* rows, int
       for (int64_t m = 0; m < M; ++m) {
         const float value = a[m * step + t];
 #pragma GCC unroll 2
-        for (int64_t j = 0; j < V; ++j) sums[m][j] += value * columns_of[j];
+        for (int64_t j = 0; j < V; ++j) multiply_add(sums[m][j], value, columns_of[j]);
       }
     }
   }
@@ -106,7 +106,7 @@ RESNET_FUSED_INLINE void stem_products(const float* x, int64_t step, const float
     for (int64_t m = 0; m < M; ++m) {
       const float value = x[m];
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < V; ++j) found[m][j] += value * columns[j];
+      for (int64_t j = 0; j < V; ++j) multiply_add(found[m][j], value, columns[j]);
     }
   }
 #pragma GCC unroll 16

@@ -118,8 +118,8 @@ RESNET_FUSED_INLINE void multiply_rows(float* sums, const float* grad, const flo
       load_vector(x1, x + L::kLanes);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < R; ++r) {
-        short_low[r] += grad[r] * x0;
-        short_high[r] += grad[r] * x1;
+        multiply_add(short_low[r], grad[r], x0);
+        multiply_add(short_high[r], grad[r], x1);
       }
     }
 #pragma GCC unroll 16

@@ -116,6 +116,10 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? weight2=None, Tensor? scale2=None, Tensor? shift2=None, int[2] stride2=1, "
       "Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) -> (Tensor out, Tensor mask)");
   m.def(
+      "conv_join(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual=None, int[2] stride=1, "
+      "int[2] padding=0, int[2] dilation=1, Tensor? sample_factor=None, bool relu=True, bool emit_mask=False) "
+      "-> (Tensor out, Tensor mask)");
+  m.def(
       "gram(Tensor a, Tensor centre, Tensor? scale=None, Tensor? shift=None, int[2] stride=1) "
       "-> (Tensor gram, Tensor total)");
   m.def(

@@ -175,6 +175,10 @@ struct ConvNormAddReluParams {
   const void* residual;  // [n, p, q, k] or null; may be `out`
   void* out;             // [n, p, q, k]
   bool relu;
+  const float* scale = nullptr;          // [k] or null: scale and shift are made of `norm`
+  const float* shift = nullptr;          // [k], null without scale
+  const float* sample_factor = nullptr;  // [n] or null
+  uint8_t* mask = nullptr;               // [n*p*q, ceil(k/8)] or null
 };
 
 struct Conv1x1Params {

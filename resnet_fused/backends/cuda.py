@@ -82,6 +82,7 @@ PRODUCTS = {
     "conv1x1_dgrad": {"unsupported": cuda_gradients.dgrad_reasons, "more_cases": conv_gradient_cases.dgrad_tiles},
     "conv1x1_wgrad": {"unsupported": cuda_gradients.wgrad_reasons, "more_cases": conv_gradient_cases.wgrad_tiles},
     "conv_values": {"unsupported": cuda_conv.conv_values_reasons},
+    "conv_join": {"unsupported": cuda_conv.conv_join_reasons},
 }
 #: Of the Gram join, whose products of float32 are in full whatever is allowed for convolutions.
 GRAM = {
@@ -92,7 +93,9 @@ GRAM = {
 _status = library.status()
 #: Ops that a plan for a GPU elsewhere takes to have kernels here: what an install with nvcc builds. Not where this
 #: PyTorch could load them and they are not there.
-ASSUMED = frozenset((*CONVOLUTIONS, "conv_values") if _status.cuda.loaded or torch.version.cuda is None else ())
+ASSUMED = frozenset(
+    (*CONVOLUTIONS, "conv_values", "conv_join") if _status.cuda.loaded or torch.version.cuda is None else ()
+)
 BACKEND = check_complete(
     Backend(
         name="cuda",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import library
-from ..ops import conv1x1, conv1x1_join, conv_norm_add_relu, conv_values, gram
+from ..ops import conv1x1, conv1x1_join, conv_join, conv_norm_add_relu, conv_values, gram
 from ..ops import conv_chain as chain
 from ..ops.contract import is_channels_last, takes_arguments_of
 from ..ops.conv_add_relu import output_shape
@@ -151,6 +151,16 @@ def conv1x1_reasons(a) -> list[str]:
 def conv_values_reasons(a) -> list[str]:
     """Reasons against `conv_values`."""
     found = _reasons(a.x, a.weight, (a.x_scale, a.x_shift), None, a.stride, a.padding, a.dilation)
+    return found if _is_dense(a.weight) else [*found, "takes a dense weight only"]
+
+
+@takes_arguments_of(conv_join.reference)
+def conv_join_reasons(a) -> list[str]:
+    """Reasons against `conv_join`."""
+    vectors = a.scale, a.shift, a.sample_factor
+    found = _reasons(a.x, a.weight, vectors, a.residual, a.stride, a.padding, a.dilation)
+    if a.residual is not None and a.residual.dtype != a.x.dtype:
+        found.append("takes residual and x of one dtype")
     return found if _is_dense(a.weight) else [*found, "takes a dense weight only"]
 
 

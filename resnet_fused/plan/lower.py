@@ -91,6 +91,7 @@ class _Chosen(NamedTuple):
     variant: Variant
     gram: frozenset[int]  # the norms whose branches are Gram joins
     taps: frozenset[int]  # the convolutions by `conv_values`, where the 1x1 ops do not take them
+    frozen: frozenset[int]  # the norms that are part of their convolution's launch, of `gram` too
 
 
 def steps_of(call: Call, variant: Variant) -> Lowered:
@@ -106,7 +107,9 @@ def steps_of(call: Call, variant: Variant) -> Lowered:
         raise ValueError(f"no steps run this program: {reason}")
     main, projections = variants.gram_branches(call, variant.values)
     gram = (main if variant.gram else frozenset()) | (projections if variant.gram_shortcut else frozenset())
-    chosen = _Chosen(variant, gram, gpu_values.taps(call) if variant.taps else frozenset())
+    taps = gpu_values.taps(call) if variant.taps else frozenset()
+    frozen = gpu_values.frozen(call, variant.values) if variant.frozen else frozenset()
+    chosen = _Chosen(variant, gram | frozen, taps, frozen)
     steps: list[Kind] = []
     for (value, node), own in zip(program.numbered, call.tensors, strict=True):
         steps += _steps_of_node(call, chosen, value, node, own)
@@ -151,7 +154,7 @@ def _adds_with_statistics(call: Call) -> bool:
 
 def _steps_of_node(call: Call, chosen: _Chosen, value: int, node: Node, own) -> list[Kind]:
     """The steps of the node that makes `value`; none where another's does it."""
-    program, (variant, gram, taps), one_pass = call.program, chosen, chosen.variant.one_pass
+    program, (variant, gram, taps, frozen), one_pass = call.program, chosen, chosen.variant.one_pass
     if isinstance(node, Averaging):
         on_load = variant.values and functools.partial(_on_value, call)
         return [average_steps.step(call, value, node, on_load or None)]
@@ -175,12 +178,15 @@ def _steps_of_node(call: Call, chosen: _Chosen, value: int, node: Node, own) -> 
             return [Activate(value, emitted)]
         if value not in gram:
             steps.append(Normalise(value, emitted))
-        if value != program.output:
+        if value != program.output and not (node.relu and value in frozen):
             return steps
     terms = program.terms(value)
     if terms is None:
         on_value = variant.values and _on_value(call, node.branch)
         return [ConvolveValueAdd(value, one_pass) if on_value else ConvolveAndAdd(value, _emits(call, chosen, value))]
+    if terms.branch in frozen:
+        on_value = variant.values and functools.partial(_on_value, call)
+        return [gpu_values.frozen_step(call, value, on_value or None, one_pass)]
     kinds = (terms.branch in gram, terms.other in gram)
     return [*steps, ValueJoin(value, *kinds, one_pass) if variant.values or taps else Join(value, *kinds)]
 
@@ -227,6 +233,7 @@ def _sound(call: Call, variant: Variant) -> tuple[Variant, Lowered, str]:
     on_tensors = written | two | {"keep": False, "values": False}
     lesser: list[dict] = [two, written, written | two, on_tensors] if variant.values else []
     lesser += [less | {"taps": False} for less in ({}, *lesser)] if variant.taps else []
+    lesser += [less | {"frozen": False} for less in ({}, *lesser)] if variant.frozen else []
     for less in lesser:
         other = steps_of(call, variant._replace(**less))
         if not lacking(other, call):
@@ -269,7 +276,7 @@ def decide(call: Call) -> tuple[Variant, Lowered]:
         variant = measured.recall(call, allowed)
     if variant is None:
         variant = variants.modelled(call, shapes)
-        why = variants.why(call, shapes) if choose.observers else ""
+        why = words.why(call, shapes) if choose.observers else ""
     variant, lowered, missing = _sound(call, variant)
     if choose.observers:
         why = f"no sound kernel of {missing}" if missing else why

@@ -45,7 +45,7 @@ def name(call: Call, variant: Variant) -> str:
     text = ("on values, " if variant.values else "") + JOINS[variant.gram]
     terms = call.program.terms(call.program.output)
     text += f", shortcut {JOINS[variant.gram_shortcut]}" if terms is not None and terms.projected else ""
-    more = ", all convolutions on load" if variant.taps else ""
+    more = (", all convolutions on load" if variant.taps else "") + (", frozen norms folded" if variant.frozen else "")
     more += ", activations kept" if variant.keep else ""
     return text + more + (", narrow gradients in one pass" if variant.one_pass else "")
 

@@ -58,6 +58,7 @@ class Variant(NamedTuple):
     keep: bool = False  # activations that are written for convolutions are kept for backward
     one_pass: bool = False  # both gradients of narrow convolutions on values come from one read of theirs
     taps: bool = False  # all other convolutions that can normalise on load and emit statistics, see `gpu_values`
+    frozen: bool = False  # frozen norms are part of their convolution's launch, see `gpu_values`
     stock: bool = False
 
 
@@ -158,7 +159,7 @@ def _can_be_main(call: Call, norm: int, values: bool) -> bool:
     return not strided or not (values or call.program.maker(norm).norm.batch_stats)
 
 
-def _gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> float:
+def gram_share(call: Call, norm: int, shapes: list[torch.Size], chosen: Options) -> float:
     """Time that the Gram join of a branch with batch statistics is expected to add, forward and backward.
 
     As a share of its convolution's own; negative: it is faster.
@@ -186,7 +187,7 @@ def _pay(call: Call, norms: frozenset[int], shapes: list[torch.Size], chosen: Op
     measured = [norm for norm in norms if call.program.maker(norm).norm.batch_stats]
     if call.program.prefer == "memory":
         return bool(norms) and all(_saves(call, norm, shapes) for norm in measured)
-    return bool(norms) and all(_gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
+    return bool(norms) and all(gram_share(call, norm, shapes, chosen) <= tolerated for norm in measured)
 
 
 def written(call: Call, on_load: frozenset[int]) -> list[int]:
@@ -222,7 +223,9 @@ def every(call: Call) -> list[Variant]:
     """Everything that `call` could be run as, were all kernels sound; first what is simplest."""
     found, on_load = options(call), gpu_values.taps(call)
     every = _every(call, found, frozenset())
-    return every + [variant._replace(taps=True) for variant in _every(call, found, on_load)] if on_load else every
+    every += [variant._replace(taps=True) for variant in _every(call, found, on_load)] if on_load else []
+    frozen = {values: gpu_values.frozen(call, values) for values in {variant.values for variant in every}}
+    return every + [variant._replace(frozen=True) for variant in every if frozen[variant.values]]
 
 
 def _every(call: Call, found: Options | None, on_load: frozenset[int]) -> list[Variant]:
@@ -259,6 +262,12 @@ def is_small(call: Call, shapes: list[torch.Size]) -> bool:
 
 def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     """The variant that the cost model chooses. `shapes`: of the values."""
+    chosen = _modelled(call, shapes)
+    return chosen._replace(frozen=not chosen.stock and bool(gpu_values.frozen(call, chosen.values)))
+
+
+def _modelled(call: Call, shapes: list[torch.Size]) -> Variant:
+    """But for frozen norms, which move less within their convolution's launch wherever that can be."""
     if is_small(call, shapes):
         return Variant(stock=True)
     found = options(call)
@@ -274,26 +283,3 @@ def modelled(call: Call, shapes: list[torch.Size]) -> Variant:
     on_gpu = found.device is not CPU_CORE
     keep, one_pass = on_gpu and _keeps(call, shapes, on_load), on_gpu and _has_narrow(call)
     return Variant(True, main, projection and main, keep, one_pass, bool(on_load))
-
-
-def why(call: Call, shapes: list[torch.Size]) -> str:
-    """Why the cost model chose as it did."""
-    if is_small(call, shapes):
-        return "stays in the cache"
-    found = options(call)
-    if found is None:
-        none_there = choose.value_device(call.program.backend, call.x) is None
-        return "no convolution with an epilogue there" if none_there else values_obstacle(call)
-    if call.sample_factor is not None and not found.values:
-        return "a per-sample factor, which no convolution on tensors applies"
-    ends = [terms.branch for _, terms in joins(call.program)]
-    if not ends:
-        return "no batch norm before a sum"
-    norm = ends[-1]
-    if reason := gram_obstacle(call, norm):
-        return reason
-    if not call.program.maker(norm).norm.batch_stats:
-        return "running statistics"
-    if call.program.prefer == "memory":
-        return "memory is preferred"
-    return f"costs {_gram_share(call, norm, shapes, found):+.0%} of its convolution's time"

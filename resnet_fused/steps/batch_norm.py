@@ -33,7 +33,7 @@ class Affine(NamedTuple):
     """Batch norm of one tensor as a multiply-add, with what its backward needs; all ``[C]``."""
 
     mean: Tensor
-    rstd: Tensor
+    rstd: Tensor | None  # None: of no norm, see `lazy.as_it_is`
     scale: Tensor
     shift: Tensor
     centre: Tensor | None = None  # about the mean of the activation behind it, see `ops.bn_affine`; None: not known

@@ -115,6 +115,7 @@ class Backward(_Flow):
         self.needs = [*(StepGrads() for _ in range(program.inputs)), *needs]
         self.grads = [StepGrads() for _ in self.tensors]  # of the parameters, by the value that they make
         self.wanted = program.wanted(needs, needs_inputs)
+        self.through: dict[int, Tensor] = {}  # sums of gradients that have passed the ReLU before a value already
         self._pending: dict[int, Pending] = {}
 
     def like(self, number: int, grad: Tensor) -> Tensor:

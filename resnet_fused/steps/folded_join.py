@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import run
-from .batch_norm import affine_of, parameters, pixels, running_affine
+from .batch_norm import Affine, affine_of, parameters, pixels, running_affine
 from .conv import POINTWISE, gradients, strided
 from .flow import Backward, Forward
 from .lazy import EVERY, Folded, Gram, Lazy, Pending, Pixels, Value
@@ -35,7 +35,7 @@ class FoldedGrads(NamedTuple):
     """Of a branch whose output was never written, from ``product = g' a`` and ``sum g``."""
 
     weight: Tensor  # [K, C/groups, R, S]
-    gamma: Tensor  # [K]
+    gamma: Tensor | None  # [K]; None where nobody wants it
     #: S of the formulas, [C, C, 1, 1], and the constant, [C]; None: running statistics.
     correction: tuple[Tensor, Tensor] | None
 
@@ -79,11 +79,17 @@ class Branch:
         return self.flow.folded[self.norm]
 
     @property
+    def shift(self) -> Tensor:
+        """Batch norm's, with the convolution's bias in it."""
+        bn, bias = self.folded.bn, self.own.bias
+        return bn.shift if bias is None else torch.addcmul(bn.shift, bn.scale, bias.to(bn.scale.dtype))
+
+    @property
     def needs(self) -> StepGrads:
         """What of the convolution's and the norm's tensors wants a gradient."""
         return StepGrads(*self.flow.needs[self.conv][:2], *self.flow.needs[self.norm][2:])
 
-    def note(self, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None, beta: Tensor) -> None:
+    def note(self, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> None:
         """Note the gradients of the convolution and of the norm, of those that are wanted."""
         pairs = zip((weight, bias, gamma, beta), self.needs, strict=True)
         wanted = [value if need else None for value, need in pairs]
@@ -91,7 +97,7 @@ class Branch:
         self.flow.grads[self.norm] = StepGrads(None, None, *wanted[2:])
 
     def parameter_grads(
-        self, product: Tensor, sum_g: Tensor, g: Tensor, folded: Folded, wide: bool = False
+        self, product: Tensor, sum_g: Tensor | None, g: Tensor, folded: Folded, wide: bool = False
     ) -> FoldedGrads:
         """Gradients of the branch's weight and gamma, and what corrects its input's. `product` is not shifted.
 
@@ -99,20 +105,26 @@ class Branch:
         there is the same at every pixel, and what lies before the branch sums over pixels.
         """
         (bn, gram), own = folded, self.own
+        if not self.settings.batch_stats:
+            return self._frozen_grads(product, sum_g, bn)
         weight = own.weight.contiguous()
         if wide:
             bn, gram = bn._replace(rstd=bn.rstd.double(), scale=bn.scale.double()), Gram(*(t.double() for t in gram))
             weight, sum_g = weight.double(), sum_g.double()
         product = product.flatten(1).to(bn.scale.dtype)
-        if self.settings.batch_stats:
-            arguments = (weight, product, *gram, sum_g, bn.scale, bn.rstd)
-            weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=self.backend)
-            return FoldedGrads(weight.view(own.weight.shape), gamma, (coupling.to(own.weight.dtype), constant))
-        offset = bn.mean if own.bias is None else bn.mean - own.bias.to(bn.scale.dtype)
+        arguments = (weight, product, *gram, sum_g, bn.scale, bn.rstd)
+        weight, gamma, coupling, constant = run("gram_grad", *arguments, g, backend=self.backend)
+        return FoldedGrads(weight.view(own.weight.shape), gamma, (coupling.to(own.weight.dtype), constant))
+
+    def _frozen_grads(self, product: Tensor, sum_g: Tensor | None, bn: Affine) -> FoldedGrads:
+        own, product = self.own, product.to(bn.scale.dtype).view(self.own.weight.shape)
+        weight = bn.scale.view(-1, 1, 1, 1) * product
+        if not self.needs.gamma:
+            return FoldedGrads(weight, None, None)
         sums = torch.float64 if product.device.type == "cpu" else product.dtype  # as in gram_grad: digits cancel
-        along = (own.weight.flatten(1).to(product.dtype) * product).sum(1, dtype=sums)
+        along = (own.weight.to(product.dtype) * product).sum((1, 2, 3), dtype=sums)
+        offset = bn.mean if own.bias is None else bn.mean - own.bias.to(bn.scale.dtype)
         centred = torch.addcmul(along, offset.to(sums), sum_g.to(sums), value=-1).to(product.dtype)
-        weight = (bn.scale.unsqueeze(1) * product).view(own.weight.shape)
         return FoldedGrads(weight, bn.rstd * centred, None)
 
 
@@ -135,10 +147,7 @@ class TensorBranch(Branch):
         """Input, weight and shift of the convolution that is the branch; forward."""
         read = self.flow.tensor(self.source)
         bn, _ = self.fold(strided(read, self.geometry.stride) if self.settings.batch_stats else read)
-        shift, bias = bn.shift, self.own.bias
-        if bias is not None:
-            shift = torch.addcmul(shift, bn.scale, bias.to(bn.scale.dtype))
-        return read, _scaled(self.own.weight, bn.scale), shift
+        return read, scaled_weight(self.own.weight, bn.scale), self.shift
 
     def backward(self, g: Tensor, sum_g: Tensor) -> None:
         """Gradients of the parameters and of what the convolution read, from the masked gradient and its sum."""
@@ -161,7 +170,7 @@ class TensorBranch(Branch):
         self.note(found and found.weight, bias, found and found.gamma, sum_g)
         if not b.wanted[self.source]:
             return
-        scaled = _scaled(weight, folded.bn.scale)
+        scaled = scaled_weight(weight, folded.bn.scale)
         grad, _ = gradients(g, read, scaled, conv, self.backend, (True, False))
         if coupled:
             coupling, constant = found.correction
@@ -183,7 +192,7 @@ class TensorBranch(Branch):
         return d, self.folded._replace(gram=Gram(gram, total, torch.zeros_like(centre)))
 
 
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+def scaled_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """`weight` with batch norm's scale in it, rounded once to the weight's dtype."""
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
 

@@ -186,12 +186,12 @@ class Normalise(Kind):
     def backward(self, b: Backward, grad: Pending) -> None:
         """Not called where something joins or pools the value: it has given its source the gradient."""
         norm, (z, bn, _) = b.program.maker(self.value).norm, b.values[self.value]
-        # two reads, no write
-        if norm.batch_stats:
+        c = Coefficients(bn.scale)  # all there is where a frozen norm's parameters want no gradient
+        if norm.batch_stats:  # two reads, no write
             arguments = (grad.grad, z, bn.mean, bn.rstd, bn.scale, bn.shift)
             sum_g, by_z, offset, grad_gamma = run("norm_relu_coefficients", *arguments, backend=b.backend)
             c = Coefficients(bn.scale, by_z, offset, grad_gamma, sum_g)
-        else:
+        elif any(b.needs[self.value]):
             arguments = (grad.grad, z, bn.mean, bn.scale, bn.shift)
             _, *sums = run("norm_add_relu_backward", *arguments, emit_grad=False, backend=b.backend)
             c = coefficients(bn, *sums[:2], z, norm, b.backend)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backends import run
+from ..ops import stat_dtype
 from .batch_norm import Affine, Coefficients
 
 Pixels = tuple[int, int]
@@ -25,6 +27,13 @@ class Lazy(NamedTuple):
         if self.written is not None:
             return self.written
         return run("norm_add_relu", self.z, self.bn.scale, self.bn.shift, backend=backend)[0]
+
+
+def as_it_is(a: Tensor) -> Lazy:
+    """An activation as a value of no norm: ``relu(1*a + 0)``."""
+    ones = torch.ones(a.shape[1], dtype=stat_dtype(a.dtype), device=a.device)
+    zeros = torch.zeros_like(ones)
+    return Lazy(a, Affine(zeros, None, ones, zeros))
 
 
 class Gram(NamedTuple):

@@ -44,6 +44,8 @@ def _through(grad_x: Tensor, sums: list[Tensor], value: Lazy, norm: Norm, backen
     sum_g, sum_gx, b, d, grad_gamma = sums
     if norm.batch_stats:
         c = Coefficients(value.bn.scale, b, d, grad_gamma, sum_g)
+    elif value.bn.rstd is None:
+        c = Coefficients(grad_beta=sum_g)
     else:
         c = coefficients(value.bn, sum_g, sum_gx, value.z, norm, backend)
     return LazyGrad(grad_x, value.z, c, value.bn)

@@ -101,13 +101,13 @@ class ValueJoin(Join):
             return
         if lazy is None:
             grad = as_lazy(Pending(g, False, mask=mask))._replace(sample_factor=factor)
-            _ValueBranch(b, norm, grad, self.one_pass).backward()
+            ValueBranch(b, norm, grad, self.one_pass).backward()
             return
         at_conv = LazyGrad(g, lazy.z, c, lazy.bn, sample_factor=factor, mask=mask)
         give_source(b, norm, at_conv, owned=False)
 
 
-class _ValueBranch(Branch):
+class ValueBranch(Branch):
     """One on values, backward; `grad`: g. The gradient before the norm is ``scale * g``, and a correction."""
 
     def __init__(self, b: Backward, norm: int, grad: LazyGrad, one_pass: bool) -> None:

@@ -20,26 +20,40 @@ from . import pointwise
 from .batch_norm import affine_of, parameters
 from .flow import Backward, Forward, as_lazy
 from .kinds import Kind, conv_backward, give_source
-from .lazy import EVERY, Lazy, LazyGrad, Pending, Value
+from .lazy import EVERY, Lazy, LazyGrad, Pending, Value, as_it_is
 from .pointwise import parts
-from .program import Program
+from .program import Normalisation, Program
 from .spec import Norm, StepGrads
 
 
 def give_read(b: Backward, number: int, grad: Tensor | LazyGrad, pixels: tuple[int, int]) -> None:
-    """Give what a 1x1 convolution read its gradient: that of value `number`, or already the one before its norm."""
-    if isinstance(grad, LazyGrad):
+    """Give what a 1x1 convolution read its gradient: that of value `number`, or already the one before its ReLU."""
+    if isinstance(grad, LazyGrad) and isinstance(b.values[number], Lazy):
         give_source(b, number, grad, owned=True)
+    elif isinstance(grad, LazyGrad):  # whose own step goes on
+        b.through[number] = grad.coefficients.grad_beta
+        b.give(number, Pending(grad.g))
     else:
         b.give(number, Pending(grad, True, pixels))
 
 
 def read_alone(b: Backward, number: int) -> tuple[Value, Norm | None]:
-    """What a 1x1 convolution's gradient is of: a lazy value that nobody else reads, with its norm; else a tensor."""
-    value = b.values[number]
-    if isinstance(value, Lazy) and len(b.program.readers(number)) == 1:
+    """What a 1x1 convolution's gradient is of: a lazy value that nobody else reads, with its norm; else a tensor.
+
+    One whose ReLU left no bits (:class:`.frozen.FrozenJoin`) is a lazy value too, by which the ReLU is known.
+    """
+    value, alone = b.values[number], len(b.program.readers(number)) == 1
+    if alone and _left_no_bits(b, number):
+        value = as_it_is(value)
+    if alone and isinstance(value, Lazy):
         return value, b.program.maker(number).norm
     return (value.z if isinstance(value, Lazy) else value), None
+
+
+def _left_no_bits(b: Backward, number: int) -> bool:
+    """Whether a value is a tensor behind a norm and a ReLU that a gradient is still to pass."""
+    node, written = b.program.maker(number), isinstance(b.values[number], Tensor)
+    return written and isinstance(node, Normalisation) and node.relu and b.wanted[number] and number not in b.masks
 
 
 def value_backward(b: Backward, number: int, grad: LazyGrad, one_pass: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Cases of a convolution on values: filters, strides and padding; plain and lazy inputs, with and without batch norm.
+"""Cases of convolutions by any filter in training: filters, strides and padding; what is before and what is behind.
 
 What lies outside the image is zero, whatever a shift makes of zero: shifts are not, and filters reach outside.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ..backends.selfcheck.draws import Case
+from ..ops.conv_add_relu import output_shape
 from .conv1x1_cases import Pointwise, specials
 
 #: name -> shape of x, weight, stride, padding, dilation
@@ -61,4 +62,24 @@ def conv_values(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"not finite, lazy {bool(lazy)}", (specials(draw.data()), draw.data(kernel) / 16), same | lazy)
 
 
-CASES = {"conv_values": conv_values}
+def conv_join(dtype: torch.dtype) -> Iterator[Case]:
+    """Data of few bits, so that no output's sign depends on the order of a sum."""
+    for i, (name, (shape, kernel, *where)) in enumerate(FILTERS.items()):
+        draw = _Values(shape)
+        places = dict(zip(("stride", "padding", "dilation"), ([n] * 2 for n in where), strict=True))
+        arguments = draw.coarse(), draw.data(kernel) / 16, draw.vector(kernel[0]), draw.vector(kernel[0])
+        more = {"residual": draw.data(output_shape(shape, kernel, *places.values())), "emit_mask": True}
+        yield Case(f"{name}, residual, factor, mask", arguments, places | more | draw.factors())
+        contiguous = (arguments[0], arguments[1].contiguous(), *arguments[2:])
+        yield Case(f"{name}, mask {i % 2}", contiguous, places | {"relu": i % 3 > 0, "emit_mask": i % 2 == 1})
+    draw, kernel, same = _Values((3, 24, 3, 5)), (13, 24, 3, 3), {"padding": [1, 1], "emit_mask": True}
+    arguments = draw.coarse(), draw.data(kernel) / 16, draw.vector(13), draw.vector(13)
+    for relu in (False, True):
+        options = same | draw.factors() | {"residual": specials(draw.data((3, 13, 3, 5))), "relu": relu}
+        yield Case(f"residual not finite, relu {relu}", arguments, options)
+    yield Case("input not finite, a factor of 0", (specials(draw.coarse()), *arguments[1:]), same | draw.factors())
+    shift = torch.where(torch.arange(13) == 3, torch.nan, arguments[3])
+    yield Case("NaN shift", (*arguments[:3], shift), same)
+
+
+CASES = {"conv_values": conv_values, "conv_join": conv_join}

@@ -100,12 +100,13 @@ def test_a_convolution_without_batch_norm_is_the_one_with_it():
     assert cuda_conv.conv_reasons(data(2, 8, 5, 5), data(8, 4, 3, 3), groups=2) == [cuda_conv.NO_GROUPS]
 
 
-def test_the_self_check_meets_every_tile():
+@pytest.mark.parametrize("cases", [conv_cases.tiles, lambda: conv_cases.conv_join(torch.bfloat16)])
+def test_the_self_check_meets_every_tile(cases):
     """On the GPU with the most multiprocessors that is known: 128x128, 128x64, 64x64, and element by element."""
     met = set()
-    for case in conv_cases.tiles():
+    for case in cases():
         x, weight, where = case.args[0], case.args[1], case.kwargs
-        n, _, h, w = x.shape if not where else where["residual"].shape
+        n, _, h, w = where["residual"].shape if "residual" in where else x.shape
         pixels, outputs = n * h * w, weight.shape[0]
         tiles = [-(-pixels // rows) * -(-outputs // cols) for rows, cols in ((128, 128), (128, 64))]
         if x.shape[1] % 8:
@@ -147,6 +148,15 @@ def test_what_stands_against_a_convolution_on_values():
         assert [one for one in cuda_conv.conv_values_reasons(*args) if reason in one]
     with assuming(Card(arch=75)):
         assert cuda_conv.conv_values_reasons(x, weight) == [cuda_conv.unbuilt(75, "9.0")]
+
+
+def test_what_stands_against_a_join_by_any_filter():
+    x, weight, vector = data(2, 8, 5, 5), data(16, 8, 3, 3), torch.empty(16, device="meta")
+    residual, reasons = data(2, 16, 5, 5), cuda_conv.conv_join_reasons
+    assert reasons(x, weight.contiguous(), vector, vector, residual, [1, 1], [1, 1]) == []
+    assert reasons(x, data(8, 16, 3, 3).transpose(0, 1), vector, vector) == ["takes a dense weight only"]
+    assert reasons(x, weight, vector.half(), vector) == ["takes contiguous float32 vectors only"]
+    assert reasons(x, weight, vector, vector, residual.half()) == ["takes residual and x of one dtype"]
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -26,8 +26,10 @@ void run_as(const ConvNormAddReluParams& p, int tile) {
 extern "C" int conv_norm_add_relu(int dtype, int tile, bool copies_wait, const int* geometry, const void* x,
                                   const void* weight, const float* bias, const float* mean, const float* var,
                                   const float* gamma, const float* beta, float eps, const void* residual, void* out,
-                                  bool relu) {
-  ConvNormAddReluParams p{{}, x, weight, {bias, mean, var, gamma, beta, eps}, residual, out, relu};
+                                  bool relu, const float* scale, const float* shift, const float* sample_factor,
+                                  uint8_t* mask) {
+  ConvNormAddReluParams p{
+      {}, x, weight, {bias, mean, var, gamma, beta, eps}, residual, out, relu, scale, shift, sample_factor, mask};
   std::memcpy(&p.geometry, geometry, sizeof p.geometry);
   cuda_on_cpu::copies_wait = copies_wait;
   return cuda_on_cpu::with_type(dtype, [&](auto t) { run_as<decltype(t)>(p, tile); });
@@ -37,7 +39,7 @@ extern "C" int conv_norm_add_relu(int dtype, int tile, bool copies_wait, const i
 
 namespace {
 
-// A convolution of whole numbers, whose every tensor ends where its memory does, against a plain loop.
+// A join of whole numbers, whose every tensor ends where its memory does, against a plain loop.
 bool is_right(const ConvGeometry& g, int tile) {
   unsigned state = 1;
   const auto drawn = [&state](size_t count) {
@@ -48,14 +50,19 @@ bool is_right(const ConvGeometry& g, int tile) {
   const auto x = drawn(size_t(g.n) * g.h * g.w * g.c), weight = drawn(size_t(g.k) * g.r * g.s * g.c);
   const auto residual = drawn(size_t(g.n) * g.p * g.q * g.k);
   std::vector<__nv_bfloat16> out(residual.size());
-  const std::vector<float> bias(g.k, 2.f);
-  const ConvNormAddReluParams p{g, x.data(), weight.data(), {.bias = bias.data()}, residual.data(), out.data(), true};
+  const std::vector<float> scale(g.k, 1.f), shift(g.k, 2.f);
+  std::vector<float> factor{0.f, 2.f, 1.f};
+  factor.resize(g.n);
+  std::vector<uint8_t> mask(out.size() / g.k * ((g.k + 7) / 8));
+  const ConvNormAddReluParams p{g,          x.data(), weight.data(), {},           residual.data(),
+                                out.data(), true,     scale.data(),  shift.data(), factor.data(),
+                                mask.data()};
   run_as<__nv_bfloat16>(p, tile);
   size_t at = 0;
   for (int n = 0; n < g.n; ++n) {
     for (int i = 0; i < g.p * g.q; ++i) {
       for (int k = 0; k < g.k; ++k, ++at) {
-        float sum = 2.f + __bfloat162float(residual[at]);
+        float sum = 2.f;
         for (int tap = 0; tap < g.r * g.s; ++tap) {
           const int h = i / g.q * g.stride_h - g.padding_h + tap / g.s * g.dilation_h;
           const int w = i % g.q * g.stride_w - g.padding_w + tap % g.s * g.dilation_w;
@@ -65,7 +72,10 @@ bool is_right(const ConvGeometry& g, int tile) {
                    __bfloat162float(weight[(k * g.r * g.s + tap) * g.c + c]);
           }
         }
-        if (__bfloat162float(out[at]) != __bfloat162float(__float2bfloat16_rn(sum < 0.f ? 0.f : sum))) return false;
+        sum = factor[n] * sum + __bfloat162float(residual[at]);
+        const float rounded = __bfloat162float(__float2bfloat16_rn(sum < 0.f ? 0.f : sum));
+        const bool bit = (mask[at / g.k * ((g.k + 7) / 8) + k / 8] >> (k % 8)) & 1;
+        if (__bfloat162float(out[at]) != rounded || bit != (rounded > 0.f)) return false;
       }
     }
   }

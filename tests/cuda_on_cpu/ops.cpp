@@ -61,6 +61,7 @@ using namespace ::resnet_fused::cuda;  // instructions.h
 #include "../../csrc/cuda/conv1x1_join.cpp"
 #include "../../csrc/cuda/conv1x1_wgrad.cpp"
 #include "../../csrc/cuda/conv_chain.cpp"
+#include "../../csrc/cuda/conv_join.cpp"
 #include "../../csrc/cuda/conv_norm_add_relu.cpp"
 #include "../../csrc/cuda/conv_values.cpp"
 #include "../../csrc/cuda/gram.cpp"

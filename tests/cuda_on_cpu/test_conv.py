@@ -10,7 +10,8 @@ import pytest
 import torch
 from guarded import DTYPES, Guarded, activation, pointer
 
-from resnet_fused.ops import conv_norm_add_relu
+from resnet_fused.ops import conv_join, conv_norm_add_relu
+from resnet_fused.ops.contract import mask_shape, pack_mask
 from resnet_fused.ops.conv_add_relu import output_shape
 
 pytestmark = on_cpu.needed
@@ -63,7 +64,7 @@ class Drawn:
         self.norm = [None] * 5
 
 
-def run(kernel, a, tile=CHOSEN, residual=None, relu=False, waits=True):
+def run(kernel, a, tile=CHOSEN, residual=None, relu=False, waits=True, join=(None,) * 3, mask=None):
     out = Guarded(a.shape, a.x.dtype)
     (n, c, h, w), (k, _, r, s), (_, _, p, q) = a.x.shape, a.weight.shape, a.shape
     geometry = (ctypes.c_int * 15)(n, h, w, c, k, r, s, p, q, *(number for number in a.where for _ in range(2)))
@@ -77,6 +78,8 @@ def run(kernel, a, tile=CHOSEN, residual=None, relu=False, waits=True):
         pointer(residual),
         out.pointer(),
         ctypes.c_bool(relu),
+        *map(pointer, join),
+        pointer(None) if mask is None else mask.pointer(),
     )
     return out.value(), launches
 
@@ -85,6 +88,16 @@ def expected(a, residual=None, relu=False):
     wide = [None if t is None else t.double() for t in (a.x, a.weight, *a.norm, residual)]
     *read, residual = wide
     return conv_norm_add_relu.reference(*read, 1e-3, residual, *([n] * 2 for n in a.where), relu)
+
+
+def check_join(kernel, a, tile=CHOSEN):
+    """With all that `conv_join` may have: scale and shift as they are, a factor for each sample, and bits."""
+    join = *a.vectors[:2], torch.arange(a.shape[0]) * 0.75
+    mask = Guarded(mask_shape(torch.empty(a.shape, device="meta")), torch.uint8)
+    out, _ = run(kernel, a, tile, a.residual, True, join=join, mask=mask)
+    *read, residual, factor = (t.double() for t in (a.x, a.weight, *join[:2], a.residual, join[2]))
+    close(out, conv_join.reference(*read, residual, *([n] * 2 for n in a.where), factor)[0], a.x.dtype)
+    assert torch.equal(mask.value(), pack_mask(~(out <= 0)))
 
 
 def close(got, want, dtype):
@@ -106,6 +119,7 @@ def test_values(kernel, name, case, tile, dtype):
     a.norm = a.vectors
     got, _ = run(kernel, a, tile, a.residual, True)
     close(got, expected(a, a.residual, True), dtype)
+    check_join(kernel, a, tile)
 
 
 @pytest.mark.parametrize("present", range(5))

@@ -182,6 +182,17 @@ def test_parameters_are_of_any_floating_dtype_and_at_any_stride(backend):
         ("lazy_grad_apply", (activation(), None, *[None] * 7, activation()), "mask is Float; pass packed bits, Byte"),
         ("conv_values", (activation(), torch.ones(4, 2, 3, 3)), "^conv_values: weight .* without groups"),
         ("conv_values", (activation(), torch.ones(4, 4, 3, 3), torch.ones(4)), "got x_scale without x_shift"),
+        (
+            "conv_join",
+            (activation(), torch.ones(4, 2, 3, 3), *torch.ones(2, 4)),
+            "^conv_join: .* without groups",
+        ),
+        (
+            "conv_join",
+            (activation(), torch.ones(8, 4, 1, 1), *torch.ones(2, 4)),
+            r"scale is Float of shape \[4\]; pass a contiguous \[8\]",
+        ),
+        ("conv_join", (activation(), torch.ones(4, 4, 1, 1), *torch.ones(2, 4), activation(8)), "residual has shape"),
         ("norm_relu_pool", (activation(), *torch.ones(2, 5)), r"scale has shape \[5\]"),
     ],
 )

@@ -1,5 +1,7 @@
 """Which steps a program becomes: on a CPU, planned for GPUs, without sound kernels, and where nothing is kept."""
 
+import dataclasses
+
 import pytest
 import torch
 from programs import CASES, preact_bottleneck
@@ -10,9 +12,11 @@ from resnet_fused.models import preact_resnet50
 from resnet_fused.plan import choose, too_small, words
 from resnet_fused.plan.devices import DEVICES
 from resnet_fused.plan.lower import decided_by, lower
+from resnet_fused.steps.frozen import FrozenJoin
 from resnet_fused.steps.join import Join
 from resnet_fused.steps.kinds import Convolve, ConvolveAndAdd, Normalise
-from resnet_fused.steps.program import Call
+from resnet_fused.steps.program import Call, Normalisation
+from resnet_fused.steps.spec import Norm
 from resnet_fused.steps.value_kinds import ConvolveTaps, ConvolveValue, ConvolveValueAdd
 
 
@@ -45,6 +49,35 @@ def test_on_gpus_convolutions_are_on_values(device):
     said = "norm on load; 1x1 on values; norm on load; convolution on values; norm on load; 1x1 on values that adds"
     assert words.of_steps(lowered) == said
     assert [step.statistics for step in lowered.steps if isinstance(step, ConvolveValue)] == [True]
+
+
+def frozen(name):
+    """With running statistics in all norms."""
+    call = single(name)()
+    nodes = [
+        dataclasses.replace(node, norm=Norm(batch_stats=False)) if isinstance(node, Normalisation) else node
+        for node in call.program.nodes
+    ]
+    return call._replace(program=dataclasses.replace(call.program, nodes=tuple(nodes)))
+
+
+def test_frozen_norms_are_part_of_their_convolutions():
+    """On GPUs; the 3x3, before a 1x1, leaves no bits, and the first norm, of the input, stays by itself."""
+    call = frozen("post-activation with projection")
+    assert kinds(lower(call)) != [FrozenJoin, FrozenJoin]
+    with choose.planning_for(DEVICES["h100"]), choose.observing() as said:
+        inner, last = lower(call).steps
+        assert kinds(lower(frozen("preact"))) == [Normalise, FrozenJoin, FrozenJoin, ConvolveValueAdd]
+    assert (inner.joins, inner.packs_mask, last.joins, last.packs_mask) == (False, False, True, True)
+    end = "convolution with frozen norm, projection, sum, ReLU (running statistics)"
+    assert said[0] == f"convolution with frozen norm, ReLU; {end}"
+
+
+def test_without_a_sound_join_by_any_filter_a_3x3_is_followed_by_its_norm(monkeypatch):
+    unsound(monkeypatch, "conv_join")
+    with choose.planning_for(DEVICES["h100"]):
+        steps = lower(frozen("post-activation with projection")).steps
+    assert [type(step) for step in steps] == [Convolve, Normalise, FrozenJoin] and steps[-1].joins
 
 
 @pytest.mark.parametrize("op", ["conv1x1", "conv1x1_join", "conv1x1_wgrad"])

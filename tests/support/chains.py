@@ -41,6 +41,7 @@ class Chain:
     keep: bool = False
     one_pass: bool = False
     taps: bool = False
+    frozen: bool = False
     stock: bool = False
 
     @property

@@ -19,6 +19,35 @@ def test_training_moves_less_where_every_convolution_is_on_values(kind, megabyte
     assert "conv_values" in {operation.name for operation in explained.model.fused.operations}
 
 
+def frozen(kind):
+    """torchvision's model of the name, with norms whose parameters are fixed too."""
+    vision = import_torchvision()
+    return getattr(vision.models, kind)(norm_layer=vision.ops.misc.FrozenBatchNorm2d)
+
+
+@pytest.mark.parametrize(("kind", "megabytes", "launches"), [("resnet18", 47, 137), ("resnet50", 144, 366)])
+def test_training_moves_less_where_norms_are_frozen(kind, megabytes, launches):
+    """Each convolution of a block writes what is behind its norm, and nothing else is written forward."""
+    explained = resnet_fused.explain(frozen(kind), (256, 3, 224, 224), dtype=torch.bfloat16, device="h100").model
+    assert explained.fused.bytes <= megabytes * 1e6 * 256 and explained.fused.launches <= launches
+    ran = {operation.name for operation in explained.fused.operations}
+    assert "conv_join" in ran and ran.isdisjoint({"norm_add_relu", "conv1x1", "conv_values"})
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "megabytes", "launches"), [("BasicBlock", 64, 8.2, 11), ("Bottleneck", 256, 16.1, 20)]
+)
+def test_blocks_with_frozen_norms(name, inputs, megabytes, launches):
+    """A block's input and its gradient are counted too."""
+    vision = import_torchvision()
+    kind, norm = getattr(vision.models.resnet, name), vision.ops.misc.FrozenBatchNorm2d
+    model = nn.Sequential(nn.Conv2d(inputs, inputs, 1), kind(inputs, 64, norm_layer=norm))
+    model = model.to(memory_format=torch.channels_last)
+    (only,) = resnet_fused.explain(model, (256, inputs, 56, 56), dtype=torch.bfloat16, device="h100").blocks
+    assert only.fused.bytes <= megabytes * 1e6 * 256 and only.fused.launches <= launches
+    assert only.plan.endswith("convolution with frozen norm, sum, ReLU (running statistics)")
+
+
 def test_a_basic_block_takes_18_launches():
     """Forward and backward: statistics come with convolutions, coefficients with sums, masks with what reads."""
     model = nn.Sequential(block(64, 64, kind=BasicBlock)).to(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
-// out = relu(norm(conv(x, weight) + bias) + residual) on tensor cores: an implicit GEMM of [pixels, reduction] and
-// [outputs, reduction], everything behind it on the float32 accumulator. Data in bfloat16 or float16; float32 is
-// rounded to TF32.
+// out = relu(factor * norm(conv(x, weight) + bias) + residual), and its sign bits where they are asked for, on tensor
+// cores: an implicit GEMM of [pixels, reduction] and [outputs, reduction], everything behind it on the float32
+// accumulator. Data in bfloat16 or float16; float32 is rounded to TF32. conv_join is it too, given scale and shift.
 //
 // Bytes: x once from memory (again for each filter tap and each tile of outputs, from L2), weight, residual and out
 // once. A 3x3 of 64 channels at 56x56, batch 256, bf16: 0.2 GB, 0.06 ms at 3.35 TB/s, and 59 GFLOP.

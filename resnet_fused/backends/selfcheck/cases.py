@@ -214,6 +214,7 @@ _CASES = {
     "gate_add_relu_backward": gate_cases.gate_add_relu_backward,
     "gram": lazy_cases.gram,
     "conv_values": conv_cases.conv_values,
+    "conv_join": conv_cases.conv_join,
     "conv1x1": lazy_cases.conv1x1,
     "conv1x1_join": lazy_cases.conv1x1_join,
     "conv1x1_dgrad": lazy_cases.conv1x1_dgrad,

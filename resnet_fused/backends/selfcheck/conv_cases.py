@@ -79,6 +79,29 @@ def conv_values(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("NaN, plain", (not_finite, draw.data((24, 40, 3, 3)) / 16), {"padding": [1, 1]})
 
 
+def conv_join(dtype: torch.dtype) -> Iterator[Case]:
+    """As `tiles`, each with bits, and with samples within a tile and across tiles."""
+    for name, shape, kernel, stride, padding in (
+        ("largest tiles, two steps", _MANY, (136, 8, 3, 3), 1, 1),
+        ("narrow tiles, two steps", _MANY, (56, 8, 3, 3), 1, 1),
+        ("small tiles, several steps, stride 2", (3, 72, 9, 7), (136, 72, 3, 3), 2, 1),
+        ("odd channels, taps apart", (3, 65, 9, 7), (33, 65, 3, 3), 1, 2),
+    ):
+        draw = Draw(shape)
+        dilation = 2 if "apart" in name else 1
+        where = {"stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2}
+        vectors = draw.vector(kernel[0]), draw.vector(kernel[0])
+        size = [(n + 2 * padding - dilation * (kernel[2] - 1) - 1) // stride + 1 for n in shape[2:]]
+        more = {"residual": draw.data((shape[0], kernel[0], *size)), "sample_factor": draw.factor(), "emit_mask": True}
+        yield Case(name, (draw.data(), draw.data(kernel) / 16, *vectors), where | more)
+    draw = Draw((2, 40, 9, 7))
+    not_finite = draw.data()
+    not_finite[0, 3, 4, 4] = torch.nan
+    arguments = not_finite, draw.data((24, 40, 3, 3)) / 16, draw.vector(24), draw.vector(24)
+    yield Case("NaN, bits, nothing added", arguments, {"padding": [1, 1], "emit_mask": True})
+    yield Case("neither ReLU nor bits", (draw.data(), *arguments[1:]), {"padding": [1, 1], "relu": False})
+
+
 def conv1x1_join_tiles(dtype: torch.dtype) -> Iterator[Case]:
     """Of the compiled `conv1x1_join`: its tiles, of one product and of two."""
     for name, shape, outputs, projects in (

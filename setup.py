@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # PEP 517 front ends run this file without its directory on the path
 
 from build_support import (  # noqa: E402
+    KERNEL_FLAGS,
     Step,
     check_python_headers,
     cuda_architectures,
@@ -38,7 +39,7 @@ from build_support import (  # noqa: E402
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10; every later torch keeps it
 # No -march: csrc/cpu_levels.h compiles the loops for several levels. No -ffast-math: NaN and -0.0 must pass.
 CXX_FLAGS = shlex.split("-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra")
-NVCC_FLAGS = shlex.split("-O3 -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA")
+NVCC_FLAGS = [*KERNEL_FLAGS, *shlex.split("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA")]
 
 
 def sources(pattern: str) -> list[str]:

@@ -159,13 +159,13 @@ def start(name: str, source: str, arch: int, instance: Instance, of: Convolution
 
 
 def of_convolution(call: Call, card: Card) -> list[Start]:
-    """`conv_norm_add_relu` and `conv_norm_add_relu_`."""
+    """Of the kernel of `conv_norm_add_relu`."""
     of = Convolution(call)
     instance = Instance(*tile_of(of.k, of.pixels, of.whole, card.sms), of.whole)
     adds = of.given.get("residual") is not None or of.given.get("adds", False)
     more = ["residual"] * bool(adds)
     depths = [of.steps(of.weight)]
-    return [start("conv_norm_add_relu", "conv_norm_add_relu", card.arch, instance, of, depths, of.moved, *more)]
+    return [start(call.op.removesuffix("_"), "conv_norm_add_relu", card.arch, instance, of, depths, of.moved, *more)]
 
 
 def of_values(call: Call, card: Card) -> list[Start]:
@@ -191,12 +191,13 @@ def of_join(call: Call, card: Card) -> list[Start]:
     """`conv1x1_join` in a chain, which makes its scales itself, with a projection."""
     of = Convolution(call)
     whole = of.whole and of.given["x2"].shape[1] % CHUNK == 0
-    instance = Instance(64, 64, whole, not whole, True)
+    instance = Instance(128 if whole else 64, 64, whole, not whole, True)
     depths = [of.steps(weight) for weight in (of.weight, of.given["weight2"])]
     return [start("conv1x1_join", "conv1x1_join", card.arch, instance, of, depths, of.moved, "x2")]
 
 
 STARTS = {
+    "conv_join": of_convolution,
     "conv_norm_add_relu": of_convolution,
     "conv_norm_add_relu_": of_convolution,
     "conv_values": of_values,

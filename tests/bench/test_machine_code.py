@@ -181,10 +181,10 @@ def test_launches_of_an_evaluation_by_compiled_kernels(compiled):
     assert [start.shape for start in found] == [
         "256x56x56 to 128, 1x1; 128x128x64; ",
         "128x56x56 to 128, 3x3 by 2; 128x128x64; ",
-        "128x28x28 to 512, 1x1; 64x64x64; x2",
+        "128x28x28 to 512, 1x1; 128x64x64; x2",
     ]
     pixels = 256 * 28 * 28
-    assert [start.programs for start in found] == [4 * pixels // 128, pixels // 128, pixels // 64 * 8]
+    assert [start.programs for start in found] == [4 * pixels // 128, pixels // 128, pixels // 128 * 8]
     assert [start.trips.products for start in found] == [(4,), (18,), (2, 4)]
     assert found[2].moved == 2 * (pixels * (128 + 256 + 512) + 512 * (128 + 256)), "of x2 every second pixel a side"
 

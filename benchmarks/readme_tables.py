@@ -195,14 +195,13 @@ def traffic() -> str:
 
 def machine_code() -> str:
     """What the newest runs of `machine_code.py` predict of each step and GPU: all of its kernels, and the whole."""
-    read = sorted((run for run in runs.read(RESULTS) if run.kind == "machine_code"), key=lambda r: r.provenance["date"])
+    read = [run for run in runs.read(RESULTS) if run.kind == "machine_code"]
     rows, head = {}, ""
-    for run in read:
+    for run in sorted(read, key=lambda run: run.provenance["date"], reverse=True):
         place = f"[{run.machine}:{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"
         for name, titles, total, others, whole in MACHINE_CODE.findall(run.result):
-            head = titles
-            rows.pop(name, None)  # in the order of the newest run
-            rows[name] = f"| {name} |{total}| {others} | {whole} | {place} |"
+            head = head or titles
+            rows.setdefault(name, f"| {name} |{total}| {others} | {whole} | {place} |")
     lines = [f"| step |{head}| others' | whole step | run |", "| --- " * (head.count("|") + 5) + "|", *rows.values()]
     return "\n".join(lines) if rows else "No run is recorded yet."
 

@@ -75,7 +75,7 @@ $(VENV)/.packages: requirements-dev.txt $(VENV)/.torch
 	touch $@
 
 build/.installed: $(SOURCES) $(VENV)/.packages
-	@echo "Compiling: on two cores some three minutes, five with CUDA kernels"
+	@echo "Compiling: on two cores some three minutes, four with CUDA kernels"
 	$(PY) -m pip install -v --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -22,6 +22,7 @@ OLDEST_NVCC = (12, 0)  # C++20
 #: `mma.sync`, `ldmatrix` and `cp.async` are the same instructions there, of which a binary for 8.6 or 8.9 would be
 #: another order. So all are assembled from one PTX, of 8.0, which is also there for what comes after the last one.
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0"
+KERNEL_FLAGS = ["-O3", "-std=c++20"]  # of nvcc, for what runs on a GPU
 
 
 class BuildError(SystemExit):

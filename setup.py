@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # PEP 517 front ends run this file without its directory on the path
 
 from build_support import (  # noqa: E402
+    KERNEL_FLAGS,
     Step,
     check_python_headers,
     cuda_architectures,
@@ -38,7 +39,7 @@ from build_support import (  # noqa: E402
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10; every later torch keeps it
 # No -march: csrc/cpu_levels.h compiles the loops for several levels. No -ffast-math: NaN and -0.0 must pass.
 CXX_FLAGS = shlex.split("-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra")
-NVCC_FLAGS = shlex.split("-O3 -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA")
+NVCC_FLAGS = [*KERNEL_FLAGS, *shlex.split("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA")]
 
 
 def sources(pattern: str) -> list[str]:
@@ -89,17 +90,17 @@ class Build(build_ext):
         write_if_changed(directory / "build_facts.inc", "".join(lines))
         command = [self.compiler_name, *flags, *self.includes, f"-I{directory}"]
         steps = self.steps("resnet_fused._C", {".cpp": command}, [self.compiler_name, "-shared"], directory)
-        return self.precompiled("precompiled.h", command, directory, steps)
+        return self.precompiled(command, directory, steps)
 
-    def precompiled(self, source: str, command: list[str], directory: Path, steps: list[Step]) -> list[Step]:
-        """`steps`, of which those of `command` read the headers in `source` once for all, if GCC compiles them.
+    def precompiled(self, command: list[str], directory: Path, steps: list[Step]) -> list[Step]:
+        """`steps`, of which those of `command` read csrc/precompiled.h once for all, if GCC compiles them.
 
         GCC takes `precompiled.h.gch` for `precompiled.h`, which is there should it not do so.
         """
         if "Free Software Foundation" not in output_of([self.compiler_name, "--version"]):
             return steps
-        header = directory / source.replace("/", "-")
-        write_if_changed(header, f'#include "{ROOT / "csrc" / source}"\n')
+        header = directory / "precompiled.h"
+        write_if_changed(header, f'#include "{ROOT / "csrc" / "precompiled.h"}"\n')
         target, depfile = header.with_suffix(".h.gch"), header.with_suffix(".d")
         make = [*command, "-MD", "-MF", str(depfile), "-x", "c++-header", str(header), "-o", str(target)]
         for step in steps:
@@ -114,20 +115,30 @@ class Build(build_ext):
         headers = cuda_headers(self.nvcc)
         around = [self.compiler_name, *CXX_FLAGS, "-DUSE_CUDA", STABLE_ABI, *self.includes, "-isystem", headers]
         commands = {".cu": [*nvcc, *flags], ".cpp": around}
-        steps = self.steps("resnet_fused._cuda", commands, [*nvcc, "-shared", "-cudart=static"], directory)
-        return self.precompiled("cuda/precompiled.h", around, directory, steps)
+        return self.steps("resnet_fused._cuda", commands, [*nvcc, "-shared", "-cudart=static"], directory, "cuda.cpp")
 
     def architectures(self) -> list[str]:
         return cuda_architectures(known_architectures(self.nvcc), os.environ.get("TORCH_CUDA_ARCH_LIST"))
 
-    def steps(self, name: str, commands: dict[str, list[str]], link_command: list[str], directory: Path) -> list[Step]:
-        """One step for every source of the extension `name`, by how it ends, and one that links them."""
-        extension = next(ext for ext in self.extensions if ext.name == name)
+    def steps(
+        self, name: str, commands: dict[str, list[str]], link_command: list[str], directory: Path, joined: str = ""
+    ) -> list[Step]:
+        """One step for every source of the extension `name`, by how it ends, and one that links them.
+
+        `joined`: a file that includes all C++ sources and is compiled instead, which reads headers and instantiates
+        templates once for all.
+        """
+        sources = next(ext.sources for ext in self.extensions if ext.name == name)
+        if joined:
+            lines = [f'#include "{ROOT / source}"\n' for source in sources if source.endswith(".cpp")]
+            write_if_changed(directory / joined, "".join(lines))
+            sources = [*(source for source in sources if not source.endswith(".cpp")), str(directory / joined)]
         library = Path(self.get_ext_fullpath(name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         compiles = []
-        for source in extension.sources:
-            target = directory / f"{source.replace('/', '-')}.o"
+        for source in sources:
+            stem = source.removeprefix(f"{directory}/").replace("/", "-")
+            target = directory / f"{stem}.o"
             depfile = target.with_suffix(".d")
             command = [*commands[Path(source).suffix], "-MD", "-MF", str(depfile)]
             command += ["-c", str(ROOT / source), "-o", str(target)]

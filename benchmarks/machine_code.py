@@ -19,6 +19,7 @@ import dataclasses
 from collections import Counter
 
 import binaries
+import cuda_binaries
 import issue_bounds
 import loop_trips
 import sass
@@ -67,6 +68,14 @@ class Row:
         return self.bounds.memory / devices.BANDWIDTH_SHARE * late + self.bounds.own
 
     @property
+    def why(self) -> str:
+        """What makes its own bound more than is allowed; empty if it is not."""
+        if self.excess <= ALLOWED:
+            return ""
+        products = self.bounds.tensor / self.bounds.memory  # which no other code would spare, but other instructions
+        return self.bounds.reason + (f", where products alone are {products:.1f}" if products > ALLOWED else "")
+
+    @property
     def excess(self) -> float:
         """The kernel's own bound by memory's; 0 for what is over before it matters."""
         return self.bounds.own / self.bounds.memory if self.bounds.own > SMALL else 0.0
@@ -95,25 +104,30 @@ def row(start: Start, count: int, device: Device) -> Row:
     return Row(start, count, bounds, kinds, len(main), clocks, resident, in_flight, needed, flops)
 
 
-def starts(device: Device, training: bool, kernel: str) -> list[tuple[Start, int]]:
-    """The launches in a step of this package's kernels with `kernel` in their name, with how often each is made."""
+def starts(device: Device, training: bool, kernel: str) -> tuple[list[tuple[Start, int]], list[str]]:
+    """The launches in a step of this package's kernels with `kernel` in their name, with how often each is made.
+
+    And the ops whose kernels are not read.
+    """
     card = cards.Card(10 * device.capability[0] + device.capability[1], device.sms)
     x = torch.empty(SHAPE, device="meta")
-    found = calls(resnet50(), x, training, device, torch.bfloat16)
-    launches, made = [], []
+    found = calls(resnet50(), x, training, device, torch.bfloat16, incomplete=True)
+    launches, made, unread = [], [], []
     for call, count in found.items():
-        if call.op in ("conv_norm_add_relu", "conv_norm_add_relu_") and kernel in call.op:
-            made.append((binaries.start_of_convolution(call, card.arch, card.sms), count))
-        elif call.op in room.kernels():
+        compiled = cuda_binaries.starts_of(call, card)
+        if compiled:
+            made += [(start, count) for start in compiled if kernel in start.kernel]
+        elif compiled is None and call.op in room.kernels():
             own = room.kernels()[call.op].launches(call.args, {}, card)
             launches += [(launch, count) for launch in own if kernel in launch.kernel.fn.__name__]
+        else:
+            unread.append(call.op)
     binaries.compile_together([launch for launch, _ in launches], card.arch)
     made += [(binaries.start_of(launch, card.arch), count) for launch, count in launches]
     merged: dict[tuple, list] = {}
     for start, count in made:
-        if start is not None:
-            merged.setdefault((start.kernel, start.shape, start.programs), [start, 0])[1] += count
-    return [(start, count) for start, count in merged.values()]
+        merged.setdefault((start.kernel, start.shape, start.programs), [start, 0])[1] += count
+    return [(start, count) for start, count in merged.values()], sorted(set(unread))
 
 
 def others(device: Device, training: bool) -> tuple[float, float]:
@@ -151,7 +165,7 @@ def by_launch(rows: list[Row]) -> str:
         cells += [f"{each.in_flight / 1024:.0f} of {each.needed / 1024:.0f}", str(each.instructions)]
         cells += [str(each.kinds[kind]) for kind in COUNTS] + [f"{each.tensor_clocks:.0f}"]
         cells += [f"{1e6 * t:.0f}" for t in (b.issue, b.pipes, b.shared, b.tensor, b.memory)]
-        cells += [f"{each.excess:.2f}" if each.excess else "", b.reason if each.excess > ALLOWED else ""]
+        cells += [f"{each.excess:.2f}" if each.excess else "", each.why]
         lines.append(cells)
     return markdown(lines)
 
@@ -174,9 +188,12 @@ def by_kernel(rows: list[Row]) -> str:
 
 def report(name: str, training: bool, kernel: str) -> str:
     device = devices.find(name)
-    rows = [row(start, count, device) for start, count in starts(device, training, kernel)]
+    found, unread = starts(device, training, kernel)
+    rows = [row(start, count, device) for start, count in found]
     step = "training step" if training else "evaluation"
     texts = [f"## ResNet-50, {step}, batch {SHAPE[0]}, bf16, {device.name}", by_kernel(rows)]
+    if unread:
+        texts.append(f"Without the kernels of {', '.join(unread)}, which were not read.")
     if not kernel:
         low, high = (sum(row.count * getattr(row, name) for row in rows) for name in ("low", "high"))
         least, most = others(device, training)

@@ -53,6 +53,11 @@ FAMILY = (
 )
 #: The lines in which `all_models.py` counts verdicts, file by file.
 COUNTED = re.compile(r"^(own|torchvision|timm)'s (\w+): (\d.*)$", re.MULTILINE)
+#: What `machine_code.py` writes of a step: its name, heads and sums of all our kernels, others' time, the whole step's.
+MACHINE_CODE = re.compile(
+    r"(?m)^## (.*)\n\n\| kernel \|(.*)\|\n(?:\|.*\n)+\| all of them \|(.*)\|\n\n(?:Without .*\n\n)?"
+    r"With (.*) ms for what others compute: (.*) ms predicted"
+)
 #: Ops with a CUDA C++ kernel and with a Triton kernel: those that have a source file of their name.
 CUDA_OPS = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")))
 TRITON_OPS = tuple(name for name in OPS if (ROOT / "resnet_fused" / "backends" / "triton" / f"{name}.py").exists())
@@ -189,18 +194,16 @@ def traffic() -> str:
 
 
 def machine_code() -> str:
-    """What the newest runs of `machine_code.py` predict of each step and GPU, over all of its kernels."""
-    read = sorted((run for run in runs.read(RESULTS) if run.kind == "machine_code"), key=lambda r: r.provenance["date"])
-    rows, head = {}, None
-    for run in read:
+    """What the newest runs of `machine_code.py` predict of each step and GPU: all of its kernels, and the whole."""
+    read = [run for run in runs.read(RESULTS) if run.kind == "machine_code"]
+    rows, head = {}, ""
+    for run in sorted(read, key=lambda run: run.provenance["date"], reverse=True):
         place = f"[{run.machine}:{run.number}](benchmarks/results/{run.machine}/{runs.FILE}#L{run.number})"
-        for name, table in re.findall(r"^## (.*)\n\n((?:\|.*\n)+(?:\nWith .*)?)", run.result, re.MULTILINE):
-            head = head or re.match(r"\| kernel \|(.*)\|", table).group(1)
-            (total,) = re.findall(r"^\| all of them \|(.*)\|$", table, re.MULTILINE)
-            rows[name] = f"| {name} |{total}| {place} |"
-    if not rows:
-        return "No run is recorded yet."
-    return "\n".join([f"| step |{head}| run |", "| --- " * (head.count("|") + 3) + "|", *rows.values()])
+        for name, titles, total, others, whole in MACHINE_CODE.findall(run.result):
+            head = head or titles
+            rows.setdefault(name, f"| {name} |{total}| {others} | {whole} | {place} |")
+    lines = [f"| step |{head}| others' | whole step | run |", "| --- " * (head.count("|") + 5) + "|", *rows.values()]
+    return "\n".join(lines) if rows else "No run is recorded yet."
 
 
 def gpu_reports() -> dict[pathlib.Path, Document]:

@@ -42,7 +42,7 @@ KERNELS = {
     "bn_affine": 1,
     "bn_coefficients": 1,
     "bn_stats": 3 * 2 + 1,
-    "conv1x1": 2 * (2 * 3 + 1) + (2 * 2 + 1) + 1,  # plain or lazy where chunks are copied; and the merge
+    "conv1x1": 2 * 2 * 4 + 2 * 3 + 1,  # plain or lazy; and the merge
     "conv1x1_dgrad": 2 * 3 + 2 + 1,  # and the sums
     "conv1x1_join": 3 * (2 * 2 + 1 + 2 + 1),  # so too of one product and of two
     "conv1x1_wgrad": 2 * 4 + 3 + 3,  # and what adds splits
@@ -100,7 +100,7 @@ def nvcc() -> str:
 
 def run_nvcc(source: Path, output: Path, *flags: str) -> str:
     """What nvcc says while it compiles `source`, of which nothing is a warning."""
-    command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT}", *flags, str(source), "-o", str(output)]
+    command = [nvcc(), *build_support.KERNEL_FLAGS, f"-I{ROOT}", *flags, str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
     log = result.stdout + result.stderr
     assert result.returncode == 0 and "warning" not in log, log

@@ -7,6 +7,10 @@ backward it moves the same.
 By `conv_join` those before a frozen norm, with that and what is behind (:mod:`..steps.frozen`); the 1x1 ones too, where
 the 1x1 ops do not take them. A 3x3 between two such norms moves 2.1 forward, with bits of 16-bit data, as it does on
 values, and 4 to 6.1 backward instead of 8 to 10; of these 4 are PyTorch's gradients.
+
+`conv_values` not on a B200: by its machine code it reaches a sixth of the peak of tensor cores there, and fewer bytes do not
+make up for that (`benchmarks/values_or_cudnn.py`: a convolution of cuDNN's at 0.23 of the peak is as fast with all the
+passes around it, or at 0.34 one with a stride). An H100 is undecided, at 0.31 to 0.78 for most.
 """
 
 from __future__ import annotations
@@ -19,12 +23,17 @@ from ..backends import cuda_conv, tf32
 from ..ops import DATA_DTYPES
 from ..steps.frozen import FrozenJoin
 from ..steps.program import Addition, Call, Convolution, Normalisation
-from . import averages, choose
+from . import averages, choose, devices
+
+#: Major compute capability of GPUs whose tensor cores do a multiple of what `mma.sync` asks of them.
+ASYNCHRONOUS = 10
 
 
 def taps(call: Call) -> frozenset[int]:
     """The convolutions that `conv_values` takes on a GPU, and that move less by it, by the values that they make."""
     if not _serves(call, "conv_values"):
+        return frozenset()
+    if (choose.target() or devices.of(call.x.device)).capability[0] == ASYNCHRONOUS:
         return frozenset()
     program, found = call.program, set()
     for value, node, own in call.convolutions:

@@ -65,26 +65,28 @@ class _Listener(TorchDispatchMode):
 
     sees_fused_ops = True
 
-    def __init__(self) -> None:
+    def __init__(self, incomplete: bool) -> None:
         super().__init__()
         self.found: dict[Call, int] = {}
+        self.incomplete = incomplete
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == opaque.NAMESPACE:
-            for call in _calls_of(func, args, kwargs):
+            for call in _calls_of(func, args, kwargs, self.incomplete):
                 self.found[call] = self.found.get(call, 0) + 1
         return func(*args, **kwargs)
 
 
-def _calls_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[Call]:
+def _calls_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, incomplete: bool) -> list[Call]:
     """One op, or those that it stands for."""
     name = func._schema.name.split("::")[1]
     if OPS[name].parts is None:
         return [Call(name, _arguments(func._schema, args, kwargs))]
     room = getattr(torch.ops, opaque.NAMESPACE)
     parts = [(part, getattr(room, part).default._schema, given) for part, given in OPS[name].parts(*args)]
-    return [Call(part, _arguments(schema, given, {})) for part, schema, given in parts if _is_whole(schema, given)]
+    wanted = [each for each in parts if incomplete or _is_whole(*each[1:])]
+    return [Call(part, _arguments(schema, given, {})) for part, schema, given in wanted]
 
 
 def _is_whole(schema: torch.FunctionSchema, given: tuple) -> bool:
@@ -115,17 +117,22 @@ def device_of(card: cards.Card) -> Device:
 
 
 def calls(
-    model: nn.Module, x: Tensor, training: bool = True, device: Device | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    x: Tensor,
+    training: bool = True,
+    device: Device | None = None,
+    dtype: torch.dtype | None = None,
+    incomplete: bool = False,
 ) -> dict[Call, int]:
     """The distinct calls of ops in a step of `model` on one like `x`, planned for `device`: how often each.
 
     `model` is not touched and need not be fused. `x` may be a meta tensor. `dtype`: of activations, that of autocast;
-    None: of `x`.
+    None: of `x`. `incomplete`: also the parts of chains that leave to their kernel what the op itself demands.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model with nothing to fuse calls nothing
         fused = fuse(copied(model)).train(training)
-    mode, listener = FakeTensorMode(allow_non_fake_inputs=True), _Listener()
+    mode, listener = FakeTensorMode(allow_non_fake_inputs=True), _Listener(incomplete)
     fake = make_fake(fused, mode, dtype or x.dtype, "cpu")
     with mode, choose.planning_for(device or devices.CPU_CORE), torch.set_grad_enabled(training):
         shape, own = tuple(x.shape), dtype or x.dtype

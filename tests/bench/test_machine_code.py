@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import pathlib
 import sys
 
 import pytest
+import torch
+from nets import BasicBlock, block
+from torch import nn
 
+import build_support
+from resnet_fused.backends.cards import Card
 from resnet_fused.plan import devices
+from resnet_fused.traffic.calls import calls
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -46,8 +53,25 @@ def modules(monkeypatch):
     """Those of the script's folder that need no Triton."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield [importlib.import_module(name) for name in ("sass", "issue_bounds")]
-    for name in ("sass", "issue_bounds", "loop_trips"):
+    forget()
+
+
+def forget():
+    for name in ("sass", "issue_bounds", "loop_trips", "binaries", "cuda_binaries"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The script that reads compiled kernels, where nvcc would make one without an instruction for each launch."""
+    pytest.importorskip("triton", reason="whose cuobjdump is asked")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("cuda_binaries")
+    empty = importlib.import_module("binaries").Binary((), 32, 0, 8, 3, 0)
+    monkeypatch.setattr(module, "kernels", lambda source, arch: collections.defaultdict(lambda: empty))
+    monkeypatch.setattr(build_support, "find_nvcc", lambda: "nvcc")
+    yield module
+    forget()
 
 
 def test_blocks_and_loops(modules):
@@ -120,3 +144,71 @@ def test_blocks_of_a_multiprocessor(modules):
     assert bounds.resident(128, 0, 8, 90) == 2 and bounds.resident(129, 0, 8, 90) == 1
     assert bounds.resident(32, 75 << 10, 8, 90) == 3 and bounds.resident(32, 75 << 10, 8, 80) == 2
     assert bounds.resident(16, 0, 4, 80) == 16
+
+
+def starts(compiled, model, x, training):
+    """Launches of compiled kernels in a step of `model` on an H100."""
+    given = torch.empty(x, device="meta")
+    found = calls(nn.Sequential(model), given, training, devices.find("h100"), torch.bfloat16, incomplete=True)
+    return [start for call in found for start in compiled.starts_of(call, Card()) or []]
+
+
+def test_launches_of_a_step_by_compiled_kernels(compiled):
+    """Of a basic block: a 3x3 of a tensor and one that normalises, each with a merge of partial statistics.
+
+    Of 802816 pixels and 64 outputs 6272 tiles of 128x64, each of 9 steps of 64; three tiles make a chunk.
+    """
+    found = starts(compiled, block(64, 64, kind=BasicBlock), (256, 64, 56, 56), training=True)
+    assert [start.kernel for start in found] == ["conv_values (CUDA)", "merge_moments (CUDA)"] * 2
+    assert [start.shape for start in found[::2]] == [
+        "64x56x56 to 64, 3x3; 128x64x64; partial",
+        "64x56x56 to 64, 3x3; 128x64x64; x_scale partial",
+    ]
+    assert {start.programs for start in found[::2]} == {6272}
+    assert {(start.trips.products, start.trips.step_flops) for start in found[::2]} == {((9,), 2 * 128 * 64 * 64)}
+    chunks = -(-6272 // 3)
+    partial = 12 * 64 * chunks
+    tensors, weight = 2 * 2 * 256 * 64 * 56 * 56, 2 * 9 * 64 * 64
+    assert {start.moved for start in found[::2]} == {tensors + weight + partial}
+    assert {start.moved for start in found[1::2]} == {partial}
+    assert {(start.programs, start.trips.tiles) for start in found[1::2]} == {(8, -(-chunks // 64))}
+
+
+def test_launches_of_an_evaluation_by_compiled_kernels(compiled):
+    """Of a strided bottleneck: its projection is part of the last launch, whose scales are of the kernel's making."""
+    found = starts(compiled, block(256, 128, stride=2), (256, 256, 56, 56), training=False)
+    assert [start.kernel for start in found] == ["conv_norm_add_relu (CUDA)"] * 2 + ["conv1x1_join (CUDA)"]
+    assert [start.shape for start in found] == [
+        "256x56x56 to 128, 1x1; 128x128x64; ",
+        "128x56x56 to 128, 3x3 by 2; 128x128x64; ",
+        "128x28x28 to 512, 1x1; 128x64x64; x2",
+    ]
+    pixels = 256 * 28 * 28
+    assert [start.programs for start in found] == [4 * pixels // 128, pixels // 128, pixels // 128 * 8]
+    assert [start.trips.products for start in found] == [(4,), (18,), (2, 4)]
+    assert found[2].moved == 2 * (pixels * (128 + 256 + 512) + 512 * (128 + 256)), "of x2 every second pixel a side"
+
+
+def test_tiles_of_compiled_kernels(compiled):
+    """As csrc/cuda/kernels/conv_shapes.cuh and conv1x1.cuh choose them."""
+    assert [compiled.tile_of(k, 12544, True, 132) for k in (64, 128, 256)] == [(64, 64), (128, 64), (128, 128)]
+    assert compiled.tile_of(64, 3211264, False, 132) == (128, 64)
+    assert [compiled.tiles_of_chunk(64, 64, 128, 6272, sms) for sms in (132, 1000)] == [3, 1]
+
+
+def test_compiled_kernels_by_name_and_as_built(compiled, monkeypatch):
+    begin = "_ZN12resnet_fused4cuda"
+    tile, end = "I13__nv_bfloat16NS0_9TileShapeILi128ELi64EEELb1E", "EEvNS_13Conv1x1ParamsENS0_12ChunkedTilesET2_"
+    found = compiled.instance_of(f"{begin}14conv1x1_kernel{tile}NS0_8NormReluE{end}")
+    assert found == compiled.Instance(128, 64, norm=True)
+    assert compiled.instance_of(f"{begin}14conv1x1_kernel{tile}NS0_6AsItIsE{end}") == compiled.Instance(128, 64)
+    second = compiled.instance_of(f"{begin}19conv1x1_join_kernel{tile}NS0_6AsItIsELb1E{end}")
+    assert second == compiled.Instance(128, 64, second=True)
+    scalar = compiled.instance_of(f"{begin}25conv_norm_add_relu_kernel{tile.replace('Lb1', 'Lb0')}{end}")
+    assert scalar == compiled.Instance(128, 64, vectors=False)
+    assert compiled.instance_of(f"{begin}20merge_moments_kernelILi8ELi64EEEvPKf") == compiled.Instance()
+    assert compiled.instance_of(f"{begin}14bn_stats_kernelIfLb1EEEv") is None
+    monkeypatch.setattr(build_support, "known_architectures", lambda nvcc: {"8.0", "8.6", "9.0", "10.0", "12.0"})
+    assert compiled.as_built("nvcc", 90) == "-gencode=arch=compute_80,code=sm_90"
+    with pytest.raises(ValueError, match="sm_86 by default"):
+        compiled.as_built("nvcc", 86)

@@ -18,13 +18,13 @@ void run_tile(const Conv1x1JoinParams& p) {
   }
 }
 
-// tile: 0 as the op chooses, 2 128x64, 3 64x64, 4 128x64 element by element.
+// tile: 0 as the op chooses, 2 128x64, 3 64x64, 4 64x64 element by element.
 template <class T>
 void run_as(const Conv1x1JoinParams& p, int tile) {
   if (tile == 0) cuda::launch_conv1x1_join<T>(p, nullptr);
   if (tile == 2) run_tile<T, cuda::TileShape<128, 64>, true>(p);
   if (tile == 3) run_tile<T, cuda::TileShape<64, 64>, true>(p);
-  if (tile == 4) run_tile<T, cuda::TileShape<128, 64>, false>(p);
+  if (tile == 4) run_tile<T, cuda::TileShape<64, 64>, false>(p);
 }
 
 }  // namespace

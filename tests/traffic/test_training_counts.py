@@ -55,6 +55,17 @@ def test_a_basic_block_takes_18_launches():
     assert only.fused.launches <= 18 < only.stock.launches
 
 
+def test_a_b200_moves_more_where_a_library_multiplies_faster():
+    """There no convolution of several taps is on values: what `mma.sync` reaches would take longer than the passes."""
+    model = nn.Sequential(block(64, 64, kind=BasicBlock)).to(memory_format=torch.channels_last)
+    found = [
+        resnet_fused.explain(model, (256, 64, 56, 56), dtype=torch.bfloat16, device=name).model.fused
+        for name in ("a100", "h100", "b200")
+    ]
+    assert [sum(o.name == "conv_values" for o in each.operations) for each in found] == [2, 2, 0]
+    assert found[2].bytes > found[1].bytes == found[0].bytes
+
+
 def test_squeeze_excite_saves_less_where_memory_is_preferred():
     """As a CPU plans it: what a gate reads is made again. By speed 0.66 is saved."""
     import_torchvision()

@@ -97,8 +97,8 @@ void conv1x1_with(const Conv1x1Params& p, const Prologue& prologue, cudaStream_t
 
 template <class T, class Shape, bool kVectors>
 void conv1x1_as(const Conv1x1Params& p, cudaStream_t stream) {
-  with_prologue<kVectors>(p.x_scale, p.x_shift,
-                          [&](const auto& prologue) { conv1x1_with<T, Shape, kVectors>(p, prologue, stream); });
+  with_prologue<true>(p.x_scale, p.x_shift,  // element by element too: a stem of three channels is a plain one
+                      [&](const auto& prologue) { conv1x1_with<T, Shape, kVectors>(p, prologue, stream); });
   if (!p.partial) return;
   const ChunkedTiles tiles = chunked_tiles<T, Shape>(p.geometry, true);
   const RowChunks chunks(p.found.rows, tiles.rows_of_chunk);

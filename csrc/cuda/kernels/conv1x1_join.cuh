@@ -8,7 +8,7 @@
 // out and mask once. FLOPs 2*M*K*(C + C2). Of ResNet-50 the largest, 64 to 256 channels at 56x56, batch 256, bf16, with
 // residual and mask: 0.1 GB of x, 0.41 of residual, 0.44 written: 0.28 ms at 3.35 TB/s, and 26 GFLOP.
 //
-// The epilogue leaves registers for tiles of 128 pixels of 64 outputs; beside a second product, of 64 pixels.
+// The epilogue leaves registers for tiles of 128 pixels of 64 outputs; beside a second product, in 32 bits, of 64.
 // Blocks take tiles in turn, those of the same pixels one after another. The order of a sum depends on the shape alone.
 #pragma once
 
@@ -186,9 +186,11 @@ void launch_conv1x1_join(const Conv1x1JoinParams& p, cudaStream_t stream) {
                     aligned(p.weight2) && aligned(p.residual);
   with_conv_shape<T>(g, second && read && aligned(p.out), [&](auto shape, auto vectors) {
     constexpr bool kVectors = decltype(vectors)::value;
+    using Smallest = TileShape<64, 64>;  // of elements as well, which are many instructions and rare
     using Narrow = std::conditional_t<(decltype(shape)::kTileCols > 64), TileShape<128, 64>, decltype(shape)>;
-    p.projects ? conv1x1_join_as<T, TileShape<64, 64>, kVectors, true>(p, stream)
-               : conv1x1_join_as<T, Narrow, kVectors, false>(p, stream);
+    using Both = std::conditional_t<kVectors && sizeof(T) == 2, TileShape<128, 64>, Smallest>;
+    p.projects ? conv1x1_join_as<T, Both, kVectors, true>(p, stream)
+               : conv1x1_join_as<T, std::conditional_t<kVectors, Narrow, Smallest>, kVectors, false>(p, stream);
   });
 }
 

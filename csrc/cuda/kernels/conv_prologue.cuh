@@ -94,10 +94,10 @@ struct NormRelu {
   };
 };
 
-// f(prologue) with the one that serves: two kernels where chunks are copied as they are, one where elements are.
-template <bool kVectors, class F>
+// f(prologue) with the one that serves: two kernels where a plain input is one of its own, else one.
+template <bool kPlain, class F>
 void with_prologue(const float* scale, const float* shift, const F& f) {
-  if constexpr (kVectors) {
+  if constexpr (kPlain) {
     if (!scale) return f(AsItIs{});
   }
   f(NormRelu{scale, shift});

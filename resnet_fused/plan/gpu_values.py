@@ -9,8 +9,8 @@ the 1x1 ops do not take them. A 3x3 between two such norms moves 2.1 forward, wi
 values, and 4 to 6.1 backward instead of 8 to 10; of these 4 are PyTorch's gradients.
 
 `conv_values` not on a B200: by its machine code it reaches a sixth of the peak of tensor cores there, and fewer bytes
-do not make up for that (`benchmarks/values_or_cudnn.py`: cuDNN's convolution at 0.23 of the peak is as fast with all the
-passes around it, or at 0.34 one with a stride). An H100 is undecided, at 0.31 to 0.78 for most.
+do not make up for that (`benchmarks/values_or_cudnn.py`: cuDNN's convolution at 0.23 of the peak is as fast with all
+the passes around it, or at 0.34 one with a stride). An H100 is undecided, at 0.31 to 0.78 for most.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ RESNET_FUSED_INLINE void store(Half* p, float value) {
   p->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (twice > 0xFF000000u ? 0x7E00u : finite));
 }
 
-// sum += value * column. Where registers hold all sums, two columns and one value more, GCC 12 writes some products over
-// what they multiply and then keeps a sum in memory: told to write each over its sum, it does not. On a Zen 3 that is 92
-// and 99% of the peak.
+// sum += value * column. Where registers hold all sums, two columns and one value more, GCC 12 writes some products
+// over what they multiply and then keeps a sum in memory: told to write each over its sum, it does not. On a Zen 3
+// that is 92 and 99% of the peak.
 template <class V>
 RESNET_FUSED_INLINE void multiply_add(V& sum, float value, const V& column) {
 #if defined(RESNET_FUSED_LEVEL_256) && __GNUC__ >= 12

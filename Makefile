@@ -7,10 +7,11 @@
 #   TEST_PROCESSES=1        of pytest, 2 by default
 #   ABI_PYTHON=path         interpreter with another torch, for make abi
 #
-# make oldest-triton: compile all Triton kernels with the oldest supported version.
+# make oldest-triton: compile the Triton kernels, with all their options, with the oldest supported version.
 #   TRITON_ARCHS="90 100"   for these architectures alone
 #
-# make budgets: compile all CUDA kernels for all architectures that they run on: registers, spills, shared memory.
+# make budgets: compile all CUDA kernels for all architectures that they run on, and every Triton launch of the tests,
+# also those that repeat another but for sizes or a dtype: registers, spills, shared memory.
 
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
@@ -52,10 +53,12 @@ abi: build $(if $(findstring .venv-abi,$(ABI_PYTHON)),.venv-abi/.torch)
 
 # Register counts are of $(TRITON), for which tiles were chosen; an older one spills a few.
 oldest-triton: build .triton-oldest/.installed
-	PYTHONPATH=$(CURDIR)/.triton-oldest $(PY) -m pytest tests/triton/test_triton_compile.py -k 'not spills'
+	TRITON_LAUNCHES=oldest PYTHONPATH=$(CURDIR)/.triton-oldest \
+	    $(PY) -m pytest tests/triton/test_triton_compile.py -k 'not spills'
 
 budgets: build
 	CUDA_ARCHS="80 86 89 90 100 120" $(PY) -m pytest tests/test_cuda_compile.py -k "registers or smallest or shared"
+	TRITON_LAUNCHES=all $(PY) -m pytest tests/triton/test_triton_compile.py
 
 .triton-oldest/.installed:
 	$(PY) -m pip install --no-deps --target .triton-oldest $(OLDEST_TRITON)

@@ -21,6 +21,8 @@ PY := $(BIN)/python
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
+# Of some ten thousand files a few are ever imported, and compiled then.
+INSTALL := -m pip install --no-compile
 ABI_TORCH := torch==2.14.1
 ABI_PYTHON ?= .venv-abi/bin/python
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
@@ -61,7 +63,7 @@ budgets: build
 	TRITON_LAUNCHES=all $(PY) -m pytest tests/triton/test_triton_compile.py
 
 .triton-oldest/.installed:
-	$(PY) -m pip install --no-deps --target .triton-oldest $(OLDEST_TRITON)
+	$(PY) $(INSTALL) --no-deps --target .triton-oldest $(OLDEST_TRITON)
 	touch $@
 
 $(VENV)/.torch:
@@ -69,22 +71,22 @@ $(VENV)/.torch:
 	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH): the largest download, a few minutes"
-	$(PY) -m pip install $(TORCH)
-	$(PY) -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || $(PY) -m pip install $(TRITON)
+	$(PY) $(INSTALL) $(TORCH)
+	$(PY) -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || $(PY) $(INSTALL) $(TRITON)
 	touch $@
 
 $(VENV)/.packages: requirements-dev.txt $(VENV)/.torch
-	$(PY) -m pip install --no-deps -r requirements-dev.txt
+	$(PY) $(INSTALL) --no-deps -r requirements-dev.txt
 	touch $@
 
 build/.installed: $(SOURCES) $(VENV)/.packages
 	@echo "Compiling: on two cores some three minutes, five with CUDA kernels"
-	$(PY) -m pip install -v --no-build-isolation --no-deps -e .
+	$(PY) $(INSTALL) -v --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv-abi/.torch:
 	$(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/python -m pip install $(ABI_TORCH) numpy pytest
+	.venv-abi/bin/python $(INSTALL) $(ABI_TORCH) numpy pytest
 	touch $@
 
 clean:

@@ -84,7 +84,10 @@ def test_values(dtype, shape):
 @pytest.mark.parametrize("op", room.OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_selfcheck_cases(dtype, op):
-    for case in cases(op, dtype):
+    """In the interpreter, which computes in float32 whatever it loads, each dtype of 16 bits has half of the cases."""
+    found = cases(op, dtype)
+    halves = common.INTERPRETING and dtype != torch.float32 and len(found) > 1
+    for case in found[DTYPES.index(dtype) - 1 :: 2] if halves else found:
         row = judge.check_case(room.BACKEND, op, case, dtype, DEVICE)
         refused = op == "conv1x1_backward" and dtype == torch.float32
         assert row.status == "skipped" if refused else row.passed, row

@@ -7,10 +7,11 @@
 #   TEST_PROCESSES=1        of pytest, 2 by default
 #   ABI_PYTHON=path         interpreter with another torch, for make abi
 #
-# make oldest-triton: compile all Triton kernels with the oldest supported version.
+# make oldest-triton: compile the Triton kernels, with all their options, with the oldest supported version.
 #   TRITON_ARCHS="90 100"   for these architectures alone
 #
-# make budgets: compile all CUDA kernels for all architectures that they run on: registers, spills, shared memory.
+# make budgets: compile all CUDA kernels for all architectures that they run on, and every Triton launch of the tests,
+# also those that repeat another but for sizes or a dtype: registers, spills, shared memory.
 
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
@@ -20,6 +21,8 @@ PY := $(BIN)/python
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
+# Of some ten thousand files a few are ever imported, and compiled then.
+INSTALL := -m pip install --no-compile
 ABI_TORCH := torch==2.14.1
 ABI_PYTHON ?= .venv-abi/bin/python
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
@@ -52,13 +55,15 @@ abi: build $(if $(findstring .venv-abi,$(ABI_PYTHON)),.venv-abi/.torch)
 
 # Register counts are of $(TRITON), for which tiles were chosen; an older one spills a few.
 oldest-triton: build .triton-oldest/.installed
-	PYTHONPATH=$(CURDIR)/.triton-oldest $(PY) -m pytest tests/triton/test_triton_compile.py -k 'not spills'
+	TRITON_LAUNCHES=oldest PYTHONPATH=$(CURDIR)/.triton-oldest \
+	    $(PY) -m pytest tests/triton/test_triton_compile.py -k 'not spills'
 
 budgets: build
 	CUDA_ARCHS="80 86 89 90 100 120" $(PY) -m pytest tests/test_cuda_compile.py -k "registers or smallest or shared"
+	TRITON_LAUNCHES=all $(PY) -m pytest tests/triton/test_triton_compile.py
 
 .triton-oldest/.installed:
-	$(PY) -m pip install --no-deps --target .triton-oldest $(OLDEST_TRITON)
+	$(PY) $(INSTALL) --no-deps --target .triton-oldest $(OLDEST_TRITON)
 	touch $@
 
 $(VENV)/.torch:
@@ -66,22 +71,22 @@ $(VENV)/.torch:
 	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH): the largest download, a few minutes"
-	$(PY) -m pip install $(TORCH)
-	$(PY) -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || $(PY) -m pip install $(TRITON)
+	$(PY) $(INSTALL) $(TORCH)
+	$(PY) -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || $(PY) $(INSTALL) $(TRITON)
 	touch $@
 
 $(VENV)/.packages: requirements-dev.txt $(VENV)/.torch
-	$(PY) -m pip install --no-deps -r requirements-dev.txt
+	$(PY) $(INSTALL) --no-deps -r requirements-dev.txt
 	touch $@
 
 build/.installed: $(SOURCES) $(VENV)/.packages
 	@echo "Compiling: on two cores some three minutes, four with CUDA kernels"
-	$(PY) -m pip install -v --no-build-isolation --no-deps -e .
+	$(PY) $(INSTALL) -v --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv-abi/.torch:
 	$(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/python -m pip install $(ABI_TORCH) numpy pytest
+	.venv-abi/bin/python $(INSTALL) $(ABI_TORCH) numpy pytest
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """Build the compiled libraries: `_C` (schemas and CPU kernels) and, wherever nvcc is found, `_cuda.so` (CUDA kernels).
 
 Environment: RESNET_FUSED_SKIP_COMPILE=1 installs pure Python; RESNET_FUSED_CUDA=0 never builds CUDA kernels, 1 demands
-them; TORCH_CUDA_ARCH_LIST chooses their architectures; MAX_JOBS bounds parallel compilers; CXX and CXXFLAGS as usual.
+them; TORCH_CUDA_ARCH_LIST chooses their architectures; MAX_JOBS bounds parallel compilers; CXX and CXXFLAGS as usual,
+NVCCFLAGS likewise.
 
 The compilers are called directly, not through torch's CUDAExtension: that one refuses a CPU-only torch, and asks for a
 GPU on machines that have none.
@@ -46,6 +47,10 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def nvcc_flags() -> list[str]:
+    return [*NVCC_FLAGS, *shlex.split(os.environ.get("NVCCFLAGS", ""))]
+
+
 class Build(build_ext):
     """Plans and runs the compiler commands; setuptools decides only where the results go."""
 
@@ -82,6 +87,7 @@ class Build(build_ext):
             "flags": " ".join(flags),
             "torch": self.torch_version,
             "nvcc": nvcc_version(self.nvcc) if self.nvcc else "",
+            "nvcc_flags": shlex.join(nvcc_flags()) if self.nvcc else "",
             "cuda_architectures": " ".join(architectures),
             "git": output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]) or "unknown",
             "sources": hash_of(ROOT / "csrc"),
@@ -110,7 +116,7 @@ class Build(build_ext):
         return [Step(make, [header], target, depfile), *steps]
 
     def cuda_steps(self, directory: Path) -> list[Step]:
-        flags = [*NVCC_FLAGS, STABLE_ABI, *gencode_flags(self.architectures())]
+        flags = [*nvcc_flags(), STABLE_ABI, *gencode_flags(self.architectures())]
         nvcc = [self.nvcc, f"-ccbin={self.compiler_name}"]
         headers = cuda_headers(self.nvcc)
         around = [self.compiler_name, *CXX_FLAGS, "-DUSE_CUDA", STABLE_ABI, *self.includes, "-isystem", headers]

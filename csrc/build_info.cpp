@@ -6,7 +6,7 @@ namespace resnet_fused {
 
 const std::vector<std::pair<const char*, const char*>>& build_facts() {
   static const std::vector<std::pair<const char*, const char*>> facts = {
-#include "build_facts.inc"  // written by setup.py: compiler, flags, torch, nvcc, cuda_architectures, git, sources
+#include "build_facts.inc"  // written by setup.py: compiler, torch, nvcc, their flags, cuda_architectures, git, sources
   };
   return facts;
 }

@@ -221,7 +221,7 @@ def test_compiled_schemas_are_those_of_the_contract(name):
 @built
 def test_build_info():
     info = library.status().build_info
-    assert {"compiler", "flags", "torch", "nvcc", "cuda_architectures", "git", "sources"} <= set(info)
+    assert {"compiler", "flags", "torch", "nvcc", "nvcc_flags", "cuda_architectures", "git", "sources"} <= set(info)
     assert info["cpu_level"] in info["cpu_levels"].split()
     assert "-march=native" not in info["flags"]
 

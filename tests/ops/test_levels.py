@@ -14,7 +14,7 @@ SHAPES = {"conv1x1": 101, "conv_pointwise": 240, "dense": 48, "grouped": 90, "st
 FOLDER = Path(__file__).parent
 INCLUDES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
 #: Not optimised, as optimising what the sanitizers add took four times as long, and the programs run for a second.
-FLAGS = "-std=c++20 -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Werror".split()
+FLAGS = "-std=c++20 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Werror".split()
 #: Nor is a level compiled that would not be run, which is the largest. By what the loaded library found of this CPU.
 if library.status().build_info.get("cpu_level", "avx512") != "avx512":
     FLAGS.append("-DRESNET_FUSED_WITHOUT_512")

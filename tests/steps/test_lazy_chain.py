@@ -157,8 +157,9 @@ def assert_equal_without_x(chain, x, tensors, residual):
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(got, want, strict=True))
 
 
-def test_double_backward(x):
+def test_double_backward():
     (s1, t1), (s2, t2) = make_step(6, 4), make_step(4, 6)
+    x = torch.randn(2, 6, 3, 3, dtype=F64, requires_grad=True)  # each element is moved a little
 
     def out(x, weight):
         return run_chain(lazy_chain((s1, s2), gram=True), x, [t1._replace(weight=weight), t2], x)

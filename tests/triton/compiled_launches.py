@@ -26,6 +26,9 @@ from resnet_fused.plan.choose import setting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ARCHS = tuple(map(int, os.environ.get("TRITON_ARCHS", "80 90 100 120").split()))
+#: `TRITON_LAUNCHES=all`, of `make budgets`: every one, though its code differs from another's in sizes alone, in a
+#: dtype's conversions, or in the assembler. `oldest`: what tells whether an older compiler takes all that there is.
+ALL, OLDEST = (os.environ.get("TRITON_LAUNCHES") == word for word in ("all", "oldest"))
 NARROW = ((64, 56, 64, 256), (64, 28, 128, 512), (64, 56, 128, 256))  # ResNet-50's, ResNeXt-50's
 MANY = 2**20  # samples, so that rows are counted beyond 2^31
 
@@ -63,18 +66,19 @@ def launches(dtype, channels=256, samples=64):
 MAKERS = (pool_calls, average_calls, gate_calls, act_calls, forward_calls, backward_calls, narrow_calls, small_calls)
 
 
-def products(at, *makers, richest=False):
-    """Of all other ops: (options, call); `richest`: one or two for each kernel, with nearly all that it can do."""
+def products(at, *makers, which=None):
+    """Of all other ops: (options, call); `which`: of these options, None: of all."""
     for op, options, args, kwargs in calls(at, *(makers or MAKERS)):
-        if not richest or (op, options) in RICHEST:
+        if which is None or (op, options) in which:
             run = importlib.import_module(f"{room.__name__}.{op}").run
             yield options, functools.partial(run, *args, **kwargs)
 
 
-RICHEST = {
+#: One or two for each kernel, with nearly all that it can do.
+RICHEST = (
     ("conv1x1", "lazy, narrow to wide, batch norm"),
-    ("conv1x1_join", "lazy, affine residual, factor, mask"),
     ("conv1x1_join", "lazy, strided projection, factor, mask"),
+    ("conv1x1_join", "lazy, affine residual, factor, mask"),
     ("conv1x1_dgrad", "Gram join: bits, factor, coupling, sums"),
     ("conv1x1_dgrad", "strided projection: bits, coupling"),
     ("conv1x1_dgrad", "lazy gradient, masked residual"),
@@ -89,6 +93,9 @@ RICHEST = {
     ("conv1x1_backward", "plain join: bits, factor, sums"),
     ("gram", "lazy"),
     ("gram", "stride 2"),
+    ("gram_norm", "batch norm"),
+    ("gram_grad", ""),
+    ("gram_grad", "wide input"),
     ("gate_add_relu", "residual"),
     ("gate_add_relu_backward", "output"),
     ("norm_act", "gelu"),
@@ -105,10 +112,11 @@ RICHEST = {
     ("bn_coefficients", ""),
     ("running_affine", ""),
     ("running_update", "four norms"),
-    ("gram_norm", "batch norm"),
-    ("gram_grad", ""),
-    ("gram_grad", "wide input"),
-}
+)
+#: Of each op the first of those: where nothing but sizes or a dtype is new. The wide input's kernels are others.
+FIRST = (*{op: (op, options) for op, options in reversed(RICHEST)}.values(), ("gram_grad", "wide input"))
+FIRST_PRODUCTS = tuple(key for key in FIRST if key[0].startswith(("conv1x1", "gram")))
+EVERY = None
 
 
 def record(call, arch):
@@ -132,33 +140,34 @@ def chosen_pixelwise():
                 if weight >= least:
                     yield options, dtype, 256, arch, call
     few = ((torch.bfloat16, 24, 64), (torch.float32, 24, 64), (torch.bfloat16, 7, 64), (torch.bfloat16, 8, MANY))
-    for dtype, channels, samples in few:
+    for dtype, channels, samples in few[2 * OLDEST :]:
         for options, weight, call in launches(dtype, channels, samples):
             if weight == 2:
                 yield options, dtype, channels, 90, call
 
 
 def chosen_products():
-    """All options in bfloat16 on sm_90; the richest elsewhere, in other dtypes, on narrow and odd layers.
+    """All options in bfloat16 on sm_90; the richest elsewhere, in float32, on narrow and odd layers.
 
     float32 is compiled as multiplied in TF32, torch's default for convolutions, and in full.
     """
-    wide, odd = (64, 7, 512, 2048), (64, 14, 33, 65)
-    for options, call in products(Layer(*wide)):
-        yield options, torch.bfloat16, 512, 90, call
-    layers = [(Layer(*wide), arch) for arch in ARCHS if arch != 90] + [(Layer(*odd), arch) for arch in ARCHS]
-    layers += [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
-    layers += [(Layer(64, 56, 64, 256), 90), (Layer(MANY, 56, 64, 256), 90)]
-    for at, arch in layers:
-        for options, call in products(at, richest=True):
+    wide, odd, narrow = (64, 7, 512, 2048), (64, 14, 33, 65), (64, 56, 64, 256)
+    others = [arch for arch in ARCHS if arch != 90]
+    few, richest = FIRST_PRODUCTS if not ALL else RICHEST, FIRST if OLDEST else RICHEST
+    layers = [(Layer(*wide), 90, EVERY), (Layer(*wide, DTYPES[1]), 90, few), (Layer(*wide, DTYPES[2]), 90, richest)]
+    layers += [(Layer(*wide), arch, RICHEST) for arch in others]
+    layers += [(Layer(*odd), 90, richest), *((Layer(*odd), arch, few) for arch in others)]
+    layers += [(Layer(*narrow), 90, richest), (Layer(MANY, *narrow[1:]), 90, RICHEST if ALL else FIRST)]
+    for at, arch, which in layers:
+        for options, call in products(at, which=which):
             yield options, at.dtype, at.narrow, arch, call
-    for dtype, sizes, arch in [(DTYPES[0], sizes, arch) for sizes in NARROW for arch in ARCHS] + [
-        (DTYPES[1], NARROW[0], 90)
-    ]:
-        for options, call in products(Layer(*sizes, dtype), narrow_calls):
+    narrow_layers = [(DTYPES[0], sizes, 90, EVERY) for sizes in NARROW[: 1 if OLDEST else None]]
+    narrow_layers += [(DTYPES[0], sizes, arch, EVERY if ALL else RICHEST) for sizes in NARROW for arch in others]
+    for dtype, sizes, arch, which in (*narrow_layers, (DTYPES[1], NARROW[0], 90, EVERY if ALL else FIRST)):
+        for options, call in products(Layer(*sizes, dtype), narrow_calls, which=which):
             yield options, dtype, sizes[2], arch, call
-    for sizes, arch in ((wide, 90), (wide, 120), (odd, 90)):
-        for options, call in products(Layer(*sizes, torch.float32), richest=True):
+    for sizes, arch, which in ((wide, 90, richest), (wide, 120, RICHEST), (odd, 90, few)):
+        for options, call in products(Layer(*sizes, torch.float32), which=which):
             yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
 
 

@@ -4,23 +4,21 @@ Run by test_triton_compile.py in a process of its own, because the interpreter r
 meta tensors with the launch intercepted, so what is compiled is exactly what a GPU would be given.
 """
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import re
 import select
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
-from compiled_launches import chosen
+from compiled_launches import ALL, chosen
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
 
@@ -53,21 +51,21 @@ def widths(ptx, instruction):
     return found
 
 
-def resources(cubin):
-    """Registers, stack and local memory of a kernel, as the assembler counts them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+def resources(said):
+    """Registers, bytes of stack and of spills of a kernel, in what the assembler says of it (``ptxas -v``)."""
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    stack, *spills = (sum(map(int, each)) for each in zip(*frames, strict=True))
+    return {"registers": int(registers), "stack": stack, "spills": sum(spills)}
 
 
 def compile_one(launch, arch):
     """Compile one launch for one architecture."""
-    built = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        built = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
     ptx = built.asm["ptx"]
     return dict(
-        resources(built.asm["cubin"]),
+        resources(said.getvalue()),
         shared=built.metadata.shared,
         warps=launch.options["num_warps"],
         loads=widths(ptx, "ld"),
@@ -88,17 +86,34 @@ def row_of(what):
 
 
 def different():
-    """What is different among `chosen`: the second stages are the same for most launches."""
+    """What is different among `chosen`: the second stages are the same for most launches.
+
+    sm_80 and sm_120 multiply by the same instruction: of what is the same for both but for the assembler, sm_80's is
+    the richest of each kernel and dtype, and sm_120's, where a block has less memory, all.
+    """
     found = {}
     for what in chosen():
         *_, arch, launch = what
-        found.setdefault((source(launch).hash(), arch, tuple(launch.options.values())), what)
+        found.setdefault((source(launch).hash(), tuple(launch.options.values()), arch), what)
+    kept = set()
+    for code, options, arch in sorted(found, key=lambda key: -given(found[key][-1])):
+        if arch == 80 and (code, options, 120) in found and not ALL:
+            _, dtype, *_, launch = found[code, options, arch]
+            if (launch.kernel, dtype) in kept:
+                del found[code, options, arch]
+            kept.add((launch.kernel, dtype))
     return list(found.values())
+
+
+def given(launch):
+    """How many of the kernel's parameters are there."""
+    return sum(value is not None for value in launch.values.values())
 
 
 def main():
     """In a process for each core, as the compiler holds Python's lock half of the time; forked: launches do not pickle.
     Each takes the next one when it is done with its own: of the largest kernels, which take longest, first."""
+    triton.knobs.nvidia.dump_ptxas_log = True  # which tells what cuobjdump would, without a process more
     work = sorted(different(), key=lambda what: -len(what[-1].values))
     fork = multiprocessing.get_context("fork")
     taken = fork.Value("i", 0)

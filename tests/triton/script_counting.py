@@ -143,7 +143,7 @@ def count(op, args, kwargs, run):
 
 
 LAYERS = {
-    "toy": Layer(4, 16, 64, 256, device="cpu"),
+    "toy": Layer(2, 16, 64, 256, device="cpu"),  # several programs and splits of each kernel
     "odd": Layer(3, 5, 33, 65, device="cpu"),
     "56x56": Layer(256, 56, 64, 256),
     "7x7": Layer(256, 7, 512, 2048),

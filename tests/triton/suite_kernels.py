@@ -6,6 +6,7 @@ Collected where there is a GPU; test_interpreter.py runs it in a process with TR
 import itertools
 
 import pytest
+import smallest
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +85,9 @@ def test_values(dtype, shape):
 @pytest.mark.parametrize("op", room.OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_selfcheck_cases(dtype, op):
-    for case in cases(op, dtype):
+    """In the interpreter, which computes in float32 whatever it loads, each dtype of 16 bits has half of the cases."""
+    halves = common.INTERPRETING and dtype != torch.float32 and len(cases(op, dtype)) > 1
+    for case in cases(op, dtype)[DTYPES.index(dtype) - 1 :: 2] if halves else cases(op, dtype):
         row = judge.check_case(room.BACKEND, op, case, dtype, DEVICE)
         refused = op == "conv1x1_backward" and dtype == torch.float32
         assert row.status == "skipped" if refused else row.passed, row
@@ -247,13 +250,12 @@ def test_writes_stay_inside(monkeypatch):
 
 @pytest.mark.parametrize("op", room.OPS)
 def test_opcheck(op):
-    case = cases(op, torch.float32)[-1]
+    case = smallest.of_the_richest(cases(op, torch.float32))  # which is run several times
 
     def move(t):
         if not isinstance(t, torch.Tensor):
             return t
-        # without NaN, which opcheck takes to differ from itself
-        return on_device(t.nan_to_num(0.5)) if t.is_floating_point() else t.to(DEVICE)
+        return on_device(t.nan_to_num(0.5)) if t.is_floating_point() else t.to(DEVICE)  # NaN differs from itself
 
     args, kwargs = tuple(map(move, case.args)), {name: move(t) for name, t in case.kwargs.items()}
     torch.library.opcheck(getattr(torch.ops.resnet_fused_triton, op).default, args, kwargs)

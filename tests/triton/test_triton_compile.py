@@ -81,10 +81,10 @@ def test_no_spills_and_bounded_registers_and_shared_memory(rows):
     Tiles were chosen with the pinned Triton; another orders code differently.
     """
     for row in rows:
-        assert row["LOCAL"] == row["STACK"] == 0, f"{label(row)} spills: {row}"
+        assert row["spills"] == row["stack"] == 0, f"{label(row)} spills: {row}"
         most = 255 if row["channels"] % 8 else REGISTERS.get(row["kernel"], 255)
-        assert 0 < row["REG"] <= most, f"{label(row)} takes {row['REG']} registers"
-        assert row["REG"] * 32 * row["warps"] <= 65536, f"{label(row)} finds no room on an SM"
+        assert 0 < row["registers"] <= most, f"{label(row)} takes {row['registers']} registers"
+        assert row["registers"] * 32 * row["warps"] <= 65536, f"{label(row)} finds no room on an SM"
         most = SHARED_BYTES if row["kernel"] in REGISTERS else SHARED_BYTES_OF[row["arch"]]
         assert row["shared"] <= most, f"{label(row)} takes {row['shared']} bytes of shared memory"
 
@@ -93,7 +93,7 @@ def test_as_many_programs_are_resident_as_splits_count_on(rows):
     """`splits.resident` promises no more than registers and shared memory leave room for."""
     for row in rows:
         if row["kernel"].removeprefix("dense_") in SPLIT:
-            registers = -(-row["REG"] * 32 // 256) * 256 * row["warps"]  # a warp's come in parts of 256
+            registers = -(-row["registers"] * 32 // 256) * 256 * row["warps"]  # a warp's come in parts of 256
             fit = min(65536 // registers, SHARED_BYTES_OF[row["arch"]] // row["shared"])
             assert fit >= splits.resident(Config(0, 0, 0, row["warps"], 0)), f"{label(row)}: {fit} are resident"
 

@@ -79,6 +79,8 @@ def lent(model: nn.Module, double: bool) -> Iterator[nn.Module]:
 def move_gradient(parameter: nn.Parameter) -> None:
     """Move the gradient of a parameter to a file without a name, mapped: it ends with its last tensor."""
     grad = parameter.grad
+    if grad.layout != torch.strided:
+        return  # of an embedding's rows, which are few
     with tempfile.NamedTemporaryFile() as file:
         mapped = torch.from_file(file.name, shared=True, size=max(1, grad.numel()), dtype=grad.dtype)
     parameter.grad = mapped[: grad.numel()].view(grad.shape).copy_(grad)

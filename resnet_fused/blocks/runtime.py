@@ -27,6 +27,7 @@ from ..steps.saved import refuses_inference_tensors
 from . import drop_paths, ready, survivors
 from .by_modules import called, draw
 from .kept_evaluation import evaluate, takes
+from .norms import is_frozen_class
 from .site import Site
 from .unchanged import Forms
 
@@ -114,6 +115,9 @@ def run_site(
         inner = program.nodes[:-1] if _may_stand_apart(program) else program.nodes
         if given.dtype != dtype and not all(isinstance(node, Convolution) for node in inner if 0 in node.reads):
             return None  # stock casts for convolutions alone
+        if any(is_frozen_class(norm) and norm.weight.dtype != dtype for norm in site.norms):
+            count_hindered()
+            return None  # a product with buffers, which autocast leaves as they are: float32
     if refuses_inference_tensors(tensors):
         count_hindered()
         return None

@@ -17,17 +17,14 @@ of the same dtype, contiguous or channels_last, without groups; `residual`, `out
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from . import conv_norm_add_relu
 from .contract import (
     Tensor,
     channels_last,
-    channels_last_strides,
     define,
     mask_shape,
-    nbytes,
     pack_mask,
     per_channel,
     per_sample,
@@ -64,10 +61,14 @@ def reference(
     return out, pack_mask(~(out <= 0)) if emit_mask else x.new_empty(0, dtype=torch.uint8)
 
 
+def _without_factor(a) -> tuple:
+    """Arguments by which :mod:`.conv_norm_add_relu` makes as large a result, and moves as much but for the mask."""
+    return (a.x, a.weight, *(None,) * 5, 0.0, a.residual, a.stride, a.padding, a.dilation)
+
+
 @takes_arguments_of(reference)
 def fake(a) -> tuple[Tensor, Tensor]:
-    shape = output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)
-    out = a.x.new_empty_strided(shape, channels_last_strides(shape))
+    out = conv_norm_add_relu.fake(*_without_factor(a))
     return out, a.x.new_empty(mask_shape(out) if a.emit_mask else (0,), dtype=torch.uint8)
 
 
@@ -75,17 +76,14 @@ def fake(a) -> tuple[Tensor, Tensor]:
 def bytes(a) -> int:
     """One read of `x`, or of its pixels that a 1x1 meets, of `weight` and `residual`; one write of `out` and `mask`."""
     n, k, h, w = output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)
-    pixels, read = n * h * w, nbytes(a.x)
-    if tuple(a.weight.shape[2:]) == (1, 1):
-        read = min(read, pixels * a.x.shape[1] * a.x.element_size())
-    mask = pixels * ((k + 7) // 8) if a.emit_mask else 0
-    return read + nbytes(a.weight, a.residual) + pixels * k * a.x.element_size() + mask
+    mask = n * h * w * ((k + 7) // 8) if a.emit_mask else 0
+    return conv_norm_add_relu.bytes(*_without_factor(a)) + mask
 
 
 @takes_arguments_of(reference)
 def flops(a) -> int:
     """Two per multiply-add of the convolution; what follows is not counted."""
-    return 2 * math.prod(output_shape(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation)) * a.weight[0].numel()
+    return conv_norm_add_relu.flops(*_without_factor(a))
 
 
 OP = define(

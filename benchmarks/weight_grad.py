@@ -2,7 +2,7 @@
 
 Run:  python benchmarks/weight_grad.py [--batch 16] [--rounds 5] [--record benchmarks/results]
 
-The shapes of ResNet-50 at 224x224. `steps/conv.py` and `steps/winograd_wgrad.py` choose by these figures. GFLOP/s are
+The shapes of ResNet-50 at 224x224, some of ResNets for CIFAR, and two kernels of 5x5. `steps/conv.py` and `steps/winograd_wgrad.py` choose by these figures. GFLOP/s are
 those of a direct sum, whatever fewer an algorithm gets by with.
 """
 
@@ -33,6 +33,12 @@ SHAPES = (
     (512, 512, 3, 2, 14),
     (512, 2048, 1, 1, 7),
     (512, 512, 3, 1, 7),
+    (16, 16, 3, 1, 32),
+    (16, 32, 3, 2, 32),
+    (32, 64, 3, 2, 16),
+    (24, 24, 3, 1, 28),
+    (32, 32, 5, 1, 28),
+    (64, 64, 5, 1, 28),
 )
 
 

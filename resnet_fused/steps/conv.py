@@ -28,7 +28,9 @@ POINTWISE = Conv()
 # copies, and where a product is added to what is there.
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matrix product, 1.1-1.5x faster than oneDNN's
-_OWN_CHANNELS, _OWN_PIXELS = 16, 256  # without: from here on ours is faster for kernels beyond 1x1, 1.1-1.6x
+# without: from so many input and output channels and pixels on ours is faster for 3x3, 1.04-1.8x; below 0.5-1.0x, as for
+# 5x5 and 7x7
+_OWN_CHANNELS, _OWN_OUTPUTS, _OWN_PIXELS, _OWN_TAPS = 64, 32, 256, 9
 _FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain products, and our weight gradients
 _FEW_GRADIENTS = 2  # the same for the gradients of a 1x1
 _PARTS_SLOW = 8  # instead of these, an eighth of a pixel, where products of 256-bit vectors, as ours are, are slow
@@ -105,6 +107,13 @@ def _are_few(pixels: int, weight: Tensor, few: int) -> bool:
     return pixels * _PARTS_SLOW <= channels if SLOW_PRODUCTS else pixels <= few * channels
 
 
+def _are_many(pixels: int, weight: Tensor) -> bool:
+    """Whether there are so many pixels and channels, and so few taps, that our weight gradient pays without AVX-512."""
+    outputs, inputs, *taps = weight.shape
+    few = taps[0] * taps[1] <= _OWN_TAPS
+    return few and inputs >= _OWN_CHANNELS and outputs >= _OWN_OUTPUTS and pixels >= _OWN_PIXELS
+
+
 def _pixels(x: Tensor, conv: Conv) -> int:
     """Pixels that a 1x1 convolution reads."""
     (n, _, h, w), (rows, columns) = x.shape, conv.stride
@@ -170,8 +179,7 @@ def _own_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv, backen
         return stem.weight_grad(channels_last(grad), x, weight, conv, backend)
     if winograd_wgrad.takes(grad, x, weight, conv, backend):
         return winograd_wgrad.weight_grad(grad, x, weight, conv, backend)
-    many = weight.shape[1] >= _OWN_CHANNELS and pixels >= _OWN_PIXELS
-    fast = _are_few(pixels, weight, _FEW_OWN) if HAS_AVX512 else many
+    fast = _are_few(pixels, weight, _FEW_OWN) if HAS_AVX512 else _are_many(pixels, weight)
     if fast and backend in ("auto", "cpu"):
         return run("conv_weight_grad", grad, x, weight, *conv.args[:3], backend=backend)
     return None

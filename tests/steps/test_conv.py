@@ -100,6 +100,18 @@ def test_fewer_weight_gradients_are_ours_where_vectors_of_256_bits_are_slow(avx5
 
 
 @pytest.mark.parametrize(
+    ("shape", "ours"),
+    [((64, 64, 3, 3), True), ((32, 64, 3, 3), True), ((64, 32, 3, 3), False), ((64, 64, 5, 5), False)],
+)
+def test_weight_gradients_of_many_channels_are_ours_without_avx512(avx512, shape, ours, monkeypatch):
+    seen, run, geometry = [], conv.run, Conv(stride=(2, 2), padding=(shape[2] // 2, shape[2] // 2))
+    monkeypatch.setattr(conv, "run", lambda op, *args, **options: seen.append(op) or run(op, *args, **options))
+    grad, x = channels_last(1, shape[0], 16, 16), channels_last(1, shape[1], 32, 32)
+    conv.gradients(grad, x, torch.randn(shape), geometry, "auto", (False, True))
+    assert seen == ["conv_weight_grad"] * (ours and not avx512)
+
+
+@pytest.mark.parametrize(
     ("vendor", "family", "slow"),
     [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False), (None, None, False)],
 )

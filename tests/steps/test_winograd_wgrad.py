@@ -85,12 +85,32 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_where_it_is_taken(case, threads):
+def test_where_it_is_taken(case, threads, monkeypatch):
+    monkeypatch.setattr(winograd_wgrad, "_PANEL", 32)
     shape = TAKEN[case]
     taken = list(TAKEN).index(case) < 8
-    n, c, k, h, w = shape
+    assert takes_shape(*shape) is taken
+
+
+NARROW = {
+    "16 channels": (128, 16, 16, 32, 32),
+    "24 channels": (32, 24, 64, 28, 28),
+    "24 outputs": (32, 64, 24, 28, 28),
+    "two panels for 17 channels": (8, 17, 23, 40, 40),
+    "8 channels": (128, 8, 16, 32, 32),
+    "16 channels, batch 2: less exact": (2, 16, 16, 32, 32),
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_where_panels_of_16_channels_take_it(case, threads, monkeypatch):
+    monkeypatch.setattr(winograd_wgrad, "_PANEL", 16)
+    assert takes_shape(*NARROW[case]) is (list(NARROW).index(case) < 3)
+
+
+def takes_shape(n, c, k, h, w):
     grad, x = (torch.empty(n, h, w, channels).permute(0, 3, 1, 2) for channels in (k, c))
-    assert winograd_wgrad.takes(grad, x, torch.empty(k, c, 3, 3), SAME, "auto") is taken
+    return winograd_wgrad.takes(grad, x, torch.empty(k, c, 3, 3), SAME, "auto")
 
 
 def test_what_else_refuses(threads, monkeypatch):

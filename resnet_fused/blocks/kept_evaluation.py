@@ -82,15 +82,18 @@ class Way(NamedTuple):
 
     def __call__(self, call: Call, handed: Handed) -> Tensor | None:
         """The output; None: stock's operations are to run, as folding is not the same."""
-        lowered, made, inputs = self.lowered, None, _inputs(call)
+        lowered = self.lowered
         if not self.folds:
             call, made = _cast(call, self.dtype), [None] * len(lowered.steps)
         elif self.last is None:
             made = [None if step.part is None else Folded(*fold(call, step.part, self.dtype)) for step in lowered.steps]
         else:
             made = _packed(call, lowered, self.modules, self.last)
-        if made is None:
-            return None
+        return None if made is None else self.run(call, made, handed)
+
+    def run(self, call: Call, made: list[Folded | None], handed: Handed) -> Tensor:
+        """The output by steps that are made from `made`."""
+        lowered, inputs = self.lowered, _inputs(call)
         direct = self.last is not None and call.x.dtype == torch.float32 and not torch._C._len_torch_dispatch_stack()
         e = Evaluation(call, inputs, direct)
         e.owned, e.into = handed.owned, handed.into
@@ -101,6 +104,15 @@ class Way(NamedTuple):
             e.bounds = [of(x) for of, x in zip(bound_of, inputs, strict=True)] + [math.inf] * len(call.program.nodes)
             out = lowered.run(e, made)
             return bounds.remember(out, e.bounds[-1]) if e.direct else out
+
+    def sources(self, tensors: Sequence[StepTensors]) -> list[Tensor]:
+        """What is folded of the tensors of a call."""
+        return [t for node in self.lowered.folded for t in _of_node(tensors[node]) if t is not None]
+
+    def settled(self) -> list[Folded | None] | None:
+        """What the steps of the last call were made from; None where the next one's may be made anew, or is stock's."""
+        recent = _recent.get(self.last)
+        return recent.made if recent is not None and recent.settled and recent.case[-1] is self.lowered else None
 
 
 def way_of(call: Call, modules: Modules | None, dtype: torch.dtype | None) -> Way | None:
@@ -165,7 +177,7 @@ def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> 
     recent = _recent.get(last)
     dense = flat = [t for t in positions if t is not None]
     if recent is None or recent.places != places:
-        recent, dense = None, [t if _is_dense(t) else t.contiguous() for t in flat]
+        recent, dense = None, [t if is_dense(t) else t.contiguous() for t in flat]
     sums = torch.ops.resnet_fused.checksum(dense)
     again = recent is not None and recent.sums == sums and recent.case == case
     if again and recent.settled:
@@ -205,5 +217,5 @@ def _of_node(own: StepTensors) -> tuple[Tensor | None, ...]:
     return own[2:6] if own.weight is None else own[:2]
 
 
-def _is_dense(t: Tensor) -> bool:
+def is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))

@@ -19,13 +19,21 @@ from ..steps import StepTensors
 from ..steps.directions import Lowered
 from ..steps.flow import Handed
 from ..steps.layout import Placed, is_pointwise, lies, suggests_channels_last
-from ..steps.program import Call
+from ..steps.program import Call, Program
 from ..steps.program_node import ALIGNED, RepeatedProgram, run_flat
-from ..steps.spec import flatten, present, regroup, spread
+from ..steps.spec import Places, flatten, present, regroup, spread
 from . import drop_paths
-from .kept_evaluation import way_of
+from .kept_evaluation import Way, way_of
 from .site import Site
 from .unchanged import is_wrapper
+
+
+class Folding(NamedTuple):
+    """How steps that are made from parameters run: the places of the call's tensors among those that there are."""
+
+    way: Way
+    program: Program
+    places: Places
 
 
 class Ready(NamedTuple):
@@ -39,6 +47,7 @@ class Ready(NamedTuple):
     like_weights: bool  # a weight on the main branch is in channels_last
     pointwise: bool
     repeated: tape.Repeated | None = None  # what repeats it, in evaluation that folds nothing
+    folding: Folding | None = None  # in one that folds, and keeps what it made
 
     def __call__(self, x: Placed, residual: Tensor | None, factor: Tensor | None) -> Placed | None:
         """What leaves; None where values decide that stock's operations run."""
@@ -121,7 +130,8 @@ def keep_evaluation(site: Site, form: tuple, call: Call, dtype: torch.dtype | No
             return evaluated(x, residual, tensors, handed)
 
     casts = dtype is not None and not way.folds  # which casts what is folded
-    _keep(site, form, call, dtype, casts, run, repeated if repeats else None)
+    folding = Folding(way, program, places) if way.folds and way.last is not None else None
+    _keep(site, form, call, dtype, casts, run, repeated if repeats else None, folding)
 
 
 def _keep(
@@ -132,11 +142,12 @@ def _keep(
     casts: bool,
     run: Callable,
     repeated: tape.Repeated | None = None,
+    folding: Folding | None = None,
 ) -> None:
     tensors, places = present(flatten(call.tensors))
     width = len(StepTensors._fields)
     cast = [place for i, place in enumerate(places) if casts and place is not None and i % width < 2]
     like_weights = any(suggests_channels_last(call.tensors[node].weight) for node in call.program.main_convolutions)
     known = site.kept.unchanged
-    clamped, pointwise = call.program.clamped, is_pointwise(call.program)
-    known.ready[form] = Ready(run, known.slots(tensors), tuple(cast), dtype, clamped, like_weights, pointwise, repeated)
+    slots, layout = known.slots(tensors), (call.program.clamped, like_weights, is_pointwise(call.program))
+    known.ready[form] = Ready(run, slots, tuple(cast), dtype, *layout, repeated, folding)

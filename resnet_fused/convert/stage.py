@@ -14,6 +14,8 @@ into it where its last step can, else they are copied.
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +47,48 @@ NEAR = 6 << 20, 12 << 20, 13 << 18
 _IN_PART = "in part"
 
 
-def _entries(stage: nn.Sequential) -> list[Running] | None:
-    """What each block runs, where nothing but programs would run in the whole stage; else None."""
+def _entries(blocks: Iterable[nn.Module]) -> list[Running] | None:
+    """What each block runs, where nothing but programs would run in all of them; else None."""
     entries = []
-    for block in stage:
+    for block in blocks:
         found = runnable(block) if is_entered(block) else None
         if found is None or len(found.sites) < len(found.form.calls):
             return None
         entries.append(found)
     return entries
+
+
+#: By stage, the block from which on all run nothing but programs.
+_tails: weakref.WeakKeyDictionary[nn.Sequential, int] = weakref.WeakKeyDictionary()
+
+
+def _tail_of(stage: nn.Sequential) -> int:
+    """Where such blocks began when that was first asked; behind the last where none does, and in a graph."""
+    if torch.compiler.is_compiling():
+        return len(stage)
+    if stage not in _tails:
+        alone = [i for i, block in enumerate(stage) if _entries([block]) is None]
+        _tails[stage] = alone[-1] + 1 if alone else len(stage)
+    return _tails[stage]
+
+
+def _one_by_one(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """The output where somebody else's code runs in some of the blocks, and may change others; or stock's."""
+    out, tail = x, _tail_of(stage)
+    for i, block in enumerate(stage):
+        if i == tail:
+            value = placed(out)
+            done = settled_stage.output(stage, value.value, i, value.owned) if value.channels_last else None
+            if done is None:
+                done = settled_stage.settle(stage, lambda: _entries([*stage][tail:]), value, i)
+            if done is not None:
+                return done
+        if is_entered(block):
+            out = run_block(block, out, block)
+        else:
+            runtime.count_hindered()
+            out = block(left(out))
+    return left(out)
 
 
 def _note_mixed(stage: nn.Sequential, x: Tensor, before: as_stock.Ran) -> None:
@@ -155,24 +190,20 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     """The output of a stage of fused blocks, in stock's layout."""
     known, before = as_stock.is_known(stage, x, _IN_PART), as_stock.so_far()
     entries = None if known else _entries(stage)
-    if entries is None:  # somebody else's code runs in some of its blocks, and may change others; or stock's
-        out = x
-        for block in stage:
-            if is_entered(block):
-                out = run_block(block, out, block)
-            else:
-                runtime.count_hindered()
-                out = block(left(out))
+    if entries is None:
+        out = _one_by_one(stage, x)
         if not (known or torch.compiler.is_compiling()):
             _note_mixed(stage, x, before)
-        return left(out)
+        return out
     if torch.compiler.is_compiling():
         return left(_all_images(entries, x))
-    if (out := settled_stage.settle(stage, entries, x)) is not None:
+    images = images_in_piece(entries, x)
+    in_pieces = 0 < images < x.shape[0]
+    may_settle = type(x) is Tensor and not in_pieces
+    if may_settle and (out := settled_stage.settle(stage, lambda: entries, placed(x))) is not None:
         return out
     with bounds.private():
-        images = images_in_piece(entries, x)
-        if 0 < images < x.shape[0]:
+        if in_pieces:
             return _in_pieces(entries, x, images)
         out = left(_all_images(entries, x))
     sites = [site for entry in entries for site in entry.sites]

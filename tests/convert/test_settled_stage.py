@@ -1,4 +1,4 @@
-"""Stages of which all blocks repeat tapes, as on a GPU, with the CPU's kernels: whatever changes is seen."""
+"""Stages of which all blocks repeat tapes, as on a GPU, or fold, as on a CPU: whatever changes is seen."""
 
 import copy
 
@@ -11,17 +11,20 @@ import resnet_fused
 from resnet_fused.convert import settled_stage, stock_forward
 from resnet_fused.library import status
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.ops.contract import channels_last
 from resnet_fused.plan import choose
 
 pytestmark = pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}")
 X = torch.randn(2, 16, 6, 5, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(choose, "on_gpu", lambda x: True)
+@pytest.fixture(autouse=True, params=["tapes", "folds"])
+def folds(request, monkeypatch):
+    """Whether blocks fold; else they repeat tapes, with the CPU's kernels as a GPU's."""
+    if request.param == "tapes":
+        monkeypatch.setattr(choose, "on_gpu", lambda x: True)
     with torch.no_grad(), resnet_fused.use("cpu"):
-        yield
+        yield request.param == "folds"
 
 
 def is_settled(stage):
@@ -61,12 +64,74 @@ def test_it_is_what_the_blocks_give_one_by_one(monkeypatch, stage):
     assert torch.equal(stage(X), got)
 
 
-def test_values_are_read_at_every_call(stage):
+def test_values_are_read_at_every_call(stage, folds):
+    """Where weights are folded, the stage has to be settled anew."""
     before = close_to_stock(stage)
     for t in (*stage.parameters(), *stage.buffers()):
         if t.is_floating_point():
             t.data.mul_(1.25)
-    assert not torch.equal(close_to_stock(stage), before) and is_settled(stage)
+    assert not torch.equal(close_to_stock(stage), before) and is_settled(stage) is not folds
+
+
+WRITES = {
+    "past the version": lambda t: t.data.mul_(1.25),
+    "in place": lambda t: t.mul_(1.25),
+    "by NumPy": lambda t: t.detach().numpy().__imul__(1.25),
+    "one element": lambda t: t[(0,) * t.dim()].add_(5),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", ["0.conv2.weight", "1.bn2.running_var", "2.bn3.bias"])
+def test_a_write_is_seen(stage, write, name):
+    before = stage(X)
+    WRITES[write](stage.state_dict(keep_vars=True)[name])
+    assert not torch.equal(close_to_stock(stage), before)
+    for _ in range(settled_stage.CALLS + 1):
+        stage(X)
+    assert is_settled(stage)
+    close_to_stock(stage)
+
+
+def test_blocks_behind_one_that_runs_other_code(monkeypatch):
+    """The first has a shortcut that pads with zeros."""
+    net = resnet_fused.models.resnet20().to(memory_format=torch.channels_last).eval()
+    stage = resnet_fused.fuse(net).layer2
+    want = close_to_stock(stage)
+    for _ in range(settled_stage.CALLS + 1):
+        assert torch.equal(stage(X), want)
+    assert is_settled(stage)
+    stage[0].conv1.weight.data.mul_(1.5)
+    assert not torch.equal(close_to_stock(stage), want) and is_settled(stage)
+    stage[1].conv1.weight.data.mul_(1.5)
+    close_to_stock(stage)
+    del stage[1]
+    close_to_stock(stage)
+    stage[0] = copy.deepcopy(stage[1])
+    close_to_stock(stage, channels_last(torch.randn(2, 32, 6, 5)))
+
+
+def test_calls_of_many_forms_are_settled(stage, folds):
+    """Also where another form comes before every one: what is folded is kept by the last one alone."""
+    others = [channels_last(torch.randn(n, 16, 6, 5)) for n in (3, 4)]
+    for _ in range(2 * settled_stage.CALLS):
+        for x in others:
+            stage(x)
+    for _ in range(2):
+        stage(others[0])
+    for x in others:
+        close_to_stock(stage, x)
+    assert folds or is_settled(stage)
+
+
+def test_number_of_threads(stage):
+    before, want = torch.get_num_threads(), stage(X)
+    torch.set_num_threads(1)
+    try:
+        torch.testing.assert_close(stage(X), want)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(stage(X), want)
 
 
 def exchange_weight(stage):

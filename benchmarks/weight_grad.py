@@ -2,8 +2,9 @@
 
 Run:  python benchmarks/weight_grad.py [--batch 16] [--rounds 5] [--record benchmarks/results]
 
-The shapes of ResNet-50 at 224x224, some of ResNets for CIFAR, and two kernels of 5x5. `steps/conv.py` and `steps/winograd_wgrad.py` choose by these figures. GFLOP/s are
-those of a direct sum, whatever fewer an algorithm gets by with.
+The shapes of ResNet-50 at 224x224, some of ResNets for CIFAR, and two kernels of 5x5. `steps/conv.py`
+and `steps/winograd_wgrad.py` choose by these figures. GFLOP/s are those of a direct sum, whatever fewer an algorithm
+gets by with.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ from .fused_module import STATE, FusedState, Running, entry_obstacle, is_entered
 from .trace import value_of
 
 _ITERATION = nn.Sequential.__iter__  # by which a stage that is not kept goes through its blocks
-#: Calls of a form before a stage of it is kept: by then each block has a tape.
-CALLS = PLAIN + 4
+#: Calls of a form before a stage of it is kept: by then each block has a tape, or, where all of them fold, keeps what it
+#: makes.
+CALLS, CALLS_FOLDED = PLAIN + 4, 3
 
 
 class _Repeats:
@@ -211,11 +212,11 @@ def settle(stage: nn.Sequential, find: Callable[[], list[Running] | None], x: Pl
         return None
     kept, form = _kept.setdefault(stage, Forms()), (first, form)
     calls = kept.get(form, 0)
-    if calls != CALLS:
-        if isinstance(calls, int):
-            kept[form] = calls + 1
+    if calls is None or isinstance(calls, Settled):
         return None
-    kept[form] = None  # unless it is found to be one
+    kept[form] = None if calls == CALLS else calls + 1  # unless it is found to be one
+    if calls not in (CALLS_FOLDED, CALLS):
+        return None
     entries, value, ways = find(), x._replace(owned=False), []  # where values decide for stock's, `x` is needed again
     if entries is None or len(entries) != len(stage) - first:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from .. import library
 from ..ops import conv1x1, conv1x1_join, conv_join, conv_norm_add_relu, conv_values, gram
 from ..ops import conv_chain as chain
 from ..ops.contract import is_channels_last, takes_arguments_of
-from ..ops.conv_add_relu import output_shape
+from ..ops.conv_add_relu import is_convolution, output_shape
 from . import cards, tf32
 
 Tensor = torch.Tensor
@@ -68,16 +69,17 @@ def _unbuilt(arch: int) -> str:
 
 
 def limits(x: torch.Size, weight: torch.Size, stride, padding, dilation) -> list[str]:
-    """Reasons against sizes, from the shapes of `x` and `weight`."""
+    """Reasons against sizes, from the shapes of `x` and `weight`. The op tells what is wrong with no convolution."""
+    if not is_convolution(x, weight, stride, padding, dilation):
+        return []
     if weight[1] != x[1]:
-        return [NO_GROUPS]
-    out = torch.Size(output_shape(x, weight, stride, padding, dilation))
+        return [NO_GROUPS] if weight[1] and x[1] % weight[1] == 0 else []
     padded = [size + 2 * p for size, p in zip(x[2:], padding, strict=True)]
     reasons = []
-    if max(*padded, *stride, *dilation) >= MOST_PIXELS:
+    if any(size >= MOST_PIXELS for size in (*padded, *stride, *dilation)):
         reasons.append(f"takes images, strides and dilations of less than {MOST_PIXELS} pixels to a side, padded")
-    sizes = out.numel(), torch.Size((*x[:2], *padded)).numel(), weight.numel()
-    if max(sizes) >= MOST_ELEMENTS:
+    out = output_shape(x, weight, stride, padding, dilation)
+    if any(math.prod(sizes) >= MOST_ELEMENTS for sizes in (out, (*x[:2], *padded), weight)):
         reasons.append("takes less than 2^31 elements a tensor; pass a smaller batch")
     return reasons
 

@@ -32,7 +32,9 @@ def _reasons(g: Tensor, activations: tuple, matrices: tuple, vectors: tuple) -> 
 
 
 def _sizes(g: Tensor, x: Tensor | None, outputs: int, inputs: int) -> list[str]:
-    """What csrc/cuda/conv1x1_gradients.h checks."""
+    """What csrc/cuda/conv1x1_gradients.h checks; the op says what is wrong with what is no image."""
+    if g.dim() != 4:
+        return []
     rows = g.shape[0] * g.shape[2] * g.shape[3]
     sizes = rows * max(outputs, inputs), 0 if x is None else x.numel(), (outputs + 1) * inputs, inputs * inputs
     fits = max(sizes) < cuda_conv.MOST_ELEMENTS

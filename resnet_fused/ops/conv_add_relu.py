@@ -25,6 +25,14 @@ SCHEMA = (
 )
 
 
+def is_convolution(x, weight, stride, padding, dilation) -> bool:
+    """Whether these can be the shapes of `x` and `weight` and what goes with them, whatever their sizes."""
+    pairs = (stride, padding, dilation)
+    if len(x) != 4 or len(weight) != 4 or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        return False
+    return all(number > 0 for number in (*stride, *dilation))
+
+
 def output_shape(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
     """Shape of the convolution's result from the shapes of `x` and `weight`."""
     spatial = [

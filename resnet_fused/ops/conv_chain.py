@@ -19,6 +19,7 @@ folded weight would be rounded once more, in 16 bits, and compared with its orig
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 
 from . import conv_norm_add_relu
 from .contract import OPS, Tensor, channels_last_strides, define
-from .conv_add_relu import output_shape
+from .conv_add_relu import is_convolution, output_shape
 
 SCHEMA = "(Tensor x, Tensor? residual, Tensor?[] tensors, int[] steps, float[] eps) -> Tensor out"
 INTS, TENSORS = 9, 6  # of a convolution
@@ -80,6 +81,17 @@ def joined(chain: Sequence[Link], weights: Sequence[torch.Size], inputs: int) ->
     return found
 
 
+def is_chain(
+    residual: Tensor | None, tensors: Sequence[Tensor | None], steps: Sequence[int], eps: Sequence[float]
+) -> bool:
+    """Whether these are of equally many convolutions, each with a weight, that read values which are there."""
+    count, inputs = len(eps), 1 if residual is None else 2
+    if len(tensors) != TENSORS * count or len(steps) != INTS * count or any(t is None for t in tensors[::TENSORS]):
+        return False
+    chain = enumerate(links(steps), inputs)
+    return all(0 <= link.source < made and -1 <= link.residual < made for made, link in chain)
+
+
 def convolutions(
     x: Tensor,
     residual: Tensor | None,
@@ -87,13 +99,22 @@ def convolutions(
     steps: Sequence[int],
     eps: Sequence[float],
 ) -> Iterator[tuple]:
-    """Of each convolution the arguments that `conv_norm_add_relu` has; what one makes is a meta tensor to the next."""
+    """Of each convolution the arguments that `conv_norm_add_relu` has; what one makes is a meta tensor to the next.
+
+    As far as they are a chain: of the rest the op says what is wrong.
+    """
+    if not is_chain(residual, tensors, steps, eps):
+        return
     values = [x] if residual is None else [x, residual]
     for i, (link, own) in enumerate(zip(links(steps), eps, strict=True)):
         given = arguments(values, tensors[TENSORS * i : TENSORS * (i + 1)], link, own)
         yield given
         read = values[link.source]
+        if not is_convolution(read.shape, given[1].shape, *link[3:]):
+            return
         shape = output_shape(read.shape, given[1].shape, *link[3:])
+        if any(size < 0 for size in shape) or math.prod(shape) >= 1 << 60:  # there is no such tensor
+            return
         made = torch.empty_strided(shape, channels_last_strides(shape), dtype=x.dtype, device="meta")
         values.append(made)
 

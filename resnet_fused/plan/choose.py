@@ -124,15 +124,20 @@ def forced_has(op: str, call) -> bool:
 GRAM_JOIN = ("conv_add_relu", "conv_add_relu_", "bn_stats", "gram", "gram_norm", "gram_grad")
 
 
+def compiled_alone(backend: str, x: Tensor) -> bool:
+    """Whether the compiled kernels run what Triton's would: `backend` forces them, or Triton is not there."""
+    asked = backend == "cuda" or (backend == "auto" and not _HAS_TRITON)
+    return asked and on_gpu(x) and _settings.target is None
+
+
 def join_device(backend: str, x: Tensor) -> Device | None:
     """The GPU whose compiled kernels would run Gram joins on tensors for `backend`; None: there are none.
 
     Where Triton serves, convolutions are on values instead.
     """
-    if x.dtype not in DATA_DTYPES or not on_gpu(x) or _settings.target is not None:
+    if x.dtype not in DATA_DTYPES or not compiled_alone(backend, x):
         return None
-    asked = backend == "cuda" or (backend == "auto" and not _HAS_TRITON)
-    return devices.of(x.device) if asked and not lacking(GRAM_JOIN, x, backend) else None
+    return None if lacking(GRAM_JOIN, x, backend) else devices.of(x.device)
 
 
 #: Called with a line of text for every choice, by ``explain``.

@@ -38,7 +38,7 @@ def taps(call: Call) -> frozenset[int]:
     program, found = call.program, set()
     for value, node, own in call.convolutions:
         saves = program.meets_batch(value) or program.is_lazy(node.source)
-        if saves and own.bias is None and _fits(call, value):
+        if saves and own.bias is None and fits(call, value):
             found.add(value)
     return frozenset(found)
 
@@ -51,11 +51,21 @@ def _serves(call: Call, op: str) -> bool:
     return not choose.lacking((op,), x, call.program.backend)
 
 
-def _fits(call: Call, value: int) -> bool:
-    """Whether the convolution that makes `value` is one that they take."""
-    node, own, shapes = call.program.maker(value), call.tensors[value - call.program.inputs], call.shapes()
-    limits = cuda_conv.limits(shapes[node.source], own.weight.shape, *node.conv.args[:3])
-    return own.weight.dtype == call.x.dtype and not limits
+def fits(call: Call, value: int) -> bool:
+    """Whether the compiled kernels take the convolution that makes `value`: by its groups, sizes and dtype."""
+    own = call.tensors[value - call.program.inputs]
+    return own.weight.dtype == call.x.dtype and not _limits(call, value)
+
+
+def ones_fit(call: Call) -> bool:
+    """Whether they take all 1x1 convolutions by their sizes; Triton's take any."""
+    ones = (value for value, node, own in call.convolutions if node.conv.is_pointwise(own.weight))
+    return not any(_limits(call, value) for value in ones)
+
+
+def _limits(call: Call, value: int) -> list[str]:
+    node, own = call.program.maker(value), call.tensors[value - call.program.inputs]
+    return cuda_conv.limits(call.shapes()[node.source], own.weight.shape, *node.conv.args[:3])
 
 
 def frozen(call: Call, values: bool) -> frozenset[int]:
@@ -69,7 +79,7 @@ def frozen(call: Call, values: bool) -> frozenset[int]:
     joins, found = _serves(call, "conv_join"), set()
     for norm in norms:
         conv = program.maker(norm).source
-        if (values and _by_ones(call, norm, joins=True)) or (joins and _fits(call, conv)):
+        if (values and _by_ones(call, norm, joins=True)) or (joins and fits(call, conv)):
             found.add(norm)
     for value, node in program.numbered:  # of what is joined all, or none
         terms = program.terms(value) if isinstance(node, Addition) or value == program.output else None

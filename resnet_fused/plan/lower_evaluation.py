@@ -45,7 +45,7 @@ from ..steps.evaluation_flow import ForwardStep, Lowered
 from ..steps.evaluation_kinds import NormValue
 from ..steps.gpu_evaluation_kinds import Chain, CompiledConvolution, Product, chained
 from ..steps.program import Addition, Call, Convolution, Normalisation
-from . import averages, choose, too_small, words
+from . import averages, choose, gpu_values, too_small, words
 from .evaluation_steps import Steps, carries_sum
 from .keys import threads
 
@@ -168,7 +168,8 @@ def _on_gpu(call: Call) -> tuple[Lowered | None, str]:
         for (value, node), own in zip(program.numbered, call.tensors, strict=True)
         if isinstance(node, Convolution) and node.conv.is_pointwise(own.weight)
     }
-    if program.backend != "auto" and "conv1x1_join" not in backends()[program.backend].kernels:
+    joins = program.backend == "auto" or "conv1x1_join" in backends()[program.backend].kernels
+    if not joins or (choose.compiled_alone(program.backend, call.x) and not gpu_values.ones_fit(call)):
         pointwise = {}
     lowered = Steps(program, pointwise, whole=whole).lowered()
     compiled = _compiled(call, whole, place)
@@ -192,11 +193,10 @@ def _compiled(call: Call, whole: frozenset[int], place: torch.device | None) -> 
     if x.dtype == torch.float32 and not tf32.allowed():
         return None
     taken = set()
-    for value, node, own in call.convolutions:
+    for value, _, own in call.convolutions:
         norms = [call.tensors[reader - program.inputs] for reader in program.readers(value)]
         vectors = [own.bias, *(t for norm in norms for t in norm[1:6])]
-        fits = all(t is None or t.dtype == stat_dtype(x.dtype) for t in vectors)
-        if node.conv.groups == 1 and own.weight.dtype == x.dtype and fits:
+        if all(t is None or t.dtype == stat_dtype(x.dtype) for t in vectors) and gpu_values.fits(call, value):
             taken.add(value)
     lowered = Steps(program, {}, unfolded=frozenset(taken), whole=whole).lowered() if taken else None
     return None if lowered is None else _in_one_call(call, lowered, place)

@@ -119,6 +119,8 @@ class Options(NamedTuple):
 
 def options(call: Call, on_tensors: bool = False) -> Options | None:
     """None: as one thing only, on tensors with written joins. `on_tensors`: what a CPU runs without values."""
+    if choose.compiled_alone(call.program.backend, call.x) and not gpu_values.ones_fit(call):
+        return None
     device = choose.value_device(call.program.backend, call.x)
     values = device is not None or (not on_tensors and bool(joins(call.program)) and cpu_values.serve(call))
     values = values and not values_obstacle(call)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
-from resnet_fused.backends import cuda, soundness
+from resnet_fused.backends import cuda, cuda_conv, soundness
 from resnet_fused.convert import stock_forward
 from resnet_fused.models import resnet18, resnet50
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
@@ -89,6 +89,15 @@ def test_what_the_kernel_does_not_take_goes_another_way():
     grouped.conv2 = nn.Conv2d(2, 2, 3, padding=1, groups=2, bias=False)
     note = plan_of(nn.Sequential(grouped))
     assert "evaluation: " in note and note.count(WORD) < 3
+
+
+def test_what_has_too_many_elements_goes_another_way(monkeypatch):
+    """Where the kernel would refuse the call, and the reference would run it."""
+    x = 4 * 8 * 56 * 56
+    for most, taken in ((x + 1, True), (x, False)):
+        monkeypatch.setattr(cuda_conv, "MOST_ELEMENTS", most)
+        note = plan_of(nn.Sequential(Bottleneck(8, 2)))
+        assert note.startswith("evaluation: ") and ("in one call" in note) == taken == (note.count(WORD) == 3)
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -14,7 +14,7 @@ from nets import block, observe
 from torch import nn
 
 import resnet_fused
-from resnet_fused.backends import soundness
+from resnet_fused.backends import cuda_conv, soundness
 from resnet_fused.plan import choose, devices
 
 pytestmark = on_cpu.needed
@@ -34,9 +34,8 @@ def network():
     return nn.Sequential(block(16, 8), block(32, 8), block(32, 24, stride=2)).to(memory_format=torch.channels_last)
 
 
-def test_bottlenecks_train_on_values(ran):
-    """Output, gradients and running statistics at twice stock's own error, each by name; within an ulp or so."""
-    stock = network()
+def train(stock):
+    """What was planned. Output, gradients and running statistics at twice stock's own error, each by name."""
     for module in stock.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -47,14 +46,28 @@ def test_bottlenecks_train_on_values(ran):
     x = x.contiguous(memory_format=torch.channels_last)
     with resnet_fused.use("cuda"), choose.observing() as said:
         got = observe(fused, x)
-    assert len(said) == 3 and all("on values" in line for line in said), said
     want, near = observe(exact, x.double()), observe(stock, x)
     assert got.keys() == want.keys()
     for name, value in want.items():
         ours, theirs = ((found[name].double() - value).norm() for found in (got, near))
         assert ours <= 2 * theirs + torch.finfo(torch.bfloat16).eps * value.double().norm(), name
+    return said
+
+
+def test_bottlenecks_train_on_values(ran):
+    said = train(network())
+    assert len(said) == 3 and all("on values" in line for line in said), said
     assert ran["conv1x1_dgrad"] == 8  # of each 1x1 convolution
     assert ran.keys() >= {"conv1x1", *OF_GRAM_JOINS}
+
+
+def test_what_has_too_many_elements_for_a_kernel_is_not_planned_for_it(ran, monkeypatch):
+    """Of three blocks the output of the first and the input of the second: the last is on values still."""
+    monkeypatch.setattr(cuda_conv, "MOST_ELEMENTS", 4 * 32 * 12 * 12)
+    first, *others = network()
+    said = train(nn.Sequential(first, others[0], nn.AvgPool2d(2), others[1]))
+    assert [line.count("1x1 on values") for line in said] == [0, 0, 1]
+    assert ran["conv1x1_dgrad"] == 3 and ran["bn_stats"] > 0
 
 
 def test_float32_is_on_values_where_it_may_be_rounded_to_tf32(ran, monkeypatch):

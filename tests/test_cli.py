@@ -15,9 +15,11 @@ from resnet_fused.backends import Backend, Kernel, dispatch, reference
 from resnet_fused.backends.triton import compile
 from resnet_fused.bench import named, runs
 from resnet_fused.bench.errors import Refused
+from resnet_fused.bench.options import DTYPES
 from resnet_fused.bench.peers import fused
 from resnet_fused.bench.records import Report
 from resnet_fused.cli import main, parser, verify
+from resnet_fused.ops import DATA_DTYPES
 from resnet_fused.plan import measured, timing
 
 pytestmark = pytest.mark.plans_small  # as a process
@@ -62,6 +64,13 @@ def test_explain():
     assert ran.returncode == 0, ran.stderr
     assert "| layer1.0    | 64x16x16 |" in ran.stdout
     assert "| whole model |" in ran.stdout
+
+
+def test_explain_takes_each_dtype_of_the_ops():
+    assert set(DTYPES.values()) == set(DATA_DTYPES)
+    for name, words in (("bf16", "Under autocast to bfloat16,"), ("f16", "Under autocast to float16,")):
+        ran = resnet_fused("explain", "resnet18", "--input", "2,3,32,32", "--dtype", name, "--device", "h100")
+        assert ran.returncode == 0 and words in ran.stdout, ran.stderr
 
 
 def test_explain_takes_what_bench_and_tune_take(tmp_path):

@@ -11,8 +11,13 @@ from . import named
 from .errors import Refused
 from .timing import Rounds
 
-#: Names of --dtype and the autocast dtype they stand for.
-DTYPES = {"f32": None, "bf16": torch.bfloat16}
+#: Names of --dtype, and what they stand for: all that an op of a model takes.
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """What autocast casts to for a --dtype; None: it is off."""
+    return None if name == "f32" else DTYPES[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,14 @@ from resnet_fused.plan import choose
 
 from . import equality, fresh, memory, named, peers, photos, records
 from .blocks import Block, distinct_blocks
-from .options import DTYPES, Options, Plan, device_of, plan_for
+from .options import DTYPES, Options, Plan, autocast_dtype, device_of, plan_for
 from .progress import Bar
 from .timing import Samples, clock_for, interleave, speedup_interval
 
 #: Images that equality is proved on: a float64 ResNet-50 takes seconds for each.
 PHOTOS = 4
 #: How far a peer's result in evaluation may be from stock's, of its largest value.
-TOLERATED = {"f32": 1e-3, "bf16": 5e-2}
+TOLERATED = {"f32": 1e-3, "bf16": 5e-2, "f16": 1e-2}
 
 
 class Disagreement(RuntimeError):
@@ -44,7 +44,7 @@ class Bench:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """What --dtype asks for."""
-        dtype = DTYPES[self.options.dtype]
+        dtype = autocast_dtype(self.options.dtype)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             yield
 
@@ -67,7 +67,7 @@ class Bench:
         x = photos.batches(1, PHOTOS, self.plan.size)[0].to(self.device)
         stock, fused = self.models[peers.STOCK], self.models[peers.OURS]
         with choose.fusing_all():  # also what so few images leave to stock
-            found = equality.check(stock, fused, x, self.fused_names(), DTYPES[self.options.dtype], progress)
+            found = equality.check(stock, fused, x, self.fused_names(), autocast_dtype(self.options.dtype), progress)
         self.report.equality = equality.summary(found)
         wrong = [difference for difference in found if not difference.agrees]
         if wrong:

@@ -43,8 +43,8 @@ def why_not(module: nn.Module) -> str:
 
 def obstacle(module: nn.Module) -> str:
     """Why the settings that a batch norm has now are better left to stock, whose errors they may raise."""
-    if not module.eps > 0:
-        return "a batch norm whose eps is not positive"
+    if not isinstance(module.eps, float | int) or not module.eps > 0:
+        return "a batch norm whose eps is no positive number"
     _, _, running_mean, running_var = vectors(module)
     if (running_mean is None) != (running_var is None):
         return "a batch norm with one running statistic alone"

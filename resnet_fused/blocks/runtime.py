@@ -114,10 +114,12 @@ def run_site(
         scope = torch.autocast(given.device.type, enabled=False)
         inner = program.nodes[:-1] if _may_stand_apart(program) else program.nodes
         if given.dtype != dtype and not all(isinstance(node, Convolution) for node in inner if 0 in node.reads):
-            return None  # stock casts for convolutions alone
+            choose.tell("stock (an input that autocast casts for convolutions alone)")
+            return None
         if any(is_frozen_class(norm) and norm.weight.dtype != dtype for norm in site.norms):
             count_hindered()
-            return None  # a product with buffers, which autocast leaves as they are: float32
+            choose.tell("stock (a frozen norm's buffers, which autocast leaves as they are)")
+            return None  # their product with them is float32
     if refuses_inference_tensors(tensors):
         count_hindered()
         return None

@@ -17,9 +17,9 @@ from typing import NoReturn
 
 from ..bench import runs
 from ..bench.errors import Refused
+from ..bench.options import DTYPES
 from ..plan.devices import DEVICES
 
-DTYPES = ("f32", "bf16")
 MODEL, BATCH = "resnet50", 16  # where none is named
 GPU_BATCH = 256  # where none is named and the step is a GPU's
 COMMANDS = "info | verify | warmup | bench | explain | tune | gpu-report"
@@ -163,8 +163,8 @@ def add_run_arguments(
     command.add_argument("--batch", type=count, default=0, help=f"images of a step (default {batch})")
     command.add_argument("--size", type=count, default=0, help="height and width of the images (default: the model's)")
     every = "" if model else "all; a model's step: "
-    words = f"f32, or bf16 through autocast (default {every}{dtype})"
-    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=words)
+    words = f"f32, or bf16 or f16 through autocast (default {every}{dtype})"
+    command.add_argument("--dtype", choices=tuple(DTYPES), default=dtype, help=words)
     known = f", or one of {', '.join(DEVICES)}, which need not be there" if planned else ""
     command.add_argument("--device", default="", help=f"cpu, cuda or cuda:N{known} (default: a GPU if there is one)")
     command.set_defaults(default_model=model)

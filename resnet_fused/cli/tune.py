@@ -10,7 +10,7 @@ import torch
 import resnet_fused
 
 from ..bench import named, records
-from ..bench.options import DTYPES, device_of
+from ..bench.options import autocast_dtype, device_of
 from ..bench.peers import fused
 from ..plan import choose
 from . import BATCH
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     x = torch.randn(options.batch or BATCH, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     if records.busy():
         _say(records.busy())
-    dtype = DTYPES[options.dtype]
+    dtype = autocast_dtype(options.dtype)
     choose.observers.append(_say)
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

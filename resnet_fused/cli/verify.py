@@ -20,7 +20,7 @@ from ..backends.selfcheck.judge import Verdict
 from ..bench import equality, named, records
 from ..bench.blocks import Block
 from ..bench.errors import Refused
-from ..bench.options import device_of
+from ..bench.options import DTYPES, autocast_dtype, device_of
 from ..models.stages import conv1x1
 from ..plan import devices
 from ..traffic.calls import calls
@@ -28,7 +28,6 @@ from ..traffic.coverage import Coverage
 from . import GPU_BATCH
 from .info import table
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 MODEL_DTYPE = "bf16"  # of a model's step where none is named
 
 
@@ -112,7 +111,7 @@ BLOCKS = {
 
 
 def check_block(name: str, made: tuple, device: torch.device, dtypes: list[str]) -> list[equality.Difference]:
-    """Compare a block with its fused self in `dtypes`: float32, and bfloat16 under autocast."""
+    """Compare a block with its fused self in `dtypes`: float32, and those of 16 bits under autocast."""
     channels, make = made
     torch.manual_seed(0)
     stock = make()
@@ -121,7 +120,7 @@ def check_block(name: str, made: tuple, device: torch.device, dtypes: list[str])
     fused = resnet_fused.fuse(copy.deepcopy(stock), strict=True)
     x = torch.randn(8, channels, 12, 12).relu().to(device, memory_format=torch.channels_last)
     check = functools.partial(equality.check_block, stock, fused)
-    casts = {each: None if each == "f32" else DTYPES[each] for each in dtypes}
+    casts = {each: autocast_dtype(each) for each in dtypes}
     return [found for each, cast in casts.items() for found in check(Block(f"{name}, {each}", x), cast)]
 
 

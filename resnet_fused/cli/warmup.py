@@ -13,11 +13,9 @@ import resnet_fused
 
 from ..bench import named
 from ..bench.errors import Refused
-from ..bench.options import device_of
+from ..bench.options import DTYPES, device_of
 from ..plan import devices
 from . import GPU_BATCH
-
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from ..convert.fuse import fuse
 from ..ops import OPS, Op
 from ..plan import choose, devices
 from ..plan.devices import Device
-from .faked import copied, gradients, make_fake
+from .faked import casting, copied, gradients, make_fake
 
 Tensor = torch.Tensor
 
@@ -138,7 +138,8 @@ def calls(
         shape, own = tuple(x.shape), dtype or x.dtype
         given = torch.empty(shape, dtype=own).contiguous(memory_format=torch.channels_last)
         with listener:
-            out = fake(given)
+            with casting(given.device, own):
+                out = fake(given)
             if training:
                 gradients(out, [p for p in fake.parameters() if p.requires_grad])
     return listener.found

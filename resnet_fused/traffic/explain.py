@@ -22,7 +22,7 @@ from ..plan import choose, devices
 from ..plan.devices import Device, Expected
 from .compiled import FusingCounter
 from .count import Counter, SavedBytes, Traffic, tensors
-from .faked import copied, gradients, make_fake
+from .faked import casting, copied, gradients, make_fake
 
 Tensor = torch.Tensor
 Arguments = tuple[tuple, dict]  # of a call
@@ -64,6 +64,7 @@ class Explanation:
     training: bool
     device: Device | None  # what the plans are made for; None: the CPU
     predictions: tuple[Prediction, ...]  # for `device`; without one, for every known GPU if the dtype is a 16-bit one
+    dtype: torch.dtype = torch.float32  # of the input; of 16 bits: what autocast casts to
 
     def __str__(self) -> str:
         entries = (*self.blocks, self.model)
@@ -73,6 +74,9 @@ class Explanation:
         lines += ["", f"MB moved, GFLOP and MB saved per image, {passes}; launches and ms per batch."]
         lines += ["stock: PyTorch eager; compile: torch.compile, fused as far as its rules go."]
         lines += ["Counted from the operations, and predicted from that; not measured."]
+        if self.dtype.itemsize == 2:
+            name = str(self.dtype).removeprefix("torch.")
+            lines += [f"Under autocast to {name}, whose casts of weights are not counted."]
         lines += [_predicted_how(row) for row in self.predictions[:1]]
         lines += [f"Plan {number}: {text}" for number, text in enumerate(plans, 1)]
         if self.predictions and self.device is None:
@@ -149,7 +153,8 @@ def explain(
     Args:
         model: the model.
         input_size: ``(N, C, H, W)``.
-        dtype: of input and parameters. 16-bit stands for training under autocast.
+        dtype: of the input. In 16 bits a step under autocast is counted, without its casts of the weights of
+            convolutions and linear layers; other float32 tensors stay so. For a model of 16 bits throughout pass one.
         training: count a training step (forward and backward, without the optimizer); else an evaluation. The gradient
             of the model's input is not counted, that of a block's is; a model with no fused blocks in it is taken for
             one.
@@ -173,13 +178,13 @@ def explain(
     with mode:
         place = next((p.device for p in fake.parameters()), None)  # a model on a GPU is planned for as it runs there
         x = torch.empty(tuple(input_size), dtype=dtype, device=place).contiguous(memory_format=torch.channels_last)
-        inputs, image = _inputs(fake, x), ((x,), {})
-        blocks = tuple(_compare(name, fake.get_submodule(name), h, training, target) for name, h in inputs.items())
-        total = _compare("whole model", fake, image, training, target, input_grad=not inputs)
-        predictions = _predict_all(fake, image, training, target, total, input_grad=not inputs)
-    return Explanation(
-        blocks, dataclasses.replace(total, plan="") if blocks else total, left, training, target, predictions
-    )
+        inputs, image, step = _inputs(fake, x), ((x,), {}), _Step(dtype, training)
+        blocks = tuple(_compare(name, fake.get_submodule(name), h, step, target) for name, h in inputs.items())
+        whole = dataclasses.replace(step, input_grad=not inputs)
+        total = _compare("whole model", fake, image, whole, target)
+        predictions = _predict_all(fake, image, whole, target, total)
+    total = dataclasses.replace(total, plan="") if blocks else total
+    return Explanation(blocks, total, left, training, target, predictions, dtype)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -197,51 +202,56 @@ def _inputs(model: nn.Module, x: Tensor) -> dict[str, Arguments]:
                 seen.setdefault(name, (args, kwargs))
 
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-    with torch.no_grad():
+    with torch.no_grad(), casting(x.device, x.dtype):
         model(x)
     for handle in handles:
         handle.remove()
     return seen
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What is counted of a module."""
+
+    dtype: torch.dtype  # of 16 bits: that of autocast
+    training: bool
+    input_grad: bool = True  # whether training wants its input's gradient
+
+
 def _planning(target: Device | None):
     return contextlib.nullcontext() if target is None else choose.planning_for(target)
 
 
-def _compare(
-    name: str, module: nn.Module, given: Arguments, training: bool, target: Device | None, input_grad: bool = True
-) -> Comparison:
+def _compare(name: str, module: nn.Module, given: Arguments, step: _Step, target: Device | None) -> Comparison:
     with choose.observing() as notes, _planning(target):
-        fused, fused_saved = _count(module, given, training, input_grad, Counter())
+        fused, fused_saved = _count(module, given, step, Counter())
     stock = FusingCounter()
     with stock_forward():
-        _, stock_saved = _count(module, given, training, input_grad, stock)
+        _, stock_saved = _count(module, given, step, stock)
     text = "; ".join(dict.fromkeys(notes))
     return Comparison(
         name, tuple(tensors(given)[0].shape), text, fused, stock.total, stock.compiled(), fused_saved, stock_saved
     )
 
 
-def _count(
-    module: nn.Module, given: Arguments, training: bool, input_grad: bool, counter: Counter
-) -> tuple[Traffic, int]:
+def _count(module: nn.Module, given: Arguments, step: _Step, counter: Counter) -> tuple[Traffic, int]:
     def leaf(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_(training and input_grad and t.is_floating_point())
+        return t.detach().requires_grad_(step.training and step.input_grad and t.is_floating_point())
 
     parameters, (args, kwargs) = list(module.parameters()), tree_map_only(Tensor, leaf, given)
     wanted = [t for t in (*parameters, *tensors((args, kwargs))) if t.requires_grad]
-    with counter, torch.set_grad_enabled(training):
+    with counter, torch.set_grad_enabled(step.training):
         saved = SavedBytes([*parameters, *module.buffers()])
-        with saved:
+        with saved, casting(tensors(given)[0].device, step.dtype):
             out = module(*args, **kwargs)
         counter.keep(*tensors(out))
-        if training:
+        if step.training:
             counter.keep(*gradients(out, wanted))
     return counter.total, saved.bytes
 
 
 def _predict_all(
-    model: nn.Module, given: Arguments, training: bool, target: Device | None, total: Comparison, input_grad: bool
+    model: nn.Module, given: Arguments, step: _Step, target: Device | None, total: Comparison
 ) -> tuple[Prediction, ...]:
     """The whole model's times on `target`, else on every known GPU, with the plan made for that."""
     if target is not None:
@@ -251,7 +261,7 @@ def _predict_all(
     found = []
     for known in devices.DEVICES.values():
         with _planning(known):
-            fused, _ = _count(model, given, training, input_grad, Counter())
+            fused, _ = _count(model, given, step, Counter())
         found.append(_predict(known, fused, total))
     return tuple(found)
 

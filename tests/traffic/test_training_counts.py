@@ -20,9 +20,9 @@ def test_training_moves_less_where_every_convolution_is_on_values(kind, megabyte
 
 
 def frozen(kind):
-    """torchvision's model of the name, with norms whose parameters are fixed too."""
+    """torchvision's model of the name, with norms whose parameters are fixed too, in 16 bits as they are."""
     vision = import_torchvision()
-    return getattr(vision.models, kind)(norm_layer=vision.ops.misc.FrozenBatchNorm2d)
+    return getattr(vision.models, kind)(norm_layer=vision.ops.misc.FrozenBatchNorm2d).bfloat16()
 
 
 @pytest.mark.parametrize(("kind", "megabytes", "launches"), [("resnet18", 47, 137), ("resnet50", 144, 366)])
@@ -42,7 +42,7 @@ def test_blocks_with_frozen_norms(name, inputs, megabytes, launches):
     vision = import_torchvision()
     kind, norm = getattr(vision.models.resnet, name), vision.ops.misc.FrozenBatchNorm2d
     model = nn.Sequential(nn.Conv2d(inputs, inputs, 1), kind(inputs, 64, norm_layer=norm))
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(torch.bfloat16, memory_format=torch.channels_last)
     (only,) = resnet_fused.explain(model, (256, inputs, 56, 56), dtype=torch.bfloat16, device="h100").blocks
     assert only.fused.bytes <= megabytes * 1e6 * 256 and only.fused.launches <= launches
     assert only.plan.endswith("convolution with frozen norm, sum, ReLU (running statistics)")

@@ -150,7 +150,7 @@ def chosen_pixelwise():
     """All options in bfloat16 on sm_90."""
     for dtype in DTYPES:
         for arch in ARCHS:
-            least = (dtype is not torch.bfloat16) + (arch != 90)
+            least = (dtype is not torch.bfloat16) * (1 + OLDEST) + (arch != 90)
             for options, weight, call in launches(dtype):
                 if weight >= least:
                     yield options, dtype, 256, arch, call
@@ -169,18 +169,20 @@ def chosen_products():
     """
     wide, odd, narrow = (64, 7, 512, 2048), (64, 14, 33, 65), (64, 56, 64, 256)
     others = [arch for arch in ARCHS if arch != 90]
-    few, richest, greater = RICHEST if ALL else FIRST_PRODUCTS, *((FIRST, FIRST) if OLDEST else (RICHEST, GREATER))
+    few, greater = RICHEST if ALL else FIRST_PRODUCTS, FIRST if OLDEST else GREATER
     half = RICHEST if ALL else [key for key in few if key[0] not in ("gram_norm", "gram_grad")]
     layers = [(Layer(*wide), 90, EVERY), (Layer(*wide, DTYPES[1]), 90, half), (Layer(*wide, DTYPES[2]), 90, greater)]
     layers += [(Layer(*wide), arch, GREATER) for arch in others]
-    layers += [(Layer(*odd), 90, richest), *((Layer(*odd), arch, RICHEST if ALL else ODD_ELSEWHERE) for arch in others)]
+    layers += [(Layer(*odd), 90, few if OLDEST else RICHEST)]
+    layers += [(Layer(*odd), arch, RICHEST if ALL else ODD_ELSEWHERE) for arch in others]
     layers += [(Layer(*narrow), 90, [key for key in greater if ALL or key not in FIRST])]
     layers += [(Layer(MANY, *narrow[1:]), 90, RICHEST if ALL else FIRST)]
     for at, arch, which in layers:
         for options, call in products(at, which=which):
             yield options, at.dtype, at.narrow, arch, call
     yield from chosen_narrow(others)
-    for sizes, arch, which in ((wide, 90, greater), (wide, 120, few), (odd, 90, few)):
+    small = [key for key in few if key[0] == "gram_grad" or not OLDEST]
+    for sizes, arch, which in ((wide, 90, greater), (wide, 120, few), (odd, 90, small)):
         for options, call in products(Layer(*sizes, torch.float32), which=which):
             yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
 
@@ -201,10 +203,10 @@ def chosen_narrow(others):
 def chosen_dense():  # bfloat16 everywhere, other dtypes and an odd layer on sm_90
     wide = (64, 14, 128, 512)
     layers = [(Layer(*wide), arch) for arch in ARCHS] + [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
-    for at, arch in (*layers, (Layer(64, 14, 33, 65), 90)):
+    for at, arch in (*layers, *([] if OLDEST else [(Layer(64, 14, 33, 65), 90)])):
         for options, call in products(at, dense_calls):
             yield options, at.dtype, at.narrow, arch, call
-            if at.dtype == torch.float32:
+            if at.dtype == torch.float32 and not OLDEST:
                 yield f"{options}, full float32", at.dtype, at.narrow, arch, functools.partial(in_full, call)
 
 

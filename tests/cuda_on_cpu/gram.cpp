@@ -1,6 +1,8 @@
 // The Gram matrix on tensor cores behind a C function that test_gram.py calls; as a program, under a sanitizer, with
 // the small matrices that follow from it. dtype: 0 float, 1 half, 2 bfloat16.
 
+#include <numeric>
+
 #include "cuda_on_cpu.h"
 
 #include "../../csrc/cuda/kernels/gram.cuh"
@@ -76,13 +78,16 @@ bool gram_is_right(const PixelGrid& g, int channels, bool lazy, bool by_elements
         cuda::to_float(a[((size_t(sample) * g.h + row * g.stride_h) * g.w + column * g.stride_w) * channels + c]);
     return (lazy ? std::max(scale[c] * x + shift[c], 0.f) : x) - centre[c];
   };
+  const int pixels = g.samples * g.rows * g.columns;
+  std::vector<double> values(size_t(channels) * pixels);  // by channel
   for (int i = 0; i < channels; ++i) {
-    double sum = 0.;
-    for (int m = 0; m < g.samples * g.rows * g.columns; ++m) sum += d(m, i);
-    if (total[i] != sum) return false;
+    for (int m = 0; m < pixels; ++m) values[size_t(i) * pixels + m] = d(m, i);
+  }
+  for (int i = 0; i < channels; ++i) {
+    const double* of_i = values.data() + size_t(i) * pixels;
+    if (total[i] != std::accumulate(of_i, of_i + pixels, 0.)) return false;
     for (int j = 0; j < channels; j += 7) {
-      double product = 0.;
-      for (int m = 0; m < g.samples * g.rows * g.columns; ++m) product += double(d(m, i)) * d(m, j);
+      const double product = std::inner_product(of_i, of_i + pixels, values.data() + size_t(j) * pixels, 0.);
       if (gram[size_t(i) * channels + j] != product || gram[size_t(j) * channels + i] != product) return false;
     }
   }

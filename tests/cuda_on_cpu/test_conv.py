@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 
 import on_cpu
 import pytest
@@ -164,7 +163,5 @@ def test_nothing_to_read(kernel, shape):
 
 def test_addresses_stay_within_the_tensors(tmp_path):
     """Under AddressSanitizer and UBSan, every tensor in memory of just its size."""
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -DRESNET_FUSED_SANITIZED".split()
-    program = on_cpu.program("conv.cpp", tmp_path, *flags)
-    done = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    done = on_cpu.run_sanitized("conv.cpp", tmp_path)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr

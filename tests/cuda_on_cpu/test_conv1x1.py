@@ -4,7 +4,6 @@ it is, and the statistics of that, in every tile; `test_ops.py` has the op's cas
 from __future__ import annotations
 
 import ctypes
-import subprocess
 
 import on_cpu
 import pytest
@@ -195,7 +194,5 @@ def test_nothing_to_read_or_to_write(kernel, shape, outputs, lazy):
 
 def test_addresses_stay_within_the_tensors(tmp_path):
     """Under AddressSanitizer and UBSan, every tensor in memory of just its size."""
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -DRESNET_FUSED_SANITIZED".split()
-    program = on_cpu.program("conv1x1.cpp", tmp_path, *flags)
-    done = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    done = on_cpu.run_sanitized("conv1x1.cpp", tmp_path)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr

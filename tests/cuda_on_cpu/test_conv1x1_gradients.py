@@ -4,7 +4,6 @@ float32 as TF32, and addresses; `test_ops.py` has the ops' cases."""
 from __future__ import annotations
 
 import ctypes
-import subprocess
 
 import cuda_ops
 import on_cpu
@@ -108,7 +107,5 @@ def test_float32_whose_values_tf32_holds(op, endings, monkeypatch):
 
 def test_addresses_stay_within_the_tensors(tmp_path):
     """Under AddressSanitizer and UBSan, every tensor in memory of just its size, both gradients in every tile."""
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -DRESNET_FUSED_SANITIZED".split()
-    program = on_cpu.program("conv1x1_gradients.cpp", tmp_path, *flags)
-    done = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    done = on_cpu.run_sanitized("conv1x1_gradients.cpp", tmp_path)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr

@@ -4,7 +4,6 @@ the rows, digits of the sums; `test_ops.py` has the op's cases, and those of the
 from __future__ import annotations
 
 import ctypes
-import subprocess
 
 import on_cpu
 import pytest
@@ -141,7 +140,5 @@ def test_nothing_to_read(kernel, shape):
 
 def test_addresses_stay_within_the_tensors(tmp_path):
     """Under AddressSanitizer and UBSan, every tensor in memory of just its size; the small matrices too."""
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -DRESNET_FUSED_SANITIZED".split()
-    program = on_cpu.program("gram.cpp", tmp_path, *flags)
-    done = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    done = on_cpu.run_sanitized("gram.cpp", tmp_path)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr

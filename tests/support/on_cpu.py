@@ -14,6 +14,10 @@ SOURCES = Path(__file__).parents[1] / "cuda_on_cpu"
 COMPILER = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
 FLAGS = "-std=c++20 -O1 -fno-strict-aliasing -Wall -Werror -Wno-unknown-pragmas".split()
 COMMAND = [COMPILER, *FLAGS]
+SANITIZERS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+#: Undefined behaviour ends the program by a signal: code that says what it was takes up to twice as long to compile, so
+#: that is made of a program alone that a signal ended.
+TRAPS = ("-fsanitize-undefined-trap-on-error",)
 
 needed = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
@@ -29,6 +33,16 @@ def compiled(source: str, directory: Path, *flags: str) -> Path:
 def program(source: str, directory: Path, *flags: str) -> Path:
     """The program made of the file `source` of tests/cuda_on_cpu."""
     return _made(source, directory / f"{source}.out", *flags)
+
+
+def run_sanitized(source: str, directory: Path) -> subprocess.CompletedProcess:
+    """What the program of `source` wrote under AddressSanitizer and UBSan, and how it ended."""
+    for traps in (TRAPS, ()):
+        made = program(source, directory, *SANITIZERS, "-DRESNET_FUSED_SANITIZED", *traps)
+        done = subprocess.run([made], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+        if done.returncode >= 0:
+            break
+    return done
 
 
 def _made(source: str, output: Path, *flags: str) -> Path:

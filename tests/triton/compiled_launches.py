@@ -116,6 +116,21 @@ RICHEST = (
 #: Of each op the first of those: where nothing but sizes or a dtype is new. The wide input's kernels are others.
 FIRST = (*{op: (op, options) for op, options in reversed(RICHEST)}.values(), ("gram_grad", "wide input"))
 FIRST_PRODUCTS = tuple(key for key in FIRST if key[0].startswith(("conv1x1", "gram")))
+#: Of the richest those beside which another of the same kernel is compiled. "Both gradients" start what the masked
+#: residual does, to a register or two; the others have fewer operands than that one and took as many registers at most,
+#: but for four more of no weight on sm_120.
+LESSER = (
+    ("conv1x1_join", "lazy, affine residual, factor, mask"),
+    ("conv1x1_dgrad", "strided projection: bits, coupling"),
+    ("conv1x1_dgrad", "lazy gradient, masked residual"),
+    ("conv1x1_dgrad", "no weight: coupling, sums"),
+    ("conv1x1_backward", "lazy gradient, coupling, residual"),
+    ("gram", "stride 2"),
+    ("norm_act", "silu"),
+)
+GREATER = RICHEST if ALL else tuple(key for key in RICHEST if key not in LESSER)
+#: Of odd layers elsewhere than on sm_90: the products that take most registers there.
+ODD_ELSEWHERE = tuple(key for key in FIRST if key[0] in ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad"))
 EVERY = None
 
 
@@ -135,7 +150,7 @@ def chosen_pixelwise():
     """All options in bfloat16 on sm_90."""
     for dtype in DTYPES:
         for arch in ARCHS:
-            least = (dtype is not torch.bfloat16) + (arch != 90)
+            least = (dtype is not torch.bfloat16) * (1 + OLDEST) + (arch != 90)
             for options, weight, call in launches(dtype):
                 if weight >= least:
                     yield options, dtype, 256, arch, call
@@ -147,37 +162,51 @@ def chosen_pixelwise():
 
 
 def chosen_products():
-    """All options in bfloat16 on sm_90; the richest elsewhere, in float32, on narrow and odd layers.
+    """All options in bfloat16 on sm_90, the richest on odd layers; what repeats least of these elsewhere.
 
-    float32 is compiled as multiplied in TF32, torch's default for convolutions, and in full.
+    float32 is compiled as multiplied in TF32, torch's default for convolutions, and in full. Narrow layers' rows are
+    counted beyond 2^31 where all other layers' options are the same, as no tile depends on how many there are.
     """
     wide, odd, narrow = (64, 7, 512, 2048), (64, 14, 33, 65), (64, 56, 64, 256)
     others = [arch for arch in ARCHS if arch != 90]
-    few, richest = FIRST_PRODUCTS if not ALL else RICHEST, FIRST if OLDEST else RICHEST
-    layers = [(Layer(*wide), 90, EVERY), (Layer(*wide, DTYPES[1]), 90, few), (Layer(*wide, DTYPES[2]), 90, richest)]
-    layers += [(Layer(*wide), arch, RICHEST) for arch in others]
-    layers += [(Layer(*odd), 90, richest), *((Layer(*odd), arch, few) for arch in others)]
-    layers += [(Layer(*narrow), 90, richest), (Layer(MANY, *narrow[1:]), 90, RICHEST if ALL else FIRST)]
+    few, greater = RICHEST if ALL else FIRST_PRODUCTS, FIRST if OLDEST else GREATER
+    half = RICHEST if ALL else [key for key in few if key[0] not in ("gram_norm", "gram_grad")]
+    layers = [(Layer(*wide), 90, EVERY), (Layer(*wide, DTYPES[1]), 90, half), (Layer(*wide, DTYPES[2]), 90, greater)]
+    layers += [(Layer(*wide), arch, GREATER) for arch in others]
+    layers += [(Layer(*odd), 90, few if OLDEST else RICHEST)]
+    layers += [(Layer(*odd), arch, RICHEST if ALL else ODD_ELSEWHERE) for arch in others]
+    layers += [(Layer(*narrow), 90, [key for key in greater if ALL or key not in FIRST])]
+    layers += [(Layer(MANY, *narrow[1:]), 90, RICHEST if ALL else FIRST)]
     for at, arch, which in layers:
         for options, call in products(at, which=which):
             yield options, at.dtype, at.narrow, arch, call
-    narrow_layers = [(DTYPES[0], sizes, 90, EVERY) for sizes in NARROW[: 1 if OLDEST else None]]
-    narrow_layers += [(DTYPES[0], sizes, arch, EVERY if ALL else RICHEST) for sizes in NARROW for arch in others]
-    for dtype, sizes, arch, which in (*narrow_layers, (DTYPES[1], NARROW[0], 90, EVERY if ALL else FIRST)):
-        for options, call in products(Layer(*sizes, dtype), narrow_calls, which=which):
-            yield options, dtype, sizes[2], arch, call
-    for sizes, arch, which in ((wide, 90, richest), (wide, 120, RICHEST), (odd, 90, few)):
+    yield from chosen_narrow(others)
+    small = [key for key in few if key[0] == "gram_grad" or not OLDEST]
+    for sizes, arch, which in ((wide, 90, greater), (wide, 120, few), (odd, 90, small)):
         for options, call in products(Layer(*sizes, torch.float32), which=which):
             yield f"{options}, full float32", torch.float32, sizes[2], arch, functools.partial(in_full, call)
+
+
+def chosen_narrow(others):
+    """Both gradients in one pass: all options in bfloat16 on sm_90 once for each width, the richest elsewhere."""
+    first, second, third = NARROW
+    layers = [(DTYPES[0], first, 90, EVERY)]
+    layers += [] if OLDEST else [(DTYPES[0], second, 90, EVERY), (DTYPES[0], third, 90, EVERY if ALL else RICHEST)]
+    for arch in others:
+        layers += [(DTYPES[0], first, arch, EVERY if ALL else GREATER)]
+        layers += [(DTYPES[0], sizes, arch, EVERY if ALL else FIRST) for sizes in (second, third)]
+    for dtype, sizes, arch, which in (*layers, (DTYPES[1], first, 90, EVERY if ALL else FIRST)):
+        for options, call in products(Layer(*sizes, dtype), narrow_calls, which=which):
+            yield options, dtype, sizes[2], arch, call
 
 
 def chosen_dense():  # bfloat16 everywhere, other dtypes and an odd layer on sm_90
     wide = (64, 14, 128, 512)
     layers = [(Layer(*wide), arch) for arch in ARCHS] + [(Layer(*wide, dtype), 90) for dtype in DTYPES[1:]]
-    for at, arch in (*layers, (Layer(64, 14, 33, 65), 90)):
+    for at, arch in (*layers, *([] if OLDEST else [(Layer(64, 14, 33, 65), 90)])):
         for options, call in products(at, dense_calls):
             yield options, at.dtype, at.narrow, arch, call
-            if at.dtype == torch.float32:
+            if at.dtype == torch.float32 and not OLDEST:
                 yield f"{options}, full float32", at.dtype, at.narrow, arch, functools.partial(in_full, call)
 
 

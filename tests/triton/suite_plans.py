@@ -3,10 +3,11 @@
 import importlib
 
 import pytest
+import smallest
 import torch
 
 from resnet_fused import backends
-from resnet_fused.backends import dispatch
+from resnet_fused.backends import cards, dispatch
 from resnet_fused.backends import triton as room
 from resnet_fused.backends.selfcheck import cases, draws, judge
 from resnet_fused.backends.triton import common, configs, plans
@@ -22,8 +23,16 @@ def fresh(monkeypatch):
 
 
 def placed(op):
+    """The smallest of the cases that start what the last one starts, with as many arguments."""
     dtype = room.BACKEND.kernels[op].dtypes[0]
-    return draws.place(cases.one(op, dtype), dtype, CPU)
+    made = [draws.place(case, dtype, CPU) for case in cases.cases(op, dtype)]
+
+    def starts(case):
+        launches = room.kernels()[op].launches(case.args, case.kwargs, cards.H100)
+        return [(launch.kernel.fn.__name__, *launch.values) for launch in launches], smallest.given(case)
+
+    wanted = starts(made[-1])
+    return min((case for case in made if starts(case) == wanted), key=smallest.elements)
 
 
 def started(monkeypatch, run):

@@ -11,7 +11,7 @@
 #   TRITON_ARCHS="90 100"   for these architectures alone
 #
 # make budgets: compile all CUDA kernels for all architectures that they run on, and every Triton launch of the tests,
-# also those that repeat another but for sizes or a dtype: registers, spills, shared memory.
+# also those that repeat another but for sizes, a dtype or fewer options: registers, spills, shared memory.
 
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
@@ -21,8 +21,10 @@ PY := $(BIN)/python
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
-# Of some ten thousand files a few are ever imported, and compiled then.
+# Of some ten thousand files a few are ever imported, and compiled then: by the first process that does, not by each
+# again as where containers set this variable.
 INSTALL := -m pip install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 ABI_TORCH := torch==2.14.1
 ABI_PYTHON ?= .venv-abi/bin/python
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')

@@ -30,7 +30,7 @@ ABI_PYTHON ?= .venv-abi/bin/python
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
 SOURCES := $(shell find csrc -type f) setup.py build_support.py pyproject.toml
 
-.PHONY: test bench lint format abi oldest-triton budgets build clean distclean
+.PHONY: test bench lint format abi oldest-triton budgets sanitize build clean distclean
 .DEFAULT_GOAL := build
 
 build: build/.installed
@@ -63,6 +63,11 @@ oldest-triton: build .triton-oldest/.installed
 budgets: build
 	CUDA_ARCHS="80 86 89 90 100 120" $(PY) -m pytest tests/test_cuda_compile.py -k "registers or smallest or shared"
 	TRITON_LAUNCHES=all $(PY) -m pytest tests/triton/test_triton_compile.py
+
+# Each tensor in memory of its own, so that what lies beyond it is nobody's.
+sanitize: build
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest tests/ops -k "cuda-" || exit 1; done
 
 .triton-oldest/.installed:
 	$(PY) $(INSTALL) --no-deps --target .triton-oldest $(OLDEST_TRITON)

@@ -34,8 +34,8 @@ from .fused_module import STATE, FusedState, Running, entry_obstacle, is_entered
 from .trace import value_of
 
 _ITERATION = nn.Sequential.__iter__  # by which a stage that is not kept goes through its blocks
-#: Calls of a form before a stage of it is kept: by then each block has a tape, or, where all of them fold, keeps what it
-#: makes.
+#: Calls of a form before a stage of it is kept: by then each block has a tape, or, where all of them fold, keeps what is
+#: made of its weights.
 CALLS, CALLS_FOLDED = PLAIN + 4, 3
 
 

@@ -226,6 +226,9 @@ def settle(stage: nn.Sequential, find: Callable[[], list[Running] | None], x: Pl
     entries, value, ways = find(), x._replace(owned=False), []  # where values decide for stock's, `x` is needed again
     if entries is None or len(entries) != len(stage) - first:
         return None
+    if entry_obstacle(x.value, entries[0]):
+        kept[form] = calls  # a mode, which a later call may not have
+        return None
     for entry in entries:
         way = _known(entry, value)
         if way is None or (value := way(value, None, None)) is None:

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import resnet_fused
 from resnet_fused.convert import settled_stage, stock_forward
@@ -147,6 +149,24 @@ def test_calls_of_many_forms_are_settled(stage, folds):
     for x in others:
         close_to_stock(stage, x)
     assert folds or is_settled(stage)
+
+
+class Louder(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 1.5 if func is torch.conv2d else out
+
+
+def test_no_stage_settles_for_who_watches_it(stage):
+    settled_stage._kept.clear()
+    tangent = torch.randn_like(X)
+    for _ in range(settled_stage.CALLS + 2):
+        with Louder():
+            close_to_stock(stage)
+        with forward_ad.dual_level():
+            assert forward_ad.unpack_dual(stage(forward_ad.make_dual(X, tangent))).tangent is not None
+    assert not is_settled(stage)
+    close_to_stock(stage)
 
 
 @pytest.mark.parametrize("write", ["of values", "of a tensor", "of a setting"])

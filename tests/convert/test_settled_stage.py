@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import resnet_fused
+from resnet_fused.blocks import ready
 from resnet_fused.convert import settled_stage, stock_forward
 from resnet_fused.library import status
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
@@ -190,6 +191,19 @@ def test_what_another_thread_changes_while_a_stage_settles_is_seen(monkeypatch, 
         stage(X)
     assert changed
     close_to_stock(stage)
+
+
+def test_a_tensor_that_another_thread_exchanges_within_a_call(monkeypatch, stage):
+    keep = ready.keep_evaluation
+
+    def late(*args):
+        exchange_weight(stage)
+        keep(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ready, "keep_evaluation", late)
+        stage(X[:1])
+    close_to_stock(stage, X[:1])
 
 
 def test_number_of_threads(stage):

@@ -33,7 +33,7 @@ __all__ = ["evaluate", "takes", "way_of"]
 Modules = Sequence[nn.Module | None]
 
 
-class _Recent(NamedTuple):
+class Recent(NamedTuple):
     """The last answer of :func:`_packed` for a program, and what it was asked for.
 
     A write moves a tensor's version counter, or, where it bypasses that (``p.data.mul_()``), changes its content.
@@ -47,7 +47,7 @@ class _Recent(NamedTuple):
 
 
 #: Both by the program's last module.
-_recent: weakref.WeakKeyDictionary[nn.Module, _Recent] = weakref.WeakKeyDictionary()
+_recent: weakref.WeakKeyDictionary[nn.Module, Recent] = weakref.WeakKeyDictionary()
 _lowered: weakref.WeakKeyDictionary[nn.Module, Forms] = weakref.WeakKeyDictionary()
 
 
@@ -109,10 +109,12 @@ class Way(NamedTuple):
         """What is folded of the tensors of a call."""
         return [t for node in self.lowered.folded for t in _of_node(tensors[node]) if t is not None]
 
-    def settled(self) -> list[Folded | None] | None:
+    def settled(self) -> Recent | None:
         """What the steps of the last call were made from; None where the next one's may be made anew, or is stock's."""
         recent = _recent.get(self.last)
-        return recent.made if recent is not None and recent.settled and recent.case[-1] is self.lowered else None
+        if recent is None or recent.made is None or not recent.settled or recent.case[-1] is not self.lowered:
+            return None
+        return recent
 
 
 def way_of(call: Call, modules: Modules | None, dtype: torch.dtype | None) -> Way | None:
@@ -184,7 +186,7 @@ def _packed(call: Call, lowered: Lowered, modules: Modules, last: nn.Module) -> 
         return recent.made
     made = _made(call, lowered, modules, places, sums)
     if dense is flat or all(map(operator.is_, dense, flat)):
-        _recent[last] = _Recent(case, places, sums, made, again)
+        _recent[last] = Recent(case, places, sums, made, again)
     return made
 
 

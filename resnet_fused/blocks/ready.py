@@ -149,5 +149,8 @@ def _keep(
     cast = [place for i, place in enumerate(places) if casts and place is not None and i % width < 2]
     like_weights = any(suggests_channels_last(call.tensors[node].weight) for node in call.program.main_convolutions)
     known = site.kept.unchanged
-    slots, layout = known.slots(tensors), (call.program.clamped, like_weights, is_pointwise(call.program))
+    slots = known.slots(tensors) if known else None
+    if slots is None:
+        return  # as another thread has exchanged one meanwhile
+    layout = (call.program.clamped, like_weights, is_pointwise(call.program))
     known.ready[form] = Ready(run, slots, tuple(cast), dtype, *layout, repeated, folding)

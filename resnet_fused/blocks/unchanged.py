@@ -176,10 +176,11 @@ class Unchanged:
         """What the memory of the tensors is, which can be exchanged under them."""
         return tuple(map(torch.Tensor.data_ptr, self._tensors()))
 
-    def slots(self, tensors: Iterable[torch.Tensor]) -> list[tuple[dict, str]]:
-        """Where each of `tensors`, which are of these modules, is to be looked up."""
+    def slots(self, tensors: Iterable[torch.Tensor]) -> list[tuple[dict, str]] | None:
+        """Where each of `tensors` is to be looked up; None where one is not of these modules."""
         found = {id(t): (inner, name) for inner in self._run.inner for name, t in inner.items()}
-        return [found[id(t)] for t in tensors]
+        slots = [found.get(id(t)) for t in tensors]
+        return None if None in slots else slots
 
     def settings_hold(self) -> bool:
         """Whether the convolutions, norms and pool have the settings that they had."""

@@ -22,7 +22,7 @@ from torch._C._dynamo.guards import TensorGuards
 from ..backends import bounds, dispatch, met
 from ..backends.tape import PLAIN, Tape
 from ..blocks import drop_paths, proven, ready, runtime
-from ..blocks.kept_evaluation import is_dense
+from ..blocks.kept_evaluation import Recent, is_dense
 from ..blocks.unchanged import Forms, Methods, Same, hooks_of, is_wrapper
 from ..plan import choose, measured
 from ..steps.flow import Handed
@@ -30,7 +30,7 @@ from ..steps.folding import Folded
 from ..steps.layout import Placed
 from ..steps.program import Call
 from ..steps.spec import regroup, spread
-from .fused_module import STATE, FusedState, Running, entry_obstacle, is_entered
+from .fused_module import STATE, FusedState, Running, entry_obstacle, is_entered, runnable
 from .trace import value_of
 
 _ITERATION = nn.Sequential.__iter__  # by which a stage that is not kept goes through its blocks
@@ -92,14 +92,14 @@ class Settled:
         if any(entry.form.containers for entry in entries):
             self._methods.append(Methods(nn.Sequential))
         self._firsts = [*{(type(block), _code(block)): block for block in self.blocks}.values()]
-        reads = {(type(b), *read): b for b in self.blocks for read in b.__dict__[STATE].traced}
-        self._read = [(b, name, value) for (_, name, value), b in reads.items() if name not in b.__dict__]
+        reads = [(b, *read) for b in self.blocks for read in b.__dict__[STATE].traced]
+        self._read = [*{(type(b), *read): (b, *read) for b, *read in reads if read[0] not in b.__dict__}.values()]
         self._dicts = [own[name] for own in self._same.owns for name in ("_parameters", "_buffers")]
         tensors = self._tensors()
         self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         self._memory = self._memory_of(tensors)
         at = {id(t): i for i, t in enumerate(tensors)}
-        owns = [operator.itemgetter(*(at[id(own[name])] for own, name in way.slots)) for way in ways]
+        owns = [_picker([at[id(own[name])] for own, name in way.slots]) for way in ways]
         runs = [
             _Repeats(w.repeated.tape) if m is None else _Folds(w.folding, m) for w, m in zip(ways, made, strict=True)
         ]
@@ -145,6 +145,12 @@ class Settled:
             and all(value_of(block, name) == value for block, name, value in self._read)
             and all(map(Tape.holds, self._tapes))
         )
+
+
+def _picker(places: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+    """A function that returns the tensors at these places: a block may have a single one."""
+    found = operator.itemgetter(*places)
+    return found if len(places) > 1 else lambda tensors: (found(tensors),)
 
 
 def _sources(way: ready.Ready, own: tuple[Tensor, ...]) -> list[Tensor]:
@@ -219,6 +225,9 @@ def settle(stage: nn.Sequential, find: Callable[[], list[Running] | None], x: Pl
     entries, value, ways = find(), x._replace(owned=False), []  # where values decide for stock's, `x` is needed again
     if entries is None or len(entries) != len(stage) - first:
         return None
+    if entry_obstacle(x.value, entries[0]):
+        kept[form] = calls  # a mode, which a later call may not have
+        return None
     for entry in entries:
         way = _known(entry, value)
         if way is None or (value := way(value, None, None)) is None:
@@ -233,10 +242,26 @@ def settle(stage: nn.Sequential, find: Callable[[], list[Running] | None], x: Pl
         return value.value
     tensors = [[inner[name] for inner, name in way.slots] for way in ways]
     if all(is_dense(t) for way, own in zip(ways, tensors, strict=True) for t in _sources(way, own)):
-        settled = kept[form] = Settled(entries, ways, made, first)
-        for other in [f for f, one in kept.items() if isinstance(one, Settled) and _differ(one, settled)]:
-            del kept[other]
+        settled = _made_now(entries, ways, made, first)
+        if settled is None:
+            return value.value
+        kept[form] = settled
+        for other in [f for f, one in [*kept.items()] if isinstance(one, Settled) and _differ(one, settled)]:
+            kept.pop(other, None)  # which another thread may have done
     return value.value
+
+
+def _made_now(entries: list[Running], ways: list[ready.Ready], made: list[Recent | None], first: int) -> Settled | None:
+    """The stage; None where another thread has changed something since the blocks ran."""
+    known = [entry.sites[0].kept.unchanged for entry in entries]
+    try:
+        settled = Settled(entries, ways, [None if of is None else of.made for of in made], first)
+    except LookupError:  # of a tensor in another one's place
+        return None
+    if settled.contents.sums != [one for of in made if of is not None for one in of.sums]:
+        return None
+    now = [entry.sites[0].kept.unchanged for entry in entries if runnable(entry.block) == entry]
+    return settled if len(now) == len(known) and all(map(operator.is_, now, known)) else None
 
 
 def _differ(one: Settled, other: Settled) -> bool:

@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import resnet_fused
+from resnet_fused.blocks import ready
 from resnet_fused.convert import settled_stage, stock_forward
 from resnet_fused.library import status
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
@@ -93,6 +96,31 @@ def test_a_write_is_seen(stage, write, name):
     close_to_stock(stage)
 
 
+class OneTensor(nn.Module):
+    """A block that has no more than that."""
+
+    kept = True
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return F.relu(self.conv1(x) + x) if self.kept else x * 2
+
+
+def test_blocks_of_one_tensor(monkeypatch):
+    """Whose class has a constant that they read, which one of them has itself."""
+    stage = nn.Sequential(OneTensor(), OneTensor()).to(memory_format=torch.channels_last).eval()
+    stage[1].kept = True
+    stage = resnet_fused.fuse(nn.Sequential(stage))[0]
+    for _ in range(settled_stage.CALLS + 2):
+        close_to_stock(stage)
+    assert is_settled(stage)
+    monkeypatch.setattr(OneTensor, "kept", False)
+    close_to_stock(stage)
+
+
 def test_blocks_behind_one_that_runs_other_code(monkeypatch):
     """The first has a shortcut that pads with zeros."""
     net = resnet_fused.models.resnet20().to(memory_format=torch.channels_last).eval()
@@ -122,6 +150,60 @@ def test_calls_of_many_forms_are_settled(stage, folds):
     for x in others:
         close_to_stock(stage, x)
     assert folds or is_settled(stage)
+
+
+class Louder(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 1.5 if func is torch.conv2d else out
+
+
+def test_no_stage_settles_for_who_watches_it(stage):
+    settled_stage._kept.clear()
+    tangent = torch.randn_like(X)
+    for _ in range(settled_stage.CALLS + 2):
+        with Louder():
+            close_to_stock(stage)
+        with forward_ad.dual_level():
+            assert forward_ad.unpack_dual(stage(forward_ad.make_dual(X, tangent))).tangent is not None
+    assert not is_settled(stage)
+    close_to_stock(stage)
+
+
+@pytest.mark.parametrize("write", ["of values", "of a tensor", "of a setting"])
+def test_what_another_thread_changes_while_a_stage_settles_is_seen(monkeypatch, stage, write):
+    """It may come between the blocks' results and the record of what these were made from."""
+    changes = {
+        "of values": lambda: stage[0].conv2.weight.data.mul_(2),
+        "of a tensor": lambda: exchange_weight(stage),
+        "of a setting": lambda: setattr(stage[1].bn2, "eps", 0.5),
+    }
+    initialise, changed = settled_stage.Settled.__init__, []
+
+    def late(*args):
+        if not changed:
+            changed.append(changes[write]())
+        initialise(*args)
+
+    monkeypatch.setattr(settled_stage.Settled, "__init__", late)
+    settled_stage._kept.clear()
+    for _ in range(settled_stage.CALLS + 1):
+        stage(X)
+    assert changed
+    close_to_stock(stage)
+
+
+def test_a_tensor_that_another_thread_exchanges_within_a_call(monkeypatch, stage):
+    keep = ready.keep_evaluation
+
+    def late(*args):
+        exchange_weight(stage)
+        keep(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ready, "keep_evaluation", late)
+        stage(X[:1])
+    close_to_stock(stage, X[:1])
 
 
 def test_number_of_threads(stage):

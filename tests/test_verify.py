@@ -18,5 +18,5 @@ def test_verify_selects_a_dtype(monkeypatch, dtype, kernels, blocks):
     assert main(["verify", "--device", "cpu", *(["--dtype", dtype] if dtype else [])]) == 0
     assert checked == [kernels and getattr(torch, kernels)]
     casts = {block.name.rpartition(", ")[2]: cast for block, cast in compared}
-    every = {"f32": None, "bf16": torch.bfloat16}
+    every = {"f32": None, "bf16": torch.bfloat16, "f16": torch.float16}
     assert casts == ({blocks: every[blocks]} if blocks else every)

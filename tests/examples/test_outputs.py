@@ -3,6 +3,7 @@
 import importlib
 import os
 import resource
+import sys
 import warnings
 
 import pytest
@@ -79,8 +80,12 @@ def test_what_killed_runs_left_half_written_is_removed(tmp_path):
 
 
 @pytest.fixture
-def full():
-    """No file may grow beyond 20,000 bytes: to who writes it that is what a full disk is."""
+def full(monkeypatch):
+    """No file may grow beyond 20,000 bytes: to who writes it that is what a full disk is.
+
+    But for bytecode, which Python would leave cut off, for all who import that later.
+    """
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     yield

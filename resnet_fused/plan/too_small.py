@@ -43,8 +43,8 @@ _OVERHEAD = 1.3e-3  # seconds; of chains with a Gram join somewhat more
 #: Seconds that Python takes for a program in evaluation beyond what it takes for stock's modules, on a Zen 5 where the
 #: weights read since its last call have displaced it from the caches (twice as long as else): with the weights as they
 #: are, and with packed ones. Like what follows fitted to times of one thread, beside other work, that are not recorded.
-#: Without AVX-512 to those of whole stages on two threads of a Zen 3, which do again what they did.
-_FEW_OVERHEAD, _PACKED_OVERHEAD = 160e-6, 250e-6 if HAS_AVX512 else 200e-6
+#: On two threads of a Zen 3 whole stages that do again what they did take less, and others more.
+_FEW_OVERHEAD, _PACKED_OVERHEAD = 160e-6, 250e-6
 #: Seconds a byte of weight by which stock's convolutions take longer there than ours, by what ATen does: of one image
 #: it takes a plain matrix product, slowly where a contiguous weight of several taps meets several pixels; of more, or
 #: of large ones, oneDNN's, which reorders the weight at every call, a contiguous one of several taps faster.

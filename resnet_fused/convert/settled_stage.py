@@ -278,7 +278,7 @@ def _known(entry: Running, value: object) -> ready.Ready | None:
         return None
     known = ready.form_of(site, value, None, True)
     way = None if known is None else site.kept.unchanged.ready.get(known)
-    if way is None or way.dtype is not None or way.folding is not None:
-        return None if way is None or way.dtype is not None else way
+    if way is None or way.dtype is not None:
+        return None
     tape = None if way.repeated is None else way.repeated.tape
-    return None if tape is None or not tape.runs_on else way
+    return way if way.folding is not None or (tape is not None and tape.runs_on) else None

@@ -62,19 +62,19 @@ def _entries(blocks: Iterable[nn.Module]) -> list[Running] | None:
 _tails: weakref.WeakKeyDictionary[nn.Sequential, int] = weakref.WeakKeyDictionary()
 
 
-def _tail_of(stage: nn.Sequential) -> int:
-    """Where such blocks began when that was first asked; behind the last where none does, and in a graph."""
+def _tail_of(stage: nn.Sequential, known: bool) -> int:
+    """Where such blocks begin, or behind the last; in a graph too. `known`: that it was asked, and nothing is new."""
     if torch.compiler.is_compiling():
         return len(stage)
-    if stage not in _tails:
+    if not known or stage not in _tails:
         alone = [i for i, block in enumerate(stage) if _entries([block]) is None]
         _tails[stage] = alone[-1] + 1 if alone else len(stage)
     return _tails[stage]
 
 
-def _one_by_one(stage: nn.Sequential, x: Tensor) -> Tensor:
+def _one_by_one(stage: nn.Sequential, x: Tensor, known: bool) -> Tensor:
     """The output where somebody else's code runs in some of the blocks, and may change others; or stock's."""
-    out, tail = x, _tail_of(stage)
+    out, tail = x, _tail_of(stage, known)
     for i, block in enumerate(stage):
         if i == tail:
             value = placed(out)
@@ -191,7 +191,7 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> object:
     known, before = as_stock.is_known(stage, x, _IN_PART), as_stock.so_far()
     entries = None if known else _entries(stage)
     if entries is None:
-        out = _one_by_one(stage, x)
+        out = _one_by_one(stage, x, known)
         if not (known or torch.compiler.is_compiling()):
             _note_mixed(stage, x, before)
         return out

@@ -28,8 +28,8 @@ POINTWISE = Conv()
 # copies, and where a product is added to what is there.
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matrix product, 1.1-1.5x faster than oneDNN's
-# without: from so many input and output channels and pixels on ours is faster for 3x3, 1.04-1.8x; else, and for 5x5 and
-# 7x7, it is not
+# without: ours is faster for 3x3 from so many input and output channels and pixels on, 1.16-1.26x at ResNet-50's stride
+# of 2; with 16 channels it reaches 0.7-0.8, and for 5x5 0.65-0.7 (benchmarks/results/epyc-avx2-2core/runs.jsonl:42)
 _OWN_CHANNELS, _OWN_OUTPUTS, _OWN_PIXELS, _OWN_TAPS = 64, 32, 256, 9
 _FEW, _FEW_OWN = 1, 1  # with: up to so many pixels per channel, 1x1 as plain products, and our weight gradients
 _FEW_GRADIENTS = 2  # the same for the gradients of a 1x1

@@ -65,7 +65,8 @@ def _is_faster(grad: Tensor, x: Tensor, conv: Conv) -> bool:
 
     Fewer than 32 channels do not fill a panel: 24 at 28x28 took 1.1 of oneDNN's time, 8 three times as long. At AVX2
     and without, as against oneDNN held to those, ours is faster by 1.7 to 2.8 for all of these. A panel is half as wide
-    there: on a Zen 3 16 and 24 channels took 0.40 to 0.65 of oneDNN's time, with 0.05 to 0.22 of its error.
+    there: on a Zen 3 16 channels at 32x32 took 0.41 and 24 at 28x28 0.62 of oneDNN's time, batch 8
+    (benchmarks/results/epyc-avx2-2core/runs.jsonl:42).
     """
     (n, k, p, q), c = grad.shape, x.shape[1]
     hidden = 2 * conv.padding[0]  # of the taps of a row and of a column of pixels

@@ -7,6 +7,7 @@ from resnet_fused.backends import backends
 from resnet_fused.library import status
 from resnet_fused.ops import OPS
 from resnet_fused.ops.contract import channels_last
+from resnet_fused.steps import winograd_wgrad
 
 pytestmark = pytest.mark.skipif(not status().cpu.loaded, reason=f"the compiled library is {status().cpu.reason}")
 
@@ -49,6 +50,7 @@ KINDS = {
 #: From here on a step takes the op, for so many channels and images of such sizes. The last few are of few tiles.
 SHAPES = [(2, 64, 40, 44), (8, 64, 14, 14), (16, 96, 7, 7), (8, 64, 15, 15), (4, 32, 33, 32)]
 SHAPES += [(8, 64, 7, 7), (4, 96, 14, 14), (7, 64, 9, 9)]
+SHAPES += [(4, 16, 33, 32), (8, 24, 23, 23)] if winograd_wgrad._PANEL == 16 else []
 
 
 def errors(grad, x, weight):

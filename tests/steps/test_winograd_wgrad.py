@@ -84,14 +84,7 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("case", TAKEN)
-def test_where_it_is_taken(case, threads, monkeypatch):
-    monkeypatch.setattr(winograd_wgrad, "_PANEL", 32)
-    shape = TAKEN[case]
-    taken = list(TAKEN).index(case) < 8
-    assert takes_shape(*shape) is taken
-
-
+#: The same where panels are of 16 channels.
 NARROW = {
     "16 channels": (128, 16, 16, 32, 32),
     "24 channels": (32, 24, 64, 28, 28),
@@ -102,15 +95,16 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("case", NARROW)
-def test_where_panels_of_16_channels_take_it(case, threads, monkeypatch):
-    monkeypatch.setattr(winograd_wgrad, "_PANEL", 16)
-    assert takes_shape(*NARROW[case]) is (list(NARROW).index(case) < 3)
-
-
-def takes_shape(n, c, k, h, w):
+@pytest.mark.parametrize(
+    ("panel", "shape", "taken"),
+    [pytest.param(32, shape, i < 8, id=name) for i, (name, shape) in enumerate(TAKEN.items())]
+    + [pytest.param(16, shape, i < 3, id=f"{name}, narrow") for i, (name, shape) in enumerate(NARROW.items())],
+)
+def test_where_it_is_taken(panel, shape, taken, threads, monkeypatch):
+    monkeypatch.setattr(winograd_wgrad, "_PANEL", panel)
+    n, c, k, h, w = shape
     grad, x = (torch.empty(n, h, w, channels).permute(0, 3, 1, 2) for channels in (k, c))
-    return winograd_wgrad.takes(grad, x, torch.empty(k, c, 3, 3), SAME, "auto")
+    assert winograd_wgrad.takes(grad, x, torch.empty(k, c, 3, 3), SAME, "auto") is taken
 
 
 def test_what_else_refuses(threads, monkeypatch):

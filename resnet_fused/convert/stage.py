@@ -63,8 +63,11 @@ _tails: weakref.WeakKeyDictionary[nn.Sequential, int] = weakref.WeakKeyDictionar
 
 
 def _tail_of(stage: nn.Sequential, known: bool) -> int:
-    """Where such blocks begin, or behind the last; in a graph too. `known`: that it was asked, and nothing is new."""
-    if torch.compiler.is_compiling():
+    """Where such blocks begin, or behind the last; in a graph too, and while a hook must see one of them.
+
+    `known`: that it was asked, and nothing is new.
+    """
+    if torch.compiler.is_compiling() or not all(map(is_entered, stage)):
         return len(stage)
     if not known or stage not in _tails:
         alone = [i for i, block in enumerate(stage) if _entries([block]) is None]

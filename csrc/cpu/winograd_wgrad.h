@@ -108,19 +108,32 @@ RESNET_FUSED_INLINE void add_compensated(V& total, V& lost, const V& part) {
 template <class L, bool few, int64_t R>
 RESNET_FUSED_INLINE void multiply_rows(float* sums, const float* grad, const float* x, int64_t tiles, bool add) {
   using V = typename L::Vector;
-  constexpr int64_t length = few ? kShorter : kShort;
+  constexpr int64_t length = few ? kShorter : kShort, pitch = Buffers<L>::kPitch;
   V low[R] = {}, high[R] = {}, lost_low[few ? R : 1] = {}, lost_high[few ? R : 1] = {};
-  for (; tiles > 0; tiles -= length) {
-    V short_low[R] = {}, short_high[R] = {};
-    for (int64_t t = std::min(tiles, length); t > 0; --t, grad += Buffers<L>::kPitch, x += L::kColumns) {
+  for (; tiles > 0; tiles -= length, grad += length * pitch, x += length * L::kColumns) {
+    V short_low[R], short_high[R];
+    const auto add_tile = [&](int64_t t) __attribute__((always_inline)) {
       V x0, x1;
-      load_vector(x0, x);
-      load_vector(x1, x + L::kLanes);
+      load_vector(x0, x + t * L::kColumns);
+      load_vector(x1, x + t * L::kColumns + L::kLanes);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < R; ++r) {
-        multiply_add(short_low[r], grad[r], x0);
-        multiply_add(short_high[r], grad[r], x1);
+        const float value = grad[t * pitch + r];
+        if (t == 0) {
+          short_low[r] = value * x0;
+          short_high[r] = value * x1;
+        } else {
+          multiply_add(short_low[r], value, x0);
+          multiply_add(short_high[r], value, x1);
+        }
       }
+    };
+    if (tiles >= length) {
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < length; ++t) add_tile(t);
+    } else {
+      add_tile(0);
+      for (int64_t t = 1; t < tiles; ++t) add_tile(t);
     }
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {

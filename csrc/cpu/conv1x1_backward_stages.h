@@ -127,8 +127,7 @@ RESNET_FUSED_INLINE void input_panel(const Rows& t, int64_t panel, int64_t row, 
     ahead.choose();
   };
   if (p.packed) {
-    multiply_rows<L>(rows, dz, t.dz_pitch, p.packed + panel * p.K * L::panel, L::panel, p.K, y, L::panel, between,
-                     ahead.now);
+    multiply_rows<L>(rows, dz, t.dz_pitch, p.packed + panel * p.K * L::panel, p.K, y, L::panel, between, ahead.now);
   } else {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; ++j) y[r * L::panel + j] = dz[r * t.dz_pitch + c + j];
@@ -136,8 +135,8 @@ RESNET_FUSED_INLINE void input_panel(const Rows& t, int64_t panel, int64_t row, 
   }
   if (p.coupling) {
     multiply_rows<L>(
-        rows, activation, t.pitch, p.coupled + panel * p.C * L::panel, L::panel, p.C, more, L::panel,
-        [&] { ahead.choose(); }, ahead.now);
+        rows, activation, t.pitch, p.coupled + panel * p.C * L::panel, p.C, more, L::panel, [&] { ahead.choose(); },
+        ahead.now);
   }
   const auto finish = [&]<class V>(int64_t j, const V*) __attribute__((always_inline)) {
     if (p.coupling || p.constant) add_terms<V>(p, y + j, more + j, rows, c + j);

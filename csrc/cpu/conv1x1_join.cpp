@@ -57,7 +57,7 @@ RESNET_FUSED_INLINE void join_lanes(const Join& p, const float* y, const float* 
 template <class L>
 RESNET_FUSED_INLINE float* multiply_panel(const Conv1x1& p, int64_t rows, int64_t panel, float* scratch, Ahead& ahead) {
   float* y = scratch + Conv1x1::kTile * p.pitch();
-  multiply_rows<L>(rows, scratch, p.pitch(), p.packed + panel * p.C * L::panel, L::panel, p.C, y, L::panel, ahead);
+  multiply_rows<L>(rows, scratch, p.pitch(), p.packed + panel * p.C * L::panel, p.C, y, L::panel, ahead);
   return y;
 }
 

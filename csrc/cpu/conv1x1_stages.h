@@ -108,7 +108,7 @@ RESNET_FUSED_INLINE void convolve_tile(const Conv1x1& p, int64_t row, int64_t ro
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(out + r * p.K + j, 1);
     }
-    multiply_rows<L>(rows, scratch, p.pitch(), p.packed + panel * p.C * L::panel, L::panel, p.C, y, L::panel, ahead);
+    multiply_rows<L>(rows, scratch, p.pitch(), p.packed + panel * p.C * L::panel, p.C, y, L::panel, ahead);
     finish_panel<L>(y, rows, columns, sums, k, out, p.K);
   }
 }

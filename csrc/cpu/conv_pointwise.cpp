@@ -19,6 +19,7 @@ constexpr int64_t kTile = 30;  // rows of a tile, at most: some groups of produc
 
 struct Stages {
   int64_t panel, rows;  // of a panel: columns; of a tile
+  bool fetches;         // the rows of the next tile by every panel; else by the last of a part
   void (*pack)(const Pointwise&, int64_t, float*);
   void (*tile)(const Pointwise&, const Tile&, int64_t, const float*, Later&);
 };
@@ -35,7 +36,7 @@ struct At;
     TARGET static void tile(const Pointwise& p, const Tile& tile, int64_t panel, const float* packed, Later& later) { \
       multiply_tile<LEVEL>(p, tile, panel, packed, later);                                                            \
     }                                                                                                                 \
-    static constexpr Stages stages{LEVEL::panel, kTile / LEVEL::rows * LEVEL::rows, pack, tile};                      \
+    static constexpr Stages stages{LEVEL::panel, kTile / LEVEL::rows * LEVEL::rows, LEVEL::fetches, pack, tile};      \
   };
 
 RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512)
@@ -107,14 +108,12 @@ class Part {
     there = part;
   }
 
-  // What is packed next of the weight: something near where that is known to be near already.
+  // What is packed next of the weight: nothing where that is known to be near already.
   Later later(int64_t part) const {
-    if (w.parts == 1) return {packed, packed, packed};
+    if (w.parts == 1) return {};
     const int64_t next = (part + 1) % w.parts, end = std::min(p.K, first(next + 1) * w.panel);
-    return {packed, p.weight + first(next) * w.panel * p.C, p.weight + end * p.C};
+    return {nullptr, p.weight + first(next) * w.panel * p.C, p.weight + end * p.C};
   }
-
-  Later nothing() const { return {packed, packed, packed}; }
 };
 
 void multiply_units(const Pointwise& p, const Stages& at, const Work& w, int64_t first, int64_t last) {
@@ -126,11 +125,13 @@ void multiply_units(const Pointwise& p, const Stages& at, const Work& w, int64_t
     const int64_t end = std::min(tiles, tile + last - unit);
     own.pack(at, part);
     unit += end - tile;
-    Later later = own.nothing();
+    Later later{};
     for (int64_t t = tile; t < end; ++t) {
       if (t == std::max(tile, end - kBefore) && unit < last) later = own.later(part);
-      const Tile rows = w.tile(p, begin + t);
-      for (int64_t panel = own.first(part); panel < own.first(part + 1); ++panel) {
+      Tile rows = w.tile(p, begin + t);
+      const float* const next = rows.next;
+      for (int64_t panel = own.first(part), stop = own.first(part + 1); panel < stop; ++panel) {
+        rows.next = at.fetches || panel + 1 == stop ? next : nullptr;
         at.tile(p, rows, panel, own.at(part, panel), later);
       }
     }

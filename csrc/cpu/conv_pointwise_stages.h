@@ -77,8 +77,8 @@ struct Target {
   float least;  // what is below becomes 0
 };
 
-// What is read later, of which a group of rows fetches a cache line every few steps: rows of x and of the weight. Where
-// there is nothing of either, something that is near.
+// What is read later, of which a group of rows fetches a cache line every few steps: rows of x and of the weight. Null:
+// nothing.
 struct Later {
   const float *x, *weight, *weight_end;
 };
@@ -90,18 +90,20 @@ constexpr int64_t steps_apart() {
 }
 
 // sums[r][j] += a[r][k] * b[k][j] for k in [from, to), for R rows and the first V vectors of a panel.
-template <class L, int64_t R, int64_t V, class Besides>
+template <class L, bool fetches, int64_t R, int64_t V, class Besides>
 RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const float* a, int64_t a_pitch, const float* b,
                                       int64_t from, int64_t to, const Later& later, const Besides& besides) {
   constexpr int64_t kAhead = 16;  // rows of the panel, on their way from the second-level cache
   constexpr int64_t kApart = steps_apart<L>();
   for_steps<L>(from, to, [&](int64_t k, int64_t i) __attribute__((always_inline)) {
     typename L::Vector columns[V];
+    if constexpr (L::fetches) {
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < V * L::lanes; j += kLine) __builtin_prefetch(b + (k + kAhead) * L::panel + j);
+      for (int64_t j = 0; j < V * L::lanes; j += kLine) __builtin_prefetch(b + (k + kAhead) * L::panel + j);
+    }
 #pragma GCC unroll 2
     for (int64_t j = 0; j < V; ++j) load_vector<L>(columns[j], b + k * L::panel + j * L::lanes);
-    if (i % kApart == 0) {
+    if (fetches && i % kApart == 0) {
       __builtin_prefetch(later.x + k * kLine / kApart);
       __builtin_prefetch(later.weight + k * kLine / kApart, 0, 2);
     }
@@ -115,20 +117,21 @@ RESNET_FUSED_INLINE void add_products(typename L::Vector (&sums)[R][V], const fl
   });
 }
 
-template <class L, int64_t R, int64_t V, bool adds>
+template <class L, bool fetches, int64_t R, int64_t V, bool adds>
 RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const float* b, int64_t depth,
                                       const Later& later, const Target& t) {
   using Vector = typename L::Vector;
   Vector sums[R][V] = {};
-  const int64_t first = std::min(R, depth);
-  add_products<L, R, V>(sums, a, a_pitch, b, 0, first, later, [&](int64_t r) __attribute__((always_inline)) {
+  const int64_t first = std::min(std::max(R, L::steps), depth);
+  add_products<L, fetches, R, V>(sums, a, a_pitch, b, 0, first, later, [&](int64_t r) __attribute__((always_inline)) {
+    if (r >= R) return;
 #pragma GCC unroll 2
     for (int64_t j = 0; j < V; ++j) {
       __builtin_prefetch(t.out + r * t.pitch + j * L::lanes, 1);
       if (adds) __builtin_prefetch(t.residual + r * t.pitch + j * L::lanes);
     }
   });
-  add_products<L, R, V>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
+  add_products<L, fetches, R, V>(sums, a, a_pitch, b, first, depth, later, [](int64_t) {});
   b += depth * L::panel;
   const Vector zero = {}, least = zero + t.least;
 #pragma GCC unroll 2
@@ -149,12 +152,12 @@ RESNET_FUSED_INLINE void finish_group(const float* a, int64_t a_pitch, const flo
   }
 }
 
-template <class L, int64_t R, int64_t V, bool adds>
+template <class L, bool fetches, int64_t R, int64_t V, bool adds>
 RESNET_FUSED_INLINE void finish_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
                                          const Later& later, const Target& t) {
   if constexpr (R > 0) {
-    if (rows == R) return finish_group<L, R, V, adds>(a, a_pitch, b, depth, later, t);
-    finish_group_of<L, R - 1, V, adds>(rows, a, a_pitch, b, depth, later, t);
+    if (rows == R) return finish_group<L, fetches, R, V, adds>(a, a_pitch, b, depth, later, t);
+    finish_group_of<L, fetches, R - 1, V, adds>(rows, a, a_pitch, b, depth, later, t);
   }
 }
 
@@ -170,7 +173,13 @@ RESNET_FUSED_INLINE void finish_columns(int64_t columns, int64_t rows, const flo
     std::fill(std::copy_n(t.residual + r * t.pitch, columns, to), to + L::panel, 0.0f);
   }
   const Target to = whole ? t : Target{spare, spare, L::panel, t.least};
-  finish_group_of<L, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, to);  // once: a copy of it is compiled here
+  const bool fetches = later.x || later.weight;
+  if (L::fetches || (V == kVectors && fetches)) {
+    const Later near{later.x ? later.x : b, later.weight ? later.weight : b, nullptr};
+    finish_group_of<L, true, L::rows, V, adds>(rows, a, a_pitch, b, depth, near, to);  // once: compiled here
+  } else {
+    finish_group_of<L, false, L::rows, V, adds>(rows, a, a_pitch, b, depth, later, to);
+  }
   for (int64_t r = 0; !whole && r < rows; ++r) std::copy_n(spare + r * L::panel, columns, t.out + r * t.pitch);
 }
 
@@ -193,12 +202,12 @@ RESNET_FUSED_INLINE void multiply_tile_by(const Pointwise& p, const Tile& tile, 
     const int64_t begin = tile.rows * group / groups, count = tile.rows * (group + 1) / groups - begin;
     const int64_t at = (tile.row + begin) * p.K + k;
     const Target t{p.out + at, adds ? p.behind.residual + at : nullptr, p.K, least};
-    later.x = tile.next ? tile.next + begin * pitch : packed;
+    later.x = tile.next ? tile.next + begin * pitch : nullptr;
     const float* a = tile.x + begin * pitch;
     columns > L::lanes ? finish_columns<L, kVectors, adds>(columns, count, a, pitch, packed, p.C, later, t)
                        : finish_columns<L, 1, adds>(columns, count, a, pitch, packed, p.C, later, t);
-    later.weight += p.C * kLine / steps_apart<L>();
-    if (later.weight >= later.weight_end) later.weight = later.weight_end = packed;
+    if (later.weight) later.weight += p.C * kLine / steps_apart<L>();
+    if (later.weight >= later.weight_end) later.weight = nullptr;
   }
 }
 

@@ -161,7 +161,7 @@ RESNET_FUSED_INLINE void input_gradient(const DenseConvBackward& p, const Backwa
     OutputLines lines{p, s, StripTile(p.strips, s, first), count, room.c + c, columns};
     for (int64_t i = 0; i < Tile2::values; ++i) {
       multiply_rows<L>(count, room.dy_v + i * count * dy_pitch, dy_pitch,
-                       p.u + panel * p.weight.u_size() + i * p.weight.u_plane(), L::panel, p.gradient.G,
+                       p.u + panel * p.weight.u_size() + i * p.weight.u_plane(), p.gradient.G,
                        room.m + i * count * m_pitch, m_pitch, lines);
     }
     StripTile tile(p.strips, s, first);

@@ -66,7 +66,7 @@ RESNET_FUSED_INLINE bool convolve_strip(const DenseConv& p, int64_t index, float
     for (int64_t panel = 0; panel < p.weight.panels; ++panel) {
       const float* u = p.u + panel * p.weight.u_size();
       for (int64_t i = 0; i < Tile2::values; ++i) {
-        multiply_rows<L>(count, v + i * count * pitch, pitch, u + i * p.weight.u_plane(), L::panel, K,
+        multiply_rows<L>(count, v + i * count * pitch, pitch, u + i * p.weight.u_plane(), K,
                          m + i * count * p.m_pitch(), p.m_pitch(), between);
       }
       write_tiles<L>(p, s, first, count, panel, m, y, bad);

@@ -2,7 +2,11 @@
 //
 // A level names the vectors of a machine and how many rows of sums, two vectors wide, its registers hold beside the two
 // of the panel at work and a broadcast value: enough sums in flight to hide the latency of FMA. `steps` of a sum are
-// unrolled: where few products hide behind a step's loads, its counting and fetching ahead would show.
+// unrolled, and what else is to be done meanwhile is done at every `apart`-th.
+//
+// Where registers are 16, twelve FMAs come with eight loads, and every further instruction shows as soon as a core
+// works for another thread too and gives each of them half its width: a prefetch of the panel at each step then cost a
+// tenth. The panel lies one line after the other, which the hardware sees by itself, so only wider vectors `fetch` it.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +21,20 @@ inline constexpr int64_t kLine = 16;    // floats of a cache line
 struct Level512 {
   typedef float Vector __attribute__((vector_size(64)));
   typedef float Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
-  static constexpr int64_t lanes = 16, panel = lanes * kVectors, rows = 14, steps = 1;
+  static constexpr int64_t lanes = 16, panel = lanes * kVectors, rows = 14, steps = 1, apart = 1;
+  static constexpr bool fetches = true;
 };
 struct Level256 {
   typedef float Vector __attribute__((vector_size(32)));
   typedef float Anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-  static constexpr int64_t lanes = 8, panel = lanes * kVectors, rows = 6, steps = 4;
+  static constexpr int64_t lanes = 8, panel = lanes * kVectors, rows = 6, steps = 8, apart = 4;
+  static constexpr bool fetches = false;
 };
 struct Level128 {
   typedef float Vector __attribute__((vector_size(16)));
   typedef float Anywhere __attribute__((vector_size(16), aligned(4), may_alias));
-  static constexpr int64_t lanes = 4, panel = lanes * kVectors, rows = 6, steps = 4;
+  static constexpr int64_t lanes = 4, panel = lanes * kVectors, rows = 6, steps = 8, apart = 4;
+  static constexpr bool fetches = false;
 };
 
 // Vectors go in and out by reference: by value their calling convention would depend on the level.
@@ -45,32 +52,33 @@ template <class L, class Step>
 RESNET_FUSED_INLINE void for_steps(int64_t from, int64_t to, Step&& step) {
   int64_t k = from;
   for (; k + L::steps <= to; k += L::steps) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t i = 0; i < L::steps; ++i) step(k + i, i);
   }
-  for (; k < to; ++k) step(k, 0);
+  for (; k < to; ++k) step(k, L::steps - 1);
 }
 
 struct Nothing {
   RESNET_FUSED_INLINE void operator()() const {}
 };
 
-// c[r][j] = sum_k a[r][k] * b[k][j] for R rows and one panel, summed in the order of k. The panel's rows are b_pitch
-// apart. `each` is called for every k.
-template <class L, int64_t R, class Each>
-RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t depth,
-                                        float* c, int64_t c_pitch, Each& each) {
+// c[r][j] = sum_k a[r][k] * b[k][j] for R rows and one panel, summed in the order of k. The panel's rows are `pitch`
+// apart. `each` is called at every L::apart-th k.
+template <class L, int64_t pitch, int64_t R, class Each>
+RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c,
+                                        int64_t c_pitch, Each& each) {
   Each at_work = each;            // in registers
   constexpr int64_t kAhead = 12;  // rows of the panel, on their way from the second-level cache
   typename L::Vector sums[R][kVectors] = {};
-  for_steps<L>(0, depth, [&](int64_t k, int64_t) __attribute__((always_inline)) {
-    at_work();
+  for_steps<L>(0, depth, [&](int64_t k, int64_t i) __attribute__((always_inline)) {
+    if (i % L::apart == 0) at_work();
     typename L::Vector columns[kVectors];
+    if constexpr (L::fetches) {
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < L::panel; j += kLine) __builtin_prefetch(b + kAhead * b_pitch + j);
+      for (int64_t j = 0; j < L::panel; j += kLine) __builtin_prefetch(b + (k + kAhead) * pitch + j);
+    }
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < kVectors; ++j) load_vector<L>(columns[j], b + j * L::lanes);
-    b += b_pitch;
+    for (int64_t j = 0; j < kVectors; ++j) load_vector<L>(columns[j], b + k * pitch + j * L::lanes);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) {
       const float value = a[r * a_pitch + k];
@@ -86,27 +94,26 @@ RESNET_FUSED_INLINE void multiply_group(const float* a, int64_t a_pitch, const f
   each = at_work;
 }
 
-template <class L, int64_t R, class Each>
-RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b,
-                                           int64_t b_pitch, int64_t depth, float* c, int64_t c_pitch, Each& each) {
+template <class L, int64_t pitch, int64_t R, class Each>
+RESNET_FUSED_INLINE void multiply_group_of(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
+                                           float* c, int64_t c_pitch, Each& each) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_group<L, R>(a, a_pitch, b, b_pitch, depth, c, c_pitch, each);
-    multiply_group_of<L, R - 1>(rows, a, a_pitch, b, b_pitch, depth, c, c_pitch, each);
+    if (rows == R) return multiply_group<L, pitch, R>(a, a_pitch, b, depth, c, c_pitch, each);
+    multiply_group_of<L, pitch, R - 1>(rows, a, a_pitch, b, depth, c, c_pitch, each);
   }
 }
 
 // The same for any number of rows, in groups of sizes as equal as they get; `between()` is called before each, and
-// `each()` for every k of each.
-template <class L, class Between = Nothing, class Each = Nothing>
-RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t b_pitch,
-                                       int64_t depth, float* c, int64_t c_pitch, Between&& between = {},
-                                       Each&& each = {}) {
+// `each()` at every L::apart-th k of each.
+template <class L, int64_t pitch = L::panel, class Between = Nothing, class Each = Nothing>
+RESNET_FUSED_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, const float* b, int64_t depth,
+                                       float* c, int64_t c_pitch, Between&& between = {}, Each&& each = {}) {
   const int64_t groups = (rows + L::rows - 1) / L::rows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
     between();
-    multiply_group_of<L, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, b_pitch, depth, c + begin * c_pitch,
-                                  c_pitch, each);
+    multiply_group_of<L, pitch, L::rows>(end - begin, a + begin * a_pitch, a_pitch, b, depth, c + begin * c_pitch,
+                                         c_pitch, each);
   }
 }
 

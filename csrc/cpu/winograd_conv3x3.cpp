@@ -28,10 +28,10 @@ namespace {
 
 // The stages at one level of the machine.
 struct Stages {
-  int64_t panel;
+  int64_t panel, rows;  // columns of a panel; rows of sums that registers hold
   void (*inputs)(const Problem&, int64_t, float*, const float*);
   void (*weights)(const Problem&, int64_t, int64_t, int64_t, float*);
-  bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Sums&);
+  bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Sums&, const float*);
 };
 
 template <class L, int64_t M>
@@ -48,10 +48,10 @@ struct At;
       transform_weights<LEVEL, Filtering<M>, TAP>(p, panel, begin, end, nullptr, u);                           \
     }                                                                                                          \
     TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u, \
-                               float* m, const Sums& sums) {                                                   \
-      return write_outputs<LEVEL, Filtering<M>>(p, block, panel, v, u, m, sums, Plain{});                      \
+                               float* m, const Sums& sums, const float* next) {                                \
+      return write_outputs<LEVEL, Filtering<M>, LEVEL::panel>(p, block, panel, v, u, m, sums, Plain{}, next);  \
     }                                                                                                          \
-    static constexpr Stages stages{LEVEL::panel, inputs, weights, outputs};                                    \
+    static constexpr Stages stages{LEVEL::panel, LEVEL::rows, inputs, weights, outputs};                       \
   };
 
 RESNET_FUSED_STAGES(Level512, RESNET_FUSED_TARGET_512, 2, float)
@@ -72,21 +72,21 @@ const Stages& stages_of() {
 // Whether panel by panel of the weight passes the whole input, see above.
 bool is_small(const Problem& p) { return p.tiles < p.K; }
 
-// Tiles of a block, in whole groups of product.h's rows. Where panels pass, two groups, for each of which a panel comes
+// Tiles of a block, in whole groups of product.h's rows. Where panels pass, few, for each group of which a panel comes
 // from the second-level cache, in which one of larger tiles has no room: then many. Else so many that what is
 // transformed fits that cache beside a panel and its products, and no more than leave every thread of a common machine
 // several blocks.
-int64_t tiles_of_a_block(const Problem& p) {
-  constexpr int64_t kFloats = int64_t(172) << 10, kMost = 56, kLeast = 42, kGroup = Level512::rows, kBlocks = 16;
-  if (is_small(p)) return (p.outputs == 2 ? 2 : 6) * kGroup;
+int64_t tiles_of_a_block(const Problem& p, int64_t group) {
+  constexpr int64_t kFloats = int64_t(172) << 10, kMost = 56, kLeast = 42, kBlocks = 16, kFew = 28;
+  if (is_small(p)) return ((p.outputs == 2 ? 1 : 3) * kFew + group - 1) / group * group;
   const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, kMost);
-  return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
+  return std::max(std::min(fit, p.tiles / kBlocks) / group, int64_t(1)) * group;
 }
 
 constexpr int64_t kChannelsAtOnce = 64;  // of a weight's panel, a unit of work
 
 Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64_t padding, bool transposed,
-                   int64_t outputs, int64_t panel) {
+                   int64_t outputs, const Stages& at) {
   Problem p{};
   p.x = data<float>(x), p.weight = data<float>(weight), p.z = data<float>(z);
   p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
@@ -99,9 +99,9 @@ Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& z, int64
     p.weight += 2 * (p.stride_r + p.stride_s);
     p.stride_r = -p.stride_r, p.stride_s = -p.stride_s;
   }
-  p.cut(outputs, panel);
-  p.u_pitch = panel, p.u_gap = Problem::kGap;
-  const int64_t most = tiles_of_a_block(p);
+  p.cut(outputs, at.panel);
+  p.u_pitch = at.panel, p.u_gap = Problem::kGap;
+  const int64_t most = tiles_of_a_block(p, at.rows);
   p.blocks = (p.tiles + most - 1) / most;
   return p;
 }
@@ -159,7 +159,8 @@ bool by_panel(const Problem& p, const Stages& at, Statistics& statistics) {
     return [&, u = aligned_array<float>(p.u_size()), m = aligned_array<float>(p.m_size())](int64_t panel) {
       at.weights(p, panel, 0, p.C, u.get());
       for (int64_t block = 0; block < p.blocks && finite; ++block) {
-        if (!at.outputs(p, block, panel, input_of(block), u.get(), m.get(), statistics.of(block))) finite = false;
+        if (!at.outputs(p, block, panel, input_of(block), u.get(), m.get(), statistics.of(block), u.get()))
+          finite = false;
       }
     };
   });
@@ -185,7 +186,8 @@ bool by_block(const Problem& p, const Stages& at, Statistics& statistics) {
           at.inputs(p, block, v.get(), zeros.data());
           for (int64_t panel = 0; panel < p.panels; ++panel) {
             const float* weight = u.get() + panel * p.u_size();
-            if (!at.outputs(p, block, panel, v.get(), weight, m.get(), statistics.of(block))) finite = false;
+            const float* next = u.get() + (panel + 1) % p.panels * p.u_size();
+            if (!at.outputs(p, block, panel, v.get(), weight, m.get(), statistics.of(block), next)) finite = false;
           }
         };
   });
@@ -226,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_conv3x3(const Tensor& x, const Tenso
     return {z, mean, m2};
   }
   const Stages& at = outputs == 2 ? stages_of<2>() : stages_of<4>();
-  const Problem p = problem_of(x, weight, z, padding, transposed, outputs, at.panel);
+  const Problem p = problem_of(x, weight, z, padding, transposed, outputs, at);
   Statistics sums(p, statistics);
   if (is_small(p) ? by_panel(p, at, sums) : by_block(p, at, sums)) {
     if (statistics) sums.merge(p, mean, m2);

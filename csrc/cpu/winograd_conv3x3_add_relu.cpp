@@ -27,11 +27,11 @@ namespace {
 
 // The stages at one level of the machine, of a size of tiles.
 struct Stages {
-  int64_t panel;
+  int64_t panel, rows;  // columns of a panel; rows of sums that registers hold
   void (*inputs)(const Problem&, int64_t, Problem::Range, float*, const float*);
   void (*products)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const float*);
   bool (*write)(const Problem&, int64_t, int64_t, Problem::Range, float*, const Epilogue&);
-  bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Epilogue&);
+  bool (*outputs)(const Problem&, int64_t, int64_t, const float*, const float*, float*, const Epilogue&, const float*);
 };
 
 template <class L, class F>
@@ -46,17 +46,18 @@ struct At;
     }                                                                                                                \
     TARGET static void products(const Problem& p, int64_t block, int64_t sum, const float* v, const float* u,        \
                                 float* m, const float* next) {                                                       \
-      multiply_sum<LEVEL, F, true>(p, block, sum / F::sums, sum % F::sums, v, u, m, next);                           \
+      const float* from = next ? next + first_value<F>(sum) * p.u_plane() : nullptr;                                 \
+      multiply_sum<LEVEL, F, kPackedColumns, true>(p, block, sum, v, u, m, from, depth_of<F>(sum) * p.C);            \
     }                                                                                                                \
     TARGET static bool write(const Problem& p, int64_t block, int64_t panel, Problem::Range tiles, float* m,         \
                              const Epilogue& epilogue) {                                                             \
       return write_tiles<LEVEL, F>(p, block, panel, tiles, m, epilogue);                                             \
     }                                                                                                                \
     TARGET static bool outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,       \
-                               float* m, const Epilogue& epilogue) {                                                 \
-      return write_outputs<LEVEL, F>(p, block, panel, v, u, m, Sums{}, epilogue);                                    \
+                               float* m, const Epilogue& epilogue, const float* next) {                              \
+      return write_outputs<LEVEL, F, kPackedColumns>(p, block, panel, v, u, m, Sums{}, epilogue, next);              \
     }                                                                                                                \
-    static constexpr Stages stages{LEVEL::panel, inputs, products, write, outputs};                                  \
+    static constexpr Stages stages{LEVEL::panel, LEVEL::rows, inputs, products, write, outputs};                     \
   };
 #define RESNET_FUSED_LEVEL(LEVEL, TARGET)                                                   \
   RESNET_FUSED_STAGES(LEVEL, TARGET, (transform_inputs<LEVEL, Filtering<2>>), Filtering<2>) \
@@ -94,27 +95,31 @@ bool is_small(const Problem& p) { return p.tiles < p.K; }
 
 // Tiles of a block, in whole groups of product.h's rows. Where sums are made one after the other, many, for each block
 // reads the whole weight. Else so many that what is transformed fits the second-level cache beside a panel and its
-// products, and no more than leave every thread of a common machine several blocks. `folded_outputs` in
-// steps/winograd.py counts on this.
-int64_t tiles_of_a_block(const Problem& p) {
-  constexpr int64_t kFloats = int64_t(172) << 10, kMost = 84, kLeast = 28, kGroup = Level512::rows, kBlocks = 16;
+// products, and no more than leave every thread of a common machine several blocks.
+int64_t tiles_of_a_block(const Problem& p, int64_t group) {
+  constexpr int64_t kFloats = int64_t(172) << 10, kMost = 84, kLeast = 28, kBlocks = 16;
   if (is_small(p)) return kSumTiles;
   const int64_t fit = std::clamp(kFloats / (p.values() * p.C), kLeast, p.stride == 2 ? kMost / 2 : kMost);
-  return std::max(std::min(fit, p.tiles / kBlocks) / kGroup, int64_t(1)) * kGroup;
+  return std::max(std::min(fit, p.tiles / kBlocks) / group, int64_t(1)) * group;
+}
+
+// Blocks of about so many tiles; where threads have several, as many each.
+int64_t blocks_of(const Problem& p, int64_t most) {
+  const int64_t blocks = (p.tiles + most - 1) / most, threads = torch::stable::get_num_threads();
+  return is_small(p) || blocks <= threads ? blocks : (blocks + threads - 1) / threads * threads;
 }
 
 Problem problem_of(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t padding, int64_t stride,
-                   int64_t panel) {
+                   const Stages& at) {
   Problem p{};
   p.stride = stride;
   p.x = data<float>(x), p.z = data<float>(out), p.padding = padding;
   p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
   p.K = out.size(1), p.P = out.size(2), p.Q = out.size(3);
-  p.cut(packed.size(1) == 36 ? 4 : 2, panel);
+  p.cut(packed.size(1) == 36 ? 4 : 2, at.panel);
   p.u_pitch = kPackedColumns;
   if (is_small(p)) p.m_columns = p.panels * p.panel;
-  const int64_t most = tiles_of_a_block(p);
-  p.blocks = (p.tiles + most - 1) / most;
+  p.blocks = blocks_of(p, tiles_of_a_block(p, at.rows));
   return p;
 }
 
@@ -170,7 +175,8 @@ bool by_block(const Problem& p, const Stages& at, const float* packed, const Epi
           at.inputs(p, block, {0, p.size(block)}, v.get(), zeros.data());
           for (int64_t panel = 0; panel < p.panels; ++panel) {
             const float* weight = weight_of(p, packed, panel);
-            if (!at.outputs(p, block, panel, v.get(), weight, m.get(), epilogue)) finite = false;
+            const float* next = weight_of(p, packed, (panel + 1) % p.panels);
+            if (!at.outputs(p, block, panel, v.get(), weight, m.get(), epilogue, next)) finite = false;
           }
         };
   });
@@ -212,7 +218,7 @@ Tensor winograd_conv3x3_add_relu(const Tensor& x, const Tensor& weight, const Te
   const Epilogue epilogue{shifts.data(), residual ? data<float>(*residual) : nullptr, data<float>(out), relu,
                           kAhead * 2 * K};
   const Stages& at = stages_of(packed);
-  const Problem p = problem_of(x, packed, out, padding, stride, at.panel);
+  const Problem p = problem_of(x, packed, out, padding, stride, at);
   const float* u = data<float>(packed);
   const bool finite = is_small(p) ? by_sum(p, at, u, epilogue) : by_block(p, at, u, epilogue);
   if (!finite) direct(x, weight, scale, epilogue, padding, stride, out);

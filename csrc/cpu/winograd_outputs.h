@@ -137,42 +137,56 @@ RESNET_FUSED_INLINE void sum_vector(const Problem& p, int64_t first, int64_t cou
   store_vector<L>(square, total);
 }
 
-// Fetches a line of what is multiplied by next at every so many steps of a product.
+// Rows of a panel that are multiplied by next, `pitch` apart: a line of them is fetched at every so many steps of a
+// product.
+template <class L, int64_t pitch>
 struct FetchNext {
+  static constexpr int64_t kBetween = L::panel >= pitch ? kLine : pitch;  // lines
   const float* next;
-  int64_t every, wait = 1;
+  int64_t every, wait = every;
+
+  // `next`: null where there are none.
+  RESNET_FUSED_INLINE FetchNext(const float* next, int64_t rows, int64_t steps)
+      : next(next), every(next ? std::max<int64_t>(1, steps / lines(rows)) : std::numeric_limits<int64_t>::max()) {}
+
+  static constexpr int64_t lines(int64_t rows) { return std::max<int64_t>(1, rows * pitch / kBetween); }
 
   RESNET_FUSED_INLINE void operator()() {
-    if (--wait) return;
-    __builtin_prefetch(next, 0, 2);
-    next += 16, wait = every;
+    wait -= L::apart;
+    for (; wait <= 0; wait += every, next += kBetween) __builtin_prefetch(next, 0, 2);
   }
 };
 
+// The first of a sum's values, and how many it has.
+template <class F>
+constexpr int64_t first_value(int64_t sum) {
+  return F::place(F::first(sum / F::sums), F::first(sum % F::sums));
+}
+template <class F>
+constexpr int64_t depth_of(int64_t sum) {
+  return F::depth(sum / F::sums) * F::depth(sum % F::sums);
+}
+
 // m[sum][tile] of sum i in the one and j in the other direction = the products of a block's values with a panel of the
-// weight. What the last makes goes to the second outputs alone: it is left out of tiles that have none. `next`: where
-// the panel lies that comes next, or null; with `fetches` it is fetched meanwhile.
-template <class L, class F, bool fetches = false>
-RESNET_FUSED_INLINE void multiply_sum(const Problem& p, int64_t block, int64_t i, int64_t j, const float* v,
-                                      const float* u, float* m, const float* next = nullptr) {
+// weight, whose rows are `u_pitch` apart. What the last makes goes to the second outputs alone: it is left out of tiles
+// that have none. With `fetches` a line of the weight that comes next, `next_depth` rows at `next` or null, is fetched
+// at a time meanwhile.
+template <class L, class F, int64_t u_pitch, bool fetches>
+RESNET_FUSED_INLINE void multiply_sum(const Problem& p, int64_t block, int64_t sum, const float* v, const float* u,
+                                      float* m, const float* next, int64_t next_depth) {
   constexpr int64_t last = F::sums - 1;
-  const int64_t count = p.size(block), sum = i * F::sums + j, first = F::place(F::first(i), F::first(j));
+  const int64_t i = sum / F::sums, j = sum % F::sums, count = p.size(block), first = first_value<F>(sum);
   const Problem::Range tiles = p.with(i == last, j == last, block);
-  const int64_t depth = F::depth(i) * F::depth(j) * p.C, pitch = F::stride == 1 ? p.v_pitch() : depth + p.kGap;
+  const int64_t depth = depth_of<F>(sum) * p.C, pitch = F::stride == 1 ? p.v_pitch() : depth + p.kGap;
   v += count * (F::stride == 1 ? sum * pitch : first * p.C + sum * p.kGap) + tiles.begin * pitch;
-  m += (sum * count + tiles.begin) * p.m_pitch();
+  m += sum * p.m_plane(count) + tiles.begin * p.m_pitch();
   u += first * p.u_plane();
   const int64_t wanted = tiles.end - tiles.begin;
   if constexpr (fetches) {
-    constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
-    FetchNext fetch{next, kNever, kNever};
-    if (next) {
-      const int64_t steps = (wanted + L::rows - 1) / L::rows * depth, lines = depth * p.u_pitch / 16;
-      fetch = {next + first * p.u_plane(), std::max<int64_t>(1, steps / lines)};
-    }
-    multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch(), Nothing{}, fetch);
+    FetchNext<L, u_pitch> fetch(next, next_depth, (wanted + L::rows - 1) / L::rows * depth);
+    multiply_rows<L, u_pitch>(wanted, v, pitch, u, depth, m, p.m_pitch(), Nothing{}, fetch);
   } else {
-    multiply_rows<L>(wanted, v, pitch, u, p.u_pitch, depth, m, p.m_pitch());
+    multiply_rows<L, u_pitch>(wanted, v, pitch, u, depth, m, p.m_pitch());
   }
 }
 
@@ -180,7 +194,7 @@ RESNET_FUSED_INLINE void multiply_sum(const Problem& p, int64_t block, int64_t i
 template <class L, class F, class E>
 RESNET_FUSED_INLINE bool write_tiles(const Problem& p, int64_t block, int64_t panel, Problem::Range tiles, float* m,
                                      const E& epilogue) {
-  const int64_t plane = p.size(block) * p.m_pitch();
+  const int64_t plane = p.m_plane(p.size(block));
   typename L::Vector bad = {};
   Tile<F::outputs> tile(p, p.first_tile(block) + tiles.begin);
   for (int64_t t = tiles.begin; t < tiles.end; ++t, tile.advance(p)) {
@@ -191,15 +205,18 @@ RESNET_FUSED_INLINE bool write_tiles(const Problem& p, int64_t block, int64_t pa
   return std::all_of(lanes, lanes + L::lanes, [](float lane) { return lane == 0; });
 }
 
-// The outputs of a block in a panel, from the transformed input and weight; `m` is room for m_size values. Returns
-// whether all are finite before the epilogue.
-template <class L, class F, class E>
+// The outputs of a block in a panel, from the transformed input and weight; `m` is room for m_size values, `next` the
+// weight's panel that comes next, or null. Returns whether all are finite before the epilogue.
+template <class L, class F, int64_t u_pitch, class E>
 RESNET_FUSED_INLINE bool write_outputs(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,
-                                       float* m, const Sums& sums, const E& epilogue) {
+                                       float* m, const Sums& sums, const E& epilogue, const float* next) {
   const int64_t first = p.first_tile(block), count = p.size(block), k = panel * L::panel;
-  const int64_t plane = count * p.m_pitch();
-  for (int64_t i = 0; i < F::sums; ++i) {
-    for (int64_t j = 0; j < F::sums; ++j) multiply_sum<L, F>(p, block, i, j, v, u, m);
+  const int64_t plane = p.m_plane(count);
+  constexpr int64_t kSums = F::sums * F::sums;
+  for (int64_t sum = 0; sum < kSums; ++sum) {
+    const int64_t then = (sum + 1) % kSums;
+    const float* from = then ? u + first_value<F>(then) * p.u_plane() : next;
+    multiply_sum<L, F, u_pitch, !L::fetches>(p, block, sum, v, u, m, from, depth_of<F>(then) * p.C);
   }
   const bool finite = write_tiles<L, F>(p, block, panel, {0, count}, m, epilogue);
   if (sums.pivot) {

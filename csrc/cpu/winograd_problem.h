@@ -29,12 +29,14 @@ struct Problem {
   int64_t values() const { return stride == 2 ? 25 : (outputs + 2) * (outputs + 2); }
   int64_t sums() const { return stride == 2 ? 9 : values(); }
   int64_t v_pitch() const { return (C + 15) / 16 * 16 + kGap; }
-  int64_t m_pitch() const { return m_columns + kGap; }
+  int64_t m_pitch() const { return m_columns % 32 ? m_columns : m_columns + kGap; }
+  // Of one sum for so many tiles: an odd number of cache lines, so that no two sums of a tile compete for a place.
+  int64_t m_plane(int64_t count) const { return (count * m_pitch() + 15) / 32 * 32 + 16; }
   int64_t first_tile(int64_t block) const { return tiles * block / blocks; }
   int64_t size(int64_t block) const { return first_tile(block + 1) - first_tile(block); }
   int64_t most_tiles() const { return (tiles + blocks - 1) / blocks; }
   int64_t v_size(int64_t count) const { return count * (stride == 2 ? 25 * C + 9 * kGap : values() * v_pitch()); }
-  int64_t m_size() const { return sums() * most_tiles() * m_pitch(); }
+  int64_t m_size() const { return sums() * m_plane(most_tiles()); }
   int64_t u_plane() const { return C * u_pitch + u_gap; }
   int64_t u_size() const { return values() * u_plane(); }  // of one row of panels
 

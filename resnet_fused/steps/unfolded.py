@@ -17,7 +17,7 @@ from .spec import Conv
 
 #: Whether the op's products are known to be as fast as oneDNN's; up to how many input channels, from how many pixels.
 IS_FAST = winograd.IS_BUILT
-_MOST, _LEAST_PIXELS = (math.inf, 1) if HAS_AVX512 else (512, 1500)
+_MOST, _MOST_STRIDED, _LEAST_PIXELS = (math.inf, math.inf, 1) if HAS_AVX512 else (512, 256, 1500)
 
 
 def pays(weight: Tensor, conv: Conv, pixels: int) -> bool:
@@ -49,12 +49,14 @@ def pays(weight: Tensor, conv: Conv, pixels: int) -> bool:
     from 1024 channels on                           1.09 to 1.32  1.02 to 1.20
     ==============================================  ============  ============
 
-    Since every sum stays in a register there (`multiply_add` in csrc/cpu/simd.h), one thread took at batch 8, between
-    the rest's own ups and downs: 0.78 to 0.9 for 56x56, 0.96 to 1.0 for 28x28, 1.0 to 1.03 for 14x14 of 256 channels,
-    1.07 to 1.13 from 1024 channels on.
+    Since every sum stays in a register there (`multiply_add` in csrc/cpu/simd.h) and products fetch nothing that is
+    near (csrc/cpu/product.h), two threads took at batch 8, two rounds: 0.75 to 1.07 for 56x56, 0.86 to 1.03 for 28x28,
+    1.0 for 14x14 of 256 channels, 1.09 to 1.15 from 1024 channels on; with a stride of 2, 1.01 to 1.03 of 256 channels,
+    1.06 to 1.11 of 512.
 
     `pixels`: of what it makes, in all images.
     """
-    if weight.shape[1] > _MOST or pixels < _LEAST_PIXELS:
+    most = _MOST if conv.stride == (1, 1) else _MOST_STRIDED
+    if weight.shape[1] > most or pixels < _LEAST_PIXELS:
         return False
     return tuple(weight.shape[2:]) == (1, 1) and conv.padding == (0, 0) and conv.groups == 1

@@ -26,6 +26,7 @@ _IN_DOUBLE = 600  # products that take as long as a weight's element is transfor
 _WEIGHT = 16  # products that take as long as a weight's element takes from memory
 _PANEL = 32  # output channels to a transformed weight's panel, the least that is multiplied
 _BLOCKS, _LEAST_BLOCK, _LARGEST_BLOCK, _VALUES = 16, 28, 84, 172 << 10  # see winograd_conv3x3_add_relu.cpp
+_GROUP = 14 if IS_BUILT and status().build_info["cpu_level"] == "avx512" else 6  # tiles that registers have sums of
 
 
 def takes(
@@ -156,7 +157,8 @@ def _share(tiles: int, values: int, c: int, k: int, threads: int) -> float:
     else:
         largest = _LARGEST_BLOCK // 2 if values == 25 else _LARGEST_BLOCK
         fit = min(max(_VALUES // (values * c), _LEAST_BLOCK), largest)
-        pieces = -(-tiles // (max(min(fit, tiles // _BLOCKS) // 14, 1) * 14))
+        pieces = -(-tiles // (max(min(fit, tiles // _BLOCKS) // _GROUP, 1) * _GROUP))
+        return min(1.0, pieces / threads)  # where there are more than threads, each gets as many
     return pieces / (-(-pieces // threads) * threads)
 
 

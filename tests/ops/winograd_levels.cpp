@@ -17,6 +17,8 @@ namespace {
 using Tiles2 = Filtering<2>;
 using Tiles4 = Filtering<4>;
 
+constexpr int64_t kColumns = 32;  // of a transformed weight that is kept
+
 struct Shape {
   int64_t C, K, H, W, padding, block;
   bool transposed;
@@ -45,14 +47,13 @@ RESNET_FUSED_INLINE void transform(const Problem& p, int64_t block, float* v, co
   }                                                                                                                   \
   TARGET bool plain_##NAME##_##F(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,      \
                                  float* m, const Sums& sums) {                                                        \
-    return write_outputs<L, F>(p, block, panel, v, u, m, sums, Plain{});                                              \
+    return write_outputs<L, F, L::panel>(p, block, panel, v, u, m, sums, Plain{}, panel % 2 ? u : nullptr);           \
   }                                                                                                                   \
   TARGET bool behind_##NAME##_##F(const Problem& p, int64_t block, int64_t panel, const float* v, const float* u,     \
                                   float* m, const Epilogue& epilogue) {                                               \
-    if (p.m_columns == L::panel) return write_outputs<L, F>(p, block, panel, v, u, m, Sums{}, epilogue);              \
+    if (p.m_columns == L::panel) return write_outputs<L, F, kColumns>(p, block, panel, v, u, m, {}, epilogue, u);     \
     m += panel * L::panel;                                                                                            \
-    for (int64_t i = 0; i < F::sums * F::sums; ++i)                                                                   \
-      multiply_sum<L, F>(p, block, i / F::sums, i % F::sums, v, u, m, u);                                             \
+    for (int64_t i = 0; i < F::sums * F::sums; ++i) multiply_sum<L, F, kColumns, true>(p, block, i, v, u, m, u, p.C); \
     const int64_t middle = p.size(block) / 2;                                                                         \
     const bool first = write_tiles<L, F>(p, block, panel, {0, middle}, m, epilogue);                                  \
     return write_tiles<L, F>(p, block, panel, {middle, p.size(block)}, m, epilogue) && first;                         \
@@ -164,7 +165,7 @@ int main() {
         for (int64_t padding : {0, 1, 2}) {
           for (bool transposed : {false, true}) {
             for (int64_t block : {3, 14}) {
-              const Shape s{C, K, H, W, padding, block, transposed, transposed ? 0 : 32};
+              const Shape s{C, K, H, W, padding, block, transposed, transposed ? 0 : kColumns};
               found += wrong_128_Tiles2(s) + wrong_128_Tiles4(s) + wrong_128_Strided(s);
               if (level != "baseline") found += wrong_256_Tiles2(s) + wrong_256_Tiles4(s) + wrong_256_Strided(s);
 #ifndef RESNET_FUSED_WITHOUT_512

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import run
 from ..backends.place import on_cpu
-from . import grouped, stem, winograd, winograd_wgrad
+from . import grouped, own_product, stem, winograd, winograd_wgrad
 from .layout import Moments
 from .lazy import EVERY, Pixels
 from .spec import Conv
@@ -193,7 +193,7 @@ def _own_input_grad(
         if _is_added_product(x, weight, backend):
             add_to.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(rows(grad), weight.flatten(1))
         else:
-            run("conv_add_relu_", add_to, grad, weight.transpose(0, 1), backend=backend)
+            own_product.add_relu_(add_to, grad, weight.transpose(0, 1), None, POINTWISE, False, backend)
         return add_to
     if winograd.takes(grad, weight, conv, backend, True, precision):
         return winograd.input_grad(grad, weight, conv, backend, precision)
@@ -201,6 +201,8 @@ def _own_input_grad(
         return grouped.input_grad(grad, weight, conv, x.shape[2:], backend)
     if conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
         return _image(rows(grad) @ weight.flatten(1), x)
+    if own_product.makes(grad, weight.transpose(0, 1), conv, backend):
+        return own_product.add_relu(grad, weight.transpose(0, 1), None, None, conv, False, backend)
     return None
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import run
+from . import own_product
 from .batch_norm import Affine, affine_of, parameters, pixels, running_affine
 from .conv import POINTWISE, gradients, strided
 from .flow import Backward, Forward
@@ -175,7 +176,7 @@ class TensorBranch(Branch):
         if coupled:
             coupling, constant = found.correction
             constant = _balance(g, sum_g, scaled, folded.gram, coupling) if centred else constant
-            run("conv_add_relu_", grad, read, coupling, constant, backend=self.backend)
+            own_product.add_relu_(grad, read, coupling, constant, POINTWISE, False, self.backend)
         b.give(self.source, Pending(grad, True, stride))
 
     def _centred(self, read: Tensor) -> tuple[Tensor, Folded]:

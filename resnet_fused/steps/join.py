@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..backends import run
+from . import own_product
 from .batch_norm import coefficients
 from .flow import Backward, Forward
 from .folded_join import TensorBranch
@@ -71,7 +72,8 @@ class Join(Kind):
             return {}
         if self.gram_other:
             branch = TensorBranch(f, terms.other)
-            return {"residual": run("conv_add_relu", *branch.product(), None, *branch.geometry.args, backend=f.backend)}
+            product = branch.product()
+            return {"residual": own_product.add_relu(*product, None, branch.geometry, False, f.backend)}
         if not terms.projected:
             return {"residual": f.tensor(terms.other)}
         z, bn = f.values[terms.other][:2]
@@ -80,14 +82,14 @@ class Join(Kind):
     def product(self, f: Forward | Backward, terms: Terms, options: dict) -> tuple[Tensor, None]:
         """The join as one convolution; a projection's branch is written first and added to in place."""
         branch = TensorBranch(f, terms.branch)
-        product, args, added = branch.product(), (*branch.geometry.args, terms.relu), self.added(f, terms)
+        product, args, added = branch.product(), (branch.geometry, terms.relu, f.backend), self.added(f, terms)
         out = added.get("residual")
         if "residual_scale" in added:
             affine = added["residual_scale"], added["residual_shift"]
             out, _ = run("norm_add_relu", out, *affine, relu=False, backend=f.backend)
         elif not self.gram_other:
-            return run("conv_add_relu", *product, out, *args, backend=f.backend), None
-        run("conv_add_relu_", out, *product, *args, backend=f.backend)
+            return own_product.add_relu(*product, out, *args), None
+        own_product.add_relu_(out, *product, *args)
         return out, None
 
     def remade_from(self, b: Backward) -> list[object]:

@@ -1,8 +1,8 @@
-"""GFLOP/s of 1x1 convolutions and their gradients on this CPU: oneDNN's, and plain matrix products.
+"""GFLOP/s of 1x1 convolutions and their gradients on this CPU: oneDNN's, ours, and plain matrix products.
 
 Run:  python benchmarks/pointwise.py [--batch 1 4 16] [--rounds 7] [--record benchmarks/results]
 
-The shapes of ResNet-50 at 224x224. `steps/conv.py` chooses by these figures.
+The shapes of ResNet-50 at 224x224. `steps/conv.py` and `steps/own_product.py` choose by these figures.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from resnet_fused.bench.timing import Rounds, clock_for, interleave
 from resnet_fused.steps.conv import rows
 
 #: input channels, output channels, size
-SHAPES = ((256, 64, 56), (64, 256, 56), (512, 128, 28), (128, 512, 28), (1024, 256, 14), (256, 1024, 14),
+SHAPES = ((64, 64, 56), (256, 64, 56), (64, 256, 56), (256, 128, 56), (512, 128, 28), (128, 512, 28), (1024, 256, 14), (256, 1024, 14),
           (1024, 512, 14), (2048, 512, 7), (512, 2048, 7))  # fmt: skip
 aten = torch.ops.aten
 
 
-def gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """oneDNN's gradients of input and weight."""
+def gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, both: bool = True) -> tuple:
+    """oneDNN's gradients of the input and, with `both`, of the weight."""
     return aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+        grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, both, False]
     )
 
 
@@ -37,13 +37,20 @@ def contenders(batch: int, c: int, k: int, size: int) -> dict[str, tuple[int, Ca
         return torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
 
     x, grad, into, weight = data(c), data(k), data(c), torch.randn(k, c, 1, 1)
-    matrix, g = weight.view(k, c), rows(grad)
+    matrix, g, ours = weight.view(k, c), rows(grad), (None, None, None, None, None, 0.0)
+
+    def transposed() -> torch.Tensor:
+        return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
     return {
         "forward, oneDNN": (1, lambda: torch.nn.functional.conv2d(x, weight)),
         "forward, product": (1, lambda: rows(x) @ matrix.T),
         "gradients, oneDNN": (2, lambda: gradients(grad, x, weight)),
         "gradients, products": (2, lambda: (g @ matrix, g.T @ rows(x))),
+        "input's, oneDNN": (1, lambda: gradients(grad, x, weight, False)),
+        "input's, ours": (1, lambda: run("conv_norm_add_relu", grad, transposed(), *ours)),
         "added, oneDNN": (1, lambda: run("conv_add_relu_", into, grad, weight.transpose(0, 1))),
+        "added, ours": (1, lambda: run("conv_norm_add_relu_", into, grad, transposed(), *ours, adds=True)),
         "added, product": (1, lambda: rows(into).addmm_(g, matrix)),
     }
 
@@ -67,14 +74,14 @@ def main() -> None:
     torch.manual_seed(0)
     names = list(contenders(1, 1, 1, 1))
     with runs.printing("pointwise", args.record, dtype="f32", layout="channels_last"):
-        print("# 1x1 convolutions: oneDNN and plain products\n")
+        print("# 1x1 convolutions: oneDNN, ours and plain products\n")
         print(f"| batch | C, K, size | {' | '.join(names)} |")
         print(f"| ---: | --- | {' | '.join(['---:'] * len(names))} |")
         for batch in args.batch:
             for shape in SHAPES:
                 print(row(batch, *shape, args.rounds), flush=True)
         print(f"\nGFLOP/s, medians of {args.rounds} interleaved runs. Gradients: of input and weight.")
-        print("Added: the input's, to what is there.")
+        print("Input's: of the input alone, to a new tensor. Added: to what is there.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 POINTWISE = Conv()
 
 # Who is fastest on a CPU was measured without and with AVX-512: benchmarks/weight_grad.py, benchmarks/pointwise.py and
-# their results. With it oneDNN is, but where the weight is large beside the pixels, of which oneDNN makes and converts
+# their results; for our products without it see own_product.py. With it oneDNN is, but where the weight is large beside the pixels, of which oneDNN makes and converts
 # copies, and where a product is added to what is there.
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matrix product, 1.1-1.5x faster than oneDNN's

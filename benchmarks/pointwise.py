@@ -18,8 +18,8 @@ from resnet_fused.bench.timing import Rounds, clock_for, interleave
 from resnet_fused.steps.conv import rows
 
 #: input channels, output channels, size
-SHAPES = ((64, 64, 56), (256, 64, 56), (64, 256, 56), (256, 128, 56), (512, 128, 28), (128, 512, 28), (1024, 256, 14), (256, 1024, 14),
-          (1024, 512, 14), (2048, 512, 7), (512, 2048, 7))  # fmt: skip
+SHAPES = ((64, 64, 56), (256, 64, 56), (64, 256, 56), (256, 128, 56), (512, 128, 28), (128, 512, 28),
+          (1024, 256, 14), (256, 1024, 14), (1024, 512, 14), (2048, 512, 7), (512, 2048, 7))  # fmt: skip
 aten = torch.ops.aten
 
 

@@ -24,8 +24,8 @@ aten = torch.ops.aten
 POINTWISE = Conv()
 
 # Who is fastest on a CPU was measured without and with AVX-512: benchmarks/weight_grad.py, benchmarks/pointwise.py and
-# their results; for our products without it see own_product.py. With it oneDNN is, but where the weight is large beside the pixels, of which oneDNN makes and converts
-# copies, and where a product is added to what is there.
+# their results; where ours are without it, own_product.py says. With it oneDNN is, but where the weight is large beside
+# the pixels, of which oneDNN makes and converts copies, and where a product is added to what is there.
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _MM_PIXELS = 16384  # without: up to here a 1x1 weight gradient is a plain matrix product, 1.1-1.5x faster than oneDNN's
 # without: ours is faster for 3x3 from so many input and output channels and pixels on, 1.16-1.26x at ResNet-50's stride
@@ -201,7 +201,7 @@ def _own_input_grad(
         return grouped.input_grad(grad, weight, conv, x.shape[2:], backend)
     if conv.stride == (1, 1) and is_product(grad[:, 0].numel(), weight, conv, x):
         return _image(rows(grad) @ weight.flatten(1), x)
-    if own_product.makes(grad, weight.transpose(0, 1), conv, backend):
+    if own_product.pays(grad, weight.transpose(0, 1), conv, backend):
         return own_product.add_relu(grad, weight.transpose(0, 1), None, None, conv, False, backend)
     return None
 
@@ -213,7 +213,10 @@ def _adds_in_place(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
 
 
 def _is_added_product(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether ``x += grad W`` is faster as a plain product than in oneDNN: into many channels from fewer."""
-    here = HAS_AVX512 and on_cpu(x) and x.dtype == torch.float32 and backend in ("auto", "cpu")
-    here = here and not SLOW_PRODUCTS
-    return here and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]
+    """Whether ``x += grad W`` is fastest as a plain product: with AVX-512 into many channels from fewer."""
+    if not on_cpu(x) or x.dtype != torch.float32 or backend not in ("auto", "cpu"):
+        return False
+    if not HAS_AVX512:
+        n, _, h, w = x.shape
+        return torch.backends.mkl.is_available() and n * h * w < own_product.LEAST_PIXELS
+    return not SLOW_PRODUCTS and weight.shape[1] >= _WIDE_MM and weight.shape[1] > weight.shape[0]

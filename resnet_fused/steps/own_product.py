@@ -4,19 +4,25 @@ Without AVX-512: with it oneDNN's were the faster ones wherever both were measur
 (:mod:`.conv`). The op writes a large result to memory that is kept, where a tensor of ATen's is mapped and cleared
 anew, and takes a weight as it lies, or transposed once, where oneDNN reorders it at every call.
 
-Measured on two threads of a Zen 3 with AVX2 alone, batch 16, the op's time by oneDNN's, from interleaved calls:
+GFLOP/s of the gradients of ResNet-50's inputs on two cores of a Zen 3 with AVX2 alone, batch 16, interleaved
+(benchmarks/pointwise.py, recorded in benchmarks/results/epyc-avx2-2core/runs.jsonl:50):
 
-===================================  =============  ==============
-gradients of ResNet-50's inputs      a new tensor   added to one
-===================================  =============  ==============
-56x56                                0.34 to 0.87   0.75 to 0.86
-28x28                                0.68 to 1.01   0.86 to 0.92
-14x14, of 256 and 512 channels       1.05 to 1.10   0.95 to 0.99
-14x14 of 1024, 7x7                   1.08 to 1.20   0.87 to 1.05
-===================================  =============  ==============
+==========================  ===============  ===============  =================
+channels of input, output   a new tensor     added to one     added by a plain
+and size                    oneDNN, the op   oneDNN, the op   product
+==========================  ===============  ===============  =================
+64, 64, 56x56               107, 110         104, 130         126
+256, 64, 56x56              65, 156          119, 156         160
+64, 256, 56x56              120, 149         120, 170         119
+256, 128, 56x56             84, 171          131, 164         166
+512, 128, 28x28             129, 136         113, 133         131
+128, 512, 28x28             139, 146         131, 145         110
+1024, 256, 14x14            139, 143         143, 152         177
+256, 1024, 14x14            174, 158         162, 159         176
+7x7                         158-162,134-139  129, 134-146     170-180
+==========================  ===============  ===============  =================
 
-At batch 2 a new one takes 0.84 to 0.95 at 56x56, 1.0 to 1.04 at 28x28 and 1.2 to 1.8 below, one that is added 0.76 to
-0.92 everywhere.
+With fewer pixels, and at batch 2 everywhere, plain products add at the highest rate (:mod:`.conv`).
 """
 
 from __future__ import annotations
@@ -36,35 +42,23 @@ Tensor = torch.Tensor
 #: Whether the op's products were measured against oneDNN's, and found the faster ones.
 IS_FAST = winograd.IS_BUILT and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 _POINTWISE = Conv()
-_MOST = 512  # channels that are read, where pixels are many; rows of more lie a page apart
-_LEAST, _FEW = 6000, 1024  # pixels from which a new tensor pays, and up to which adding does with any channels
+_MOST_CHANNELS, LEAST_PIXELS = 512, 12000  # with which it was the faster one
 
 
-def makes(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
-    """Whether the op is the faster one to write the convolution of `x` to a new tensor."""
-    return _takes(x, weight, conv, backend) and _pixels(x) >= _LEAST and max(weight.shape[:2]) <= _MOST
-
-
-def adds(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
-    """Whether the op is the faster one to add the convolution of `x` to a tensor that is there."""
-    return _takes(x, weight, conv, backend) and (weight.shape[1] <= _MOST or _pixels(x) <= _FEW)
-
-
-def _takes(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+def pays(x: Tensor, weight: Tensor, conv: Conv, backend: str) -> bool:
+    """Whether the op is the faster one to write the convolution of `x` to a new tensor, or to add it to one."""
     here = IS_FAST and backend == "auto" and conv == _POINTWISE and tuple(weight.shape[2:]) == (1, 1)
-    return here and on_cpu(x) and x.dtype == weight.dtype == torch.float32 and is_channels_last(x)
-
-
-def _pixels(x: Tensor) -> int:
+    if not here or not on_cpu(x) or not x.dtype == weight.dtype == torch.float32 or not is_channels_last(x):
+        return False
     n, _, h, w = x.shape
-    return n * h * w
+    return n * h * w >= LEAST_PIXELS and max(weight.shape[:2]) <= _MOST_CHANNELS
 
 
 def add_relu(
     x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None, conv: Conv, relu: bool, backend: str
 ) -> Tensor:
     """``relu(conv2d(x, weight) + shift + residual)``, channels_last, by the op or as `conv_add_relu`."""
-    if makes(x, weight, conv, backend) and (residual is None or _is_like(residual, x, weight)):
+    if pays(x, weight, conv, backend) and (residual is None or _is_like(residual, x, weight)):
         vectors = _vector(shift), None, None, None, None
         return run("conv_norm_add_relu", x, _dense(weight), *vectors, 0.0, residual, relu=relu, backend=backend)
     return run("conv_add_relu", x, weight, shift, residual, *conv.args, relu, backend=backend)
@@ -74,7 +68,7 @@ def add_relu_(
     out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, relu: bool, backend: str
 ) -> None:
     """``out = relu(conv2d(x, weight) + shift + out)``, in place, by the op or as `conv_add_relu_`."""
-    if not adds(x, weight, conv, backend) or not _is_like(out, x, weight):
+    if not pays(x, weight, conv, backend) or not _is_like(out, x, weight):
         run("conv_add_relu_", out, x, weight, shift, *conv.args, relu, backend=backend)
         return
     vectors = _vector(shift), None, None, None, None

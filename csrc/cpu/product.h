@@ -4,9 +4,9 @@
 // of the panel at work and a broadcast value: enough sums in flight to hide the latency of FMA. `steps` of a sum are
 // unrolled, and what else is to be done meanwhile is done at every `apart`-th.
 //
-// Where registers are 16, twelve FMAs come with eight loads, and every further instruction shows as soon as a core
-// works for another thread too and gives each of them half its width: a prefetch of the panel at each step then cost a
-// tenth. The panel lies one line after the other, which the hardware sees by itself, so only wider vectors `fetch` it.
+// Where registers are 16, twelve FMAs come with eight loads, and every further instruction shows where a core works for
+// another thread too and gives each of them half its width. The panel lies one line after the other, which the hardware
+// sees by itself, so only wider vectors `fetch` it ahead.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,8 @@ RESNET_FUSED_INLINE void store_vector(float* p, const typename L::Vector& v) {
   *reinterpret_cast<typename L::Anywhere*>(p) = v;
 }
 
-// step(k, i) for k in [from, to), L::steps of them unrolled, of which it is step i.
+// step(k, i) for k in [from, to), L::steps of them unrolled, of which it is step i; what is left over counts as their
+// last.
 template <class L, class Step>
 RESNET_FUSED_INLINE void for_steps(int64_t from, int64_t to, Step&& step) {
   int64_t k = from;

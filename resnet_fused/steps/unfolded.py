@@ -50,9 +50,8 @@ def pays(weight: Tensor, conv: Conv, pixels: int) -> bool:
     ==============================================  ============  ============
 
     Since every sum stays in a register there (`multiply_add` in csrc/cpu/simd.h) and products fetch nothing that is
-    near (csrc/cpu/product.h), two threads took at batch 8, two rounds: 0.75 to 1.07 for 56x56, 0.86 to 1.03 for 28x28,
-    1.0 for 14x14 of 256 channels, 1.09 to 1.15 from 1024 channels on; with a stride of 2, 1.01 to 1.03 of 256 channels,
-    1.06 to 1.11 of 512.
+    near (csrc/cpu/product.h), the order is the same, by times that are not recorded; with a stride of 2 oneDNN's are
+    the faster ones from 512 channels on.
 
     `pixels`: of what it makes, in all images.
     """

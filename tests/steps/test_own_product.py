@@ -106,6 +106,16 @@ def test_what_was_measured_to_lose_is_left(monkeypatch):
     assert not own_product.pays(channels_last(8, 1024, 40, 40), wide, Conv(), "auto")
 
 
+def test_few_pixels_are_added_by_a_plain_product(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(conv, "HAS_AVX512", False)
+    monkeypatch.setattr(own_product.torch.backends.mkl, "is_available", lambda: True)
+    weight = torch.randn(8, 8, 1, 1)
+    assert conv._is_added_product(channels_last(7, 8, 40, 40), weight, "auto")
+    assert not conv._is_added_product(channels_last(8, 8, 40, 40), weight, "auto")
+    assert not conv._is_added_product(channels_last(7, 8, 40, 40).double(), weight.double(), "auto")
+
+
 def test_the_gradients_input_of_a_convolution_takes_it(asked, monkeypatch):
     monkeypatch.setattr(conv, "HAS_AVX512", False)
     grad, x, weight = channels_last(2, 16, 6, 6), channels_last(2, 8, 6, 6), torch.randn(16, 8, 1, 1)
